@@ -1,0 +1,54 @@
+"""What a parameter does in the network: the key by which a parameterization's table is read.
+
+A module declares the roles of the parameters that it owns directly, beside them, as a class or instance attribute:
+
+    class Router(nn.Module):
+        mue_roles = {"weight": Role.ROUTER, "balance_bias": Role.BALANCE_BIAS}
+
+The attribute is read by name, not through a base class, so any module may declare roles without importing this
+package's classes.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Role(str, Enum):
+    """The role of one parameter (theory.md section 3)."""
+
+    EMBEDDING = "embedding"
+    HIDDEN = "hidden"
+    FFN_UP = "ffn_up"
+    FFN_DOWN = "ffn_down"
+    EXPERT_UP = "expert_up"
+    EXPERT_DOWN = "expert_down"
+    SHARED_UP = "shared_up"
+    SHARED_DOWN = "shared_down"
+    ROUTER = "router"
+    BALANCE_BIAS = "balance_bias"
+    NORM = "norm"
+    QK_NORM = "qk_norm"
+    FINAL_NORM = "final_norm"
+    BIAS = "bias"
+    UNEMBEDDING = "unembedding"
+    SCALAR = "scalar"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+#: A weight that acts on an activation as a matrix; the rest act as vectors, scalars or look-ups.
+MATRIX_ROLES = frozenset(
+    {
+        Role.HIDDEN,
+        Role.FFN_UP,
+        Role.FFN_DOWN,
+        Role.EXPERT_UP,
+        Role.EXPERT_DOWN,
+        Role.SHARED_UP,
+        Role.SHARED_DOWN,
+        Role.ROUTER,
+        Role.UNEMBEDDING,
+    }
+)
