@@ -1,1 +1,6 @@
-"""lightning_mue."""
+"""Optimizers: Muon on the Frobenius sphere, and the orthogonalization that it steps along."""
+
+from lightning_mue.optim.hypersphere import HyperSphereOptimizer
+from lightning_mue.optim.newton_schulz import PRESETS, orthogonalize
+
+__all__ = ["PRESETS", "HyperSphereOptimizer", "orthogonalize"]

@@ -1,1 +1,30 @@
-"""lightning_mue."""
+"""WHAT to scale: papers' tables as data, the plan that they give for a model, and its application.
+
+This package knows torch, but no Lightning.
+"""
+
+from lightning_mue.parameterizations import complete_mue, complete_p, hyperp, mup, sp
+from lightning_mue.parameterizations.apply import ScaledStep, initialize, param_groups
+from lightning_mue.parameterizations.axes import Axes
+from lightning_mue.parameterizations.plan import Init, ParameterPlan, ScalingPlan, plan
+from lightning_mue.parameterizations.roles import MATRIX_ROLES, Role
+from lightning_mue.parameterizations.table import RULES, Parameterization, Row, get_rule
+
+del complete_mue, complete_p, hyperp, mup, sp  # imported for their registration
+
+__all__ = [
+    "MATRIX_ROLES",
+    "RULES",
+    "Axes",
+    "Init",
+    "ParameterPlan",
+    "Parameterization",
+    "Role",
+    "Row",
+    "ScaledStep",
+    "ScalingPlan",
+    "get_rule",
+    "initialize",
+    "param_groups",
+    "plan",
+]

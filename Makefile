@@ -1,0 +1,39 @@
+# Each target works alone on a fresh machine: it makes .venv and installs what it needs; a second call is quick.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-all coverage lint format bench clean
+
+# torch first and by its exact version: on the tested machines that is the CPU build, and a range takes the newest CUDA one.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(STAMP)  ## trains a Mixture-of-Experts language model in about two minutes and shows what came out
+	$(BIN)/lightning-mue fit --config configs/quickstart.yaml
+
+test: $(STAMP)  ## the fast tests
+	$(BIN)/python -m pytest -q -m 'not slow and not gpu' --cov --cov-report=term:skip-covered
+
+test-all: $(STAMP)  ## the fast and the slow tests
+	$(BIN)/python -m pytest -q -m 'not gpu' --cov --cov-report=term:skip-covered
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)  ## the CPU benchmarks; ratios only
+	$(BIN)/python benchmarks/moe.py
+	$(BIN)/python benchmarks/callback.py
+
+clean:
+	rm -rf $(VENV) logs .pytest_cache .mypy_cache .ruff_cache

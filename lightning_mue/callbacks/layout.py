@@ -1,0 +1,93 @@
+"""One TensorBoard page that answers "is this run healthy?": the custom-scalars layout shared by all callbacks.
+
+TensorBoard keeps only the last layout that a run writes, so callbacks `register` their charts (in ``setup`` or
+``on_fit_start``) and the first of them to reach ``on_train_start`` writes all of them (`write`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from lightning.pytorch.loggers import TensorBoardLogger
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+#: category -> chart title -> regexes of tags
+Layout = dict[str, dict[str, list[str]]]
+
+#: Shown for every run. `Trainer` appends "_step" to a metric logged both by step and by epoch.
+TRAINING_CHARTS: Mapping[str, Sequence[str]] = {
+    "Loss": [r"(train|val)/loss(_step|_epoch)?"],
+    "Bits per byte": [r"(train|val)/bits_per_byte(_step|_epoch)?"],
+    "Tokens per second": [r"train/tokens_per_second"],
+    "Learning rate": [r"lr(-.*)?"],
+}
+
+_layouts: WeakKeyDictionary[Trainer, Layout] = WeakKeyDictionary()
+_written: WeakKeyDictionary[TensorBoardLogger, dict[str, Any]] = WeakKeyDictionary()
+
+
+def register(trainer: Trainer, category: str, charts: Mapping[str, Sequence[str]]) -> None:
+    r"""Add charts to the page of ``trainer``; call it before ``on_train_start``.
+
+    Several callbacks may share a category, and even a chart, whose tags are then joined. Registering the same thing
+    twice (a second ``fit``) changes nothing.
+
+    Args:
+        trainer: The trainer whose loggers will show the page.
+        category: Heading, e.g. ``"Stability"``.
+        charts: Chart title -> regular expressions, each of which must match a WHOLE tag as it is logged (without the
+            logger's prefix), e.g. ``{"MaxVio": [r"routing/max_violation/.*"]}``. Use `re.escape` for a literal tag.
+
+    Raises:
+        ValueError: If a tag is not a valid regular expression.
+    """
+    layout = _layouts.setdefault(trainer, {"Training": {title: list(tags) for title, tags in TRAINING_CHARTS.items()}})
+    for title, tags in charts.items():
+        known = layout.setdefault(category, {}).setdefault(title, [])
+        known.extend(_valid(tag, title) for tag in tags if tag not in known)
+
+
+def write(trainer: Trainer) -> None:
+    """Write the page of ``trainer`` to each of its TensorBoard loggers, on rank zero, unless it is already there.
+
+    Args:
+        trainer: A trainer that has begun to train. With nothing registered, or no TensorBoardLogger, nothing happens.
+    """
+    layout = _layouts.get(trainer)
+    if layout is None or not trainer.is_global_zero:
+        return
+    for logger in trainer.loggers:
+        if not isinstance(logger, TensorBoardLogger):
+            continue
+        page = _page(layout, logger._prefix)
+        if _written.get(logger) != page:
+            logger.experiment.add_custom_scalars(page)
+            _written[logger] = page
+
+
+def _page(layout: Layout, prefix: str) -> dict[str, Any]:
+    """The layout in the form of ``SummaryWriter.add_custom_scalars``.
+
+    TensorBoard anchors a regex at the start only: without the ``$``, ``z/router`` would also draw ``z/router_max``.
+    """
+    start = re.escape(f"{prefix}-") if prefix else ""
+    return {
+        category: {title: ["Multiline", [f"{start}({tag})$" for tag in tags]] for title, tags in charts.items()}
+        for category, charts in layout.items()
+    }
+
+
+def _valid(tag: str, title: str) -> str:
+    try:
+        re.compile(tag)
+    except re.error as error:
+        raise ValueError(
+            f"charts[{title!r}] holds the tag {tag!r}, which is not a valid regular expression ({error}). Tags in a "
+            "custom-scalars chart are regular expressions: pass a literal tag through re.escape."
+        ) from error
+    return tag

@@ -1,0 +1,124 @@
+"""Probes: what a sampled monitor knows about one watched module; how modules are found and named in the metrics."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.|$)")
+
+
+class Probe(ABC):
+    """One watched module and the statistics that it adds up during a sampled step.
+
+    Attributes:
+        module: The watched module; its ``forward`` may run any number of times in a step.
+        label: What names the module in the metrics, e.g. ``"03"``.
+        size: Length of the statistics, the same on every rank. A vector of zeros means "saw nothing".
+        total: The statistics of the current step on this rank, float32 [size]; None before the first forward.
+    """
+
+    size: int
+
+    def __init__(self, module: nn.Module, label: str) -> None:
+        self.module = module
+        self.label = label
+        self.total: Tensor | None = None
+
+    @abstractmethod
+    def measure(self, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
+        """Return float32 [size] for one forward call, or None if there is nothing to measure in it."""
+
+    def merge(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return the statistics [size] of two calls (or ranks) together; a sum unless overridden."""
+        return a + b
+
+    @abstractmethod
+    def metrics(self, total: Tensor) -> dict[str, float]:
+        """Return tag -> value from the merged statistics, float64 [size] on the CPU; empty if nothing was seen."""
+
+    def attach(self, device: torch.device) -> RemovableHandle:
+        """Hook the module and forget the step before. The hook keeps no graph and computes outside autocast."""
+        self.total = None
+
+        def hook(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            with torch.no_grad(), torch.autocast(device.type, enabled=False):
+                found = self.measure(inputs, output)
+                if found is not None:
+                    self.total = found if self.total is None else self.merge(self.total, found)
+
+        return self.module.register_forward_hook(hook)
+
+
+def find_modules(root: nn.Module, matches: Callable[[nn.Module], bool]) -> dict[str, nn.Module]:
+    """Map the qualified name of each module below (and including) ``root`` that matches to the module.
+
+    Names are those of the bare model: the parts that `torch.compile`, activation checkpointing and FSDP insert are cut.
+    """
+    found = {_WRAPPERS.sub("", name).lstrip("."): module for name, module in root.named_modules() if matches(module)}
+    return found
+
+
+def layer_labels(names: Iterable[str]) -> dict[str, str]:
+    """Short, sortable labels for modules that do the same thing in different layers.
+
+    A name that holds a block index becomes that index with two digits; others, and those whose index is shared with
+    another module, keep their whole name (cleaned of characters that loggers treat specially).
+
+    Args:
+        names: Qualified module names.
+
+    Returns:
+        name -> label, all labels distinct.
+
+    Example:
+        >>> layer_labels(["blocks.3.attention.core", "head"])
+        {'blocks.3.attention.core': '03', 'head': 'head'}
+        >>> layer_labels(["encoder.0.ffn", "decoder.0.ffn"])
+        {'encoder.0.ffn': 'encoder.0.ffn', 'decoder.0.ffn': 'decoder.0.ffn'}
+    """
+    names = list(names)
+    index = {name: next((f"{int(part):02d}" for part in name.split(".") if part.isdigit()), None) for name in names}
+    shared = Counter(index.values())
+    return {
+        name: label if (label := index[name]) is not None and shared[label] == 1 else _sanitized(name) for name in names
+    }
+
+
+def over_layers(metrics: Mapping[str, float], group: str, *reductions: str) -> dict[str, float]:
+    """Reduce the metrics ``<group>/<layer>`` over layers to ``<group>_mean``, ``<group>_max`` or ``<group>_min``.
+
+    Args:
+        metrics: Tag -> value.
+        group: Tag without the layer.
+        *reductions: Of ``"mean"``, ``"max"`` and ``"min"``. NaN in any layer gives NaN.
+
+    Returns:
+        The reduced metrics; empty when the group has no layer.
+    """
+    values = torch.tensor([value for tag, value in metrics.items() if tag.startswith(f"{group}/")], dtype=torch.float64)
+    return {f"{group}_{name}": float(getattr(values, name)()) for name in reductions} if len(values) else {}
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """The floating-point tensor in a module's output (its first element if it is a tuple), whole and detached.
+
+    A sharded DTensor is gathered, which is the one case of a further collective.
+    """
+    if isinstance(output, (tuple, list)) and output:
+        output = output[0]
+    if not isinstance(output, Tensor) or not output.is_floating_point():
+        return None
+    output = output.detach()
+    return output.full_tensor() if hasattr(output, "full_tensor") else output
+
+
+def _sanitized(name: str) -> str:
+    return re.sub(r"[^\w.\-]+", "_", name) or "root"

@@ -1,0 +1,195 @@
+"""``lightning-mue``: fit, validate, test and predict from YAML, and ``explain``, which prints the plan without training."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+from torch.optim import Optimizer
+
+from lightning_mue.callbacks import MuECallback
+from lightning_mue.parameterizations.table import Family
+
+
+class MuETrainer(Trainer):
+    """Lightning's Trainer with the command that needs no training."""
+
+    def explain(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        family: Literal["adam", "sgd", "sphere"] | None = None,
+    ) -> None:
+        """Prints what the parameterization does to every parameter, on the meta device.
+
+        Args:
+            model: The module, which may be on ``meta``.
+            datamodule: Not used.
+            family: Optimizer family to explain for; by default that of the configured optimizer.
+        """
+        callback = next((c for c in self.callbacks if isinstance(c, MuECallback)), None)  # type: ignore[attr-defined]
+        if callback is None:
+            raise ValueError(
+                "explain: trainer.callbacks holds no MuECallback, so there is no parameterization to explain. Add "
+                "lightning_mue.callbacks.MuECallback to it."
+            )
+        _wide_console().print(callback.make_plan(model, _optimizers(model, family)))
+
+
+def _optimizers(model: LightningModule, family: Family | None) -> list[Optimizer]:
+    """The module's optimizers without a run: only their family counts."""
+    if family is not None:
+        stand_in = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.0)
+        stand_in.mue_family = family  # type: ignore[attr-defined]
+        return [stand_in]
+    factory = getattr(model, "optimizer", None)
+    if callable(factory):
+        return [factory(list(model.named_parameters()))]
+    try:
+        configured = model.configure_optimizers()
+    except Exception as error:
+        raise ValueError(
+            f"explain: {type(model).__name__}.configure_optimizers cannot run without a trainer ({error}). Name the optimizer's "
+            "family: --family adam, sgd or sphere."
+        ) from error
+    return _flatten(configured)
+
+
+def _flatten(configured: Any) -> list[Optimizer]:
+    """The optimizers in what ``configure_optimizers`` returned, in any of its forms."""
+    if isinstance(configured, Optimizer):
+        return [configured]
+    if isinstance(configured, dict):
+        return _flatten(configured["optimizer"])
+    if isinstance(configured, (list, tuple)):
+        return [optimizer for item in configured for optimizer in _flatten(item)]
+    return []
+
+
+def _wide_console() -> Console:
+    """A console in which the plan's table does not break, also where there is no terminal."""
+    console = Console()
+    return console if console.width >= 140 else Console(width=140)
+
+
+class MuECLI(LightningCLI):
+    """LightningCLI in subclass mode: configs choose model, data, optimizer, scheduler and callbacks by class path.
+
+    The optimizer is an ``OptimizerCallable`` of the model, built in ``configure_optimizers``: Lightning's automatic one is
+    built before FSDP2 replaces the parameters, and would then train nothing.
+    """
+
+    def __init__(self, args: Any = None, run: bool = True) -> None:
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            trainer_class=MuETrainer,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            parser_kwargs={"prog": "lightning-mue"},
+            args=args,
+            run=run,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's commands and ``explain``."""
+        return {**LightningCLI.subcommands(), "explain": {"model", "datamodule"}}
+
+    def instantiate_classes(self) -> None:
+        """Makes model, data and trainer; for ``explain`` without memory for the weights."""
+        with torch.device("meta") if self.subcommand == "explain" else nullcontext():
+            super().instantiate_classes()
+
+    def after_fit(self) -> None:
+        """Ends a training with a summary."""
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            summarize(self.trainer, self.model, self.datamodule)
+
+
+def summarize(trainer: Trainer, model: LightningModule, datamodule: LightningDataModule | None) -> None:
+    """Prints what a person wants to know after a training.
+
+    Args:
+        trainer: The trainer after fit.
+        model: The trained module.
+        datamodule: Its data, from which the prompt of the text sample is taken.
+    """
+    console = _wide_console()
+    callback = next((c for c in trainer.callbacks if isinstance(c, MuECallback)), None)  # type: ignore[attr-defined]
+    if callback is not None and callback.plan is not None:
+        console.print(callback.plan)
+    metrics = trainer.callback_metrics
+    lines = [f"{name}: {float(metrics[name]):.4f}" for name in ("val/bits_per_byte", "val/loss") if name in metrics]
+    lines.append(f"steps: {trainer.global_step}")
+    checkpoint = trainer.checkpoint_callback
+    best = getattr(checkpoint, "best_model_path", "")
+    if best:
+        lines.append(f"checkpoint: {_relative(best)}")
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            lines.append(f"logs: {_relative(logger.log_dir)}")
+            lines.append(f"look at them: tensorboard --logdir {_relative(logger.root_dir)}")
+            lines.append("  (page CUSTOM SCALARS: is the run healthy; page TEXT: the parameterization)")
+    console.print(Panel(Text("\n".join(lines)), title="lightning-mue", title_align="left"))
+    sample = _sample(model, datamodule)
+    if sample is not None:
+        prompt, continuation = sample
+        console.print(Panel(Text.assemble((prompt, "dim"), continuation), title="text sample", title_align="left"))
+
+
+def _sample(model: LightningModule, datamodule: LightningDataModule | None) -> tuple[str, str] | None:
+    """(prompt from the validation data, the model's continuation), for models of bytes that can generate."""
+    if datamodule is None or not hasattr(model, "generate") or getattr(model, "vocab_size", None) != 256:
+        return None
+    batch = next(iter(datamodule.val_dataloader()), None)
+    if batch is None:
+        return None
+    prompt = batch["tokens"][0, :96].to(model.device)
+    tokens = model.generate(prompt, 240, temperature=0.7, seed=0).tolist()
+    decode = lambda ids: bytes(ids).decode(errors="replace")  # noqa: E731
+    return decode(tokens[: len(prompt)]), decode(tokens[len(prompt) :])
+
+
+def _relative(path: str | Path) -> str:
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of ``lightning-mue``.
+
+    A mistake in the input is told in one paragraph, without a traceback; set LIGHTNING_MUE_TRACEBACK=1 to see it.
+    """
+    try:
+        MuECLI(args)
+    except (ValueError, TypeError, OSError) as error:
+        if os.environ.get("LIGHTNING_MUE_TRACEBACK") or not _is_ours(error):
+            raise
+        print(f"lightning-mue: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _is_ours(error: BaseException) -> bool:
+    """True if the error was raised by a check of this package, so that its message says it all."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    raised_in = Path(traceback.tb_frame.f_code.co_filename) if traceback is not None else Path()
+    return Path(__file__).parent in raised_in.parents
+
+
+if __name__ == "__main__":
+    main()

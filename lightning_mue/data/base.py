@@ -1,0 +1,198 @@
+"""What the language-modelling data modules share: arguments, loaders, the check of the vocabulary.
+
+Shape legend: N tokens in a split, B windows in one process's batch, S context length.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+import numpy as np
+from lightning.pytorch import LightningDataModule
+
+from lightning_mue.data.sampling import FixedLoader, StepLoader, validation_starts
+
+
+class Splits(NamedTuple):
+    """Tokens of a corpus, unsigned integers `[N]` each, usually memory-mapped."""
+
+    train: np.ndarray
+    val: np.ndarray
+
+
+class LanguageDataModule(LightningDataModule, ABC):
+    """Serves windows of a token stream as `{"tokens": int64 [B, S], "targets": int64 [B, S]}`.
+
+    Training batches are a pure function of (seed, step, rank), so a run resumed from any checkpoint sees exactly the
+    batches that it would have seen. Test and predict use the validation windows.
+
+    Args:
+        context_length: Inputs in a window, S.
+        batch_size: Windows in the micro-batch of one process, B.
+        val_fraction: Part of the corpus kept for validation, in (0, 1).
+        val_batches: Validation batches per process at most, spread evenly over the split; None for all.
+        seed: Data seed, 0 or more.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of its range.
+    """
+
+    def __init__(
+        self, *, context_length: int, batch_size: int, val_fraction: float, val_batches: int | None, seed: int
+    ) -> None:
+        super().__init__()
+        self.context_length = require_int("context_length", context_length, minimum=1)
+        self.batch_size = require_int("batch_size", batch_size, minimum=1)
+        self.val_batches = None if val_batches is None else require_int("val_batches", val_batches, minimum=1)
+        self.seed = require_int("seed", seed, minimum=0)
+        self.val_fraction = require_fraction("val_fraction", val_fraction)
+        self._splits: Splits | None = None
+
+    @abstractmethod
+    def load_splits(self) -> Splits:
+        """Maps the tokens of both splits; called by `setup` in every process."""
+
+    @abstractmethod
+    def largest_token(self) -> tuple[int, str]:
+        """Returns the largest token id that a batch can hold, and where it was found."""
+
+    @property
+    def vocab_size(self) -> int:
+        """The smallest vocabulary that covers the data."""
+        return self.largest_token()[0] + 1
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens in one micro-batch over all data-parallel processes: B * S * world size."""
+        return self.batch_size * self.context_length * self._data_parallel()[1]
+
+    def setup(self, stage: str | None = None) -> None:
+        """Maps the tokens and checks them against the model.
+
+        Raises:
+            ValueError: A split is smaller than one window, or holds an id that the model has no embedding for.
+        """
+        splits = self.load_splits()
+        needed = self.context_length + 1
+        for name, tokens_N in zip(Splits._fields, splits, strict=True):
+            if len(tokens_N) < needed:
+                raise ValueError(
+                    f"The corpus {self.describe()} is too small: its {name} split holds {len(tokens_N)} tokens (train "
+                    f"{len(splits.train)}, val {len(splits.val)}), but one window of context_length="
+                    f"{self.context_length} takes {needed}: use a larger corpus, a smaller context_length, or another "
+                    "val_fraction."
+                )
+        self._check_vocabulary()
+        self._splits = splits
+
+    def train_dataloader(self) -> StepLoader | FixedLoader:
+        """Random windows; fixed ones under `Trainer(overfit_batches=...)`, which wants the same every epoch."""
+        if getattr(self.trainer, "overfit_batches", 0):
+            return self._fixed_loader(self._mapped().train, None)
+        rank, world_size = self._data_parallel()
+        return StepLoader(
+            self._mapped().train,
+            context_length=self.context_length,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            rank=rank,
+            world_size=world_size,
+            step=self._batches_trained(),
+            in_flight=self._batches_in_flight,
+        )
+
+    def val_dataloader(self) -> FixedLoader:
+        """Fixed windows of the validation split, the same number on every rank."""
+        return self._fixed_loader(self._mapped().val, self.val_batches)
+
+    def test_dataloader(self) -> FixedLoader:
+        """The validation windows."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> FixedLoader:
+        """The validation windows."""
+        return self.val_dataloader()
+
+    def describe(self) -> str:
+        """Names the corpus in messages."""
+        return type(self).__name__
+
+    def _fixed_loader(self, tokens_N: np.ndarray, max_batches: int | None) -> FixedLoader:
+        rank, world_size = self._data_parallel()
+        starts_MB = validation_starts(
+            len(tokens_N),
+            context_length=self.context_length,
+            batch_size=self.batch_size,
+            rank=rank,
+            world_size=world_size,
+            max_batches=max_batches,
+        )
+        return FixedLoader(tokens_N, starts_MB, self.context_length)
+
+    def _mapped(self) -> Splits:
+        if self._splits is None:
+            raise RuntimeError(
+                f"{type(self).__name__} has no data yet: call prepare_data() and setup() before asking for a "
+                "dataloader (a Trainer does so itself)."
+            )
+        return self._splits
+
+    def _data_parallel(self) -> tuple[int, int]:
+        """Rank and world size over which batches differ; tensor-parallel processes share a rank."""
+        kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        return (kwargs["rank"], max(1, kwargs["num_replicas"])) if kwargs else (0, 1)
+
+    def _batches_trained(self) -> int:
+        # Lightning restores the state of a loader only when it resumes within an epoch, or with max_steps; its count of
+        # batches is right at an epoch's end too, in a second fit, and after reload_dataloaders_every_n_epochs.
+        progress = self._batch_progress()
+        return progress.total.processed if progress is not None else 0
+
+    def _batches_in_flight(self) -> int:
+        progress = self._batch_progress()
+        return progress.current.started - progress.current.processed if progress is not None else 0
+
+    def _batch_progress(self) -> Any:
+        return self.trainer.fit_loop.epoch_loop.batch_progress if self.trainer is not None else None
+
+    def _check_vocabulary(self) -> None:
+        model = getattr(self.trainer, "lightning_module", None)
+        model_vocab_size = getattr(model, "vocab_size", None)
+        if not isinstance(model_vocab_size, int):
+            return
+        largest, where = self.largest_token()
+        if largest >= model_vocab_size:
+            raise ValueError(
+                f"{where} holds token id {largest}, but {type(model).__name__}.vocab_size is {model_vocab_size}: set "
+                f"the model's vocab_size to {largest + 1} or more, or use data made with the model's tokenizer."
+            )
+
+
+def require_int(name: str, value: object, *, minimum: int) -> int:
+    """Returns `value` if it is an integer of at least `minimum`.
+
+    Raises:
+        TypeError: Not an integer.
+        ValueError: Below the minimum.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} must be an integer, {minimum} or more, but it is {value!r} ({type(value).__name__}).")
+    if value < minimum:
+        raise ValueError(f"{name} must be {minimum} or more, but it is {value}.")
+    return int(value)
+
+
+def require_fraction(name: str, value: object) -> float:
+    """Returns `value` if it lies strictly between 0 and 1.
+
+    Raises:
+        TypeError: Not a number.
+        ValueError: Not in (0, 1).
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating)):
+        raise TypeError(f"{name} must be a number between 0 and 1, but it is {value!r} ({type(value).__name__}).")
+    if not 0 < value < 1:
+        raise ValueError(f"{name} must lie strictly between 0 and 1, but it is {value}: 0.05 keeps one part in twenty.")
+    return float(value)

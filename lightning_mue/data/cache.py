@@ -1,0 +1,161 @@
+"""The bytes of a corpus on disk, with a manifest that tells whether they may still be used."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+SPLITS = ("train", "val")
+CACHE_TAG = "CACHEDIR.TAG"
+
+_FORMAT = 1
+# By this line backup tools know a cache, too.
+_CACHE_SIGNATURE = b"Signature: 8a477f597d28d172789f06886806bc55"
+_TEMPORARY_PREFIX = ".tmp-"
+_STALE_SECONDS = 3600.0
+
+
+def default_cache_dir() -> Path:
+    """Returns $LIGHTNING_MUE_CACHE, else $XDG_CACHE_HOME/lightning_mue, else ~/.cache/lightning_mue."""
+    if own := os.environ.get("LIGHTNING_MUE_CACHE"):
+        return Path(own).expanduser()
+    # The XDG specification says to ignore a relative path.
+    xdg = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(xdg) if os.path.isabs(xdg) else Path.home() / ".cache") / "lightning_mue"
+
+
+class ByteCache:
+    """The train and val splits of one corpus as raw uint8 files, and `manifest.json`, in a folder of their own.
+
+    Every file is written under a temporary name, flushed to disk and moved into place, the manifest last, so an
+    interrupted build leaves no manifest that describes it. Processes that build the same corpus at once write the same
+    bytes, so it does not matter whose file wins.
+
+    Args:
+        folder: Where the files lie; made when needed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def is_valid(self, corpus: Mapping[str, Any]) -> bool:
+        """Tells whether the cache holds this very corpus, undamaged (size and SHA-256 of every split).
+
+        Args:
+            corpus: What the bytes were made from, of JSON types.
+        """
+        manifest = self._manifest()
+        if manifest is None or manifest["corpus"] != _as_json(corpus):
+            return False
+        return all(
+            self._has_size(split, entry) and _sha256(self._path(split)) == entry["sha256"]
+            for split, entry in manifest["splits"].items()
+        )
+
+    def write(self, corpus: Mapping[str, Any], splits: Mapping[str, Iterable[bytes]]) -> None:
+        """Builds the cache, replacing whatever is there.
+
+        Args:
+            corpus: What the bytes are made from, of JSON types.
+            splits: The pieces of "train" and of "val".
+
+        Raises:
+            OSError: The folder cannot be written.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / CACHE_TAG).write_bytes(_CACHE_SIGNATURE)
+        self._remove_stale()
+        entries = {split: self._write_split(split, splits[split]) for split in SPLITS}
+        manifest = {"format": _FORMAT, "corpus": corpus, "splits": entries}
+        with self._replacing(self.folder / "manifest.json") as file:
+            file.write(json.dumps(manifest, indent=1).encode())
+
+    def open(self, split: str) -> np.ndarray:
+        """Maps a split, uint8 `[N]`, read-only.
+
+        Raises:
+            FileNotFoundError: There is no usable cache; sizes are checked here, contents by `is_valid`.
+        """
+        manifest = self._manifest()
+        if manifest is None or not self._has_size(split, manifest["splits"][split]):
+            raise FileNotFoundError(
+                f"No complete cache of the corpus in {str(self.folder)!r}: call prepare_data() first. With more than "
+                "one node, either each has a cache folder of its own or all share one."
+            )
+        # An empty file cannot be mapped.
+        path = self._path(split)
+        return np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
+
+    def _manifest(self) -> dict[str, Any] | None:
+        try:
+            manifest = json.loads((self.folder / "manifest.json").read_bytes())
+            if manifest["format"] != _FORMAT:
+                return None
+            entries = {split: manifest["splits"][split] for split in SPLITS}
+            for entry in entries.values():
+                _ = int(entry["bytes"]), str(entry["sha256"])
+            return {"corpus": manifest["corpus"], "splits": entries}
+        except (OSError, ValueError, KeyError, TypeError):
+            # Missing, torn, or somebody else's file: all mean that there is no cache.
+            return None
+
+    def _has_size(self, split: str, entry: Mapping[str, Any]) -> bool:
+        try:
+            return self._path(split).stat().st_size == int(entry["bytes"])
+        except OSError:
+            return False
+
+    def _write_split(self, split: str, pieces: Iterable[bytes]) -> dict[str, Any]:
+        digest, size = hashlib.sha256(), 0
+        with self._replacing(self._path(split)) as file:
+            for piece in pieces:
+                file.write(piece)
+                digest.update(piece)
+                size += len(piece)
+        return {"bytes": size, "sha256": digest.hexdigest()}
+
+    @contextlib.contextmanager
+    def _replacing(self, path: Path) -> Iterator[IO[bytes]]:
+        """Opens a temporary file that takes the place of `path` once it is safely on disk."""
+        with tempfile.NamedTemporaryFile(dir=self.folder, prefix=_TEMPORARY_PREFIX, delete=False) as file:
+            try:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                file.close()
+                os.replace(file.name, path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(file.name)
+                raise
+
+    def _remove_stale(self) -> None:
+        """Removes what killed builds left behind; a young file may be another process's build."""
+        for path in self.folder.glob(f"{_TEMPORARY_PREFIX}*"):
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                    path.unlink()
+
+    def _path(self, split: str) -> Path:
+        return self.folder / f"{split}.bin"
+
+
+def _as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

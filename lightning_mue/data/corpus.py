@@ -1,0 +1,157 @@
+"""Which files make up a text corpus, and how their bytes are split into training and validation."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import os
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning_mue.data.cache import CACHE_TAG
+
+# Between documents: it never occurs in text, so a model can tell where one ends. Its id is 0.
+SEPARATOR = b"\0"
+
+_CHUNK_BYTES = 1 << 20
+_SKIPPED_FOLDERS = frozenset({"__pycache__", "site-packages", "dist-packages"})
+_STDLIB_SKIPPED_FOLDERS = _SKIPPED_FOLDERS | {"test", "tests", "idle_test"}
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of a corpus, as it was when it was listed.
+
+    Attributes:
+        name: Path relative to the corpus folder, with forward slashes.
+        size: Bytes.
+        mtime_ns: Time of the last change, nanoseconds since 1970.
+    """
+
+    name: str
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class TextCorpus:
+    """A text file, or the files of a folder whose name matches a pattern, read as bytes.
+
+    Folders are searched to any depth. Left out are hidden files and folders, `__pycache__`, installed packages, and
+    folders tagged as caches (https://bford.info/cachedir), so that a corpus never takes in its own cache.
+
+    Attributes:
+        root: Folder, or the one file.
+        pattern: Shell-style pattern of file names; unused for a single file.
+        skipped: Names of folders to leave out.
+    """
+
+    root: Path
+    pattern: str = "*"
+    skipped: frozenset[str] = _SKIPPED_FOLDERS
+
+    @classmethod
+    def standard_library(cls, pattern: str = "*.py") -> TextCorpus:
+        """Returns the running Python's own library without its tests: about 12 MB that need no download."""
+        return cls(Path(sysconfig.get_path("stdlib")), pattern, _STDLIB_SKIPPED_FOLDERS)
+
+    def files(self) -> list[SourceFile]:
+        """Lists the corpus, sorted by name.
+
+        Raises:
+            FileNotFoundError: The path does not exist.
+            ValueError: It holds no bytes.
+        """
+        if not self.root.exists():
+            raise FileNotFoundError(
+                f"path={str(self.root)!r} does not exist: give a text file, a folder of text files, or leave path out "
+                "to use the source of Python's standard library."
+            )
+        paths = [self.root] if self.root.is_file() else sorted(self._walk(), key=self._name)
+        files = [SourceFile(self._name(path), *_size_and_mtime(path)) for path in paths]
+        if not sum(file.size for file in files):
+            raise ValueError(
+                f"The corpus at path={str(self.root)!r} is empty: {len(files)} files match pattern={self.pattern!r}, "
+                "with no bytes in them. Name a folder with text in it, or another pattern."
+            )
+        return files
+
+    def split(self, files: list[SourceFile], val_fraction: float) -> dict[str, Iterator[bytes]]:
+        """Returns the bytes of both splits, in pieces.
+
+        A folder is split by file: a file goes to validation when a hash of its name falls below `val_fraction`, so
+        that adding files moves no other. A single file is split by position, its end being validation.
+
+        Args:
+            files: What `files()` returned.
+            val_fraction: Part kept for validation, in (0, 1).
+
+        Returns:
+            "train" and "val", each an iterator of bytes, which raises ValueError at a file that cannot be read.
+        """
+        if self.root.is_file():
+            boundary = files[0].size - round(files[0].size * val_fraction)
+            return {"train": _read(self.root, 0, boundary), "val": _read(self.root, boundary, None)}
+        return {
+            "train": self._documents([file for file in files if not in_validation(file.name, val_fraction)]),
+            "val": self._documents([file for file in files if in_validation(file.name, val_fraction)]),
+        }
+
+    def _documents(self, files: list[SourceFile]) -> Iterator[bytes]:
+        for file in files:
+            yield from _read(self.root / file.name, 0, None)
+            yield SEPARATOR
+
+    def _walk(self) -> Iterator[Path]:
+        for folder, subfolders, names in os.walk(self.root, onerror=_raise):
+            if CACHE_TAG in names and Path(folder) != self.root:
+                subfolders.clear()
+                continue
+            subfolders[:] = [name for name in subfolders if name not in self.skipped and not name.startswith(".")]
+            for name in names:
+                path = Path(folder, name)
+                if not name.startswith(".") and fnmatch.fnmatchcase(name, self.pattern) and path.is_file():
+                    yield path
+
+    def _name(self, path: Path) -> str:
+        return path.name if path == self.root else path.relative_to(self.root).as_posix()
+
+
+def in_validation(name: str, val_fraction: float) -> bool:
+    """Tells whether a file belongs to validation: its name alone decides, on every machine alike.
+
+    >>> [in_validation(name, 0.5) for name in ("a.py", "b.py", "c.py", "d.py")]
+    [False, True, False, True]
+    """
+    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "big") < val_fraction * 2**64
+
+
+def _size_and_mtime(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _read(path: Path, start: int, stop: int | None) -> Iterator[bytes]:
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            while stop is None or start < stop:
+                piece = file.read(_CHUNK_BYTES if stop is None else min(_CHUNK_BYTES, stop - start))
+                if not piece:
+                    return
+                start += len(piece)
+                yield piece
+    except OSError as error:
+        # Not an OSError any more, so that whoever writes the bytes can tell it from a full disk.
+        raise ValueError(
+            f"The corpus file {str(path)!r} could not be read ({error}): make it readable, or leave it out by a "
+            "narrower pattern."
+        ) from error
+
+
+def _raise(error: OSError) -> None:
+    # os.walk leaves out a folder that it may not read unless told otherwise.
+    raise error

@@ -1,0 +1,107 @@
+"""Routing diagnostics: is the load balanced, and is the router decided?
+
+Shape legend: T tokens, E experts. A load or count vector [E] may carry leading dimensions [..., E]; each row is then
+measured by itself.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def max_violation(load: Tensor) -> Tensor:
+    """MaxVio: ``(max load - mean load) / mean load`` over the experts.
+
+    Zero for a uniform load, E - 1 when one expert takes everything (Wang et al., arXiv:2408.15664). The load must be
+    that of the whole batch: summed over ranks BEFORE this is computed, because the violation of a sum is not the mean
+    of the violations.
+
+    Args:
+        load: [..., E] tokens (or fractions of tokens) on each expert.
+
+    Returns:
+        Float32 [...]. NaN when the total load is zero.
+
+    Raises:
+        ValueError: If there are no experts.
+    """
+    load = _per_expert(load, "load")
+    mean = load.mean(dim=-1)
+    return (load.amax(dim=-1) - mean) / mean
+
+
+def load_max_fraction(counts: Tensor) -> Tensor:
+    """Share of all assignments that the busiest expert takes: 1/E when balanced, 1 when collapsed (with top-1).
+
+    Args:
+        counts: [..., E] assignments on each expert.
+
+    Returns:
+        Float32 [...]. NaN when nothing is assigned.
+
+    Raises:
+        ValueError: If there are no experts.
+    """
+    counts = _per_expert(counts, "counts")
+    return counts.amax(dim=-1) / counts.sum(dim=-1)
+
+
+def load_entropy(counts: Tensor) -> Tensor:
+    """Entropy of the mean load ``counts / sum(counts)``, in nats: ln(E) when balanced, 0 when one expert takes all.
+
+    Args:
+        counts: [..., E] assignments on each expert.
+
+    Returns:
+        Float32 [...]. NaN when nothing is assigned.
+
+    Raises:
+        ValueError: If there are no experts.
+    """
+    counts = _per_expert(counts, "counts")
+    return torch.special.entr(counts / counts.sum(dim=-1, keepdim=True)).sum(dim=-1)
+
+
+def dead_experts(counts: Tensor) -> Tensor:
+    """How many experts received nothing.
+
+    Args:
+        counts: [..., E] assignments on each expert.
+
+    Returns:
+        Int64 [...]: E when the batch is empty.
+
+    Raises:
+        ValueError: If there are no experts.
+    """
+    return (_per_expert(counts, "counts") == 0).sum(dim=-1)
+
+
+def router_entropy(logits: Tensor) -> Tensor:
+    """Mean over tokens of the entropy of softmax(logits) over the experts, in nats.
+
+    Near ln(E) the router does not tell tokens apart; near 0 it is certain. Read it beside `load_entropy`: a healthy
+    router is decided for each token (low here) yet balanced over tokens (high there). A sigmoid router is measured
+    through the same softmax, so that curves of different routers compare.
+
+    Args:
+        logits: [..., E] router logits, before any balance bias.
+
+    Returns:
+        Float32 scalar. NaN when there are no tokens.
+
+    Raises:
+        ValueError: If there are no experts.
+    """
+    logits = _per_expert(logits, "logits")
+    return torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1).mean()
+
+
+def _per_expert(x: Tensor, name: str) -> Tensor:
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(
+            f"{name} has shape {list(x.shape)}, but its last dimension must hold at least one expert. Pass one number "
+            "for each expert, zeros included."
+        )
+    return x.float()

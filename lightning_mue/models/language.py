@@ -1,0 +1,354 @@
+"""MoELanguageModel: a decoder-only language model, dense or Mixture-of-Experts, as a LightningModule.
+
+Shape legend: B batch, S sequence, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from lightning_mue.moe import LossFreeBalance, MoELayer, SwiGLU
+from lightning_mue.parameterizations.modules import tag_roles
+from lightning_mue.parameterizations.multipliers import read_multipliers, set_multipliers
+from lightning_mue.models.transformer import Attention, Block, RotaryEmbedding, Transformer
+
+Batch = dict[str, Tensor]
+
+
+def _default_optimizer(params: Iterable[Any]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
+
+
+class MoELanguageModel(LightningModule):
+    """Pre-norm transformer language model: RMSNorm, RoPE, QK-norm, grouped-query attention, SwiGLU or MoE.
+
+    Batches are dicts ``{"tokens": int64 [B, S], "targets": int64 [B, S]}``. Logs ``train/loss`` (nats per token, the
+    auxiliary losses not in it), ``train/bits_per_byte``, ``train/tokens_per_second`` and the same for ``val``.
+
+    Args:
+        vocab_size: Vocabulary V; 256 for bytes.
+        context_length: Longest sequence.
+        width: Residual width d.
+        depth: Number of blocks L.
+        n_heads: Query heads.
+        n_kv_heads: Key/value heads (grouped-query attention); ``None``: as many as query heads.
+        head_dim: Head dimension; ``None``: ``width / n_heads``.
+        qk_norm: Normalize queries and keys per head.
+        ffn_width: Hidden width of a dense FFN; ``None``: 8/3 width, rounded up to a multiple of 16.
+        n_experts: Routed experts per MoE block; 0 makes every block dense.
+        top_k: Experts active per token.
+        expert_width: Hidden width of one expert; ``None``: ``ffn_width / top_k``, so that the active width is the dense one's.
+        shared_width: Hidden width of an expert that sees every token; 0 for none.
+        moe_every: Every how manieth block is an MoE block (the last one of each group).
+        scoring: Router: ``softmax-topk``, ``topk-softmax``, ``sigmoid``, ``sigmoid-normalized``.
+        gate: ``linear`` or ``sqrt`` (HyperP's SqrtGate).
+        route_scale: Factor on the routed sum.
+        balance: ``none``, ``switch`` (auxiliary loss) or ``bias`` (loss-free).
+        aux_loss_coef: Weight of the switch loss.
+        z_loss_coef: Weight of the router z-loss.
+        bias_update_rate: Step of the loss-free balance bias.
+        tie_embeddings: Share embedding and unembedding.
+        init_std: Standard deviation of matrices; ``None``: ``fan_in^-1/2`` of each.
+        embedding_std: Standard deviation of the embedding.
+        unembedding_std: Standard deviation of an untied unembedding.
+        residual_multiplier: Factor on every residual branch.
+        attention_multiplier: Scale of the attention logits; ``None``: ``head_dim^-1/2``.
+        ffn_multiplier: Factor on the output of every FFN or MoE.
+        output_multiplier: Factor on the logits.
+        rope_base: Base of the rotary wavelengths.
+        bytes_per_token: Mean bytes a token stands for, to report bits per byte.
+        optimizer: From parameters to an optimizer.
+        scheduler: From an optimizer to a scheduler, stepped every optimizer step; one whose ``total_steps`` is ``None`` is
+            told the trainer's number of steps.
+
+    Raises:
+        ValueError: For sizes that do not fit, naming the argument.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int = 256,
+        context_length: int = 256,
+        width: int = 128,
+        depth: int = 4,
+        n_heads: int = 4,
+        n_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        qk_norm: bool = True,
+        ffn_width: int | None = None,
+        n_experts: int = 0,
+        top_k: int = 2,
+        expert_width: int | None = None,
+        shared_width: int = 0,
+        moe_every: int = 1,
+        scoring: str = "topk-softmax",
+        gate: str = "linear",
+        route_scale: float = 1.0,
+        balance: str = "switch",
+        aux_loss_coef: float = 0.01,
+        z_loss_coef: float = 0.0,
+        bias_update_rate: float = 0.001,
+        tie_embeddings: bool = False,
+        init_std: float | None = None,
+        embedding_std: float = 1.0,
+        unembedding_std: float = 0.02,
+        residual_multiplier: float = 1.0,
+        attention_multiplier: float | None = None,
+        ffn_multiplier: float = 1.0,
+        output_multiplier: float = 1.0,
+        rope_base: float = 10_000.0,
+        bytes_per_token: float = 1.0,
+        optimizer: OptimizerCallable = _default_optimizer,
+        scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["optimizer", "scheduler"])
+        self.optimizer, self.scheduler = optimizer, scheduler
+        self.vocab_size, self.context_length, self.bytes_per_token = vocab_size, context_length, bytes_per_token
+        n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
+        head_dim = self._head_dim(width, n_heads, n_kv_heads, head_dim)
+        for name in ("vocab_size", "context_length", "width", "depth", "moe_every"):
+            if self.hparams[name] < 1:
+                raise ValueError(f"{name}: found {self.hparams[name]}, expected at least 1.")
+        if n_experts < 0:
+            raise ValueError(f"n_experts: found {n_experts}, expected 0 (dense) or the number of routed experts.")
+        if n_experts and top_k > n_experts:
+            raise ValueError(f"top_k: found {top_k} with n_experts={n_experts}; a token cannot use more experts than exist.")
+        self.width, self.depth, self.head_dim = width, depth, head_dim
+        self.n_experts, self.top_k, self.shared_width = n_experts, top_k, shared_width
+        self.ffn_width = -(-8 * width // 48) * 16 if ffn_width is None else ffn_width
+        self.expert_width = max(1, self.ffn_width // top_k) if expert_width is None else expert_width
+        std = (lambda fan_in: fan_in**-0.5) if init_std is None else (lambda fan_in: init_std)
+        scale = head_dim**-0.5 if attention_multiplier is None else attention_multiplier
+
+        def ffn(layer: int) -> nn.Module:
+            if n_experts and (layer + 1) % moe_every == 0:
+                made: nn.Module = MoELayer(
+                    width,
+                    self.expert_width,
+                    n_experts,
+                    top_k,
+                    shared_width=shared_width,
+                    scoring=scoring,
+                    gate=gate,
+                    route_scale=route_scale,
+                    balance=balance,
+                    aux_loss_coef=aux_loss_coef,
+                    z_loss_coef=z_loss_coef,
+                    bias_update_rate=bias_update_rate,
+                    init_std=init_std,
+                )
+            else:
+                made = SwiGLU(width, self.ffn_width, init_std=init_std)
+            made.output_multiplier = ffn_multiplier  # type: ignore[assignment]
+            return made
+
+        def attention() -> Attention:
+            return Attention(
+                width, n_heads, n_kv_heads, head_dim, qk_norm=qk_norm, scale=scale, init_std=std(width)
+            )
+
+        self.transformer = Transformer(
+            vocab_size,
+            width,
+            [Block(width, attention(), ffn(layer), residual_multiplier) for layer in range(depth)],
+            RotaryEmbedding(head_dim, context_length, rope_base),
+            tie_embeddings=tie_embeddings,
+            embedding_std=unembedding_std if tie_embeddings else embedding_std,
+            unembedding_std=unembedding_std,
+            output_multiplier=output_multiplier,
+        )
+        tag_roles(self)
+        self._clock: tuple[float, int] | None = None
+
+    @staticmethod
+    def _head_dim(width: int, n_heads: int, n_kv_heads: int, head_dim: int | None) -> int:
+        if n_heads < 1 or n_kv_heads < 1 or n_heads % n_kv_heads:
+            raise ValueError(
+                f"n_kv_heads: found {n_kv_heads} with n_heads={n_heads}; every key/value head serves the same number of query "
+                "heads, so n_kv_heads must divide n_heads."
+            )
+        if head_dim is not None:
+            return head_dim
+        if width % n_heads:
+            raise ValueError(
+                f"n_heads: width={width} is not divisible by n_heads={n_heads}. Choose a divisor, or give head_dim."
+            )
+        return width // n_heads
+
+    def mue_axes(self) -> dict[str, float]:
+        """Sizes for the parameterization; a dense model is the MoE of one expert."""
+        moe = bool(self.n_experts)
+        return {
+            "width": self.width,
+            "depth": self.depth,
+            "ffn_width": self.ffn_width,
+            "expert_width": self.expert_width if moe else self.ffn_width,
+            "n_experts": self.n_experts if moe else 1,
+            "top_k": self.top_k if moe else 1,
+            "active_width": self.top_k * self.expert_width + self.shared_width if moe else self.ffn_width,
+            "head_dim": self.head_dim,
+        }
+
+    @property
+    def moe_layers(self) -> list[MoELayer]:
+        """The MoE layers, in order."""
+        return [module for module in self.modules() if isinstance(module, MoELayer)]
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        """Logits [B, S, V] for token ids [B, S] int64.
+
+        Raises:
+            ValueError: If S is longer than ``context_length``.
+        """
+        if tokens_BS.shape[-1] > self.context_length:
+            raise ValueError(
+                f"context_length: the model was built for {self.context_length} positions, the batch has {tokens_BS.shape[-1]}."
+            )
+        return self.transformer(tokens_BS)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean cross-entropy in nats per token, 0-dim float32, without auxiliary losses."""
+        logits_BSV = self(batch["tokens"])
+        return F.cross_entropy(logits_BSV.flatten(0, 1).float(), batch["targets"].flatten())
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One micro-batch; returns the loss with the auxiliary losses."""
+        loss = self.loss(batch)
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        self.log("train/bits_per_byte", self._bits_per_byte(loss.detach()), prog_bar=True)
+        auxiliary = [layer.aux_loss for layer in self.moe_layers]
+        return loss + sum(auxiliary) if auxiliary else loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Logs the throughput since the last logged step, over all ranks."""
+        now, tokens = time.perf_counter(), batch["tokens"].numel() * self.trainer.world_size
+        if self._clock is None:
+            self._clock = (now, 0)  # the first batch pays for warm-up: it is not counted
+            return
+        start, seen = self._clock
+        self._clock = (start, seen + tokens)
+        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
+            self.log("train/tokens_per_second", (seen + tokens) / (now - start), prog_bar=True)
+            self._clock = (now, 0)
+
+    def on_train_start(self) -> None:
+        """Starts the throughput's clock anew."""
+        self._clock = None
+
+    def on_validation_end(self) -> None:
+        """Leaves validation out of the throughput."""
+        self._clock = None
+
+    def _bits_per_byte(self, loss: Tensor) -> Tensor:
+        return loss / (math.log(2) * self.bytes_per_token)
+
+    def _evaluate(self, batch: Batch, stage: str) -> None:
+        loss, size = self.loss(batch), batch["tokens"].shape[0]
+        bits = self._bits_per_byte(loss)
+        values = {f"{stage}/loss": loss, f"{stage}/bits_per_byte": bits}
+        self.log_dict(values, prog_bar=stage == "val", sync_dist=True, batch_size=size)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Logs ``val/loss`` and ``val/bits_per_byte``."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Logs ``test/loss`` and ``test/bits_per_byte``."""
+        self._evaluate(batch, "test")
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Bits that the model needs for each target, [B, S] float32."""
+        logits_BSV = self(batch["tokens"]).float()
+        nats = F.cross_entropy(logits_BSV.flatten(0, 1), batch["targets"].flatten(), reduction="none")
+        return nats.view_as(batch["targets"]) / math.log(2)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt: Tensor | str,
+        max_new_tokens: int = 128,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        seed: int | None = None,
+    ) -> Tensor | str:
+        """Continues a prompt.
+
+        Args:
+            prompt: Token ids [S] or [B, S]; or text, for a model of bytes (``vocab_size`` 256).
+            max_new_tokens: Tokens to add.
+            temperature: Divides the logits; 0 takes the likeliest token.
+            top_k: Sample among the k likeliest tokens only.
+            seed: Seed of the sampling; ``None`` uses the global generator.
+
+        Returns:
+            Prompt and continuation, in the prompt's form.
+
+        Raises:
+            ValueError: For an empty prompt, or text where the vocabulary is not bytes.
+        """
+        if isinstance(prompt, str):
+            if self.vocab_size != 256:
+                raise ValueError(f"prompt: text needs a vocabulary of 256 bytes, this model has {self.vocab_size} tokens.")
+            ids = torch.tensor(list(prompt.encode()), dtype=torch.int64, device=self.device)
+            out = self.generate(ids, max_new_tokens, temperature=temperature, top_k=top_k, seed=seed)
+            assert isinstance(out, Tensor)
+            return bytes(out.tolist()).decode(errors="replace")
+        if prompt.shape[-1] == 0:
+            raise ValueError("prompt: it is empty, expected at least one token.")
+        generator = None if seed is None else torch.Generator(prompt.device).manual_seed(seed)
+        was_training = self.training
+        self.eval()
+        tokens = prompt if prompt.dim() == 2 else prompt[None]
+        for _ in range(max_new_tokens):
+            logits_BV = self(tokens[:, -self.context_length :])[:, -1].float()
+            tokens = torch.cat((tokens, _sample(logits_BV, temperature, top_k, generator)), dim=1)
+        self.train(was_training)
+        return tokens if prompt.dim() == 2 else tokens[0]
+
+    def configure_optimizers(self) -> Any:
+        """Builds the optimizer from named parameters, and the scheduler, stepped every optimizer step."""
+        optimizer = self.optimizer(list(self.named_parameters()))
+        if self.scheduler is None:
+            return optimizer
+        scheduler = self.scheduler(optimizer)
+        if getattr(scheduler, "total_steps", 0) is None:
+            scheduler.total_steps = self.trainer.estimated_stepping_batches
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_callbacks(self) -> list[Any]:
+        """Loss-free balancing needs its update after each optimizer step."""
+        return [LossFreeBalance()] if any(layer.balance == "bias" for layer in self.moe_layers) else []
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the forward multipliers with the weights: without them the weights are another function."""
+        checkpoint["mue_multipliers"] = read_multipliers(self)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes the forward multipliers back."""
+        set_multipliers(self, checkpoint.get("mue_multipliers", {}))
+
+
+def _sample(logits_BV: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
+    """One token a row, [B, 1]."""
+    if temperature == 0:
+        return logits_BV.argmax(dim=-1, keepdim=True)
+    logits_BV = logits_BV / temperature
+    if top_k is not None:
+        smallest = logits_BV.topk(min(top_k, logits_BV.shape[-1])).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < smallest, -torch.inf)
+    return torch.multinomial(logits_BV.softmax(dim=-1), 1, generator=generator)
+
+
+__all__ = ["MoELanguageModel"]
+

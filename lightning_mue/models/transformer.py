@@ -1,0 +1,215 @@
+"""A decoder-only transformer whose blocks are dense or Mixture-of-Experts, with every multiplier as an attribute.
+
+Shape legend: B batch, S sequence, T = B * S tokens, d width, N query heads, M key/value heads, k head dimension, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_mue.moe import SwiGLU
+from lightning_mue.parameterizations.roles import Role
+
+
+class RMSNorm(nn.RMSNorm):
+    """Root-mean-square normalization over the last dimension, with its role declared.
+
+    Args:
+        width: Size of the last dimension.
+        role: ``norm`` inside a block, ``qk_norm`` or ``final_norm``.
+    """
+
+    def __init__(self, width: int, role: Role = Role.NORM) -> None:
+        super().__init__(width, eps=1e-6)
+        self.mue_roles = {"weight": role}
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotary position embedding (Su et al., arXiv:2104.09864), halves rotated.
+
+    Args:
+        head_dim: Head dimension k, even.
+        context_length: Longest sequence.
+        base: Base of the wavelengths.
+    """
+
+    cos_Sk: Tensor
+    sin_Sk: Tensor
+
+    def __init__(self, head_dim: int, context_length: int, base: float = 10_000.0) -> None:
+        super().__init__()
+        if head_dim % 2:
+            raise ValueError(f"head_dim: found {head_dim}, expected an even number (rotary embedding turns pairs).")
+        frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+        angle = torch.arange(context_length, dtype=torch.float32)[:, None] * frequency
+        angle = torch.cat((angle, angle), dim=-1)
+        self.register_buffer("cos_Sk", angle.cos(), persistent=False)
+        self.register_buffer("sin_Sk", angle.sin(), persistent=False)
+
+    def forward(self, x_BNSk: Tensor) -> Tensor:
+        """Rotates ``x_BNSk`` by its positions; same shape and dtype."""
+        length = x_BNSk.shape[-2]
+        first, second = x_BNSk.chunk(2, dim=-1)
+        turned = torch.cat((-second, first), dim=-1)
+        cos, sin = self.cos_Sk[:length].to(x_BNSk.dtype), self.sin_Sk[:length].to(x_BNSk.dtype)
+        return x_BNSk * cos + turned * sin
+
+
+class AttentionCore(nn.Module):
+    """Causal scaled-dot-product attention as a module of its own, so that monitors can hook its queries and keys.
+
+    Args:
+        scale: Factor on the logits ``q . k``.
+    """
+
+    mue_attention_core = True
+    mue_multipliers: ClassVar[Mapping[str, str]] = {"attention": "scale"}
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, q_BNSk: Tensor, k_BMSk: Tensor, v_BMSk: Tensor) -> Tensor:
+        """Returns the attention output [B, N, S, k]."""
+        grouped = q_BNSk.shape[1] != k_BMSk.shape[1]
+        return F.scaled_dot_product_attention(
+            q_BNSk, k_BMSk, v_BMSk, is_causal=True, scale=self.scale, enable_gqa=grouped
+        )
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions, grouped queries and normalized queries and keys.
+
+    Args:
+        width: Residual width d.
+        n_heads: Query heads N.
+        n_kv_heads: Key/value heads M; divides ``n_heads``.
+        head_dim: Head dimension k.
+        qk_norm: Normalize queries and keys per head (RMSNorm).
+        scale: Factor on the logits.
+        init_std: Standard deviation of the weights.
+    """
+
+    mue_branch = "attention"
+    mue_roles: ClassVar[Mapping[str, Role]] = dict.fromkeys(("w_q", "w_k", "w_v", "w_o"), Role.HIDDEN)
+
+    def __init__(
+        self, width: int, n_heads: int, n_kv_heads: int, head_dim: int, *, qk_norm: bool, scale: float, init_std: float
+    ) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.w_q = nn.Parameter(torch.randn(n_heads * head_dim, width) * init_std)
+        self.w_k = nn.Parameter(torch.randn(n_kv_heads * head_dim, width) * init_std)
+        self.w_v = nn.Parameter(torch.randn(n_kv_heads * head_dim, width) * init_std)
+        self.w_o = nn.Parameter(torch.randn(width, n_heads * head_dim) * init_std)
+        self.q_norm = RMSNorm(head_dim, Role.QK_NORM) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(head_dim, Role.QK_NORM) if qk_norm else nn.Identity()
+        self.core = AttentionCore(scale)
+
+    def forward(self, x_BSd: Tensor, rotary: Callable[[Tensor], Tensor]) -> Tensor:
+        """Attends over the sequence; same shape."""
+        q_BNSk, k_BMSk, v_BMSk = (
+            F.linear(x_BSd, w).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for w in (self.w_q, self.w_k, self.w_v)
+        )
+        y_BNSk = self.core(rotary(self.q_norm(q_BNSk)), rotary(self.k_norm(k_BMSk)), v_BMSk)
+        return F.linear(y_BNSk.transpose(1, 2).flatten(-2), self.w_o)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: ``x + m * attention(norm(x))``, then ``x + m * ffn(norm(x))``.
+
+    Args:
+        width: Residual width d.
+        attention: The attention branch.
+        ffn: The FFN branch: ``SwiGLU`` or ``MoELayer``.
+        residual_multiplier: Factor m on both branches.
+    """
+
+    mue_multipliers: ClassVar[Mapping[str, str]] = {"residual": "residual_multiplier"}
+
+    def __init__(self, width: int, attention: Attention, ffn: nn.Module, residual_multiplier: float) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(width)
+        self.attention = attention
+        self.ffn_norm = RMSNorm(width)
+        self.ffn = ffn
+        self.residual_multiplier = residual_multiplier
+
+    def forward(self, x_BSd: Tensor, rotary: Callable[[Tensor], Tensor]) -> Tensor:
+        """Applies both branches; same shape."""
+        x_BSd = x_BSd + self.residual_multiplier * self.attention(self.attention_norm(x_BSd), rotary)
+        return x_BSd + self.residual_multiplier * self.ffn(self.ffn_norm(x_BSd))
+
+
+class Unembedding(nn.Module):
+    """Logits from the residual stream: ``output_multiplier * x W^T``.
+
+    Args:
+        weight: [V, d]; the embedding's own weight where they are tied.
+        output_multiplier: Factor on the logits.
+    """
+
+    mue_role_of_output = "lm_logits"
+    mue_roles: ClassVar[Mapping[str, Role]] = {"weight": Role.UNEMBEDDING}
+    mue_multipliers: ClassVar[Mapping[str, str]] = {"output": "output_multiplier"}
+
+    def __init__(self, weight: nn.Parameter, output_multiplier: float = 1.0) -> None:
+        super().__init__()
+        self.weight = weight
+        self.output_multiplier = output_multiplier
+
+    def forward(self, x_BSd: Tensor) -> Tensor:
+        """Returns logits [B, S, V]."""
+        return self.output_multiplier * F.linear(x_BSd, self.weight)
+
+
+class Transformer(nn.Module):
+    """Token ids -> logits.
+
+    Args:
+        vocab_size: Vocabulary V.
+        width: Residual width d.
+        blocks: The blocks in order.
+        rotary: Position embedding, shared by the blocks.
+        tie_embeddings: Use the embedding's weight as the unembedding.
+        embedding_std: Standard deviation of the embedding.
+        unembedding_std: Standard deviation of an untied unembedding.
+        output_multiplier: Factor on the logits.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        width: int,
+        blocks: list[Block],
+        rotary: RotaryEmbedding,
+        *,
+        tie_embeddings: bool,
+        embedding_std: float,
+        unembedding_std: float,
+        output_multiplier: float,
+    ) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, width)
+        nn.init.normal_(self.embedding.weight, std=embedding_std)
+        self.rotary = rotary
+        self.blocks = nn.ModuleList(blocks)
+        self.final_norm = RMSNorm(width, Role.FINAL_NORM)
+        weight = self.embedding.weight if tie_embeddings else nn.Parameter(torch.randn(vocab_size, width) * unembedding_std)
+        self.unembedding = Unembedding(weight, output_multiplier)
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        """Logits [B, S, V] for token ids [B, S] int64."""
+        x_BSd = self.embedding(tokens_BS)
+        for block in self.blocks:
+            x_BSd = block(x_BSd, self.rotary)
+        return self.unembedding(self.final_norm(x_BSd))
+
+
+__all__ = ["Attention", "AttentionCore", "Block", "RMSNorm", "RotaryEmbedding", "SwiGLU", "Transformer", "Unembedding"]

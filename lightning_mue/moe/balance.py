@@ -1,0 +1,129 @@
+"""Keeping the load even over experts: auxiliary losses, and the loss-free bias update.
+
+Shape legend: T tokens, E experts, K experts per token (top-k).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lightning_mue.moe.layer import MoELayer
+
+
+def switch_loss(logits_TE: Tensor, counts_E: Tensor, top_k: int) -> Tensor:
+    """``E * sum_i f_i P_i`` (Switch Transformer, arXiv:2101.03961, equation 4): 1 when the load is uniform.
+
+    f_i is the fraction of the T * K assignments that went to expert i, a constant of the gradient; P_i is the mean
+    over tokens of the softmax probability of i.
+
+    Args:
+        logits_TE: Router logits [T, E].
+        counts_E: Assignments of each expert, int64 [E], T * K in sum.
+        top_k: K.
+
+    Returns:
+        0-dim float32 with a graph to the logits; 0 for no tokens.
+    """
+    tokens, n_experts = logits_TE.shape
+    mean_probability_E = logits_TE.float().softmax(-1).sum(0) / max(tokens, 1)
+    fraction_E = counts_E / max(tokens * top_k, 1)
+    return n_experts * (fraction_E * mean_probability_E).sum()
+
+
+def router_z_loss(logits_TE: Tensor) -> Tensor:
+    """Mean over tokens of ``logsumexp(logits)^2`` (ST-MoE, arXiv:2202.08906, equation 5).
+
+    Args:
+        logits_TE: Router logits [T, E].
+
+    Returns:
+        0-dim float32 with a graph to the logits; 0 for no tokens.
+    """
+    return logits_TE.float().logsumexp(-1).square().sum() / max(len(logits_TE), 1)
+
+
+@torch.no_grad()
+def update_balance_bias(bias_E: Tensor, counts_E: Tensor, top_k: int, rate: float) -> None:
+    """In place ``b_i -= rate * (load_i - K / E)``, load_i = fraction of tokens on expert i (arXiv:2601.20205).
+
+    The updates sum to zero over experts. Without tokens it does nothing.
+
+    Args:
+        bias_E: float32 [E], changed in place.
+        counts_E: Assignments of each expert over the global batch, int64 [E], tokens * K in sum.
+        top_k: K.
+        rate: Step size eta_b.
+    """
+    tokens = counts_E.sum() / top_k
+    load_E = counts_E / tokens.clamp(min=1)
+    bias_E.sub_(torch.where(tokens > 0, rate * (load_E - top_k / len(counts_E)), 0.0))
+
+
+class LossFreeBalance(Callback):
+    """Update the balance bias of every `MoELayer` with ``balance="bias"`` after each optimizer step.
+
+    Counts add up over the micro-batches of a step and over ranks, with one collective a step for all layers together.
+    A layer that a micro-batch does not reach adds nothing; if it runs several times in one micro-batch, its last run
+    counts. Counts of an unfinished accumulation are saved, of the saving rank only.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[LossFreeBalance()], logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(self) -> None:
+        self._layers: dict[str, MoELayer] = {}
+        self._pending: dict[str, Tensor] = {}
+        self._step_before = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the layers; their names no longer change."""
+        from lightning_mue.moe.layer import MoELayer
+
+        self._layers = {
+            name: module
+            for name, module in pl_module.named_modules()
+            if isinstance(module, MoELayer) and module.balance == "bias"
+        }
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Forget earlier routings, so that a layer which this micro-batch skips is not counted twice."""
+        self._step_before = trainer.global_step
+        for layer in self._layers.values():
+            layer.last_routing = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Add this micro-batch's counts; if the optimizer stepped, update the biases."""
+        for name, layer in self._layers.items():
+            bias_E = layer.router.balance_bias
+            pending = self._pending.setdefault(name, torch.zeros_like(bias_E, dtype=torch.int64)).to(bias_E.device)
+            self._pending[name] = pending if layer.last_routing is None else pending + layer.last_routing.counts
+        if self._layers and trainer.global_step > self._step_before:
+            self._update(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let go of the model."""
+        self._layers = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts not yet applied, by layer name, as plain tensors."""
+        return {"pending": {name: counts.detach().cpu() for name, counts in self._pending.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the counts of an unfinished accumulation."""
+        self._pending = dict(state_dict["pending"])
+
+    def _update(self, trainer: Trainer) -> None:
+        counts = torch.cat([self._pending[name] for name in self._layers])
+        counts = trainer.strategy.reduce(counts, reduce_op="sum")
+        sizes = [layer.router.n_experts for layer in self._layers.values()]
+        for layer, counts_E in zip(self._layers.values(), counts.split(sizes), strict=True):
+            update_balance_bias(layer.router.balance_bias, counts_E, layer.router.top_k, layer.bias_update_rate)
+        self._pending.clear()

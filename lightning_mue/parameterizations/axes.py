@@ -1,0 +1,90 @@
+"""The sizes of a model, and the ratios between two of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Sizes along which a model scales (theory.md section 1). ``None``: unknown, its ratio counts as 1.
+
+    A dense model is the case ``n_experts = top_k = 1``, ``expert_width = active_width = ffn_width``.
+
+    Attributes:
+        width: Residual width d.
+        depth: Number of transformer blocks L.
+        ffn_width: Hidden width H of a dense FFN.
+        expert_width: Hidden width h of one routed expert.
+        n_experts: Number of routed experts E.
+        top_k: Routed experts active per token, a.
+        active_width: Active FFN width A: ``H``, or ``top_k * expert_width + shared width``.
+        head_dim: Attention head dimension k.
+        tokens: Training length T in tokens.
+        batch_tokens: Batch size B in tokens.
+    """
+
+    width: float | None = None
+    depth: float | None = None
+    ffn_width: float | None = None
+    expert_width: float | None = None
+    n_experts: float | None = None
+    top_k: float | None = None
+    active_width: float | None = None
+    head_dim: float | None = None
+    tokens: float | None = None
+    batch_tokens: float | None = None
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{f.name}: found {value!r}, expected a positive size.")
+
+    def changed(self, base: Axes) -> list[str]:
+        """Names of the axes that differ from the base's."""
+        pairs = ((name, size, getattr(base, name)) for name, size in asdict(self).items())
+        return [name for name, size, old in pairs if size is not None and old is not None and size != old]
+
+    def sizes(self) -> dict[str, float]:
+        """Symbol of the tables -> absolute size, for the known axes."""
+        symbols = {
+            "d": self.width,
+            "L": self.depth,
+            "H": self.ffn_width,
+            "h": self.expert_width,
+            "E": self.n_experts,
+            "a": self.top_k,
+            "A": self.active_width,
+            "k": self.head_dim,
+            "B": self.batch_tokens,
+            "T": self.tokens,
+        }
+        return {symbol: float(size) for symbol, size in symbols.items() if size is not None}
+
+    def ratios(self, base: Axes) -> dict[str, float]:
+        """Symbol of the tables -> ratio target/base. An axis that either side does not know counts as unchanged."""
+        mine, theirs = self.sizes(), base.sizes()
+        ratio = {s: mine[s] / theirs[s] if s in mine and s in theirs else 1.0 for s in "dLHhEaAkBT"}
+        ratio["S"] = math.sqrt(ratio["B"] / ratio["T"])
+        ratio["kappa"] = ratio["a"] / ratio["E"]
+        ratio["alpha_ffn"] = ratio["h"] / ratio["d"]
+        return ratio
+
+    def to_dict(self) -> dict[str, float]:
+        """The known sizes by name."""
+        return {name: size for name, size in asdict(self).items() if size is not None}
+
+
+def axes_of(module: Any, tokens: float | None = None, batch_tokens: float | None = None) -> Axes:
+    """Reads the sizes that a module declares through ``mue_axes()``; an undeclared module knows none.
+
+    Args:
+        module: A module, perhaps with a method ``mue_axes() -> Mapping[str, float]``.
+        tokens: Training length in tokens.
+        batch_tokens: Batch size in tokens.
+    """
+    declared = dict(module.mue_axes()) if callable(getattr(module, "mue_axes", None)) else {}
+    return Axes(**declared, tokens=tokens, batch_tokens=batch_tokens)

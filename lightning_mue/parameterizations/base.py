@@ -1,0 +1,95 @@
+"""Makes the base model: the small, tuned reference from which a plan scales."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from typing import Any, Union
+
+import torch
+from torch import nn
+
+#: Keyword overrides of the module's own hyperparameters, a module, or a factory of one.
+Base = Union[Mapping[str, Any], nn.Module, Callable[[], nn.Module]]
+
+#: Overrides that describe the base's run, not its module.
+RUN_KEYS = ("tokens", "batch_tokens")
+
+
+@contextmanager
+def _fixed_rng(seed: int = 0) -> Any:
+    """Runs on a fixed CPU seed and gives the global generators back as they were: making a base changes no run."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def build_base(model: nn.Module, base: Base, *, device: str | None = None) -> nn.Module:
+    """Makes the base instance.
+
+    Args:
+        model: The target module; overrides are applied to its ``hparams``.
+        base: Keyword overrides, a module (used as it is) or a factory.
+        device: ``"meta"`` for shapes only; ``None`` for real values on the CPU.
+
+    Returns:
+        The base module; its random values depend on nothing outside it.
+
+    Raises:
+        ValueError: For an override that the module's constructor does not take, or a module that cannot be rebuilt.
+    """
+    if isinstance(base, nn.Module):
+        return base
+    with _fixed_rng(), torch.device(device or "cpu"):
+        if callable(base):
+            made = base()
+        else:
+            made = _rebuild(model, {k: v for k, v in base.items() if k not in RUN_KEYS})
+    if not isinstance(made, nn.Module):
+        raise ValueError(f"base: the factory returned {type(made).__name__}, expected a torch.nn.Module.")
+    return made
+
+
+def _rebuild(model: nn.Module, overrides: Mapping[str, Any]) -> nn.Module:
+    cls = type(model)
+    hparams = copy.copy(dict(getattr(model, "hparams", {})))
+    instantiator = hparams.pop("_instantiator", None)
+    signature = inspect.signature(cls.__init__).parameters
+    accepted = [name for name in signature if name != "self"]
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.values())
+    for key in overrides:
+        if key not in accepted and not open_ended:
+            close = difflib.get_close_matches(key, accepted, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(
+                f"base.{key}: {cls.__name__} takes no argument {key!r}.{hint} It takes: {', '.join(accepted)}."
+            )
+    missing = [
+        name
+        for name, p in signature.items()
+        if name != "self"
+        and p.default is p.empty
+        and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        and name not in hparams
+        and name not in overrides
+    ]
+    if missing:
+        raise ValueError(
+            f"base: cannot rebuild {cls.__name__} with other sizes, because its argument(s) {', '.join(missing)} are not "
+            "known. Call self.save_hyperparameters() in its __init__, or give `base` as a module or a factory."
+        )
+    arguments = {**hparams, **overrides}
+    try:
+        if instantiator is not None:
+            # LightningCLI stores the parsed configuration (nested classes as dicts) and the function that reads it.
+            path, name = str(instantiator).rsplit(".", 1)
+            return getattr(importlib.import_module(path), name)(cls, arguments)
+        if not open_ended:
+            arguments = {key: value for key, value in arguments.items() if key in accepted}
+        return cls(**arguments)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"base: {cls.__name__} could not be built with {dict(overrides)}: {error}") from error
