@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -34,7 +34,7 @@ class _ZProbe(Probe):
 
 class _AttentionZProbe(_ZProbe):
     def measure(self, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
-        q, k = first_tensor(inputs[0]), first_tensor(inputs[1])
+        q, k = (first_tensor(x) for x in inputs[:2]) if len(inputs) > 1 else (None, None)  # else: passed by keyword
         if q is None or k is None:
             return None
         scale: Any = self.module.scale
@@ -45,13 +45,14 @@ class LogitsZMonitor(SampledMonitor):
     """Logs the Z-value, the mean of ``logsumexp(logits)^2``, of every kind of logits in the model.
 
     Metrics (the layer is the block's index, "03"): ``stability/z/lm_logits``; ``stability/z/attention/<layer>`` and
-    ``stability/z/router/<layer>``, each with ``_mean`` and ``_max`` over layers. Means are over the global batch.
+    ``stability/z/router/<layer>``, each with ``_mean`` and ``_max`` over layers. Means are over the global batch. A model
+    with several heads (multi-token prediction) logs ``stability/z/lm_logits/<head>`` for each.
 
     What is watched is found by attributes:
 
     - LM logits: the output of a module with ``mue_role_of_output = "lm_logits"``; else of the module whose ``mue_roles``
-      give one of its own parameters the role "unembedding"; else of an `nn.Linear` called ``lm_head``, ``head`` or
-      ``output``.
+      give one of its own parameters the role "unembedding"; else of the outermost `nn.Linear` called ``lm_head``,
+      ``head`` or ``output``.
     - attention: the inputs ``forward(q, k, v)`` of modules with ``mue_attention_core = True`` and a ``scale``; q is [B,
       Hq, S, k] and k is [B, Hkv, S, k]; causal.
     - routers: the ``logits`` [T, E] in the output (or the output itself) of modules with ``mue_router = True``.
@@ -71,7 +72,7 @@ class LogitsZMonitor(SampledMonitor):
     )
     category = "Stability"
     charts: ClassVar[Mapping[str, Sequence[str]]] = {
-        "Z-value": [r"stability/z/(lm_logits|(attention|router)_(mean|max))"],
+        "Z-value": [r"stability/z/(lm_logits.*|(attention|router)_(mean|max))"],
         "Z-value by layer": [r"stability/z/(attention|router)/.*"],
     }
 
@@ -84,7 +85,10 @@ class LogitsZMonitor(SampledMonitor):
 
     def find_probes(self, pl_module: LightningModule) -> list[Probe]:
         """Probe the LM head, the attention cores and the routers."""
-        probes: list[Probe] = [_ZProbe(module, "lm_logits") for module in self._lm_heads(pl_module)[:1]]
+        heads = self._lm_heads(pl_module)
+        labels = {name: f"lm_logits/{label}" for name, label in layer_labels(heads).items()}
+        labels = labels if len(heads) > 1 else dict.fromkeys(heads, "lm_logits")
+        probes: list[Probe] = [_ZProbe(head, labels[name]) for name, head in heads.items()]
         if self.attention:
             cores = find_modules(pl_module, lambda m: getattr(m, "mue_attention_core", False) is True)
             labels = layer_labels(cores)
@@ -98,33 +102,30 @@ class LogitsZMonitor(SampledMonitor):
         kinds = (over_layers(metrics, f"stability/z/{kind}", "mean", "max") for kind in ("attention", "router"))
         return {tag: value for kind in kinds for tag, value in kind.items()}
 
-    def _lm_heads(self, pl_module: LightningModule) -> list[nn.Module]:
-        if self.lm_logits is not None:
-            modules = find_modules(pl_module, lambda _: True)
-            if self.lm_logits not in modules:
-                raise ValueError(
-                    f"lm_logits is {self.lm_logits!r}, but {type(pl_module).__name__} has no module of that name. Pass "
-                    f"a name from named_modules(), such as one of {[name for name in modules if name][-8:]}."
-                )
-            return [modules[self.lm_logits]]
-        for rule in _LM_HEAD_RULES:
-            found = [module for name, module in find_modules(pl_module, lambda _: True).items() if rule(name, module)]
-            if found:
-                return found
-        return []
+    def _lm_heads(self, pl_module: LightningModule) -> dict[str, nn.Module]:
+        modules = find_modules(pl_module, lambda _: True)
+        if self.lm_logits is None:
+            return _infer_lm_heads(modules)
+        if self.lm_logits not in modules:
+            raise ValueError(
+                f"lm_logits is {self.lm_logits!r}, but {type(pl_module).__name__} has no module of that name. Pass a "
+                f"name from named_modules(), such as one of {[name for name in modules if name][-8:]}."
+            )
+        return {self.lm_logits: modules[self.lm_logits]}
 
 
-def _owns_unembedding(_: str, module: nn.Module) -> bool:
+def _infer_lm_heads(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    marked = {n: m for n, m in modules.items() if getattr(m, "mue_role_of_output", None) == "lm_logits"}
+    by_role = {n: m for n, m in modules.items() if _owns_unembedding(m)}
+    by_name = {n: m for n, m in modules.items() if isinstance(m, nn.Linear) and n.rpartition(".")[2] in _HEAD_NAMES}
+    outermost = min((name.count(".") for name in by_name), default=0)  # blocks may have an "output" of their own
+    return marked or by_role or {name: m for name, m in by_name.items() if name.count(".") == outermost}
+
+
+def _owns_unembedding(module: nn.Module) -> bool:
     roles = getattr(module, "mue_roles", None) or {}
     own = {name for name, _ in module.named_parameters(recurse=False)}
     return any(role == Role.UNEMBEDDING and name in own for name, role in roles.items())
-
-
-_LM_HEAD_RULES: tuple[Callable[[str, nn.Module], bool], ...] = (
-    lambda _, module: getattr(module, "mue_role_of_output", None) == "lm_logits",
-    _owns_unembedding,
-    lambda name, module: isinstance(module, nn.Linear) and name.rpartition(".")[2] in _HEAD_NAMES,
-)
 
 
 def _weighted(mean: Tensor, count: int) -> Tensor:

@@ -14,14 +14,12 @@ from torch.optim import Optimizer
 
 from lightning_mue.callbacks import layout
 from lightning_mue.parameterizations import Parameterization, ScaledStep, ScalingPlan, get_rule, initialize, plan
-from lightning_mue.parameterizations.apply import family_of
+from lightning_mue.parameterizations.apply import family_of, has_weights, keep_weights
 from lightning_mue.parameterizations.base import Base
 from lightning_mue.parameterizations.multipliers import set_multipliers
 from lightning_mue.parameterizations.render import as_markdown, headline
 
 _log = logging.getLogger(__name__)
-#: Set on a module once its initial weights come from a plan, so that a second fit keeps what was learned.
-_APPLIED = "_mue_applied"
 
 
 class MuECallback(Callback):
@@ -102,11 +100,11 @@ class MuECallback(Callback):
         self._detach()
         self.plan = self.make_plan(pl_module, trainer.optimizers)
         self._refuse_other_plan()
-        if self.initialize and trainer.ckpt_path is None and not getattr(pl_module, _APPLIED, False):
+        if self.initialize and trainer.ckpt_path is None and not has_weights(pl_module):
             initialize(pl_module, self.plan, seed=self.seed)
-        else:
+        else:  # restored, loaded, or trained before: the weights stay
             set_multipliers(pl_module, self.plan.multipliers)
-        setattr(pl_module, _APPLIED, True)
+        keep_weights(pl_module)
         if not self.plan.same_size:
             self._steps = [ScaledStep(optimizer, self.plan, pl_module) for optimizer in trainer.optimizers]
             layout.register(trainer, "Training", {"Effective learning rate by role": ["mue/lr/.*"]})

@@ -62,8 +62,7 @@ def find_modules(root: nn.Module, matches: Callable[[nn.Module], bool]) -> dict[
 
     Names are those of the bare model: the parts that `torch.compile`, activation checkpointing and FSDP insert are cut.
     """
-    found = {_WRAPPERS.sub("", name).lstrip("."): module for name, module in root.named_modules() if matches(module)}
-    return found
+    return {_WRAPPERS.sub("", name).lstrip("."): module for name, module in root.named_modules() if matches(module)}
 
 
 def layer_labels(names: Iterable[str]) -> dict[str, str]:

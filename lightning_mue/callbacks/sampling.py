@@ -4,7 +4,7 @@ A `SampledMonitor` finds `Probe`s when fitting begins. When a batch begins whose
 probe hooks its module; while the batch runs, it adds up a short float32 vector on the device; when the batch ends, the
 hooks go, the vectors of all probes are gathered over ranks in ONE collective, merged, turned into metrics and logged.
 
-The rules that shape this (lightning-mechanics.md rules 3, 5, 6, 7 and 8):
+What shapes this:
 
 - With gradient accumulation only the micro-batch that steps is sampled: the metrics describe one micro-batch on every
   rank.
@@ -14,8 +14,10 @@ The rules that shape this (lightning-mechanics.md rules 3, 5, 6, 7 and 8):
   checkpointing can monitor them.
 - They are logged at the zero-based index of the optimizer step (``trainer.global_step`` when the batch begins), which is
   where the Trainer puts the values of ``self.log`` for that step: a monitor and ``train/loss`` share their x axis.
-- Compiled modules run eagerly during a sampled step, because a hook added after compilation does not fire inside
-  compiled code, and one present at compilation would stay in it.
+- Compiled modules run their forward and backward eagerly in a sampled step, because a hook added after compilation
+  does not fire inside compiled code, and one present at compilation would stay in it.
+- A module that runs again in the backward pass (activation checkpointing) is measured twice, which changes no metric:
+  all of them are ratios or extremes.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_mue.callbacks import layout
@@ -62,7 +65,8 @@ class SampledMonitor(Callback, ABC):
         self.every_n_steps = every_n_steps
         self._probes: list[Probe] = []
         self._handles: list[RemovableHandle] = []
-        self._step: int | None = None
+        self._step = 0  # of the sampled batch
+        self._logged_step: int | None = None
         self._warned: set[str] = set()
 
     @abstractmethod
@@ -75,14 +79,14 @@ class SampledMonitor(Callback, ABC):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the modules, which all exist and are wrapped by now, and register the charts."""
-        self._probes, self._step = [], None
+        self._probes, self._logged_step = [], None
         if not self._period(trainer):
             return
         self._probes = self.find_probes(pl_module)
         if self._probes:
             layout.register(trainer, self.category, self.charts)
         else:
-            self._warn(f"found nothing to watch: it looks for {self.looks_for}. It will log nothing.")
+            self._warn("empty", f"found nothing to watch: it looks for {self.looks_for}. It will log nothing.")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the TensorBoard page, once for all callbacks."""
@@ -95,11 +99,17 @@ class SampledMonitor(Callback, ABC):
             return
         if any(_is_compiled(module) for module in pl_module.modules()):
             self._warn(
-                "runs compiled modules eagerly during a sampled step, because hooks do not fire in compiled code."
+                "compiled",
+                "runs compiled modules eagerly during a sampled step, because hooks do not fire in compiled code.",
             )
             _EAGER.hold(self)
         self._step = trainer.global_step
         self._handles = [probe.attach(pl_module.device) for probe in self._probes]
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Let compiled code run again: forward and backward are over, and the optimizer's own must stay compiled."""
+        if pl_module.automatic_optimization:
+            _EAGER.release(self)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -107,7 +117,7 @@ class SampledMonitor(Callback, ABC):
         """Remove the hooks of a sampled step, gather its statistics and log."""
         if not self._handles:
             return
-        step = self._step
+        self._logged_step = self._step
         self._detach()
         metrics = self._gather(trainer)
         metrics.update(self.summarize(metrics))
@@ -116,7 +126,7 @@ class SampledMonitor(Callback, ABC):
         values = torch.tensor(list(metrics.values()), device=trainer.strategy.root_device)
         trainer.callback_metrics.update(zip(metrics, values.unbind(), strict=True))
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=step)
+            logger.log_metrics(metrics, step=self._step)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove hooks left by a batch that did not end."""
@@ -143,7 +153,7 @@ class SampledMonitor(Callback, ABC):
         # Manual optimization may step several optimizers a batch, and global_step counts each of them.
         steps = trainer.global_step // max(1, len(trainer.optimizers))
         period = self._period(trainer)
-        is_new = trainer.global_step != self._step  # manual accumulation: several batches begin at one step
+        is_new = trainer.global_step != self._logged_step  # manual accumulation: several batches begin at one step
         return period > 0 and (steps + 1) % period == 0 and is_new and will_step(trainer, batch_idx)
 
     def _gather(self, trainer: Trainer) -> dict[str, float]:
@@ -152,13 +162,13 @@ class SampledMonitor(Callback, ABC):
         totals = [torch.zeros(p.size, device=device) if p.total is None else p.total.to(device) for p in self._probes]
         silent = [probe.label for probe in self._probes if probe.total is None]
         if silent:
-            self._warn(f"saw no suitable forward pass of {', '.join(silent)}: the module is not called in training.")
+            what = ", ".join(silent)
+            self._warn("silent", f"saw no forward pass of {what}, or none with an output that it can measure.")
         local_N = torch.cat(totals)
         ranks_RN = trainer.strategy.all_gather(local_N).reshape(-1, local_N.numel()).cpu().double()
         metrics: dict[str, float] = {}
         for probe, part_Rn in zip(self._probes, ranks_RN.split([p.size for p in self._probes], dim=1), strict=True):
             metrics.update(probe.metrics(reduce(probe.merge, part_Rn)))
-            probe.total = None
         return metrics
 
     def _detach(self) -> None:
@@ -167,9 +177,10 @@ class SampledMonitor(Callback, ABC):
         self._handles = []
         _EAGER.release(self)
 
-    def _warn(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
+    def _warn(self, topic: str, message: str) -> None:
+        """Warn once a topic."""
+        if topic not in self._warned:
+            self._warned.add(topic)
             rank_zero_warn(f"{type(self).__name__} {message}")
 
 

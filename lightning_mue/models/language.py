@@ -16,10 +16,11 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
+from lightning_mue.models.transformer import Attention, Block, RotaryEmbedding, Transformer
 from lightning_mue.moe import LossFreeBalance, MoELayer, SwiGLU
+from lightning_mue.parameterizations.apply import keep_weights
 from lightning_mue.parameterizations.modules import tag_roles
 from lightning_mue.parameterizations.multipliers import read_multipliers, set_multipliers
-from lightning_mue.models.transformer import Attention, Block, RotaryEmbedding, Transformer
 
 Batch = dict[str, Tensor]
 
@@ -122,7 +123,9 @@ class MoELanguageModel(LightningModule):
         if n_experts < 0:
             raise ValueError(f"n_experts: found {n_experts}, expected 0 (dense) or the number of routed experts.")
         if n_experts and top_k > n_experts:
-            raise ValueError(f"top_k: found {top_k} with n_experts={n_experts}; a token cannot use more experts than exist.")
+            raise ValueError(
+                f"top_k: found {top_k} with n_experts={n_experts}; a token cannot use more experts than exist."
+            )
         self.width, self.depth, self.head_dim = width, depth, head_dim
         self.n_experts, self.top_k, self.shared_width = n_experts, top_k, shared_width
         self.ffn_width = -(-8 * width // 48) * 16 if ffn_width is None else ffn_width
@@ -153,9 +156,7 @@ class MoELanguageModel(LightningModule):
             return made
 
         def attention() -> Attention:
-            return Attention(
-                width, n_heads, n_kv_heads, head_dim, qk_norm=qk_norm, scale=scale, init_std=std(width)
-            )
+            return Attention(width, n_heads, n_kv_heads, head_dim, qk_norm=qk_norm, scale=scale, init_std=std(width))
 
         self.transformer = Transformer(
             vocab_size,
@@ -299,7 +300,9 @@ class MoELanguageModel(LightningModule):
         """
         if isinstance(prompt, str):
             if self.vocab_size != 256:
-                raise ValueError(f"prompt: text needs a vocabulary of 256 bytes, this model has {self.vocab_size} tokens.")
+                raise ValueError(
+                    f"prompt: text needs a vocabulary of 256 bytes, this model has {self.vocab_size} tokens."
+                )
             ids = torch.tensor(list(prompt.encode()), dtype=torch.int64, device=self.device)
             out = self.generate(ids, max_new_tokens, temperature=temperature, top_k=top_k, seed=seed)
             assert isinstance(out, Tensor)
@@ -335,7 +338,8 @@ class MoELanguageModel(LightningModule):
         checkpoint["mue_multipliers"] = read_multipliers(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes the forward multipliers back."""
+        """Takes the forward multipliers back, and keeps a later fit from drawing the weights anew."""
+        keep_weights(self)
         set_multipliers(self, checkpoint.get("mue_multipliers", {}))
 
 
@@ -351,4 +355,3 @@ def _sample(logits_BV: Tensor, temperature: float, top_k: int | None, generator:
 
 
 __all__ = ["MoELanguageModel"]
-

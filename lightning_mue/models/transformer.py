@@ -201,7 +201,9 @@ class Transformer(nn.Module):
         self.rotary = rotary
         self.blocks = nn.ModuleList(blocks)
         self.final_norm = RMSNorm(width, Role.FINAL_NORM)
-        weight = self.embedding.weight if tie_embeddings else nn.Parameter(torch.randn(vocab_size, width) * unembedding_std)
+        weight = (
+            self.embedding.weight if tie_embeddings else nn.Parameter(torch.randn(vocab_size, width) * unembedding_std)
+        )
         self.unembedding = Unembedding(weight, output_multiplier)
 
     def forward(self, tokens_BS: Tensor) -> Tensor:

@@ -15,8 +15,9 @@ from threading import Barrier
 import torch
 
 _pools: dict[int, ThreadPoolExecutor] = {}
-# A forked child inherits the table but none of the threads: it must start its own.
-os.register_at_fork(after_in_child=_pools.clear)
+if hasattr(os, "register_at_fork"):  # absent on Windows, which does not fork
+    # A forked child inherits the table but none of the threads: it must start its own.
+    os.register_at_fork(after_in_child=_pools.clear)
 
 
 def _single_threaded(barrier: Barrier) -> None:

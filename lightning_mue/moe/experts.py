@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_mue.moe import _autocast
 from lightning_mue.moe._checks import require_non_negative, require_positive
 from lightning_mue.moe.dispatch import plan_dispatch
 from lightning_mue.moe.grouped import grouped_swiglu
@@ -68,10 +69,8 @@ class Experts(nn.Module):
         Raises:
             TypeError: x and the weights differ in dtype and autocast is off.
         """
-        dtype, device_type = x_Td.dtype, x_Td.device.type
-        if torch.is_autocast_enabled(device_type):
-            dtype = torch.get_autocast_dtype(device_type)
-        elif dtype != self.w_gate.dtype:
+        dtype = _autocast.compute_dtype(x_Td) or x_Td.dtype
+        if dtype != self.w_gate.dtype and _autocast.compute_dtype(x_Td) is None:
             raise TypeError(
                 f"x is {dtype}, but the experts' weights are {self.w_gate.dtype}. Convert one of them, or run under "
                 "torch.autocast (Lightning: Trainer(precision='bf16-mixed'))."
@@ -79,7 +78,7 @@ class Experts(nn.Module):
         plan = plan_dispatch(routing.expert_ids, routing.counts)
         weights = [w.to(dtype) for w in (self.w_gate, self.w_up, self.w_down)]
         gates_TK = routing.gates.to(torch.promote_types(dtype, torch.float32))
-        y_Td = grouped_swiglu(x_Td.to(dtype), gates_TK, *weights, plan.order, plan.inverse, routing.counts)[0]
+        y_Td: Tensor = grouped_swiglu(x_Td.to(dtype), gates_TK, *weights, plan.order, plan.inverse, routing.counts)[0]
         return y_Td.to(x_Td.dtype)
 
     def extra_repr(self) -> str:

@@ -105,7 +105,6 @@ class MoELayer(LightningModule):
         self.width, self.route_scale, self.output_multiplier = width, float(route_scale), 1.0
         self.balance, self.bias_update_rate = balance, bias_update_rate
         self.aux_loss_coef, self.z_loss_coef = (aux_loss_coef if balance == "switch" else 0.0), z_loss_coef
-        self.active_width = top_k * expert_width + shared_width
         self.last_routing: RoutingInfo | None = None
         self.aux_loss = torch.zeros(())
         self._make_optimizer = optimizer
@@ -124,13 +123,22 @@ class MoELayer(LightningModule):
         if self.router.gate == "sqrt" and self.shared is not None:
             scale *= math.sqrt(0.5)
         # Scaling the K gates of a token costs nothing beside scaling its d outputs.
-        scaled = RoutingInfo(routing.expert_ids, routing.gates * (scale * self.route_scale), routing.logits, routing.counts)
+        scaled = RoutingInfo(
+            routing.expert_ids, routing.gates * (scale * self.route_scale), routing.logits, routing.counts
+        )
         y_Td = self.experts(x_Td, scaled)
         if self.shared is not None:
             y_Td = (y_Td + scale * self.shared(x_Td)).to(x.dtype)
         self.aux_loss = self._auxiliary_loss(routing)
         self.last_routing = routing.detach()
-        return y_Td.view_as(x)
+        y: Tensor = y_Td.view_as(x)
+        return y
+
+    @property
+    def active_width(self) -> int:
+        """A, the FFN width that a token passes through: top_k * expert_width + shared_width."""
+        shared_width = 0 if self.shared is None else self.shared.hidden_width
+        return self.router.top_k * self.experts.expert_width + shared_width
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Mean squared error to the target, plus the auxiliary loss."""

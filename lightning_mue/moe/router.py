@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_mue.moe import _autocast
 from lightning_mue.moe._checks import require_choice, require_non_negative, require_positive
 from lightning_mue.parameterizations.roles import Role
 
@@ -119,7 +120,7 @@ class Router(nn.Module):
         Returns:
             The routing. `gates` and `logits` carry gradients.
         """
-        with torch.autocast(x_Td.device.type, enabled=False):
+        with _autocast.disabled(x_Td.device.type):
             logits_TE = F.linear(x_Td.float(), self.weight.float())
             expert_ids_TK = self._select(logits_TE.detach())
             log_gates_TK = self._log_gates(logits_TE, expert_ids_TK)
@@ -150,7 +151,7 @@ class Router(nn.Module):
     def _apply(self, fn: object, recurse: bool = True) -> Router:
         """Keep the bias in float32 when the module is cast: its updates (about 1e-3) vanish in bfloat16."""
         bias_E = self.balance_bias
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.balance_bias.dtype != torch.float32:
             self.balance_bias = bias_E.to(self.balance_bias.device)
         return self

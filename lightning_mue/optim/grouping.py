@@ -192,3 +192,29 @@ def warn_of_guesses(groups: Iterable[Mapping[str, Any]]) -> None:
             "an output head does not belong. Pass model.named_parameters(), or groups with a `kind`.",
             stacklevel=3,
         )
+
+
+def check_loadable(
+    groups: Iterable[Mapping[str, Any]],
+    states: Iterable[Mapping[str, Any]],
+    pairs: Iterable[tuple[str | None, Tensor]],
+) -> None:
+    """Check that saved groups are this optimizer's and that the saved state fits the parameters, in order.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    for index, group in enumerate(groups):
+        if group.get("kind") not in KINDS:
+            raise ValueError(
+                f"state_dict is not a HyperSphereOptimizer's: its param group {index} has no kind among {KINDS}, only "
+                f"{sorted(set(group) - {'params'})}, as torch.optim.AdamW or Muon would save. Their state holds no "
+                "radii; load the model's weights only and start this optimizer afresh."
+            )
+    for state, (name, param) in zip(states, pairs, strict=False):  # torch compares how many there are
+        for key in ("momentum", "exp_avg"):
+            if key in state and state[key].shape != param.shape:
+                raise ValueError(
+                    f"state_dict holds {key} of shape {list(state[key].shape)} for {label(name, param)}: it was saved "
+                    "from another model, or from parameters grouped in another order."
+                )

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from lightning_mue.optim.grouping import (
+    check_loadable,
     classify,
     describe,
     label,
@@ -23,7 +24,7 @@ from lightning_mue.optim.grouping import (
     warn_of_guesses,
 )
 from lightning_mue.optim.newton_schulz import math_dtype, peak
-from lightning_mue.optim.options import COMPUTE_DTYPES, KINDS, check_kind, check_number, checked
+from lightning_mue.optim.options import COMPUTE_DTYPES, check_kind, check_number, checked
 from lightning_mue.optim.updates import Spherical, adam_direction, as_matrices, project, radius_of, sphere_update
 
 logger = logging.getLogger(__name__)
@@ -105,6 +106,8 @@ class HyperSphereOptimizer(Optimizer):
         if adamw_lr is not None:
             check_number("adamw_lr", adamw_lr)
         groups = to_groups(params)
+        if not any(group["params"] for group in groups):
+            raise ValueError("params is empty: there is nothing to optimize. Are the model's layers made yet?")
         # adamw_lr is among the defaults because they are all that a pickle keeps beside groups and state.
         super().__init__(groups, {**checked(defaults), "adamw_lr": adamw_lr})
         warn_of_guesses(groups)
@@ -171,28 +174,18 @@ class HyperSphereOptimizer(Optimizer):
         for index, (name, param) in enumerate(named(group)):
             if param.grad is None:
                 continue
-            what = label(name, param, f"number {index} of group '{group.get('name', group['kind'])}'")
+            place = (name, param, f"number {index} of group '{group.get('name', group['kind'])}'")
             if param.grad.is_sparse:
                 raise RuntimeError(
-                    f"{what} has a sparse gradient, which this optimizer does not take. Build "
+                    f"{label(*place)} has a sparse gradient, which this optimizer does not take. Build "
                     "its embedding with sparse=False, or give it to torch.optim.SparseAdam."
                 )
-            self._init_state(param, group["kind"], what)
+            state = self.state[param]
+            if group["kind"] != "adamw" and "radius" not in state:
+                state["radius"] = radius_of(param, label(*place))
+            _add_missing(state, param, group["kind"])
             params.append(param)
         return params
-
-    def _init_state(self, param: Tensor, kind: str, what: str) -> None:
-        """Create the entries that `kind` needs and that are missing; entries of another kind stay."""
-        state = self.state[param]
-        if kind != "adamw" and "radius" not in state:
-            state["radius"] = radius_of(param, what)
-        if kind == "sphere":
-            if "momentum" not in state:
-                state["momentum"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-        elif "step" not in state:
-            state["step"] = torch.tensor(0.0)
-            state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
 
     def _sphere(self, group: Mapping[str, Any], params: Sequence[Tensor]) -> None:
         buckets: dict[Any, list[Spherical]] = defaultdict(list)
@@ -247,17 +240,9 @@ class HyperSphereOptimizer(Optimizer):
         Raises:
             ValueError: If the state is another optimizer's, or its groups do not fit this one's.
         """
-        _refuse_foreign(state_dict)
-        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         pairs = [pair for group in self.param_groups for pair in named(group)]
-        saved = [state_dict["state"].get(i, {}) for i in saved_ids]
-        for state, (name, param) in zip(saved, pairs, strict=False):  # torch counts them, below
-            for key in ("momentum", "exp_avg"):
-                if key in state and state[key].shape != param.shape:
-                    raise ValueError(
-                        f"state_dict holds {key} of shape {list(state[key].shape)} for {label(name, param)}: it was "
-                        "saved from another model, or from parameters grouped in another order."
-                    )
+        saved = [state_dict["state"].get(i, {}) for group in state_dict["param_groups"] for i in group["params"]]
+        check_loadable(state_dict["param_groups"], saved, pairs)
         super().load_state_dict(state_dict)
         for state, (_, param) in zip(saved, pairs, strict=True):
             if "radius" in state:
@@ -274,16 +259,17 @@ class HyperSphereOptimizer(Optimizer):
                     group.setdefault(key, value)
 
 
+def _add_missing(state: dict[str, Any], param: Tensor, kind: str) -> None:
+    """Create the buffers that `kind` needs, where missing; those of another kind stay."""
+    if kind == "sphere":
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+    elif "step" not in state:
+        state["step"] = torch.tensor(0.0)
+        state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+
+
 def _grad(param: Tensor) -> Tensor:
     assert param.grad is not None
     return param.grad
-
-
-def _refuse_foreign(state_dict: Mapping[str, Any]) -> None:
-    for index, group in enumerate(state_dict["param_groups"]):
-        if group.get("kind") not in KINDS:
-            raise ValueError(
-                f"state_dict is not a HyperSphereOptimizer's: its param group {index} has no kind among {KINDS}, only "
-                f"{sorted(set(group) - {'params'})}, as torch.optim.AdamW or Muon would save. Their state holds no "
-                "radii; load the model's weights only and start this optimizer afresh."
-            )

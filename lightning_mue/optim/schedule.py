@@ -43,7 +43,9 @@ class WarmupDecay(LRScheduler):
         if warmup == 1.0:
             raise ValueError("warmup: found 1.0, which leaves nothing to train at the peak; expected less than 1.")
         if total_steps is not None and total_steps < 1:
-            raise ValueError(f"total_steps: found {total_steps}, expected at least 1, or null for the trainer's number.")
+            raise ValueError(
+                f"total_steps: found {total_steps}, expected at least 1, or null for the trainer's number."
+            )
         if shape not in ("linear", "cosine"):
             raise ValueError(f"shape: found {shape!r}, expected 'linear' or 'cosine'.")
         self._total_steps = total_steps

@@ -68,7 +68,7 @@ def radius_of(param: Tensor, what: str) -> Tensor:
         what: How to call it in an error.
 
     Raises:
-        ValueError: If it is a vector or scalar, or one of its matrices is exactly zero (not asked of meta tensors).
+        ValueError: If it is a vector or scalar, or one of its matrices is zero (not asked of meta tensors).
     """
     if param.ndim < 2:
         raise ValueError(
@@ -80,8 +80,8 @@ def radius_of(param: Tensor, what: str) -> Tensor:
     if not param.is_meta and bool((norm_E == 0).any()):
         which = f", matrix {int((norm_E == 0).nonzero()[0])} of the stack," if param.ndim == 3 else ""
         raise ValueError(
-            f"{what}{which} is exactly zero, and a zero matrix has no direction to keep on a sphere. Initialize it "
-            "with random values, or put it in a group of kind 'adamw'."
+            f"{what}{which} is zero (its Frobenius norm is 0), so it has no direction to keep on a sphere. Initialize "
+            "it with random values, or put it in a group of kind 'adamw'."
         )
     return norm_E if param.ndim == 3 else norm_E[0]
 

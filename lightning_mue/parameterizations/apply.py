@@ -16,6 +16,7 @@ from lightning_mue.parameterizations.table import Family
 
 #: Marks a parameter group whose factors are already in it.
 SCALED = "mue_scaled"
+_HAS_WEIGHTS = "_mue_has_weights"
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -51,6 +52,16 @@ def initialize(model: nn.Module, plan: ScalingPlan, *, seed: int = 0) -> None:
     tensors = named_tensors(model)
     for entry in plan.parameters:
         draw_(tensors[entry.name], entry, seed)
+
+
+def keep_weights(model: nn.Module) -> None:
+    """Marks a module whose weights are worth keeping: drawn by a plan, trained, or loaded from a checkpoint."""
+    setattr(model, _HAS_WEIGHTS, True)
+
+
+def has_weights(model: nn.Module) -> bool:
+    """True once :func:`keep_weights` was called: a callback must not draw the weights again."""
+    return getattr(model, _HAS_WEIGHTS, False)
 
 
 def draw_(tensor: Tensor, entry: ParameterPlan, seed: int) -> None:
@@ -243,6 +254,3 @@ class ScaledStep:
         self.restore()
         for handle in self._handles:
             handle.remove()
-
-
-__all__ = ["SCALED", "ScaledStep", "draw_", "family_of", "generator_for", "initialize", "named_tensors", "param_groups"]

@@ -100,6 +100,31 @@ def test_lm_logits_are_found(toy, rule):
     assert logger.values("stability/z/lm_logits") == pytest.approx([expected], rel=RELATIVE)
 
 
+def test_several_heads_are_told_apart(toy):
+    model = toy.make_model()
+    model.heads = nn.ModuleList([Marked(8, 11), Marked(8, 11)])
+    outputs = []
+
+    def loss(tokens, plain=model.loss):
+        outputs.append([head(model.embedding(tokens)) for head in model.heads])
+        return plain(tokens) + sum(logits.mean() for logits in outputs[-1])
+
+    model.loss = loss
+    _, logger = toy.fit([LogitsZMonitor()], model=model, n_batches=1)
+    found = [logger.values(f"stability/z/lm_logits/{label}")[0] for label in ("00", "01")]
+    assert found == pytest.approx([z(logits.detach()) for logits in outputs[0]], rel=RELATIVE)
+    assert not logger.values("stability/z/lm_logits")
+
+
+def test_the_outermost_head_is_the_lm_head(toy):
+    """A Linear called "output" within a block is not taken for the head."""
+    model = toy.make_model()
+    for block in model.blocks:
+        block.attention.output = nn.Linear(8, 8)
+    model, logger = toy.fit([LogitsZMonitor()], model=model, n_batches=1)
+    assert logger.values("stability/z/lm_logits") == pytest.approx([z(model.seen["lm_logits"][0][0])], rel=RELATIVE)
+
+
 def test_unknown_name_is_refused(toy):
     with pytest.raises(ValueError, match=r"lm_logits is 'lm_heat'.*'lm_head'"):
         toy.fit([LogitsZMonitor(lm_logits="lm_heat")])
@@ -128,7 +153,7 @@ def test_a_loss_is_not_logits(toy):
     model = toy.make_model()
     model.fused = LossHead(8, 3)
     model.loss = lambda tokens, plain=model.loss: plain(tokens) + model.fused(model.embedding(tokens))
-    with pytest.warns(UserWarning, match="no suitable forward pass of lm_logits"):
+    with pytest.warns(UserWarning, match="saw no forward pass of lm_logits"):
         _, logger = toy.fit([LogitsZMonitor()], model=model, n_batches=2)
     assert not logger.values("stability/z/lm_logits")
     assert len(logger.values("stability/z/router/00")) == 2

@@ -11,6 +11,8 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
+from lightning_mue.callbacks.activations import ActivationOutlierMonitor
+from lightning_mue.callbacks.logits import LogitsZMonitor
 from lightning_mue.callbacks.routing import RouterMonitor
 
 METRICS = ("dead_experts", "load_entropy", "load_max_fraction", "max_violation", "token_entropy")
@@ -99,42 +101,57 @@ class GivenRouter(nn.Module):
         return SimpleNamespace(logits=logits, counts=torch.bincount(logits.argmax(-1), minlength=4))
 
 
+class Branch(nn.Identity):
+    mue_branch = "ffn"
+
+
 class RankModel(LightningModule):
-    """Its router sees logits that depend on nothing but the rank and the batch; ranks differ in tokens and in skew."""
+    """Its modules see tensors that depend on nothing but rank and batch; ranks differ in tokens, skew and spread."""
 
     def __init__(self):
         super().__init__()
-        self.router, self.weight = GivenRouter(), nn.Parameter(torch.ones(()))
+        self.router, self.branch, self.weight = GivenRouter(), Branch(), nn.Parameter(torch.ones(()))
 
     @staticmethod
     def logits(rank, batch_idx):
         generator = torch.Generator().manual_seed(10 * batch_idx + rank)
-        return torch.randn(12 + 18 * rank, 4, generator=generator) + 2 * torch.eye(4)[rank]
+        return torch.randn(12 + 18 * rank, 4, generator=generator) * (1 + rank) + 2 * torch.eye(4)[rank]
 
     def training_step(self, batch, batch_idx):
-        return self.weight * self.router(self.logits(self.global_rank, batch_idx)).logits.mean()
+        logits = self.branch(self.logits(self.global_rank, batch_idx))
+        return self.weight * self.router(logits).logits.mean()
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+def kurtosis(x):
+    return ((x.double() - x.double().mean()) / x.double().std(correction=0)).pow(4).mean().item()
+
+
 @pytest.mark.slow
-def test_two_ranks_sum_their_loads(toy, tmp_path):
-    """MaxVio and the rest are those of the joined batch of both ranks."""
+def test_two_ranks_are_one_batch(toy, tmp_path):
+    """Every metric is that of the joined batch of both ranks."""
     logger = CSVLogger(tmp_path, name="ddp", version=0)
     data = torch.utils.data.DataLoader(torch.zeros(4, 1), batch_size=1)
-    trainer = toy.make_trainer(
-        [RouterMonitor()], logger, strategy="ddp_fork", devices=2, max_steps=2, use_distributed_sampler=False
-    )
-    trainer.fit(RankModel(), data)
+    monitors = [RouterMonitor(), ActivationOutlierMonitor(), LogitsZMonitor()]
+    options = {"strategy": "ddp_fork", "devices": 2, "max_steps": 2, "use_distributed_sampler": False}
+    toy.make_trainer(monitors, logger, **options).fit(RankModel(), data)
     with open(tmp_path / "ddp" / "version_0" / "metrics.csv") as file:
-        rows = [row for row in csv.DictReader(file) if row["routing/max_violation/router"]]
-    assert [int(row["step"]) for row in rows] == [0, 1]
-    for batch_idx, row in enumerate(rows):
+        found = [{}, {}]
+        for row in csv.DictReader(file):
+            found[int(row["step"])] |= {tag: float(value) for tag, value in row.items() if value}
+    for batch_idx, metrics in enumerate(found):
         ranks = [RankModel.logits(rank, batch_idx) for rank in range(2)]
         counts = [torch.bincount(logits.argmax(-1), minlength=4) for logits in ranks]
-        expected = reference(torch.cat(ranks), sum(counts))
-        for metric, value in expected.items():
-            assert float(row[f"routing/{metric}/router"]) == pytest.approx(value, rel=1e-5, abs=1e-6), metric
+        whole = torch.cat(ranks)
+        expected = {f"routing/{name}/router": value for name, value in reference(whole, sum(counts)).items()}
+        expected["stability/z/router/router"] = whole.double().logsumexp(-1).square().mean().item()
+        expected["stability/kurtosis/ffn/branch"] = kurtosis(whole)
+        expected["stability/max_over_rms/ffn/branch"] = (whole.abs().max() / whole.square().mean().sqrt()).item()
+        for tag, value in expected.items():
+            assert metrics[tag] == pytest.approx(value, rel=1e-5, abs=1e-6), tag
+        # Negative controls: a mean over the ranks would be another figure.
         each = [reference(logits, n)["max_violation"] for logits, n in zip(ranks, counts, strict=True)]
-        assert abs(sum(each) / 2 - expected["max_violation"]) > 0.05  # negative control: not the mean over ranks
+        assert abs(sum(each) / 2 - expected["routing/max_violation/router"]) > 0.05
+        assert abs(sum(map(kurtosis, ranks)) / 2 - expected["stability/kurtosis/ffn/branch"]) > 0.05

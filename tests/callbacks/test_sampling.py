@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_mue.callbacks.activations import ActivationOutlierMonitor
 from lightning_mue.callbacks.logits import LogitsZMonitor
@@ -150,9 +151,11 @@ def test_one_collective_a_monitor_and_sampled_step(toy, monkeypatch):
     without = list(calls)
     calls.clear()
     toy.fit([monitor(2) for monitor in MONITORS] + [Spy()], n_batches=4)  # the Trainer calls Spy last
-    assert [call for call in without if call != "batch"] == ["barrier"] * without.count("barrier")
-    sampled = ["all_gather"] * len(MONITORS)
-    assert [call for call in calls if call != "barrier"] == ["batch", *sampled, "batch", "batch", *sampled, "batch"]
+    assert "all_gather" not in without
+    assert [call for call in calls if call != "all_gather"] == without
+    gathered = ["all_gather"] * len(MONITORS)
+    order = [call for call in calls if call in ("all_gather", "batch")]
+    assert order == ["batch", *gathered, "batch", "batch", *gathered, "batch"]
 
 
 def test_training_is_not_changed(toy):
@@ -178,11 +181,10 @@ def test_no_graph_is_kept(toy):
 
 
 def test_metrics_can_be_monitored_by_other_callbacks(toy, tmp_path):
-    checkpoint = ModelCheckpoint(tmp_path, monitor=TAG, every_n_train_steps=1, save_top_k=1, filename="{step}")
-    model, logger = toy.fit([LogitsZMonitor(), checkpoint], enable_checkpointing=True)
-    values = logger.values(TAG)
-    assert checkpoint.best_model_score.item() == pytest.approx(min(values))
-    torch.load(checkpoint.best_model_path, weights_only=True)
+    best = ModelCheckpoint(tmp_path, monitor=TAG, every_n_train_steps=1, save_top_k=1, filename="{step}")
+    _, logger = toy.fit([LogitsZMonitor(), best], enable_checkpointing=True)
+    assert best.best_model_score.item() == pytest.approx(min(logger.values(TAG)))
+    torch.load(best.best_model_path, weights_only=True)
 
 
 def test_resume_keeps_the_rhythm(toy, tmp_path):
@@ -218,15 +220,52 @@ def test_manual_optimization_with_two_optimizers(toy):
     assert model.hooks_in_training == [0, HOOKS] * 3
 
 
+def test_manual_accumulation_is_sampled_once_a_step(toy):
+    class Manual(toy.ToyModel):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            self.manual_backward(super().training_step(batch, batch_idx))
+            if batch_idx % 3 == 2:
+                self.optimizers().step()
+                self.optimizers().zero_grad()
+
+    model, logger = toy.fit([LogitsZMonitor(2)], model=toy.make_model(cls=Manual), n_batches=9)
+    assert model.hooks_in_training == [0, 0, 0, HOOKS, 0, 0, 0, 0, 0]
+    assert logger.steps(TAG) == [1]
+
+
 def test_a_silent_module_is_named_once(toy):
     model = toy.make_model()
     model.spare = nn.ModuleList([nn.Identity()])
     model.spare[0].mue_branch = "spare"
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="spare") as caught:
         _, logger = toy.fit([ActivationOutlierMonitor()], model=model)
-    assert sum("no suitable forward pass of spare/00" in str(warning.message) for warning in caught) == 1
+    assert sum("saw no forward pass of spare/00" in str(warning.message) for warning in caught) == 1
     assert not any("spare" in tag for tag in logger.tags())
     assert len(logger.values("stability/rms/ffn/00")) == 6
+
+
+def test_activation_checkpointing_changes_no_metric(toy):
+    """Blocks run twice, in forward and again in backward: the metrics are ratios, in which that cancels."""
+    plain_model, plain = toy.fit([monitor(1) for monitor in MONITORS], n_batches=2)
+    model = toy.make_model()
+    for block in model.blocks:
+        block.forward = lambda x, keep, run=block.forward: checkpoint(run, x, keep, use_reentrant=False)
+    _, logger = toy.fit([monitor(1) for monitor in MONITORS], model=model, n_batches=2)
+    assert len(model.seen["q"][0]) == 2 * len(plain_model.seen["q"][0])  # it did run again
+    assert logger.tags() == plain.tags()
+    for tag in plain.tags():
+        assert logger.values(tag) == pytest.approx(plain.values(tag), rel=1e-6), tag
+
+
+class Head(nn.Linear):
+    """Dynamo does not compile the forward of torch's own modules alone."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
 
 
 class CompiledModel(LightningModule):
@@ -234,7 +273,7 @@ class CompiledModel(LightningModule):
 
     def __init__(self, style):
         super().__init__()
-        self.body, self.lm_head, self.graphs, self.seen = nn.Linear(6, 8), nn.Linear(8, 5), [], []
+        self.body, self.lm_head, self.graphs, self.seen = nn.Linear(6, 8), Head(8, 5), [], []
         if style == "module":
             self.lm_head.compile(backend=self.backend, fullgraph=True)
         elif style == "wrapper":
@@ -250,7 +289,17 @@ class CompiledModel(LightningModule):
         return logits.square().mean()
 
     def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
+        return StanceSGD(self.parameters(), lr=0.1)
+
+
+class StanceSGD(torch.optim.SGD):
+    """Records whether compiled code would run compiled in its update."""
+
+    def step(self, closure=None):
+        loss = closure()
+        self.stances = [*getattr(self, "stances", []), torch._dynamo.eval_frame._stance.stance]
+        super().step()
+        return loss
 
 
 @pytest.mark.parametrize("style", ["module", "wrapper"])
@@ -259,16 +308,18 @@ def test_compiled_modules_run_eagerly_in_sampled_steps(toy, style, first):
     """Hooks fire though the module was compiled before (first = 2), and none is compiled in (first = 1)."""
     torch._dynamo.reset()
     model, logger = CompiledModel(style), toy.MemoryLogger()
-    monitors = [LogitsZMonitor(first), ActivationOutlierMonitor(1)]  # the second finds nothing
+    monitors = [LogitsZMonitor(first), LogitsZMonitor(first, attention=False), ActivationOutlierMonitor(1)]
     data = torch.utils.data.DataLoader(torch.randn(4, 6), batch_size=1)
-    with pytest.warns(UserWarning) as caught:
-        toy.make_trainer(monitors, logger, max_epochs=1).fit(model, data)
-    sampled = list(range(first - 1, 4, first))
+    trainer = toy.make_trainer(monitors, logger)
+    with pytest.warns(UserWarning, match="eagerly") as caught:
+        trainer.fit(model, data)
+    sampled = [step for step in range(first - 1, 4, first) for _ in range(2)]  # two monitors, the third finds nothing
     assert logger.steps(TAG) == sampled
     assert logger.values(TAG) == pytest.approx([model.seen[step] for step in sampled], rel=2e-6)
-    assert sum("runs compiled modules eagerly" in str(warning.message) for warning in caught) == 1
+    assert sum("runs compiled modules eagerly" in str(warning.message) for warning in caught) == 2  # once a monitor
+    assert trainer.optimizers[0].stances == ["default"] * 4
     assert len(model.graphs) == (0 if first == 1 else 1)  # no recompilation after a sampled step
-    model.lm_head(torch.zeros(1, 8))
+    model.lm_head(torch.zeros(1, 8, requires_grad=True))
     assert len(model.graphs) == 1  # compiled code is on again
 
 

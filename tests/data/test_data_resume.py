@@ -77,6 +77,23 @@ def test_resume_from_every_step_is_exact(limits, make_data, make_trainer, record
         assert torch.equal(weights(resumed), weights(reference))
 
 
+@pytest.mark.parametrize("when", ["train epoch end", "validation end"])
+@pytest.mark.parametrize("limit", [{"max_epochs": 4}, {"max_steps": 4 * BATCHES_PER_EPOCH}])
+def test_resume_between_epochs_is_exact(when, limit, make_data, make_trainer, recorder, tmp_path):
+    """With max_epochs Lightning does not hand a loader its saved state here; it would start again at step 0."""
+    saver = ModelCheckpoint(
+        tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=when == "train epoch end"
+    )
+    trainer = make_trainer(callbacks=[saver], enable_checkpointing=True, num_sanity_val_steps=0, **limit)
+    reference = train(recorder(), make_data(), trainer)
+    for epoch in range(3):
+        path = tmp_path / f"epoch={epoch}.ckpt"
+        n_seen = torch.load(path, weights_only=True)["n_seen"]
+        assert n_seen == (epoch + 1) * BATCHES_PER_EPOCH
+        resumed = train(recorder(), make_data(), make_trainer(num_sanity_val_steps=0, **limit), ckpt_path=path)
+        assert resumed.seen == reference.seen[n_seen:]
+
+
 @pytest.mark.parametrize("step", [3, 8])
 def test_a_loader_without_state_fails_the_same_check(step, make_data, make_trainer, recorder, tmp_path):
     """Negative control: the comparison above tells a stream that starts again from one that continues."""

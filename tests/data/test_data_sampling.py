@@ -109,6 +109,13 @@ def test_every_window_lies_within_the_tokens(n_tokens, context_length, step, ran
     assert (batch["targets"] == batch["tokens"] + 1).all()
 
 
+def test_the_first_and_the_last_window_are_drawn():
+    stream = loader(tokens_N=TOKENS[:11], context_length=8, batch_size=60)
+    assert {tuple(window) for window in stream.batch(0)["targets"].tolist()} == {
+        tuple(range(start + 1, start + 9)) for start in range(3)
+    }
+
+
 def test_two_loaders_agree_and_ranks_differ():
     assert tokens_of(loader()) == tokens_of(loader())
     streams = [{tuple(map(tuple, batch)) for batch in tokens_of(loader(rank=rank, world_size=4))} for rank in range(4)]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from lightning_mue.moe import Router
 from lightning_mue.parameterizations.roles import Role
 

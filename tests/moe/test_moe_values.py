@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+
 from lightning_mue.moe import MoELayer
 
 SCORINGS = ("softmax-topk", "topk-softmax", "sigmoid", "sigmoid-normalized")
@@ -100,7 +101,7 @@ def test_bfloat16(reference, scoring):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_check_bites(reference, dtype, monkeypatch):
-    """Negative control: the same comparison fails when one expert of nine is off by a few per cent in the reference."""
+    """Negative control: the same comparison fails when one expert of nine is off by ten per cent in the reference."""
     layer, x = make_layer(5, n_experts=9, top_k=3, dtype=dtype, tokens=40)
     assert worst_error(reference, layer, x)[0] <= TOLERANCE[dtype]
     right = reference.swiglu

@@ -61,8 +61,8 @@ def reference_step(w, m, g, radius, *, lr, mu=0.95, nesterov=True, wd=0.0, prese
 )
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
-    # Of the radius. float32: lr x the 1e-5 of the float32 iteration, and rounding; 2e-7 is seen. float64: rounding.
-    [(torch.float32, 2e-6), (torch.float64, 1e-13)],
+    # Of the radius; 3e-8 and 1e-16 are seen, the rounding of the weights. Another BLAS may round the products otherwise.
+    [(torch.float32, 2e-7), (torch.float64, 1e-14)],
 )
 def test_three_steps_equal_the_literal_reference(options, dtype, tolerance):
     params = parameters(dtype)
@@ -153,7 +153,7 @@ def test_weight_decay_is_a_first_order_no_op(kind):
 @pytest.mark.parametrize("lr", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_zero_gradient_is_an_exact_no_op(kind, lr, dtype):
-    params = {name: p for name, p in parameters(dtype).items()}
+    params = parameters(dtype)
     optimizer = HyperSphereOptimizer([{"params": list(params.values()), "kind": kind}], lr=lr, weight_decay=0.1)
     before = {name: p.detach().clone() for name, p in params.items()}
     for seed in (None, 0, None):  # before any gradient, and with momentum or moments left from one
@@ -222,7 +222,9 @@ def test_large_stacks_and_many_matrices_are_cut_without_changing_the_step(monkey
     def train(cut: int | None) -> list[torch.Tensor]:
         if cut:
             monkeypatch.setattr(updates, "chunk_bytes", lambda device: cut * 12 * 20 * 4)
-        params = [nn.Parameter(normal(shape, i)) for i, shape in enumerate([(12, 20), (7, 12, 20), (12, 20), (2, 12, 20)])]
+        params = [
+            nn.Parameter(normal(shape, i)) for i, shape in enumerate([(12, 20), (7, 12, 20), (12, 20), (2, 12, 20)])
+        ]
         optimizer = HyperSphereOptimizer([{"params": params, "kind": "sphere"}], lr=0.05)
         for step in range(2):
             for i, param in enumerate(params):
@@ -239,7 +241,9 @@ def test_large_stacks_and_many_matrices_are_cut_without_changing_the_step(monkey
 def test_chunks_hold_every_matrix_once_within_the_limit(monkeypatch):
     monkeypatch.setattr(updates, "chunk_bytes", lambda device: 3 * 4 * 4 * 4)
     shapes = [(4, 4), (7, 4, 4), (4, 4), (1, 4, 4), (2, 4, 4)]
-    items = [updates.Spherical(*[torch.ones(s)] * 3, torch.ones(s[0]) if len(s) == 3 else torch.ones(())) for s in shapes]
+    items = [
+        updates.Spherical(*[torch.ones(s)] * 3, torch.ones(s[0]) if len(s) == 3 else torch.ones(())) for s in shapes
+    ]
     sizes = [[len(updates.as_matrices(piece.weight)) for piece in chunk] for chunk in updates.chunks(items)]
     assert sum(map(sum, sizes)) == 12
     assert all(0 < sum(chunk) <= 3 for chunk in sizes)
@@ -248,7 +252,9 @@ def test_chunks_hold_every_matrix_once_within_the_limit(monkeypatch):
 def test_strides_do_not_matter():
     plain = parameters()
     odd = {
-        name: nn.Parameter(p.detach().to(memory_format=torch.channels_last) if p.ndim == 4 else p.detach().mT.contiguous().mT)
+        name: nn.Parameter(
+            p.detach().to(memory_format=torch.channels_last) if p.ndim == 4 else p.detach().mT.contiguous().mT
+        )
         for name, p in plain.items()
     }
     for params in (plain, odd):
@@ -310,7 +316,7 @@ def test_adam_sphere_equals_the_literal_reference():
         o = (m / (1 - 0.8**t)) / (np.sqrt(v / (1 - 0.9**t)) + 1e-3)
         w = w - 0.02 * radius * o / np.linalg.norm(o)
         w = radius * w / np.linalg.norm(w)
-    # Ten steps of lr 0.02 with float32's 6e-8 a value: 1e-7 of the radius is seen.
+    # Ten steps of lr 0.02 with float32's 6e-8 a value: 4e-8 of the radius is seen.
     assert np.abs(param.detach().double().numpy() - w).max() / radius < 1e-6
 
 

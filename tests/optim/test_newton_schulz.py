@@ -10,7 +10,7 @@ import lightning_mue.optim.newton_schulz as newton_schulz
 from lightning_mue.optim import PRESETS, orthogonalize
 from lightning_mue.optim.newton_schulz import Coefficients
 
-# The polynomials have slope up to 3.4445^5 = 485 at zero, so float32's 6e-8 of rounding can grow to 3e-5 in the
+# The polynomials have slope up to 493 (the product of the a) at zero, so float32's 6e-8 of rounding can grow to 3e-5 in the
 # directions that hold nothing; the worst over the matrices below is 8e-6.
 FLOAT32_ERROR = 5e-5
 

@@ -1,0 +1,21 @@
+"""Settings for all tests."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """The tensors of the tests are too small to share out, and spinning workers slow a loaded machine down."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    """Nothing that a Trainer writes by default lands in the checkout."""
+    monkeypatch.chdir(tmp_path)

@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_mue.moe import LossFreeBalance, MoELayer, Router, router_z_loss, switch_loss, update_balance_bias
+
+
+def test_switch_loss_is_one_when_uniform_and_top_k_does_not_matter():
+    for top_k in (1, 2, 4):
+        counts = torch.full((4,), 10 * top_k)
+        assert switch_loss(torch.zeros(40, 4), counts, top_k).item() == pytest.approx(1)
+
+
+def test_switch_loss_is_e_when_collapsed():
+    logits = torch.tensor([[50.0, 0, 0, 0]]).expand(10, 4)
+    assert switch_loss(logits, torch.tensor([10, 0, 0, 0]), 1).item() == pytest.approx(4)
+
+
+def test_switch_loss_against_its_definition():
+    logits, ids = torch.randn(30, 5, requires_grad=True), torch.randint(5, (30, 2))
+    counts = torch.bincount(ids.flatten(), minlength=5)
+    exact = logits.detach().double().requires_grad_()
+    expected = sum(5 * counts[i] / 60 * exact.softmax(-1)[:, i].mean() for i in range(5))
+    loss = switch_loss(logits, counts, 2)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    found, wanted = torch.autograd.grad(loss, logits)[0], torch.autograd.grad(expected, exact)[0]
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-8)
+
+
+def test_z_loss_against_its_definition():
+    logits = torch.randn(30, 5)
+    expected = (logits.double().exp().sum(-1).log() ** 2).mean()
+    assert router_z_loss(logits).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_no_tokens_give_zero_with_a_graph():
+    logits = torch.zeros(0, 4, requires_grad=True)
+    loss = switch_loss(logits, torch.zeros(4, dtype=torch.int64), 2) + router_z_loss(logits)
+    assert loss == 0
+    assert torch.autograd.grad(loss, logits)[0].shape == (0, 4)
+
+
+def test_bias_update_is_the_published_rule():
+    bias = torch.tensor([0.5, 0.0, 0.0, 0.0])
+    update_balance_bias(bias, torch.tensor([10, 6, 4, 0]), top_k=2, rate=0.1)  # ten tokens
+    torch.testing.assert_close(bias, torch.tensor([0.5 - 0.1 * 0.5, -0.1 * 0.1, 0.1 * 0.1, 0.1 * 0.5]))
+
+
+def test_bias_update_without_tokens_does_nothing():
+    bias = torch.tensor([0.5, -0.5])
+    update_balance_bias(bias, torch.tensor([0, 0]), top_k=1, rate=0.1)
+    assert bias.tolist() == [0.5, -0.5]
+
+
+@pytest.mark.parametrize("scoring", ["topk-softmax", "sigmoid"])
+def test_bias_updates_move_the_load_towards_balance(scoring):
+    router, x = Router(16, 8, 2, scoring=scoring, init_std=0.3), torch.randn(512, 16) + 0.5
+
+    def violation():
+        load = router(x).counts / x.shape[0]
+        return (load.max() / load.mean() - 1).item()
+
+    before = violation()
+    for _ in range(300):
+        update_balance_bias(router.balance_bias, router(x).counts, 2, rate=0.02)
+    assert before > 0.5
+    assert violation() < 0.1
+
+
+class TwoLayers(LightningModule):
+    """Holds a balanced layer, one that only odd micro-batches reach, and one that is not balanced by bias."""
+
+    def __init__(self):
+        super().__init__()
+        make = {"balance": "bias", "router_init_std": 1.0, "bias_update_rate": 0.1}
+        self.layers = nn.ModuleList([MoELayer(8, 4, 4, 2, **make), MoELayer(8, 4, 6, 1, **make), MoELayer(8, 4, 4)])
+        self.counts = []
+
+    def training_step(self, batch, batch_idx):
+        x = batch[0]
+        used = [self.layers[0], self.layers[2]] + ([self.layers[1]] if batch_idx % 2 else [])
+        loss = sum(layer(x).square().mean() for layer in used)
+        self.counts.append([layer.last_routing.counts if layer in used else None for layer in self.layers])
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        for layer in self.layers:
+            layer(batch[0])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+class CountingStrategy(SingleDeviceStrategy):
+    """Pretends that a second rank saw exactly the same tokens, and records each collective."""
+
+    def __init__(self):
+        super().__init__(device="cpu")
+        self.reduced = []
+
+    def reduce(self, tensor, *args, reduce_op=None, **kwargs):
+        assert reduce_op == "sum"
+        if tensor.ndim == 0:  # the number of validation batches, which Lightning itself sums
+            return tensor
+        self.reduced.append(tensor.clone())
+        return 2 * tensor
+
+
+def fit(model, tmp_path, callback, strategy="auto", **settings):
+    batches = DataLoader(TensorDataset(torch.randn(48, 8)), batch_size=8)  # six micro-batches
+    trainer = Trainer(
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        strategy=strategy,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[callback],
+        max_epochs=1,
+        **settings,
+    )
+    trainer.fit(model, batches, batches)
+    return trainer
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_one_update_and_one_collective_an_optimizer_step(tmp_path, accumulate):
+    model, strategy = TwoLayers(), CountingStrategy()
+    fit(model, tmp_path, LossFreeBalance(), strategy, accumulate_grad_batches=accumulate, val_check_interval=2)
+    assert len(strategy.reduced) == 6 // accumulate
+    for index, (n_experts, top_k) in enumerate([(4, 2), (6, 1)]):
+        # The second rank doubles counts and tokens alike: the fractions stay.
+        bias = torch.zeros(n_experts)
+        for step in range(0, 6, accumulate):
+            counts = [c[index] for c in model.counts[step : step + accumulate] if c[index] is not None]
+            update_balance_bias(bias, sum(counts, torch.zeros(n_experts, dtype=torch.int64)), top_k, 0.1)
+        torch.testing.assert_close(model.layers[index].router.balance_bias, bias)
+        assert bias.any()
+    assert not model.layers[2].router.balance_bias.any()
+
+
+def test_a_layer_alone_brings_the_callback(tmp_path):
+    layer = MoELayer(8, 4, 4, balance="bias")
+    assert [type(c) for c in layer.configure_callbacks()] == [LossFreeBalance]
+    assert MoELayer(8, 4, 4).configure_callbacks() == []
+
+
+def test_pending_counts_survive_a_checkpoint(tmp_path):
+    """Stop in the middle of an accumulation window, save, go on in a new Trainer: nothing is lost."""
+    model, callback = TwoLayers(), LossFreeBalance()
+    fit(model, tmp_path, callback, limit_train_batches=1, limit_val_batches=0, accumulate_grad_batches=2)
+    # Lightning steps on the last batch of an epoch, so make the pending counts by hand.
+    callback._pending = {"layers.0": torch.tensor([16, 0, 0, 0]), "layers.1": torch.tensor([8, 0, 0, 0, 0, 0])}
+    path = tmp_path / "state.pt"
+    torch.save(callback.state_dict(), path)
+    callback._pending["layers.0"][0] = 99
+    restored = LossFreeBalance()
+    restored.load_state_dict(torch.load(path, weights_only=True))
+    twin = copy.deepcopy(model)
+    for m, c in ((model, LossFreeBalance()), (twin, restored)):
+        torch.manual_seed(3)
+        fit(m, tmp_path, c, limit_train_batches=1, limit_val_batches=0)
+    # Layer 1 does not run in the first batch: only the restored callback has counts for it.
+    torch.testing.assert_close(model.layers[1].router.balance_bias, torch.zeros(6))
+    change = twin.layers[1].router.balance_bias
+    expected = torch.zeros(6)
+    update_balance_bias(expected, torch.tensor([8, 0, 0, 0, 0, 0]), 1, 0.1)
+    torch.testing.assert_close(change, expected)
+    assert restored.state_dict() == {"pending": {}}

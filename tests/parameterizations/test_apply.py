@@ -1,0 +1,260 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, AdamW
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
+
+from lightning_mue import MoELanguageModel, initialize, param_groups, plan
+from lightning_mue.parameterizations.apply import ScaledStep, family_of
+from lightning_mue.parameterizations.multipliers import fold, read_multipliers, set_multipliers
+
+BASE = {"width": 32, "n_heads": 2, "n_experts": 0}
+
+
+def make_model(**kwargs):
+    return MoELanguageModel(**{"context_length": 16, "width": 64, "n_heads": 4, "depth": 2, "n_experts": 4, **kwargs})
+
+
+def step(model, optimizer):
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+
+
+def test_weights_depend_on_seed_and_name_only():
+    scaling = plan(make_model(), base=BASE)
+    torch.manual_seed(1)
+    first = make_model()
+    initialize(first, scaling, seed=5)
+    torch.manual_seed(2)
+    second = make_model()
+    torch.rand(100)
+    initialize(second, scaling, seed=5)
+    for (name, a), b in zip(first.named_parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    initialize(second, scaling, seed=6)
+    assert not torch.equal(first.transformer.embedding.weight, second.transformer.embedding.weight)
+    w_q = [block.attention.w_q for block in first.transformer.blocks]
+    assert not torch.equal(w_q[0], w_q[1])
+
+
+def test_weights_have_the_planned_spread():
+    model = make_model()
+    scaling = plan(model, base=BASE)
+    initialize(model, scaling)
+    for name, p in model.named_parameters():
+        init = scaling[name].init
+        if init.kind == "constant":
+            assert bool((p == init.value).all())
+        else:
+            # Five standard errors of the sample standard deviation.
+            assert p.detach().std().item() == pytest.approx(init.value, rel=5 / (2 * p.numel()) ** 0.5)
+
+
+def test_plan_of_another_model_is_refused():
+    with pytest.raises(ValueError, match=r"another model; \d+ parameter\(s\) differ.*w_up"):
+        initialize(make_model(expert_width=16), plan(make_model(), base=BASE))
+
+
+def test_groups_carry_the_factors():
+    model = make_model()
+    scaling = plan(model, base=BASE)
+    groups = param_groups(model, scaling, lr=0.1, weight_decay=0.2, eps=1e-6)
+    assert len({group["name"] for group in groups}) == len(groups)
+    names = {id(p): name for name, p in model.named_parameters()}
+    seen = []
+    for group in groups:
+        for p in group["params"]:
+            entry = scaling[names[id(p)]]
+            assert group["lr"] == 0.1 * entry.lr
+            assert group["weight_decay"] == 0.2 * entry.weight_decay
+            assert group["eps"] == 1e-6 * entry.eps
+            seen.append(entry.name)
+    assert sorted(seen) == sorted(names.values())
+
+
+def test_swapped_step_equals_explicit_groups():
+    """What the callback does during the step is what param_groups gives to people who ask for it."""
+    explicit = make_model()
+    scaling = plan(explicit, base=BASE)
+    swapped = copy.deepcopy(explicit)
+    one = AdamW(param_groups(explicit, scaling, lr=0.01, weight_decay=0.1, eps=1e-8))
+    other = AdamW(swapped.parameters(), lr=0.01, weight_decay=0.1, eps=1e-8)
+    ScaledStep(other, scaling, swapped)
+    for _ in range(3):
+        step(explicit, one)
+        step(swapped, other)
+    for (name, a), b in zip(explicit.named_parameters(), swapped.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize(
+    "make_scheduler",
+    [
+        lambda o: LambdaLR(o, lambda s: 0.9**s),
+        lambda o: CosineAnnealingLR(o, 50, eta_min=1e-4),
+        lambda o: OneCycleLR(o, 0.1, total_steps=60),
+    ],
+    ids=["LambdaLR", "CosineAnnealingLR with eta_min", "OneCycleLR"],
+)
+def test_ratios_hold_under_schedulers(make_scheduler):
+    model = make_model()
+    scaling = plan(model, base=BASE)
+    optimizer = AdamW(model.parameters(), lr=0.01)
+    scheduler = make_scheduler(optimizer)
+    scaled = ScaledStep(optimizer, scaling, model)
+    factor = {p.role: p.lr for p in scaling.parameters}
+    for _ in range(50):
+        lr = optimizer.param_groups[0]["lr"]
+        step(model, optimizer)
+        assert scaled.effective_lr == {role: pytest.approx(lr * f, rel=1e-12) for role, f in factor.items()}
+        scheduler.step()
+    assert len(optimizer.param_groups) == 1
+    assert set(optimizer.param_groups[0]) == set(AdamW(model.parameters()).param_groups[0]) | (
+        set(optimizer.param_groups[0]) & {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}
+    )
+
+
+def test_groups_come_back_after_a_step_that_raises():
+    model = make_model()
+    optimizer = AdamW(model.parameters(), lr=0.01)
+    own = optimizer.param_groups
+    scaled = ScaledStep(optimizer, plan(model, base=BASE), model)
+
+    def closure():
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step(closure)
+    assert optimizer.param_groups is not own
+    scaled.restore()
+    assert optimizer.param_groups is own
+    # The next step also heals itself, if nobody restored.
+    with pytest.raises(RuntimeError):
+        optimizer.step(closure)
+    step(model, optimizer)
+    assert optimizer.param_groups is own
+
+
+def test_betas_follow_batch_over_tokens():
+    model = make_model()
+    optimizer = AdamW(model.parameters(), lr=0.01, betas=(0.9, 0.95))
+    ScaledStep(optimizer, plan(model, base={"tokens": 1e6}, tokens=4e6), model)
+    seen = []
+    optimizer.register_step_pre_hook(lambda o, args, kwargs: seen.append(o.param_groups[0]["betas"]))
+    step(model, optimizer)
+    assert seen == [(pytest.approx(0.975), pytest.approx(0.9875))]
+    with pytest.raises(ValueError, match=r"betas: \(0\.9, 0\.95\) become"):
+        ScaledStep(optimizer, plan(model, base={"tokens": 1e9}, tokens=1e6), model)
+
+
+def test_scaling_twice_is_refused():
+    model = make_model()
+    scaling = plan(model, base=BASE)
+    optimizer = AdamW(param_groups(model, scaling, lr=0.01))
+    with pytest.raises(ValueError, match="not both"):
+        ScaledStep(optimizer, scaling, model)
+
+
+def test_foreign_parameters_are_refused():
+    model = make_model()
+    optimizer = AdamW([*model.parameters(), nn.Parameter(torch.zeros(3))])
+    with pytest.raises(ValueError, match=r"shape \[3\].*does not know"):
+        ScaledStep(optimizer, plan(model, base=BASE), model)
+
+
+def test_optimizer_families():
+    parameters = [nn.Parameter(torch.zeros(1))]
+    assert family_of(AdamW(parameters)) == "adam"
+    assert family_of(SGD(parameters, lr=1.0)) == "sgd"
+    with pytest.raises(ValueError, match="found Adagrad"):
+        family_of(torch.optim.Adagrad(parameters))
+
+
+class Multiplied(nn.Module):
+    """y = m V (W x): the multiplier m sits behind W."""
+
+    def __init__(self, m, scale):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.m = m
+        self.w = nn.Parameter(torch.randn(6, 4, generator=generator, dtype=torch.float64) * scale)
+        self.v = nn.Parameter(torch.randn(2, 6, generator=generator, dtype=torch.float64))
+
+    def forward(self, x):
+        return torch.tanh(self.m * (x @ self.w.T)) @ self.v.T
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_folding_a_multiplier_keeps_the_trajectory(kind):
+    """Theory section 2: the function trains alike, to float64 round-off over 30 steps."""
+    m = 0.3
+    factors = fold({"init": 1.0, "lr": 1.0, "wd": 1.0, "eps": 1.0}, m, kind)
+    losses = []
+    for folded in (False, True):
+        model = Multiplied(1.0 if folded else m, factors["init"] if folded else 1.0)
+        lr, wd, eps = 0.05, 0.1, 1e-3
+        f = factors if folded else dict.fromkeys(factors, 1.0)
+        settings = {"params": [model.w], "lr": lr * f["lr"], "weight_decay": wd * f["wd"]}
+        if kind == "adamw":
+            optimizer = AdamW([{**settings, "eps": eps * f["eps"]}, {"params": [model.v], "lr": lr}])
+        else:
+            optimizer = SGD([settings, {"params": [model.v], "lr": lr}], lr=lr, momentum=0.9)
+        x = torch.randn(16, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        trace = []
+        for _ in range(30):
+            loss = (model(x) - x[:, :2].sin()).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            trace.append(float(loss.detach()))
+        losses.append(trace)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-11)
+    assert losses[0][-1] < 0.9 * losses[0][0]
+
+
+def test_multipliers_are_read_set_and_checked():
+    model = make_model()
+    values = {path: value * 2 for path, value in read_multipliers(model).items()}
+    set_multipliers(model, values)
+    assert read_multipliers(model) == values
+    assert model.transformer.blocks[0].residual_multiplier == 2.0
+    with pytest.raises(ValueError, match="not exposed"):
+        set_multipliers(model, {"transformer.blocks.0.gain": 1.0})
+
+
+class Bare(nn.Module):
+    """A residual block's FFN that exposes no multiplier."""
+
+    def __init__(self, width=16, hidden=32):
+        super().__init__()
+        self.hparams = {"width": width, "hidden": hidden}
+        self.up = nn.Linear(width, hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+        self.up.mue_roles = {"weight": "ffn_up"}
+        self.down.mue_roles = {"weight": "ffn_down"}
+
+    def mue_axes(self):
+        return {"width": self.hparams["width"], "active_width": self.hparams["hidden"]}
+
+
+def test_ffn_multiplier_is_folded_where_no_module_exposes_it():
+    scaling = plan(Bare(32, 256), base={"width": 16, "hidden": 32})
+    d, a = 2.0, 8.0
+    c = d / a
+    assert scaling["down.weight"].lr == pytest.approx(c / d)
+    assert scaling["down.weight"].weight_decay == pytest.approx(d / c)
+    assert scaling.multipliers == {}
+
+
+def test_multiplier_that_cannot_be_folded_is_asked_for():
+    class Deep(Bare):
+        def mue_axes(self):
+            return {**super().mue_axes(), "depth": 4 if self.hparams["width"] == 32 else 2}
+
+    with pytest.raises(ValueError, match=r"needs a residual multiplier of 0\.5.*mue_multipliers"):
+        plan(Deep(32, 32), base={"width": 16, "hidden": 32})
