@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all coverage lint format bench clean
+.PHONY: demo test test-slow lint format bench clean
 
 # torch first and by its exact version: on the tested machines that is the CPU build, and a range takes the newest CUDA one.
 $(STAMP): pyproject.toml constraints.txt
@@ -19,8 +19,8 @@ demo: $(STAMP)  ## trains a Mixture-of-Experts language model in about two minut
 test: $(STAMP)  ## the fast tests
 	$(BIN)/python -m pytest -q -m 'not slow and not gpu' --cov --cov-report=term:skip-covered
 
-test-all: $(STAMP)  ## the fast and the slow tests
-	$(BIN)/python -m pytest -q -m 'not gpu' --cov --cov-report=term:skip-covered
+test-slow: $(STAMP)  ## the tests that are too slow for every change: several processes, large models
+	$(BIN)/python -m pytest -q -m 'slow and not gpu'
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -92,10 +92,8 @@ class MuECLI(LightningCLI):
     def __init__(self, args: Any = None, run: bool = True) -> None:
         super().__init__(
             LightningModule,
-            LightningDataModule,
             trainer_class=MuETrainer,
             subclass_mode_model=True,
-            subclass_mode_data=True,
             auto_configure_optimizers=False,
             seed_everything_default=0,
             parser_kwargs={"prog": "lightning-mue"},
@@ -176,19 +174,23 @@ def main(args: list[str] | None = None) -> None:
     try:
         MuECLI(args)
     except (ValueError, TypeError, OSError) as error:
-        if os.environ.get("LIGHTNING_MUE_TRACEBACK") or not _is_ours(error):
+        message = _told_by_us(error)
+        if message is None or os.environ.get("LIGHTNING_MUE_TRACEBACK"):
             raise
-        print(f"lightning-mue: error: {error}", file=sys.stderr)
+        print(f"lightning-mue: error: {message}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
-def _is_ours(error: BaseException) -> bool:
-    """True if the error was raised by a check of this package, so that its message says it all."""
-    traceback = error.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    raised_in = Path(traceback.tb_frame.f_code.co_filename) if traceback is not None else Path()
-    return Path(__file__).parent in raised_in.parents
+def _told_by_us(error: BaseException | None) -> str | None:
+    """The message of a check of this package, also where the configuration parser has wrapped it in its own words."""
+    while error is not None:
+        traceback = error.__traceback__
+        while traceback is not None and traceback.tb_next is not None:
+            traceback = traceback.tb_next
+        if traceback is not None and Path(__file__).parent in Path(traceback.tb_frame.f_code.co_filename).parents:
+            return str(error)
+        error = error.__cause__ or error.__context__
+    return None
 
 
 if __name__ == "__main__":

@@ -94,7 +94,6 @@ class SampledMonitor(Callback, ABC):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Attach the hooks if this batch completes an optimizer step that will be logged."""
-        self._detach()  # a module that skips the rest of an epoch leaves without on_train_batch_end
         if not self._probes or not self._samples(trainer, batch_idx):
             return
         if any(_is_compiled(module) for module in pl_module.modules()):
@@ -129,7 +128,7 @@ class SampledMonitor(Callback, ABC):
             logger.log_metrics(metrics, step=self._step)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remove hooks left by a batch that did not end."""
+        """Remove hooks left by a batch that did not end: the module's on_train_batch_start skipped the epoch's rest."""
         self._detach()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

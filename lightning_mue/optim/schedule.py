@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -26,6 +26,8 @@ class WarmupDecay(LRScheduler):
     Raises:
         ValueError: For a fraction outside its range.
     """
+
+    _SETTINGS = frozenset({"_total_steps", "warmup", "decay", "final", "shape"})
 
     def __init__(
         self,
@@ -83,6 +85,10 @@ class WarmupDecay(LRScheduler):
         if self.shape == "cosine":
             left = 0.5 - 0.5 * math.cos(math.pi * left)
         return self.final + (1.0 - self.final) * left
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step, not the shape: a run resumed with more steps decays towards its new end."""
+        return {key: value for key, value in super().state_dict().items() if key not in self._SETTINGS}
 
     def get_lr(self) -> list[float]:
         """Learning rates of the groups at the present step."""

@@ -100,7 +100,9 @@ def test_batch_rows_do_not_mix():
     torch.testing.assert_close(model(ids)[1:2], model(ids[1:2]), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("n_experts", "moe_every", "kinds"), [(0, 1, "dddd"), (4, 1, "mmmm"), (4, 2, "dmdm"), (4, 4, "dddm")])
+@pytest.mark.parametrize(
+    ("n_experts", "moe_every", "kinds"), [(0, 1, "dddd"), (4, 1, "mmmm"), (4, 2, "dmdm"), (4, 4, "dddm")]
+)
 def test_which_blocks_are_moe(n_experts, moe_every, kinds):
     model = make_model(depth=4, n_experts=n_experts, moe_every=moe_every)
     types = {SwiGLU: "d", MoELayer: "m"}

@@ -1,0 +1,247 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lightning_mue.cli import MuECLI, main
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+@pytest.fixture
+def corpus(tmp_path, monkeypatch):
+    """A small folder of text, and a cache of its own."""
+    monkeypatch.setenv("LIGHTNING_MUE_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for i in range(40):
+        (folder / f"{i}.txt").write_text(f"file {i}: " + "the quick brown fox jumps over the lazy dog. " * 8)
+    return folder
+
+
+def run(capsys, *args):
+    """Runs the command; returns (exit status, all output on one line with single spaces)."""
+    status = 0
+    try:
+        main([str(a) for a in args])
+    except SystemExit as stop:
+        status = stop.code
+    captured = capsys.readouterr()
+    return status, " ".join((captured.out + captured.err).split())
+
+
+def debug(corpus, *args):
+    return ("--config", CONFIGS / "debug.yaml", "--data.path", corpus, *args)
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_is_explained(capsys, config):
+    status, out = run(capsys, "explain", "--config", config)
+    assert status == 0
+    rule = next(
+        c["init_args"]["rule"]
+        for c in yaml.safe_load(config.read_text())["trainer"]["callbacks"]
+        if c["class_path"].endswith("MuECallback")
+    )
+    assert f"{rule} (" in out
+    assert "expert_down" in out
+
+
+@pytest.mark.slow
+def test_explain_for_a_trillion_parameters_takes_seconds_and_little_memory(tmp_path):
+    """Under 20 s and 2 GiB, from process start to exit."""
+    code = (
+        "import json, resource, sys, time; start = time.perf_counter()\n"
+        "from lightning_mue.cli import main; main(sys.argv[1:])\n"
+        "json.dump([time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20], open('r.json', 'w'))"
+    )
+    config = str(CONFIGS / "trillion.yaml")
+    done = subprocess.run(
+        [sys.executable, "-c", code, "explain", "--config", config],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=True,
+    )
+    seconds, gib = json.loads((tmp_path / "r.json").read_text())
+    assert "T parameters" in done.stdout
+    assert gib < 2
+    assert seconds < 20
+
+
+def test_fit_validate_test_predict(capsys, corpus, tmp_path):
+    status, out = run(capsys, "fit", *debug(corpus))
+    assert status == 0
+    for expected in (
+        "val/bits_per_byte: ",
+        "hyperp (sphere",
+        "tensorboard --logdir logs/debug",
+        "text sample",
+        "steps: 6",
+    ):
+        assert expected in out, expected
+    checkpoint = next(tmp_path.rglob("*.ckpt"))
+    torch.load(checkpoint, weights_only=True)
+    events = EventAccumulator(str(tmp_path / "logs" / "debug" / "version_0"))
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    for tag in (
+        "train/loss",
+        "val/bits_per_byte",
+        "mue/lr/expert_up",
+        "stability/z/lm_logits",
+        "routing/max_violation/00",
+    ):
+        assert tag in tags, tags
+    status, out = run(capsys, "validate", *debug(corpus, "--ckpt_path", checkpoint))
+    assert status == 0
+    assert "val/bits_per_byte" in out
+    status, out = run(capsys, "test", *debug(corpus, "--ckpt_path", checkpoint))
+    assert status == 0
+    assert "test/bits_per_byte" in out
+    status, out = run(
+        capsys, "predict", *debug(corpus, "--ckpt_path", checkpoint, "--trainer.limit_predict_batches", "1")
+    )
+    assert status == 0
+
+
+def test_validation_of_a_checkpoint_gives_the_loss_of_the_run(capsys, corpus, tmp_path):
+    """The multipliers must come back with the weights."""
+    run(capsys, "fit", *debug(corpus, "--trainer.max_steps", 6))
+    events = EventAccumulator(str(tmp_path / "logs" / "debug" / "version_0"))
+    events.Reload()
+    trained = events.Scalars("val/loss")[-1].value
+    args = debug(corpus, "--ckpt_path", next(tmp_path.rglob("*.ckpt")), "--trainer.logger", "false")
+    cli = MuECLI(["validate", *map(str, args)])
+    assert float(cli.trainer.callback_metrics["val/loss"]) == pytest.approx(trained, rel=1e-5)
+
+
+def test_resume_through_the_command_line(capsys, corpus, tmp_path):
+    run(capsys, "fit", *debug(corpus, "--trainer.max_steps", 3, "--trainer.val_check_interval", 3))
+    checkpoint = next(tmp_path.rglob("*.ckpt"))
+    content = checkpoint.read_bytes()
+    status, out = run(capsys, "fit", *debug(corpus, "--ckpt_path", checkpoint, "--trainer.max_steps", 5))
+    assert status == 0
+    assert "steps: 5" in out
+    status, out = run(
+        capsys,
+        "fit",
+        *debug(
+            corpus, "--ckpt_path", checkpoint, "--trainer.callbacks.init_args.alpha", "0.5", "--trainer.max_steps", 5
+        ),
+    )
+    assert checkpoint.read_bytes() == content
+
+
+def change(corpus, tmp_path, edit):
+    """debug.yaml with an edit, as a file."""
+    config = yaml.safe_load((CONFIGS / "debug.yaml").read_text())
+    config["data"]["init_args"]["path"] = str(corpus)
+    edit(config)
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def model_args(**kwargs):
+    return lambda c: c["model"]["init_args"].update(kwargs)
+
+
+def data_args(**kwargs):
+    return lambda c: c["data"]["init_args"].update(kwargs)
+
+
+def mue_args(**kwargs):
+    return lambda c: c["trainer"]["callbacks"][0]["init_args"].update(kwargs)
+
+
+def optimizer_args(**kwargs):
+    return lambda c: c["model"]["init_args"]["optimizer"]["init_args"].update(kwargs)
+
+
+BAD = {
+    "unknown key of the model": (model_args(widht=3), "widht"),
+    "unknown key of the callback": (mue_args(bases={"width": 16}), "bases"),
+    "unknown key of the trainer": (lambda c: c["trainer"].update(max_step=3), "max_step"),
+    "unknown key of the data": (data_args(batchsize=3), "batchsize"),
+    "unknown class": (lambda c: c["model"].update(class_path="lightning_mue.models.MoEModel"), "MoEModel"),
+    "wrong type": (model_args(width="wide"), "width"),
+    "wrong type of base": (mue_args(base=[1, 2]), "base"),
+    "top_k too large": (model_args(top_k=9), r"top_k: found 9 with n_experts=4"),
+    "width and heads": (model_args(n_heads=5), r"n_heads: width=32 is not divisible by n_heads=5"),
+    "kv heads": (model_args(n_heads=4, n_kv_heads=3), "n_kv_heads: found 3"),
+    "scoring": (model_args(scoring="hash"), "scoring"),
+    "gate": (model_args(gate="relu"), "gate"),
+    "balance": (model_args(balance="luck"), "balance"),
+    "base key": (mue_args(base={"widht": 16}), r"base\.widht.*Did you mean 'width'"),
+    "base shape": (mue_args(base={"width": 30, "n_heads": 4}), r"base: .*n_heads"),
+    "rule": (mue_args(rule="hyper"), "rule: found 'hyper'"),
+    "rule and optimizer": (mue_args(rule="complete-mue"), r"no table .*'sphere'"),
+    "alpha": (mue_args(alpha=3.0), "alpha: found 3"),
+    "tokens without the base's": (mue_args(tokens=1e6), "tokens: .*base: {..., tokens: 1e9}"),
+    "role": (mue_args(roles={"w_q": "matrix"}), "names the role 'matrix'"),
+    "pattern": (mue_args(roles={"w_z": "hidden"}), r"\['w_z'\] match no"),
+    "zero matrix on the sphere": (model_args(unembedding_std=0.0), r"unembedding\.weight.*zero"),
+    "vocabulary": (model_args(vocab_size=100), r"vocab_size.*100|100.*vocab"),
+    "corpus not there": (data_args(path="/not/there"), "/not/there"),
+    "learning rate": (optimizer_args(lr=-1.0), "lr.*-1"),
+    "preset": (optimizer_args(preset="fast"), "preset.*fast"),
+    "momentum": (optimizer_args(momentum=1.0), "momentum"),
+    "val_fraction": (data_args(val_fraction=1.5), "val_fraction"),
+    "batch size": (data_args(batch_size=0), "batch_size"),
+    "context longer than the model's": (data_args(context_length=64), r"context_length.*32.*64"),
+    "corpus smaller than a window": (
+        lambda c: (data_args(context_length=20000)(c), model_args(context_length=20000)(c)),
+        "too small",
+    ),
+    "warmup": (lambda c: c["model"]["init_args"]["scheduler"].update(init_args={"warmup": 2.0}), "warmup: found 2"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_told_in_a_paragraph_before_step_0(capsys, corpus, tmp_path, case):
+    import re
+
+    edit, message = BAD[case]
+    status, out = run(capsys, "fit", "--config", change(corpus, tmp_path, edit))
+    assert status == 2, out
+    assert re.search(message, out), out
+    assert "Traceback" not in out
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_empty_corpus(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("LIGHTNING_MUE_CACHE", str(tmp_path / "cache"))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    status, out = run(capsys, "fit", *debug(empty))
+    assert status == 2
+    assert str(empty) in out
+
+
+def test_explain_without_the_callback(capsys, corpus, tmp_path):
+    status, out = run(
+        capsys, "explain", "--config", change(corpus, tmp_path, lambda c: c["trainer"].update(callbacks=None))
+    )
+    assert status == 2
+    assert "no MuECallback" in out
+
+
+def test_traceback_on_request(corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("LIGHTNING_MUE_TRACEBACK", "1")
+    path = change(corpus, tmp_path, mue_args(alpha=3.0))
+    with pytest.raises(ValueError, match="alpha"):
+        main(["fit", "--config", str(path)])
+
+
+def test_errors_of_others_keep_their_traceback(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_mue.models.MoELanguageModel.loss", lambda self, batch: int("x"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        main(["fit", *map(str, debug(corpus))])
