@@ -150,13 +150,14 @@ def summarize(trainer: Trainer, model: LightningModule, datamodule: LightningDat
 
 def _sample(model: LightningModule, datamodule: LightningDataModule | None) -> tuple[str, str] | None:
     """(prompt from the validation data, the model's continuation), for models of bytes that can generate."""
-    if datamodule is None or not hasattr(model, "generate") or getattr(model, "vocab_size", None) != 256:
+    generate = getattr(model, "generate", None)
+    if datamodule is None or not callable(generate) or getattr(model, "vocab_size", None) != 256:
         return None
     batch = next(iter(datamodule.val_dataloader()), None)
     if batch is None:
         return None
     prompt = batch["tokens"][0, :96].to(model.device)
-    tokens = model.generate(prompt, 240, temperature=0.7, seed=0).tolist()
+    tokens = generate(prompt, 240, temperature=0.7, seed=0).tolist()
     decode = lambda ids: bytes(ids).decode(errors="replace")  # noqa: E731
     return decode(tokens[: len(prompt)]), decode(tokens[len(prompt) :])
 

@@ -238,7 +238,7 @@ class MoELanguageModel(LightningModule):
             return
         start, seen = self._clock
         self._clock = (start, seen + tokens)
-        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
+        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.log("train/tokens_per_second", (seen + tokens) / (now - start), prog_bar=True)
             self._clock = (now, 0)
 
@@ -325,8 +325,8 @@ class MoELanguageModel(LightningModule):
         if self.scheduler is None:
             return optimizer
         scheduler = self.scheduler(optimizer)
-        if getattr(scheduler, "total_steps", 0) is None:
-            scheduler.total_steps = self.trainer.estimated_stepping_batches
+        if getattr(scheduler, "total_steps", 0) is None:  # WarmupDecay, or another that asks in the same way
+            scheduler.total_steps = self.trainer.estimated_stepping_batches  # type: ignore[attr-defined]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_callbacks(self) -> list[Any]:

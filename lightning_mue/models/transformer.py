@@ -159,7 +159,7 @@ class Unembedding(nn.Module):
     mue_roles: ClassVar[Mapping[str, Role]] = {"weight": Role.UNEMBEDDING}
     mue_multipliers: ClassVar[Mapping[str, str]] = {"output": "output_multiplier"}
 
-    def __init__(self, weight: nn.Parameter, output_multiplier: float = 1.0) -> None:
+    def __init__(self, weight: Tensor, output_multiplier: float = 1.0) -> None:
         super().__init__()
         self.weight = weight
         self.output_multiplier = output_multiplier

@@ -29,61 +29,45 @@ _PARALLEL_FLOPS = 1e7  # below this, waking the workers costs more than they sav
 class _Scratch:
     """Work buffers of one thread, allocated on first use and reused from expert to expert.
 
-    GEMMs run in x's dtype on rows padded with zeros to p, everything elementwise in the gates' dtype on the n real
-    rows: besides being exact, float32 is two to four times faster than bfloat16 there.
+    Each holds the rows of one expert, rounded up: `n` is how many are real.
     """
 
-    def __init__(self, x: Tensor, gates: Tensor, counts: list[int]) -> None:
-        self._x, self._gates = x, gates
-        self._multiple = _ROW_MULTIPLE if x.device.type == "cpu" and x.dtype == torch.bfloat16 else 1
+    def __init__(self, like: Tensor, counts: list[int]) -> None:
+        self._like = like
+        self._multiple = _ROW_MULTIPLE if like.device.type == "cpu" and like.dtype == torch.bfloat16 else 1
         self._max_rows = self._round_up(max(counts))
         self._buffers: dict[str, Tensor] = {}
 
     def _round_up(self, n: int) -> int:
         return -(-n // self._multiple) * self._multiple
 
-    def _get(self, name: str, n: int, columns: int, like: Tensor) -> Tensor:
+    def get(self, name: str, n: int, columns: int) -> Tensor:
+        """Undefined content, [p, columns]."""
         if name not in self._buffers:
-            self._buffers[name] = like.new_empty(self._max_rows, columns)
-        return self._buffers[name][:n]
+            self._buffers[name] = self._like.new_empty(self._max_rows, columns)
+        return self._buffers[name][: self._round_up(n)]
 
-    def wide(self, name: str, n: int, columns: int) -> Tensor:
-        """Undefined content, [n, columns], of the gates' dtype."""
-        return self._get(name, n, columns, self._gates)
-
-    def widen(self, name: str, source: Tensor) -> Tensor:
-        """`source` in the gates' dtype; itself if it has that dtype already."""
-        return source if source.dtype == self._gates.dtype else self.wide(name, *source.shape).copy_(source)
-
-    def padded(self, name: str, n: int, columns: int) -> Tensor:
-        """[p, columns] of x's dtype: n rows of undefined content, then zero rows, which add nothing to a product."""
-        out = self._get(name, self._round_up(n), columns, self._x)
-        if len(out) > n:
-            out[n:].zero_()
-        return out
-
-    def pad(self, name: str, source_nj: Tensor) -> Tensor:
-        """`source_nj` in x's dtype, then zero rows; itself if nothing has to change."""
-        n, columns = source_nj.shape
-        if source_nj.dtype == self._x.dtype and self._round_up(n) == n:
-            return source_nj
-        out = self.padded(name, n, columns)
-        out[:n].copy_(source_nj)
-        return out
+    def zero_tail(self, name: str, n: int, columns: int) -> tuple[Tensor, Tensor]:
+        """[p, columns] whose rows from n on are zero, so that they add nothing to a sum over rows; its first n rows."""
+        full = self.get(name, n, columns)
+        if len(full) == n:
+            return full, full
+        full[n:].zero_()
+        return full, full[:n]
 
     def gather(self, name: str, source: Tensor, index_n: Tensor) -> Tensor:
-        """Rows of `source` at `index_n`, then zero rows."""
-        n = len(index_n)
-        out = self.padded(name, n, source.shape[1])
-        torch.index_select(source, 0, index_n, out=out[:n])
-        return out
+        """Rows of `source` at `index_n`, then zero rows: [p, columns]."""
+        full, real = self.zero_tail(name, len(index_n), source.shape[1])
+        torch.index_select(source, 0, index_n, out=real)
+        return full
 
     def mm(self, name: str, a_pi: Tensor, b_ij: Tensor, out_nj: Tensor) -> Tensor:
-        """Write the n real rows of the product to `out_nj`."""
+        """Write the first n rows of the product to `out_nj`; return all p rows."""
         if len(out_nj) == len(a_pi):
             return torch.mm(a_pi, b_ij, out=out_nj)
-        product_pj = torch.mm(a_pi, b_ij, out=self._get(name, len(a_pi), b_ij.shape[1], self._x))
-        return out_nj.copy_(product_pj[: len(out_nj)])
+        product_pj = torch.mm(a_pi, b_ij, out=self.get(name, len(a_pi), b_ij.shape[1]))
+        out_nj.copy_(product_pj[: len(out_nj)])
+        return product_pj
 
 
 def _run(work: Callable[[Iterable[int]], None], counts: list[int], x: Tensor, w_gate: Tensor) -> None:
@@ -123,19 +107,17 @@ def grouped_swiglu(
     tokens, z_gate, z_up, y = (torch.split(t, rows) for t in (order // inverse.shape[1], z_gate_Sh, z_up_Sh, y_Sd))
 
     def work(experts: Iterable[int]) -> None:
-        scratch = _Scratch(x, gates, rows)
+        scratch = _Scratch(x, rows)
         for e in experts:
             x_pd = scratch.gather("x", x, tokens[e])
-            z_gate_nh = scratch.widen("z_gate wide", scratch.mm("z_gate", x_pd, w_gate[e].t(), out_nj=z_gate[e]))
-            z_up_nh = scratch.widen("z_up wide", scratch.mm("z_up", x_pd, w_up[e].t(), out_nj=z_up[e]))
-            a_nh = torch.ops.aten.silu.out(z_gate_nh, out=scratch.wide("silu", rows[e], hidden)).mul_(z_up_nh)
-            # Two passes, of which neither broadcasts along the fast dimension, take a third of the time of one.
-            a_nh.mul_(scratch.wide("gates", rows[e], hidden).copy_(gate_columns[e]))
-            scratch.mm("y", scratch.pad("a", a_nh), w_down[e].t(), out_nj=y[e])
+            z_gate_ph = scratch.mm("z_gate", x_pd, w_gate[e].t(), out_nj=z_gate[e])
+            z_up_ph = scratch.mm("z_up", x_pd, w_up[e].t(), out_nj=z_up[e])
+            a_ph = torch.ops.aten.silu.out(z_gate_ph, out=scratch.get("a", rows[e], hidden)).mul_(z_up_ph)
+            scratch.mm("y", a_ph, w_down[e].t(), out_nj=y[e])
 
     _run(work, rows, x, w_gate)
-    # embedding_bag sums in float32 whatever the dtype of its rows, and without atomics.
-    return F.embedding_bag(inverse, y_Sd, mode="sum"), z_gate_Sh, z_up_Sh
+    y_Td = F.embedding_bag(inverse, y_Sd.to(gates.dtype), mode="sum", per_sample_weights=gates).to(x.dtype)
+    return y_Td, z_gate_Sh, z_up_Sh
 
 
 @torch.library.custom_op("lightning_mue::grouped_swiglu_backward", mutates_args=())
@@ -160,29 +142,30 @@ def grouped_swiglu_backward(
     rows, hidden = counts.tolist(), w_gate.shape[1]
     dgates_S, dx_Sd = gates.new_empty(len(order)), x.new_empty(len(order), x.shape[1])
     dw_gate, dw_up, dw_down = torch.empty_like(w_gate), torch.empty_like(w_up), torch.empty_like(w_down)
-    gates_S1, tokens_S = gates.flatten()[order].unsqueeze(1), order // inverse.shape[1]
-    tokens, gate_columns, z_gates, z_ups = (torch.split(t, rows) for t in (tokens_S, gates_S1, z_gate, z_up))
+    gates_S1 = gates.flatten()[order].to(x.dtype).unsqueeze(1)
+    tokens, z_gates, z_ups, gate_columns = (
+        torch.split(t, rows) for t in (order // inverse.shape[1], z_gate, z_up, gates_S1)
+    )
     dgates, dx = torch.split(dgates_S, rows), torch.split(dx_Sd, rows)
 
     def work(experts: Iterable[int]) -> None:
-        scratch = _Scratch(x, gates, rows)
+        scratch = _Scratch(x, rows)
         for e in experts:
-            n = rows[e]
+            n, gates_n1, z_gate_nh, z_up_nh = rows[e], gate_columns[e], z_gates[e], z_ups[e]
             x_pd, dy_pd = scratch.gather("x", x, tokens[e]), scratch.gather("dy", dy, tokens[e])
-            z_gate_nh, z_up_nh = scratch.widen("z_gate", z_gates[e]), scratch.widen("z_up", z_ups[e])
-            gates_nh = scratch.wide("gates", n, hidden).copy_(gate_columns[e])
-            silu_nh = torch.ops.aten.silu.out(z_gate_nh, out=scratch.wide("silu", n, hidden))
-            a_nh = torch.mul(silu_nh, z_up_nh, out=scratch.wide("a", n, hidden))
-            da_nh = scratch.widen("da wide", torch.mm(dy_pd, w_down[e], out=scratch.padded("da", n, hidden))[:n])
+            a_ph, a_nh = scratch.zero_tail("a", n, hidden)
+            dz_gate_ph, dz_gate_nh = scratch.zero_tail("dz_gate", n, hidden)
+            dz_up_ph, dz_up_nh = scratch.zero_tail("dz_up", n, hidden)
 
-            dz_gate_nh, dz_up_nh = scratch.wide("dz_gate", n, hidden), scratch.wide("dz_up", n, hidden)
-            torch.sum(torch.mul(a_nh, da_nh, out=dz_gate_nh), 1, out=dgates[e])
-            torch.mm(dy_pd.t(), scratch.pad("a padded", a_nh.mul_(gates_nh)), out=dw_down[e])
-            da_nh.mul_(gates_nh)
+            da_nh = torch.mm(dy_pd, w_down[e], out=scratch.get("da", n, hidden))[:n]
+            silu_nh = torch.ops.aten.silu.out(z_gate_nh, out=scratch.get("silu", n, hidden)[:n])
+            torch.mul(silu_nh, z_up_nh, out=a_nh)
+            torch.sum(torch.mul(a_nh, da_nh, out=dz_gate_nh), 1, dtype=gates.dtype, out=dgates[e])
+            a_nh.mul_(gates_n1)
+            da_nh.mul_(gates_n1)
+            torch.mm(dy_pd.t(), a_ph, out=dw_down[e])
             torch.mul(da_nh, silu_nh, out=dz_up_nh)
             torch.ops.aten.silu_backward.grad_input(da_nh.mul_(z_up_nh), z_gate_nh, grad_input=dz_gate_nh)
-            dz_gate_ph = scratch.pad("dz_gate padded", dz_gate_nh)
-            dz_up_ph = scratch.pad("dz_up padded", dz_up_nh)
             torch.mm(dz_gate_ph.t(), x_pd, out=dw_gate[e])
             torch.mm(dz_up_ph.t(), x_pd, out=dw_up[e])
             dx_pd = torch.mm(dz_gate_ph, w_gate[e], out=x_pd).addmm_(dz_up_ph, w_up[e])

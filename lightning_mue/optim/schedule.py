@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -90,7 +91,7 @@ class WarmupDecay(LRScheduler):
         """The step, not the shape: a run resumed with more steps decays towards its new end."""
         return {key: value for key, value in super().state_dict().items() if key not in self._SETTINGS}
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | Tensor]:
         """Learning rates of the groups at the present step."""
         return [float(base) * self.factor(self.last_epoch) for base in self.base_lrs]
 

@@ -8,13 +8,13 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
-from typing import Any, Union
+from typing import Any
 
 import torch
 from torch import nn
 
 #: Keyword overrides of the module's own hyperparameters, a module, or a factory of one.
-Base = Union[Mapping[str, Any], nn.Module, Callable[[], nn.Module]]
+Base = Mapping[str, Any] | nn.Module | Callable[[], nn.Module]
 
 #: Overrides that describe the base's run, not its module.
 RUN_KEYS = ("tokens", "batch_tokens")
@@ -45,10 +45,10 @@ def build_base(model: nn.Module, base: Base, *, device: str | None = None) -> nn
     if isinstance(base, nn.Module):
         return base
     with _fixed_rng(), torch.device(device or "cpu"):
-        if callable(base):
-            made = base()
+        if isinstance(base, Mapping):
+            made = _rebuild(model, {key: value for key, value in base.items() if key not in RUN_KEYS})
         else:
-            made = _rebuild(model, {k: v for k, v in base.items() if k not in RUN_KEYS})
+            made = base()
     if not isinstance(made, nn.Module):
         raise ValueError(f"base: the factory returned {type(made).__name__}, expected a torch.nn.Module.")
     return made

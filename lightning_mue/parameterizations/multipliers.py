@@ -21,6 +21,11 @@ _ABSENT = {"route": 1.0, "ffn": 1.0}
 _DOWN_ROLES = frozenset({Role.FFN_DOWN, Role.EXPERT_DOWN, Role.SHARED_DOWN})
 
 
+def active_width(branch: nn.Module) -> float:
+    """The active FFN width A that an FFN or MoE branch declares."""
+    return float(branch.active_width)  # type: ignore[arg-type]
+
+
 def exposed(module: nn.Module) -> Iterator[tuple[str, str, nn.Module, str]]:
     """Yields (dotted path of the attribute, kind, module, attribute name) for every multiplier in a module tree."""
     for name, child in module.named_modules():
@@ -79,7 +84,7 @@ def multiplier_sites(
         old = _base_site(path, kind, base_sites, index)
         local = dict(ratios)
         if old is not None and hasattr(child, "active_width") and hasattr(old[0], "active_width"):
-            local["A"] = child.active_width / old[0].active_width
+            local["A"] = active_width(child) / active_width(old[0])
         start = float(getattr(*old)) if old is not None else _ABSENT.get(kind, float(getattr(child, attribute)))
         values[path] = start * parse(rule.multipliers[kind]).evaluate(local, alpha)
     present = {kind for _, kind, _, _ in sites}

@@ -20,7 +20,7 @@ from lightning_mue.parameterizations.modules import (
     trainable_parameters,
 )
 from lightning_mue.parameterizations.monomial import parse
-from lightning_mue.parameterizations.multipliers import fold, multiplier_sites
+from lightning_mue.parameterizations.multipliers import active_width, fold, multiplier_sites
 from lightning_mue.parameterizations.roles import Role
 from lightning_mue.parameterizations.table import Family, Parameterization, Row, default_kind, get_rule
 
@@ -378,7 +378,7 @@ class _Scale:
             ratios[key] = new / was
         if info.branch is not None and old.branch is not None:
             # Blocks may differ (dense and MoE ones): the active width is that of the parameter's own branch.
-            ratios["A"] = info.branch.active_width / old.branch.active_width
+            ratios["A"] = active_width(info.branch) / active_width(old.branch)
         return ratios
 
     def _init(self, row: Row, old: ParameterInfo | None, inits: Mapping[str, Init], cell: float) -> Init:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def test_shape():
     assert values[10:50] == [1.0] * 40
     assert values[75] == pytest.approx(0.2 + 0.8 * 0.5)
     assert values[-1] == pytest.approx(0.2 + 0.8 * 0.02)
-    assert all(b <= a for a, b in zip(values[50:], values[51:], strict=False))
+    assert all(b <= a for a, b in pairwise(values[50:]))
 
 
 def test_cosine_halves_in_the_middle():
