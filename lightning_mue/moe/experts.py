@@ -23,7 +23,8 @@ class Experts(nn.Module):
 
     ``y_t = sum_k gates[t, k] * E_i(x_t)`` with ``i = expert_ids[t, k]`` and
     ``E_i(x) = (silu(x w_gate_i^T) * (x w_up_i^T)) w_down_i^T``. GEMMs run in x's dtype (under autocast, in
-    autocast's); the sum over k is taken in float32. The result depends on the routing alone, bit for bit.
+    autocast's); the sum over k is taken in float32. Repeating a call on as many
+    threads gives the same bits.
 
     Args:
         width: d, size of the input and of the output.
