@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,15 @@ if TYPE_CHECKING:
     from lightning_mue.moe import MoELayer
     from lightning_mue.optim import HyperSphereOptimizer
     from lightning_mue.parameterizations import ScalingPlan, initialize, param_groups, plan
+
+# Without a logging configuration of its own, an application shall still see what was done to its parameters.
+_logger = logging.getLogger(__name__)
+_logger.setLevel(
+    logging.INFO if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0 else logging.WARNING
+)
+if not logging.root.hasHandlers():
+    _logger.addHandler(logging.StreamHandler())
+    _logger.propagate = False
 
 __version__ = "0.1.0"
 

@@ -129,8 +129,9 @@ class MuECallback(Callback):
         assert self.plan is not None
         if not trainer.is_global_zero:
             return
-        _log.info("MuECallback: %s", headline(self.plan))
-        if self.verbose:
+        if not self.verbose:
+            _log.info("MuECallback: %s", headline(self.plan))
+        else:
             from rich.console import Console
 
             # A console of at least 120 columns: in a narrower one (a log file) the table would break into pieces.

@@ -170,6 +170,7 @@ class MoELanguageModel(LightningModule):
         )
         tag_roles(self)
         self._clock: tuple[float, int] | None = None
+        self._paused = 0.0
 
     @staticmethod
     def _head_dim(width: int, n_heads: int, n_kv_heads: int, head_dim: int | None) -> int:
@@ -246,9 +247,15 @@ class MoELanguageModel(LightningModule):
         """Starts the throughput's clock anew."""
         self._clock = None
 
+    def on_validation_start(self) -> None:
+        """Notes when validation began, to leave it out of the throughput."""
+        self._paused = time.perf_counter()
+
     def on_validation_end(self) -> None:
-        """Leaves validation out of the throughput."""
-        self._clock = None
+        """Lets the throughput's clock go on from where it stood."""
+        if self._clock is not None:
+            start, seen = self._clock
+            self._clock = (start + time.perf_counter() - self._paused, seen)
 
     def _bits_per_byte(self, loss: Tensor) -> Tensor:
         return loss / (math.log(2) * self.bytes_per_token)

@@ -1,6 +1,7 @@
 """A decoder-only transformer whose blocks are dense or Mixture-of-Experts, with every multiplier as an attribute.
 
-Shape legend: B batch, S sequence, T = B * S tokens, d width, N query heads, M key/value heads, k head dimension, V vocabulary.
+Shape legend: B batch, S sequence, T = B * S tokens, d width, N query heads, M key/value heads, k head dimension, j = k / 2,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ class RotaryEmbedding(nn.Module):
         base: Base of the wavelengths.
     """
 
-    cos_Sk: Tensor
-    sin_Sk: Tensor
+    cos_Sj: Tensor
+    sin_Sj: Tensor
 
     def __init__(self, head_dim: int, context_length: int, base: float = 10_000.0) -> None:
         super().__init__()
@@ -47,17 +48,18 @@ class RotaryEmbedding(nn.Module):
             raise ValueError(f"head_dim: found {head_dim}, expected an even number (rotary embedding turns pairs).")
         frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
         angle = torch.arange(context_length, dtype=torch.float32)[:, None] * frequency
-        angle = torch.cat((angle, angle), dim=-1)
-        self.register_buffer("cos_Sk", angle.cos(), persistent=False)
-        self.register_buffer("sin_Sk", angle.sin(), persistent=False)
+        self.register_buffer("cos_Sj", angle.cos(), persistent=False)
+        self.register_buffer("sin_Sj", angle.sin(), persistent=False)
 
     def forward(self, x_BNSk: Tensor) -> Tensor:
         """Rotates ``x_BNSk`` by its positions; same shape and dtype."""
         length = x_BNSk.shape[-2]
-        first, second = x_BNSk.chunk(2, dim=-1)
-        turned = torch.cat((-second, first), dim=-1)
-        cos, sin = self.cos_Sk[:length].to(x_BNSk.dtype), self.sin_Sk[:length].to(x_BNSk.dtype)
-        return x_BNSk * cos + turned * sin
+        a_BNSj, b_BNSj = x_BNSk.chunk(2, dim=-1)
+        cos, sin = self.cos_Sj[:length].to(x_BNSk.dtype), self.sin_Sj[:length].to(x_BNSk.dtype)
+        # (a cos - b sin, b cos + a sin), with as few passes over memory as there are without a kernel of its own.
+        return torch.cat(
+            (torch.addcmul(a_BNSj * cos, b_BNSj, sin, value=-1), torch.addcmul(b_BNSj * cos, a_BNSj, sin)), dim=-1
+        )
 
 
 class AttentionCore(nn.Module):
@@ -143,8 +145,9 @@ class Block(nn.Module):
 
     def forward(self, x_BSd: Tensor, rotary: Callable[[Tensor], Tensor]) -> Tensor:
         """Applies both branches; same shape."""
-        x_BSd = x_BSd + self.residual_multiplier * self.attention(self.attention_norm(x_BSd), rotary)
-        return x_BSd + self.residual_multiplier * self.ffn(self.ffn_norm(x_BSd))
+        m = self.residual_multiplier
+        x_BSd = torch.add(x_BSd, self.attention(self.attention_norm(x_BSd), rotary), alpha=m)
+        return torch.add(x_BSd, self.ffn(self.ffn_norm(x_BSd)), alpha=m)
 
 
 class Unembedding(nn.Module):
@@ -166,7 +169,8 @@ class Unembedding(nn.Module):
 
     def forward(self, x_BSd: Tensor) -> Tensor:
         """Returns logits [B, S, V]."""
-        return self.output_multiplier * F.linear(x_BSd, self.weight)
+        logits_BSV = F.linear(x_BSd, self.weight)
+        return logits_BSV if self.output_multiplier == 1.0 else self.output_multiplier * logits_BSV
 
 
 class Transformer(nn.Module):

@@ -55,7 +55,8 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., d] to [..., d]."""
         hidden = F.silu(F.linear(x, self.w_gate)) * F.linear(x, self.w_up)
-        return self.output_multiplier * F.linear(hidden, self.w_down)
+        y = F.linear(hidden, self.w_down)
+        return y if self.output_multiplier == 1.0 else self.output_multiplier * y
 
     def extra_repr(self) -> str:
         """The sizes, for `print(module)`."""

@@ -160,6 +160,15 @@ def unique_name(name: str, taken: Iterable[str]) -> str:
     return next(candidate for candidate in numbered if candidate not in taken)
 
 
+def summarize(groups: Iterable[Mapping[str, Any]]) -> str:
+    """Say in a line what each group is; `describe` lists its parameters."""
+    return "; ".join(
+        f"{group['kind']}: {len(group['params'])} parameters, "
+        f"{sum(param.numel() for param in group['params']):,} values, lr {group['lr']:g}"
+        for group in groups
+    )
+
+
 def describe(groups: Iterable[Mapping[str, Any]]) -> str:
     """Say in a few lines which parameter is in which group, and why; numbered blocks share a line."""
     lines = []

@@ -19,6 +19,7 @@ from lightning_mue.optim.grouping import (
     label,
     named,
     split_group,
+    summarize,
     to_groups,
     unique_name,
     warn_of_guesses,
@@ -111,7 +112,7 @@ class HyperSphereOptimizer(Optimizer):
         # adamw_lr is among the defaults because they are all that a pickle keeps beside groups and state.
         super().__init__(groups, {**checked(defaults), "adamw_lr": adamw_lr})
         warn_of_guesses(groups)
-        logger.info("HyperSphereOptimizer\n%s", self.describe())
+        logger.info("HyperSphereOptimizer: %s", summarize(self.param_groups))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, split by kind if it does not set `kind` (so more than one group may be added).
