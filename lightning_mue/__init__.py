@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from lightning_mue.optim import HyperSphereOptimizer
     from lightning_mue.parameterizations import ScalingPlan, initialize, param_groups, plan
 
-# Without a logging configuration of its own, an application shall still see what was done to its parameters.
+# An application that configures no logging shall still see what was done to its parameters; one that does gets the records.
 _logger = logging.getLogger(__name__)
 _logger.setLevel(
-    logging.INFO if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0 else logging.WARNING
+    logging.INFO if os.environ.get("RANK", os.environ.get("LOCAL_RANK")) in (None, "", "0") else logging.WARNING
 )
-if not logging.root.hasHandlers():
-    _logger.addHandler(logging.StreamHandler())
-    _logger.propagate = False
+_handler = logging.StreamHandler()
+_handler.addFilter(lambda record: not logging.root.handlers)
+_logger.addHandler(_handler)
 
 __version__ = "0.1.0"
 

@@ -12,12 +12,13 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 from torch.optim import Optimizer
 
 from lightning_mue.callbacks import MuECallback
+from lightning_mue.data.base import LanguageDataModule
+from lightning_mue.parameterizations.render import wide_console
 from lightning_mue.parameterizations.table import Family
 
 
@@ -43,7 +44,7 @@ class MuETrainer(Trainer):
                 "explain: trainer.callbacks holds no MuECallback, so there is no parameterization to explain. Add "
                 "lightning_mue.callbacks.MuECallback to it."
             )
-        _wide_console().print(callback.make_plan(model, _optimizers(model, family)))
+        wide_console().print(callback.make_plan(model, _optimizers(model, family)))
 
 
 def _optimizers(model: LightningModule, family: Family | None) -> list[Optimizer]:
@@ -74,12 +75,6 @@ def _flatten(configured: Any) -> list[Optimizer]:
     if isinstance(configured, (list, tuple)):
         return [optimizer for item in configured for optimizer in _flatten(item)]
     return []
-
-
-def _wide_console() -> Console:
-    """A console in which the plan's table does not break, also where there is no terminal."""
-    console = Console()
-    return console if console.width >= 140 else Console(width=140)
 
 
 class MuECLI(LightningCLI):
@@ -125,7 +120,7 @@ def summarize(trainer: Trainer, model: LightningModule, datamodule: LightningDat
         model: The trained module.
         datamodule: Its data, from which the prompt of the text sample is taken.
     """
-    console = _wide_console()
+    console = wide_console()
     callback = next((c for c in trainer.callbacks if isinstance(c, MuECallback)), None)  # type: ignore[attr-defined]
     if callback is not None and callback.plan is not None:
         console.print(callback.plan)
@@ -151,7 +146,11 @@ def summarize(trainer: Trainer, model: LightningModule, datamodule: LightningDat
 def _sample(model: LightningModule, datamodule: LightningDataModule | None) -> tuple[str, str] | None:
     """(prompt from the validation data, the model's continuation), for models of bytes that can generate."""
     generate = getattr(model, "generate", None)
-    if datamodule is None or not callable(generate) or getattr(model, "vocab_size", None) != 256:
+    if (
+        not isinstance(datamodule, LanguageDataModule)
+        or not callable(generate)
+        or getattr(model, "vocab_size", None) != 256
+    ):
         return None
     batch = next(iter(datamodule.val_dataloader()), None)
     if batch is None:

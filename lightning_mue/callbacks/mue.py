@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
@@ -17,7 +19,7 @@ from lightning_mue.parameterizations import Parameterization, ScaledStep, Scalin
 from lightning_mue.parameterizations.apply import family_of, has_weights, keep_weights
 from lightning_mue.parameterizations.base import Base
 from lightning_mue.parameterizations.multipliers import set_multipliers
-from lightning_mue.parameterizations.render import as_markdown, headline
+from lightning_mue.parameterizations.render import as_markdown, headline, wide_console
 
 _log = logging.getLogger(__name__)
 
@@ -39,7 +41,8 @@ class MuECallback(Callback):
         batch_tokens: Batch size of this run in tokens, if it is to count; needs ``base: {batch_tokens: ...}``.
         roles: Regular expression on parameter names -> role, for modules that declare none.
         seed: Seed of the initial weights.
-        initialize: Draw the initial weights. Set it to False to train on from weights loaded by hand.
+        initialize: Draw the initial weights. Set it to False to train on from weights loaded by hand (`load_state_dict`, or
+            `load_from_checkpoint` of a module other than this package's).
         verbose: Print the plan at fit start.
 
     Raises:
@@ -67,6 +70,7 @@ class MuECallback(Callback):
         self.plan: ScalingPlan | None = None
         self._steps: list[ScaledStep] = []
         self._saved_plan: ScalingPlan | None = None
+        self._module: weakref.ref[nn.Module] | None = None
 
     def make_plan(self, module: nn.Module, optimizers: list[Optimizer]) -> ScalingPlan:
         """The plan for a module (which may be on ``meta``) and its optimizers, which must be of one family."""
@@ -98,9 +102,11 @@ class MuECallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Applies the plan: multipliers always; initial weights once; scaled steps for this fit."""
         self._detach()
-        self.plan = self.make_plan(pl_module, trainer.optimizers)
-        self._refuse_other_plan()
-        if self.initialize and trainer.ckpt_path is None and not has_weights(pl_module):
+        self.plan, self._module = self.make_plan(pl_module, trainer.optimizers), weakref.ref(pl_module)
+        self._refuse_other_plan(resumed=trainer.ckpt_path is not None)
+        self._warn_of_coupled_decay(trainer)
+        drawn = self.initialize and trainer.ckpt_path is None and not has_weights(pl_module)
+        if drawn:
             initialize(pl_module, self.plan, seed=self.seed)
         else:  # restored, loaded, or trained before: the weights stay
             set_multipliers(pl_module, self.plan.multipliers)
@@ -108,14 +114,19 @@ class MuECallback(Callback):
         if not self.plan.same_size:
             self._steps = [ScaledStep(optimizer, self.plan, pl_module) for optimizer in trainer.optimizers]
             layout.register(trainer, "Training", {"Effective learning rate by role": ["mue/lr/.*"]})
-        self._announce(trainer)
+        self._announce(trainer, drawn)
 
-    def _refuse_other_plan(self) -> None:
+    def _refuse_other_plan(self, resumed: bool) -> None:
         assert self.plan is not None
-        if self._saved_plan is None:
-            return
-        differences = self._saved_plan.diff(self.plan)
-        self._saved_plan = None
+        saved, self._saved_plan = self._saved_plan, None
+        if resumed and saved is None and not self.plan.same_size:
+            raise ValueError(
+                "MuECallback: the checkpoint holds no plan, so it was written by a run without this callback, and going on with "
+                "it would change the hyperparameters in the middle. Resume without the callback, or start a new run. The "
+                "checkpoint was not changed."
+            )
+        # The initial weights are in the checkpoint already.
+        differences = saved.diff(self.plan, init=False) if resumed and saved is not None else []
         if differences:
             shown = "\n  ".join(differences[:12])
             more = f"\n  and {len(differences) - 12} more" if len(differences) > 12 else ""
@@ -125,18 +136,25 @@ class MuECallback(Callback):
                 "start a new run from the weights alone. The checkpoint was not changed."
             )
 
-    def _announce(self, trainer: Trainer) -> None:
+    def _warn_of_coupled_decay(self, trainer: Trainer) -> None:
+        for optimizer in trainer.optimizers:
+            coupled = type(optimizer) is torch.optim.Adam and not optimizer.defaults.get("decoupled_weight_decay")
+            if coupled and any(group["weight_decay"] for group in optimizer.param_groups):
+                rank_zero_warn(
+                    "MuECallback: torch.optim.Adam adds weight decay to the gradient, while the rules scale decoupled decay. "
+                    "Use AdamW."
+                )
+
+    def _announce(self, trainer: Trainer, drawn: bool) -> None:
         assert self.plan is not None
         if not trainer.is_global_zero:
             return
+        if not self.plan.same_size:
+            _log.info("MuECallback: initial weights %s", "drawn by the plan" if drawn else "kept as they are")
         if not self.verbose:
             _log.info("MuECallback: %s", headline(self.plan))
         else:
-            from rich.console import Console
-
-            # A console of at least 120 columns: in a narrower one (a log file) the table would break into pieces.
-            console = Console()
-            Console(width=max(console.width, 140)).print(self.plan)
+            wide_console().print(self.plan)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("parameterization", as_markdown(self.plan), 0)
@@ -150,7 +168,8 @@ class MuECallback(Callback):
     ) -> None:
         """Logs the learning rate that each role really had, on log steps."""
         self._restore()
-        if self._steps and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if self._steps and every and trainer.global_step % every == 0:
             for step in self._steps:
                 pl_module.log_dict({f"mue/lr/{role}": lr for role, lr in step.effective_lr.items()})
 
@@ -179,10 +198,13 @@ class MuECallback(Callback):
         self._set_multipliers(trainer, pl_module)
 
     def _set_multipliers(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.plan is None:
-            # Multipliers do not depend on the optimizer's family, so any that the rule has a table for serves.
-            self.plan = self.make_plan(pl_module, [])
-            set_multipliers(pl_module, self.plan.multipliers)
+        if self._module is not None and self._module() is pl_module:
+            return
+        # The weights of a checkpoint need the multipliers that they were trained with.
+        saved, self._saved_plan = self._saved_plan, None
+        # Multipliers do not depend on the optimizer's family, so any that the rule has a table for serves.
+        self.plan, self._module = saved or self.make_plan(pl_module, []), weakref.ref(pl_module)
+        set_multipliers(pl_module, self.plan.multipliers)
 
     def state_dict(self) -> dict[str, Any]:
         """The plan, as plain types: a resumed run must have the same one."""

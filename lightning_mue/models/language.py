@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -115,13 +115,9 @@ class MoELanguageModel(LightningModule):
         self.save_hyperparameters(ignore=["optimizer", "scheduler"])
         self.optimizer, self.scheduler = optimizer, scheduler
         self.vocab_size, self.context_length, self.bytes_per_token = vocab_size, context_length, bytes_per_token
+        _check_sizes(self.hparams)
         n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
         head_dim = self._head_dim(width, n_heads, n_kv_heads, head_dim)
-        for name in ("vocab_size", "context_length", "width", "depth", "moe_every"):
-            if self.hparams[name] < 1:
-                raise ValueError(f"{name}: found {self.hparams[name]}, expected at least 1.")
-        if n_experts < 0:
-            raise ValueError(f"n_experts: found {n_experts}, expected 0 (dense) or the number of routed experts.")
         if n_experts and top_k > n_experts:
             raise ValueError(
                 f"top_k: found {top_k} with n_experts={n_experts}; a token cannot use more experts than exist."
@@ -129,8 +125,7 @@ class MoELanguageModel(LightningModule):
         self.width, self.depth, self.head_dim = width, depth, head_dim
         self.n_experts, self.top_k, self.shared_width = n_experts, top_k, shared_width
         self.ffn_width = -(-8 * width // 48) * 16 if ffn_width is None else ffn_width
-        self.expert_width = max(1, self.ffn_width // top_k) if expert_width is None else expert_width
-        std = (lambda fan_in: fan_in**-0.5) if init_std is None else (lambda fan_in: init_std)
+        self.expert_width = max(1, self.ffn_width // max(1, top_k)) if expert_width is None else expert_width
         scale = head_dim**-0.5 if attention_multiplier is None else attention_multiplier
 
         def ffn(layer: int) -> nn.Module:
@@ -156,7 +151,7 @@ class MoELanguageModel(LightningModule):
             return made
 
         def attention() -> Attention:
-            return Attention(width, n_heads, n_kv_heads, head_dim, qk_norm=qk_norm, scale=scale, init_std=std(width))
+            return Attention(width, n_heads, n_kv_heads, head_dim, qk_norm=qk_norm, scale=scale, init_std=init_std)
 
         self.transformer = Transformer(
             vocab_size,
@@ -189,7 +184,7 @@ class MoELanguageModel(LightningModule):
 
     def mue_axes(self) -> dict[str, float]:
         """Sizes for the parameterization; a dense model is the MoE of one expert."""
-        moe = bool(self.n_experts)
+        moe = bool(self.moe_layers)
         return {
             "width": self.width,
             "depth": self.depth,
@@ -239,7 +234,8 @@ class MoELanguageModel(LightningModule):
             return
         start, seen = self._clock
         self._clock = (start, seen + tokens)
-        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and self.trainer.global_step % every == 0:
             self.log("train/tokens_per_second", (seen + tokens) / (now - start), prog_bar=True)
             self._clock = (now, 0)
 
@@ -348,6 +344,26 @@ class MoELanguageModel(LightningModule):
         """Takes the forward multipliers back, and keeps a later fit from drawing the weights anew."""
         keep_weights(self)
         set_multipliers(self, checkpoint.get("mue_multipliers", {}))
+
+
+def _check_sizes(given: Mapping[str, Any]) -> None:
+    """Refuses sizes that are not whole numbers in range, and numbers that are not finite or have the wrong sign."""
+    least = dict.fromkeys(("vocab_size", "context_length", "width", "depth", "n_heads", "moe_every"), 1)
+    optional = dict.fromkeys(("n_kv_heads", "head_dim", "ffn_width", "expert_width"), 1)
+    for name, minimum in {**least, **optional, "n_experts": 0, "shared_width": 0}.items():
+        value = given[name]
+        if value is None and name in optional:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+            raise ValueError(f"{name}: found {value!r}, expected a whole number of at least {minimum}.")
+    positive = ("rope_base", "bytes_per_token")
+    for name in (*positive, "init_std", "embedding_std", "unembedding_std", *(k for k in given if "multiplier" in k)):
+        value = given[name]
+        if value is None:
+            continue
+        if not math.isfinite(value) or value < 0 or (value == 0 and name in positive):
+            expected = "above 0" if name in positive else "of at least 0"
+            raise ValueError(f"{name}: found {value!r}, expected a finite number {expected}.")
 
 
 def _sample(logits_BV: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:

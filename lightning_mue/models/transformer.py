@@ -94,21 +94,31 @@ class Attention(nn.Module):
         head_dim: Head dimension k.
         qk_norm: Normalize queries and keys per head (RMSNorm).
         scale: Factor on the logits.
-        init_std: Standard deviation of the weights.
+        init_std: Standard deviation of the weights; None: ``fan_in^-1/2`` of each.
     """
 
     mue_branch = "attention"
     mue_roles: ClassVar[Mapping[str, Role]] = dict.fromkeys(("w_q", "w_k", "w_v", "w_o"), Role.HIDDEN)
 
     def __init__(
-        self, width: int, n_heads: int, n_kv_heads: int, head_dim: int, *, qk_norm: bool, scale: float, init_std: float
+        self,
+        width: int,
+        n_heads: int,
+        n_kv_heads: int,
+        head_dim: int,
+        *,
+        qk_norm: bool,
+        scale: float,
+        init_std: float | None,
     ) -> None:
         super().__init__()
         self.head_dim = head_dim
-        self.w_q = nn.Parameter(torch.randn(n_heads * head_dim, width) * init_std)
-        self.w_k = nn.Parameter(torch.randn(n_kv_heads * head_dim, width) * init_std)
-        self.w_v = nn.Parameter(torch.randn(n_kv_heads * head_dim, width) * init_std)
-        self.w_o = nn.Parameter(torch.randn(width, n_heads * head_dim) * init_std)
+        std = width**-0.5 if init_std is None else init_std
+        self.w_q = nn.Parameter(torch.randn(n_heads * head_dim, width) * std)
+        self.w_k = nn.Parameter(torch.randn(n_kv_heads * head_dim, width) * std)
+        self.w_v = nn.Parameter(torch.randn(n_kv_heads * head_dim, width) * std)
+        std_o = (n_heads * head_dim) ** -0.5 if init_std is None else init_std
+        self.w_o = nn.Parameter(torch.randn(width, n_heads * head_dim) * std_o)
         self.q_norm = RMSNorm(head_dim, Role.QK_NORM) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(head_dim, Role.QK_NORM) if qk_norm else nn.Identity()
         self.core = AttentionCore(scale)

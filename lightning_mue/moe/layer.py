@@ -135,6 +135,26 @@ class MoELayer(LightningModule):
         return y
 
     @property
+    def n_experts(self) -> int:
+        """E, routed experts."""
+        return self.router.n_experts
+
+    @property
+    def top_k(self) -> int:
+        """K, routed experts per token."""
+        return self.router.top_k
+
+    @property
+    def expert_width(self) -> int:
+        """Hidden width of one routed expert."""
+        return self.experts.expert_width
+
+    def mue_axes(self) -> dict[str, float]:
+        """Sizes for a parameterization, where the layer is the whole model."""
+        names = ("width", "n_experts", "top_k", "expert_width", "active_width")
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def active_width(self) -> int:
         """A, the FFN width that a token passes through: top_k * expert_width + shared_width."""
         shared_width = 0 if self.shared is None else self.shared.hidden_width

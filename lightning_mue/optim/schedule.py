@@ -91,6 +91,12 @@ class WarmupDecay(LRScheduler):
         """The step, not the shape: a run resumed with more steps decays towards its new end."""
         return {key: value for key, value in super().state_dict().items() if key not in self._SETTINGS}
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the step over, and sets the groups to the rates of this shape at that step."""
+        super().load_state_dict(state_dict)
+        for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
+            group["lr"] = rate
+
     def get_lr(self) -> list[float | Tensor]:
         """Learning rates of the groups at the present step."""
         return [float(base) * self.factor(self.last_epoch) for base in self.base_lrs]

@@ -20,8 +20,8 @@ _HAS_WEIGHTS = "_mue_has_weights"
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Qualified name -> trainable parameter, names as in a plan."""
-    return {clean_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    """Qualified name -> parameter, names as in a plan."""
+    return {clean_name(name): p for name, p in model.named_parameters()}
 
 
 def generator_for(name: str, seed: int) -> torch.Generator:
@@ -34,8 +34,8 @@ def generator_for(name: str, seed: int) -> torch.Generator:
 def initialize(model: nn.Module, plan: ScalingPlan, *, seed: int = 0) -> None:
     """Draws the initial weights that a plan asks for and sets its forward multipliers.
 
-    At base size nothing is touched. Each parameter is drawn in float32 from its own generator, seeded by its name, so
-    the weights do not depend on the number of processes or on the global generator.
+    At base size nothing is touched, and frozen parameters never are. Each parameter is drawn in float32 from its own
+    generator, seeded by its name, so the weights do not depend on the number of processes or on the global generator.
 
     Args:
         model: The module that the plan was made for, with real parameters.
@@ -51,7 +51,11 @@ def initialize(model: nn.Module, plan: ScalingPlan, *, seed: int = 0) -> None:
         return
     tensors = named_tensors(model)
     for entry in plan.parameters:
-        draw_(tensors[entry.name], entry, seed)
+        if tensors[entry.name].requires_grad:
+            draw_(tensors[entry.name], entry, seed)
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            module.weight[module.padding_idx].zero_()
 
 
 def keep_weights(model: nn.Module) -> None:
@@ -87,8 +91,9 @@ def check_covers(model: nn.Module, plan: ScalingPlan) -> None:
     Raises:
         ValueError: Naming the first differences.
     """
-    shapes = {name: tuple(p.shape) for name, p in named_tensors(model).items()}
     planned = {entry.name: entry.shape for entry in plan.parameters}
+    # A frozen parameter may stand outside the plan: nobody need know its role.
+    shapes = {n: tuple(p.shape) for n, p in named_tensors(model).items() if p.requires_grad or n in planned}
     if shapes == planned:
         return
     wrong = [
@@ -152,6 +157,9 @@ def scale_groups(
             )
         for parameter in group["params"]:
             name = names.get(parameter)
+            if name in names.values() and name not in entries and not parameter.requires_grad:
+                result.setdefault((i,), {**group, "params": [], "role": "frozen"})["params"].append(parameter)
+                continue
             if name is None or name not in entries:
                 raise ValueError(
                     f"optimizer: it holds a parameter of shape {list(parameter.shape)} ({name or 'unnamed'}) that the plan does "
@@ -194,7 +202,8 @@ def param_groups(model: nn.Module, plan: ScalingPlan, *, lr: float, **defaults: 
         model: The module that the plan was made for.
         plan: The plan.
         lr: The learning rate tuned at the base.
-        **defaults: Further settings tuned at the base, e.g. ``weight_decay=0.1, eps=1e-8``.
+        **defaults: Further settings tuned at the base, e.g. ``weight_decay=0.1, eps=1e-8``. Give them here: what is given to
+            the optimizer's constructor instead is the same for all groups, unscaled. ``eps`` is 1e-8 unless given.
 
     Returns:
         Groups with unique ``name`` and, for HyperSphereOptimizer, ``kind``.
@@ -204,14 +213,15 @@ def param_groups(model: nn.Module, plan: ScalingPlan, *, lr: float, **defaults: 
     """
     check_covers(model, plan)
     tensors = named_tensors(model)
-    group: dict[str, Any] = {"params": list(tensors.values()), "lr": lr, **defaults}
-    groups = scale_groups([group], plan, {p: name for name, p in tensors.items()})
-    kinds = {p: plan_entry.kind for plan_entry in plan.parameters for p in [tensors[plan_entry.name]]}
+    # The optimizer's own default would not be scaled.
+    settings = defaults if plan.family == "sgd" else {"eps": 1e-8, **defaults}
+    if plan.family == "sphere":
+        settings = {"kind": None, **settings}  # filled in from the plan
+    trainable = [p for p in tensors.values() if p.requires_grad]
+    groups = scale_groups([{"params": trainable, "lr": lr, **settings}], plan, {p: n for n, p in tensors.items()})
     for i, scaled in enumerate(groups):
         scaled["name"] = f"{scaled['role']}/{i}"
         scaled[SCALED] = True
-        if plan.family == "sphere":
-            scaled["kind"] = kinds[scaled["params"][0]]
     return groups
 
 

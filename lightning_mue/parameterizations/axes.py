@@ -38,6 +38,10 @@ class Axes:
     batch_tokens: float | None = None
 
     def __post_init__(self) -> None:
+        # A dense model is the MoE of one expert.
+        for name in ("expert_width", "active_width"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, self.ffn_width)
         for f in fields(self):
             value = getattr(self, f.name)
             if value is not None and not (value > 0 and math.isfinite(value)):

@@ -24,7 +24,8 @@ RUN_KEYS = ("tokens", "batch_tokens")
 def _fixed_rng(seed: int = 0) -> Any:
     """Runs on a fixed CPU seed and gives the global generators back as they were: making a base changes no run."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        # Not torch.manual_seed: that would reseed the GPUs too, which are not given back.
+        torch.default_generator.manual_seed(seed)
         yield
 
 
@@ -33,7 +34,7 @@ def build_base(model: nn.Module, base: Base, *, device: str | None = None) -> nn
 
     Args:
         model: The target module; overrides are applied to its ``hparams``.
-        base: Keyword overrides, a module (used as it is) or a factory.
+        base: Keyword overrides, a module (used as it is, so it must be freshly initialized) or a factory.
         device: ``"meta"`` for shapes only; ``None`` for real values on the CPU.
 
     Returns:
@@ -49,6 +50,9 @@ def build_base(model: nn.Module, base: Base, *, device: str | None = None) -> nn
             made = _rebuild(model, {key: value for key, value in base.items() if key not in RUN_KEYS})
         else:
             made = base()
+        configure_model: Any = getattr(made, "configure_model", None)
+        if callable(configure_model):
+            configure_model()  # a LightningModule may build its layers here
     if not isinstance(made, nn.Module):
         raise ValueError(f"base: the factory returned {type(made).__name__}, expected a torch.nn.Module.")
     return made
@@ -58,8 +62,8 @@ def _rebuild(model: nn.Module, overrides: Mapping[str, Any]) -> nn.Module:
     cls = type(model)
     hparams = copy.copy(dict(getattr(model, "hparams", {})))
     instantiator = hparams.pop("_instantiator", None)
-    signature = inspect.signature(cls.__init__).parameters
-    accepted = [name for name in signature if name != "self"]
+    signature = inspect.signature(cls).parameters
+    accepted = list(signature)
     open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.values())
     for key in overrides:
         if key not in accepted and not open_ended:
@@ -71,8 +75,7 @@ def _rebuild(model: nn.Module, overrides: Mapping[str, Any]) -> nn.Module:
     missing = [
         name
         for name, p in signature.items()
-        if name != "self"
-        and p.default is p.empty
+        if p.default is p.empty
         and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
         and name not in hparams
         and name not in overrides

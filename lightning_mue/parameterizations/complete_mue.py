@@ -11,10 +11,11 @@ from lightning_mue.parameterizations.table import Parameterization, register, ro
 
 _UP = {"init": "d^-1/2", "lr": "d^-1 L^(alpha-1) S", "wd": "d S"}
 _DOWN = {"init": "A^1/2 d^-1", "lr": "d^-1 L^(alpha-1) S", "wd": "d S"}
-# The gradient of an FFN's weights: the residual stream's d^-1 through the multiplier c = d / A ...
-_DENSE_EPS = {"eps": "A^-1 L^-alpha S^-1"}
-# ... of which one expert sees the fraction kappa of the tokens.
-_EXPERT_EPS = {"eps": "kappa A^-1 L^-alpha S^-1"}
+# The gradient of an FFN's weights: the residual stream's d^-1 through the multiplier c = d / A, of which one expert sees the
+# fraction kappa of the tokens. For a dense FFN kappa is 1 on both sides, unless the other side is an MoE.
+_EPS = {"eps": "kappa A^-1 L^-alpha S^-1"}
+# A shared expert sees every token.
+_SHARED_EPS = {"eps": "A^-1 L^-alpha S^-1"}
 _ROUTER = {"init": "d^-1", "lr": "d^-1 L^(alpha-1) S", "wd": "d S", "eps": "L^-alpha S^-1", "absent_init": "d^-1/2"}
 
 COMPLETE_MUE = register(
@@ -24,20 +25,24 @@ COMPLETE_MUE = register(
         tables={
             "adam": {
                 **COMPLETE_P_ADAM,
+                # init, lr and wd are the paper's cells; eps, and the init of a router that the base lacks, are derived.
                 **rows(
-                    "2605.23893 (theory 4.6)",
-                    ffn_up={**_UP, **_DENSE_EPS},
-                    shared_up={**_UP, **_DENSE_EPS},
-                    expert_up={**_UP, **_EXPERT_EPS},
-                    ffn_down={**_DOWN, **_DENSE_EPS},
-                    shared_down={**_DOWN, **_DENSE_EPS},
-                    expert_down={**_DOWN, **_EXPERT_EPS},
+                    "2605.23893 (theory 4.6), eps",
+                    "derived",
+                    ffn_up={**_UP, **_EPS},
+                    shared_up={**_UP, **_SHARED_EPS},
+                    expert_up={**_UP, **_EPS},
+                    ffn_down={**_DOWN, **_EPS},
+                    shared_down={**_DOWN, **_SHARED_EPS},
+                    expert_down={**_DOWN, **_EPS},
                     router=_ROUTER,
                 ),
             }
         },
         multipliers={**COMPLETE_P.multipliers, "ffn": "d A^-1", "route": "a"},
         betas=COMPLETE_P.betas,
+        # The gates over the active set sum to 1.
+        routing={"gate": frozenset({"linear"}), "scoring": frozenset({"topk-softmax", "sigmoid-normalized"})},
         moves=COMPLETE_P.moves | {"n_experts", "top_k", "expert_width"},
     )
 )

@@ -38,6 +38,7 @@ HYPERP = register(
                 **rows("2603.28743 (theory 4.7)", "derived", scalar=_VECTOR),
             }
         },
+        routing={"gate": frozenset({"sqrt"})},
         # The paper's absolute value is (2L)^-1/2; give the base that value and every depth has it.
         multipliers={"residual": "L^-1/2"},
         moves=frozenset(

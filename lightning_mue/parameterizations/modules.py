@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -26,7 +26,7 @@ _RELATED: Mapping[Role, Sequence[Role]] = {
 
 @dataclass(frozen=True)
 class ParameterInfo:
-    """One trainable parameter of a module tree.
+    """One parameter of a module tree.
 
     Attributes:
         name: Fully qualified name, ``_orig_mod.`` (torch.compile) and ``_fsdp_wrapped_module.`` removed.
@@ -65,6 +65,28 @@ class ParameterInfo:
         return split_layer(self.name)
 
 
+def branch_sizes(branch: nn.Module) -> dict[str, float]:
+    """The sizes of one FFN or MoE branch, by the tables' symbols; a dense FFN is the MoE of one expert.
+
+    Args:
+        branch: A module with ``active_width`` and, for an MoE, ``n_experts``, ``top_k`` and ``expert_width``.
+    """
+    active = float(branch.active_width)  # type: ignore[arg-type]
+    read = {"E": ("n_experts", 1.0), "a": ("top_k", 1.0), "h": ("expert_width", active)}
+    return {"A": active, **{symbol: float(getattr(branch, name, other)) for symbol, (name, other) in read.items()}}
+
+
+def branch_ratios(branch: nn.Module | None, base: nn.Module | None) -> dict[str, float]:
+    """Ratios target/base of a branch's own sizes; empty where one side is not known. Blocks of a model may differ."""
+    if not hasattr(branch, "active_width") or not hasattr(base, "active_width"):
+        return {}
+    assert branch is not None
+    assert base is not None
+    mine, theirs = branch_sizes(branch), branch_sizes(base)
+    ratios = {symbol: mine[symbol] / theirs[symbol] for symbol in mine}
+    return {**ratios, "kappa": ratios["a"] / ratios["E"]}
+
+
 def clean_name(name: str) -> str:
     """Removes what wrappers put into a qualified name.
 
@@ -72,7 +94,7 @@ def clean_name(name: str) -> str:
         >>> clean_name("_orig_mod.blocks.0._fsdp_wrapped_module.w")
         'blocks.0.w'
     """
-    return name.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", "")
+    return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "_fsdp_wrapped_module"))
 
 
 def split_layer(name: str) -> tuple[str, int]:
@@ -88,15 +110,15 @@ def split_layer(name: str) -> tuple[str, int]:
     return f"{name[: match.start()]}*{name[match.end() :]}", int(match[1])
 
 
-def trainable_parameters(module: nn.Module, roles: Mapping[str, str] | None = None) -> list[ParameterInfo]:
-    """Lists the trainable parameters with the roles that are declared, matched by pattern, or plain from the type.
+def list_parameters(module: nn.Module, roles: Mapping[str, str] | None = None) -> list[ParameterInfo]:
+    """Lists the parameters with the roles that are declared, matched by pattern, or plain from the type.
 
     Args:
         module: Any module.
         roles: Regular expression -> role name; the first that is found in a qualified name wins over declarations.
 
     Returns:
-        One entry a parameter, in ``named_parameters`` order; frozen ones are left out.
+        One entry a parameter, in ``named_parameters`` order; frozen ones too, since they may be unfrozen later.
 
     Raises:
         ValueError: For a pattern that matches no parameter or an unknown role name.
@@ -106,8 +128,6 @@ def trainable_parameters(module: nn.Module, roles: Mapping[str, str] | None = No
     found: dict[int, ParameterInfo] = {}
     for prefix, owner, branch in _walk(module):
         for leaf, tensor in owner.named_parameters(recurse=False, remove_duplicate=False):
-            if not tensor.requires_grad:
-                continue
             name = clean_name(f"{prefix}.{leaf}" if prefix else leaf)
             role = _declared_role(owner, leaf)
             for pattern, wanted in patterns:
@@ -118,15 +138,23 @@ def trainable_parameters(module: nn.Module, roles: Mapping[str, str] | None = No
             first = found.get(id(tensor))
             if first is None:
                 found[id(tensor)] = ParameterInfo(name, tensor, role, owner, branch)
-            elif {first.role, role} == {Role.EMBEDDING, Role.UNEMBEDDING}:
-                found[id(tensor)] = ParameterInfo(first.name, tensor, Role.UNEMBEDDING, first.owner, branch, tied=True)
+            elif _are_tied(first, owner, role):
+                found[id(tensor)] = replace(first, role=Role.UNEMBEDDING, tied=True)
     unused = [pattern.pattern for pattern, _ in patterns if pattern.pattern not in used]
     if unused:
         raise ValueError(
-            f"roles: the pattern(s) {unused} match no trainable parameter. Parameters: {_some(found.values())}. "
+            f"roles: the pattern(s) {unused} match no parameter. Parameters: {_some(found.values())}. "
             "Correct or remove them."
         )
     return list(found.values())
+
+
+def _are_tied(first: ParameterInfo, owner: nn.Module, role: Role | None) -> bool:
+    """True if one tensor is an embedding here and an unembedding there; a linear layer on an embedding is one."""
+    roles = {first.role, role}
+    if roles == {Role.EMBEDDING, Role.UNEMBEDDING}:
+        return True
+    return roles == {Role.EMBEDDING, None} and any(isinstance(o, nn.Linear) for o in (owner, first.owner))
 
 
 def _walk(module: nn.Module) -> Iterable[tuple[str, nn.Module, nn.Module | None]]:
@@ -169,13 +197,13 @@ def _declared_role(owner: nn.Module, leaf: str) -> Role | None:
 
 def tag_roles(module: nn.Module) -> None:
     """Notes the declared roles on the parameters themselves (``mue_role``), for optimizers that see only those."""
-    for info in trainable_parameters(module):
+    for info in list_parameters(module):
         if info.role is not None:
             info.tensor.mue_role = Role.EMBEDDING if info.tied else info.role  # type: ignore[attr-defined]
 
 
 def infer_roles(infos: list[ParameterInfo], base: Mapping[str, ParameterInfo]) -> list[ParameterInfo]:
-    """Gives roles to the matrices that have none, by which of their sides grow between base and target (mup's idea).
+    """Gives roles to linear layers that have none, by which of their sides grow between base and target (mup's idea).
 
     Both sides grow: hidden. Only the input side: unembedding. Only the output side: embedding (an input layer). A
     matrix neither side of which grows is hidden, and a vector a bias: their cells are then 1 in width.
@@ -185,24 +213,24 @@ def infer_roles(infos: list[ParameterInfo], base: Mapping[str, ParameterInfo]) -
         base: Target name -> matched parameter of the base.
 
     Raises:
-        ValueError: If a parameter of another form has no role, listing all of them.
+        ValueError: If a trainable parameter of another form has no role, listing all of them. (Frozen ones are left out.)
     """
     result, unknown = [], []
     for info in infos:
         role = info.role
         if role is None:
             old = base.get(info.name)
-            matrix = len(info.shape) == 2 or isinstance(info.owner, nn.modules.conv._ConvNd)
-            if old is not None and matrix:
+            if old is not None and isinstance(info.owner, (nn.Linear, nn.modules.conv._ConvNd)):
                 grows_in, grows_out = (new != was for new, was in zip(info.fans, old.fans, strict=True))
                 role = {(True, False): Role.UNEMBEDDING, (False, True): Role.EMBEDDING}.get(
                     (grows_in, grows_out), Role.HIDDEN
                 )
             elif len(info.shape) <= 1:
                 role = Role.SCALAR if not info.shape else Role.BIAS
-        if role is None:
+        if role is None and info.tensor.requires_grad:
             unknown.append(info)
-        result.append(ParameterInfo(info.name, info.tensor, role, info.owner, info.branch, info.tied))
+        if role is not None:
+            result.append(replace(info, role=role))
     if unknown:
         raise ValueError(
             f"roles: no role is known for {_some(unknown)}. Name one by pattern, e.g. roles: {{'{unknown[0].name}': hidden}}"
@@ -217,13 +245,16 @@ class BaseIndex:
     Layers are matched by relative position: layer i of L is matched with layer ``i * L_base // L``.
     """
 
-    def __init__(self, names: Iterable[str], target_names: Iterable[str]) -> None:
+    def __init__(
+        self, names: Iterable[str], target_names: Iterable[str], base_names: Iterable[str] | None = None
+    ) -> None:
+        """Indexes ``names``; ``base_names`` are all of the base's, by which its depth is counted (default: the same)."""
         self.names = set(names)
         self.by_template: dict[str, list[int]] = {}
         for name in self.names:
             template, layer = split_layer(name)
             self.by_template.setdefault(template, []).append(layer)
-        self.base_depth = self._depths(self.names)
+        self.base_depth = self._depths(self.names if base_names is None else base_names)
         self.depth = self._depths(target_names)
 
     @staticmethod

@@ -104,8 +104,8 @@ def parse(text: str) -> Monomial:
         ValueError: For an unknown symbol or an unreadable exponent, with the cell quoted.
 
     Example:
-        >>> parse("d^-1 L^(alpha-1)").evaluate({"d": 4.0, "L": 2.0}, alpha=0.5)
-        0.17677669529663687
+        >>> round(parse("d^-1 L^(alpha-1)").evaluate({"d": 4.0, "L": 2.0}, alpha=0.5), 4)
+        0.1768
         >>> parse("A^1/2 d^-1").evaluate({"A": 16.0, "d": 4.0})
         1.0
     """

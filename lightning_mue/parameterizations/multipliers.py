@@ -11,24 +11,21 @@ from typing import Any
 
 from torch import nn
 
-from lightning_mue.parameterizations.modules import BaseIndex, clean_name, trainable_parameters
+from lightning_mue.parameterizations.modules import BaseIndex, branch_ratios, clean_name
 from lightning_mue.parameterizations.monomial import parse
 from lightning_mue.parameterizations.roles import Role
 from lightning_mue.parameterizations.table import Kind, Parameterization
 
 #: The value that a kind has in a base without it: a dense FFN is an MoE of one expert with route scale 1.
 _ABSENT = {"route": 1.0, "ffn": 1.0}
-_DOWN_ROLES = frozenset({Role.FFN_DOWN, Role.EXPERT_DOWN, Role.SHARED_DOWN})
-
-
-def active_width(branch: nn.Module) -> float:
-    """The active FFN width A that an FFN or MoE branch declares."""
-    return float(branch.active_width)  # type: ignore[arg-type]
+DOWN_ROLES = frozenset({Role.FFN_DOWN, Role.EXPERT_DOWN, Role.SHARED_DOWN})
 
 
 def exposed(module: nn.Module) -> Iterator[tuple[str, str, nn.Module, str]]:
     """Yields (dotted path of the attribute, kind, module, attribute name) for every multiplier in a module tree."""
     for name, child in module.named_modules():
+        if hasattr(child, "_orig_mod"):
+            continue  # torch.compile's wrapper shows the attributes of the module inside it, which comes next
         for kind, attribute in getattr(child, "mue_multipliers", {}).items():
             clean = clean_name(name)
             yield f"{clean}.{attribute}" if clean else attribute, kind, child, attribute
@@ -69,58 +66,57 @@ def multiplier_sites(
         alpha: Depth exponent.
 
     Returns:
-        (dotted path -> value to set, parameter name -> multiplier to fold into it).
+        (dotted path -> value to set; kind -> the base's own value, for the kinds of an FFN's output that no module of the
+        target exposes and that are therefore folded into its down matrices).
 
     Raises:
         ValueError: If a multiplier other than 1 is needed that the model neither exposes nor can have folded.
     """
-    base_sites = {path: (kind, child, attribute) for path, kind, child, attribute in exposed(base)}
+    base_sites = list(exposed(base))
     sites = list(exposed(model))
-    index = BaseIndex(base_sites, [path for path, *_ in sites])
     values: dict[str, float] = {}
     for path, kind, child, attribute in sites:
-        if kind not in rule.multipliers:
-            continue
-        old = _base_site(path, kind, base_sites, index)
-        local = dict(ratios)
-        if old is not None and hasattr(child, "active_width") and hasattr(old[0], "active_width"):
-            local["A"] = active_width(child) / active_width(old[0])
-        start = float(getattr(*old)) if old is not None else _ABSENT.get(kind, float(getattr(child, attribute)))
-        values[path] = start * parse(rule.multipliers[kind]).evaluate(local, alpha)
+        if kind in rule.multipliers:
+            old = _base_site(path, kind, child, sites, base_sites)
+            start = float(getattr(*old)) if old is not None else _ABSENT.get(kind, float(getattr(child, attribute)))
+            local = {**ratios, **branch_ratios(child, old[0] if old is not None else None)}
+            values[path] = start * parse(rule.multipliers[kind]).evaluate(local, alpha)
     present = {kind for _, kind, _, _ in sites}
-    return values, _folded(rule, model, present, ratios, alpha)
+    folded = {}
+    for kind, cell in rule.multipliers.items():
+        if kind in present:
+            continue
+        if kind in _ABSENT:
+            folded[kind] = next(
+                (float(getattr(child, name)) for _, k, child, name in base_sites if k == kind), _ABSENT[kind]
+            )
+        elif parse(cell).evaluate(ratios, alpha) != 1.0:
+            raise ValueError(
+                f"rule={rule.name!r} needs a {kind} multiplier of {parse(cell).evaluate(ratios, alpha):g} ({cell}), but no "
+                f"module of {type(model).__name__} exposes one. Give the module that applies it a float attribute and declare "
+                f"it, e.g. mue_multipliers = {{'{kind}': '{kind}_multiplier'}}."
+            )
+    return values, folded
+
+
+_Site = tuple[str, str, nn.Module, str]
 
 
 def _base_site(
-    path: str, kind: str, base_sites: Mapping[str, tuple[str, nn.Module, str]], index: BaseIndex
+    path: str, kind: str, child: nn.Module, sites: list[_Site], base_sites: list[_Site]
 ) -> tuple[nn.Module, str] | None:
-    name = index.match(path)
-    if name is not None and base_sites[name][0] == kind:
-        return base_sites[name][1:]
-    same_kind = sorted(p for p, (k, _, _) in base_sites.items() if k == kind)
-    return base_sites[same_kind[0]][1:] if same_kind else None
-
-
-def _folded(
-    rule: Parameterization, model: nn.Module, present: set[str], ratios: Mapping[str, float], alpha: float
-) -> dict[str, float]:
-    """What must be folded because no module exposes it; only the FFN output can be: it ends in one linear map."""
-    folded: dict[str, float] = {}
-    for kind, cell in rule.multipliers.items():
-        value = parse(cell).evaluate(ratios, alpha)
-        if kind in present or value == 1.0:
-            continue
-        downs = [info.name for info in trainable_parameters(model) if info.role in _DOWN_ROLES]
-        if kind in ("ffn", "route") and downs:
-            for name in downs:
-                folded[name] = folded.get(name, 1.0) * value
-            continue
-        raise ValueError(
-            f"rule={rule.name!r} needs a {kind} multiplier of {value:g} ({cell}), but no module of {type(model).__name__} "
-            f"exposes one. Give the module that applies it a float attribute and declare it, e.g. mue_multipliers = "
-            f"{{'{kind}': '{kind}_multiplier'}}."
-        )
-    return folded
+    """The base's counterpart: a module that exposes the same kinds (dense or MoE alike), else one that exposes this kind."""
+    kinds = set(child.mue_multipliers)  # type: ignore[arg-type]
+    of_kind = [site for site in base_sites if site[1] == kind]
+    alike = [site for site in of_kind if set(site[2].mue_multipliers) == kinds]  # type: ignore[arg-type]
+    for candidates in (alike, of_kind):
+        by_path = {site[0]: (site[2], site[3]) for site in candidates}
+        name = BaseIndex(by_path, [site[0] for site in sites], [site[0] for site in base_sites]).match(path)
+        if name is not None:
+            return by_path[name]
+        if candidates:
+            return candidates[0][2:]
+    return None
 
 
 def fold(cells: dict[str, Any], multiplier: float, kind: Kind) -> dict[str, Any]:

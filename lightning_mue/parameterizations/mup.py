@@ -25,9 +25,9 @@ _ADAM = {
         router={**_OUTPUT, "absent_init": "d^-1/2"},
         unembedding=_OUTPUT,
     ),
-    # The gradients of these reach the loss without passing a hidden matrix (final norm), or per head (QK norm): their
-    # scale does not fall with the width.
-    **rows("2203.03466 Table 8", "derived", final_norm={}, qk_norm={}, scalar={}),
+    **rows("2203.03466 Table 8", final_norm=_VECTOR),
+    # A QK norm acts on one head, whose size the width leaves alone.
+    **rows("2203.03466 Table 8", "derived", qk_norm={}, scalar={}),
 }
 
 # SGD's weight decay is an L2 term, applied as lr * wd: that product is kept, so wd moves against lr.
@@ -36,7 +36,9 @@ _SGD_MATRIX = {"lr": "fan_out fan_in^-1", "wd": "fan_in fan_out^-1"}
 _SGD_OUTPUT = {"init": "d^-1", "lr": "d^-1", "wd": "d"}
 
 _SGD = {
-    **rows("2203.03466 Table 8, SGD", embedding=_SGD_VECTOR, norm=_SGD_VECTOR, bias=_SGD_VECTOR),
+    **rows(
+        "2203.03466 Table 8, SGD", embedding=_SGD_VECTOR, norm=_SGD_VECTOR, bias=_SGD_VECTOR, final_norm=_SGD_VECTOR
+    ),
     **rows("2203.03466 Table 8, SGD", hidden={"init": "d^-1/2"}, unembedding=_SGD_OUTPUT),
     **rows("2203.03466 Table 8, SGD", router={**_SGD_OUTPUT, "absent_init": "d^-1/2"}),
     **rows(
@@ -48,7 +50,6 @@ _SGD = {
         ffn_down={"init": "fan_in^-1/2", **_SGD_MATRIX},
         expert_down={"init": "fan_in^-1/2", **_SGD_MATRIX},
         shared_down={"init": "fan_in^-1/2", **_SGD_MATRIX},
-        final_norm={},
         qk_norm={},
         scalar={},
     ),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,17 @@ from torch import Tensor, nn
 from lightning_mue.parameterizations.axes import Axes, axes_of
 from lightning_mue.parameterizations.base import RUN_KEYS, Base, build_base
 from lightning_mue.parameterizations.modules import (
-    BaseIndex,
     ParameterInfo,
+    branch_ratios,
     clean_name,
     infer_roles,
+    list_parameters,
     match_parameters,
-    trainable_parameters,
 )
 from lightning_mue.parameterizations.monomial import parse
-from lightning_mue.parameterizations.multipliers import active_width, fold, multiplier_sites
+from lightning_mue.parameterizations.multipliers import DOWN_ROLES, fold, multiplier_sites
 from lightning_mue.parameterizations.roles import Role
-from lightning_mue.parameterizations.table import Family, Parameterization, Row, default_kind, get_rule
+from lightning_mue.parameterizations.table import RULES, Family, Parameterization, Row, default_kind, get_rule
 
 
 @dataclass(frozen=True)
@@ -139,12 +140,15 @@ class ScalingPlan:
 
         return cls.from_dict(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
 
-    def diff(self, other: ScalingPlan) -> list[str]:
+    def diff(self, other: ScalingPlan, *, init: bool = True) -> list[str]:
         """Lines ``what: mine -> other's`` for everything in which two plans differ; empty if they train alike.
 
         Args:
             other: The plan to compare with.
+            init: Compare the initialization too. It is measured, so its last digits depend on the machine; once weights
+                exist it no longer matters.
         """
+        keys = ("role", "shape", *(["init"] if init else []), "lr", "weight_decay", "eps", "kind")
         lines = [
             f"{key}: {getattr(self, key)} -> {getattr(other, key)}"
             for key in ("rule", "family", "alpha", "betas", "axes", "base_axes")
@@ -163,7 +167,7 @@ class ScalingPlan:
                     f"{name}: {'absent' if old is None else 'present'} -> {'absent' if new is None else 'present'}"
                 )
                 continue
-            for key in ("role", "shape", "init", "lr", "weight_decay", "eps", "kind"):
+            for key in keys:
                 if getattr(old, key) != getattr(new, key):
                     lines.append(f"{name}.{key}: {getattr(old, key)} -> {getattr(new, key)}")
         return lines
@@ -211,22 +215,22 @@ def plan(
     shapes = build_base(model, base, device="meta")
     axes = axes_of(model, tokens, batch_tokens)
     base_axes = axes_of(shapes, base_run.get("tokens", tokens), base_run.get("batch_tokens", batch_tokens))
-    target_parameters = trainable_parameters(model, roles)
-    base_parameters = trainable_parameters(shapes, _matching(roles, shapes))
+    target_parameters = list_parameters(model, roles)
+    base_parameters = list_parameters(shapes, _matching(roles, shapes))
     same_size = _signature(target_parameters) == _signature(base_parameters) and not axes.changed(base_axes)
     matched = match_parameters(target_parameters, base_parameters)
     target_parameters = infer_roles(target_parameters, matched)
 
+    if axes.width is None or base_axes.width is None:
+        ratio = _inferred_width(target_parameters, matched)
+        axes, base_axes = replace(axes, width=ratio), replace(base_axes, width=1.0)
     scale = _Scale(rule, family, alpha, axes, base_axes)
-    scale.infer_width(target_parameters, matched)
     inits: dict[str, Init] = {}
     if base is not model and not same_size:
         shapes = build_base(model, base)
-        inits = {info.name: measure_init(info.tensor) for info in trainable_parameters(shapes)}
+        inits = {info.name: measure_init(info.tensor) for info in list_parameters(shapes)}
     sites, folded = multiplier_sites(rule, model, shapes, scale.ratios, alpha)
-    parameters = tuple(
-        scale.parameter(info, matched.get(info.name), inits, folded.get(info.name, 1.0)) for info in target_parameters
-    )
+    parameters = tuple(scale.parameter(info, matched.get(info.name), inits, folded) for info in target_parameters)
     return ScalingPlan(
         rule=rule.name,
         family=family,
@@ -237,7 +241,7 @@ def plan(
         parameters=parameters,
         multipliers={} if same_size else sites,
         same_size=same_size,
-        notes=tuple(_notes(rule, axes, base_axes)),
+        notes=tuple(_notes(rule, model, axes, base_axes)),
     )
 
 
@@ -252,8 +256,6 @@ def _check_run(key: str, value: float | None, base_run: Mapping[str, float]) -> 
 
 def _matching(roles: Mapping[str, str] | None, base: nn.Module) -> dict[str, str]:
     """The patterns that name something in the base too (an MoE's need not, where the base is dense)."""
-    import re
-
     names = [clean_name(name) for name, _ in base.named_parameters(remove_duplicate=False)]
     return {p: r for p, r in (roles or {}).items() if any(re.search(p, name) for name in names)}
 
@@ -262,15 +264,47 @@ def _signature(parameters: list[ParameterInfo]) -> list[tuple[str, tuple[int, ..
     return [(info.name, info.shape) for info in parameters]
 
 
-def _notes(rule: Parameterization, axes: Axes, base_axes: Axes) -> list[str]:
-    if not rule.moves:
-        return []
-    unclaimed = [axis for axis in axes.changed(base_axes) if axis not in rule.moves]
-    return [
+def _notes(rule: Parameterization, model: nn.Module, axes: Axes, base_axes: Axes) -> list[str]:
+    """What a person should know: moves and routers for which the rule makes no claim."""
+    changed = axes.changed(base_axes)
+    notes = [
         f"{axis} differs from the base ({base_axes.to_dict()[axis]:g} -> {axes.to_dict()[axis]:g}), but {rule.name} "
         "does not claim transfer along it"
-        for axis in unclaimed
+        for axis in changed
+        if rule.moves and axis not in rule.moves
     ]
+    if {"n_experts", "top_k"} & set(changed):
+        for setting, claimed in rule.routing.items():
+            found = {str(getattr(m, setting)) for m in model.modules() if getattr(m, "mue_router", False)}
+            if found - claimed:
+                notes.append(
+                    f"{setting}={', '.join(sorted(found))}, but {rule.name} claims transfer over experts and top_k for "
+                    f"{' or '.join(sorted(claimed))} only"
+                )
+    return notes
+
+
+def _inferred_width(infos: list[ParameterInfo], matched: Mapping[str, ParameterInfo]) -> float:
+    """The one ratio by which sides of matrices grow, for modules that declare no axes.
+
+    Raises:
+        ValueError: If there are several.
+    """
+    grown = {
+        new / old
+        for info in infos
+        # The router's rows are experts; they do not grow with the width.
+        if info.name in matched and len(info.shape) >= 2 and info.role is not Role.ROUTER
+        for new, old in zip(info.fans, matched[info.name].fans, strict=True)
+        if new != old
+    }
+    if len(grown) > 1:
+        raise ValueError(
+            f"base: the sides of the matrices grow by different ratios ({', '.join(f'{g:g}' for g in sorted(grown))}), so the "
+            "width ratio cannot be inferred. Give the module a method `mue_axes()` that returns its sizes, e.g. "
+            "{'width': ..., 'depth': ..., 'ffn_width': ...}."
+        )
+    return grown.pop() if grown else 1.0
 
 
 def measure_init(tensor: Tensor) -> Init:
@@ -298,6 +332,11 @@ def measure_init(tensor: Tensor) -> Init:
     return Init(kind, rms)
 
 
+def _is_ffn(role: Role | None) -> bool:
+    """True for the matrices of an FFN or MoE."""
+    return role is not None and role.value.endswith(("_up", "_down"))
+
+
 class _Scale:
     """Evaluates a rule's cells for single parameters."""
 
@@ -306,39 +345,21 @@ class _Scale:
         self.table = rule.table(family)
         self.base_sizes = base_axes.sizes()
         self.ratios = axes.ratios(base_axes)
-        self.width_known = axes.width is not None and base_axes.width is not None
-
-    def infer_width(self, infos: list[ParameterInfo], matched: Mapping[str, ParameterInfo]) -> None:
-        """Takes the ratio by which sides grow as the width ratio, for a module that declares no axes."""
-        if self.width_known:
-            return
-        grown = {
-            new / old
-            for info in infos
-            if info.name in matched and len(info.shape) >= 2
-            for new, old in zip(info.fans, matched[info.name].fans, strict=True)
-            if new != old
-        }
-        if len(grown) > 1:
-            raise ValueError(
-                f"base: the sides of the matrices grow by different ratios ({', '.join(f'{g:g}' for g in sorted(grown))}), so "
-                "the width ratio cannot be inferred. Give the module a method `mue_axes()` that returns its sizes, e.g. "
-                "{'width': ..., 'depth': ..., 'ffn_width': ...}."
-            )
-        if grown:
-            self.ratios["d"] = grown.pop()
+        self.active_width_known = axes.active_width is not None and base_axes.active_width is not None
 
     def parameter(
-        self, info: ParameterInfo, old: ParameterInfo | None, inits: Mapping[str, Init], folded: float
+        self, info: ParameterInfo, old: ParameterInfo | None, inits: Mapping[str, Init], folded: Mapping[str, float]
     ) -> ParameterPlan:
-        """The plan of one parameter; ``folded`` is a forward multiplier that its module cannot apply."""
+        """The plan of one parameter; ``folded`` holds kinds of multipliers that no module applies (see multipliers.py)."""
         role = info.role
         assert role is not None
         row = self._row(role, info)
         ratios = self._local_ratios(info, old)
         cells = {name: parse(getattr(row, name)).evaluate(ratios, self.alpha) for name in ("init", "lr", "wd", "eps")}
         kind = default_kind(Role.EMBEDDING if info.tied else role, self.family)
-        cells = fold(cells, folded, kind)
+        if role in DOWN_ROLES:
+            for name, start in folded.items():
+                cells = fold(cells, start * parse(self.rule.multipliers[name]).evaluate(ratios, self.alpha), kind)
         return ParameterPlan(
             name=info.name,
             role=role.value,
@@ -355,8 +376,6 @@ class _Scale:
     def _row(self, role: Role, info: ParameterInfo) -> Row:
         row = self.table.get(role)
         if row is None:
-            from lightning_mue.parameterizations.table import RULES
-
             others = [r.name for r in RULES.values() if self.family in r.tables and role in r.tables[self.family]]
             raise ValueError(
                 f"rule={self.rule.name!r} ({self.rule.source}) has no row for the role {role.value!r} of {info.name}. "
@@ -376,14 +395,15 @@ class _Scale:
             return ratios
         for key, new, was in zip(("fan_in", "fan_out"), info.fans, old.fans, strict=True):
             ratios[key] = new / was
-        if info.branch is not None and old.branch is not None:
-            # Blocks may differ (dense and MoE ones): the active width is that of the parameter's own branch.
-            ratios["A"] = active_width(info.branch) / active_width(old.branch)
-        return ratios
+        local = branch_ratios(info.branch, old.branch)
+        if not local and not self.active_width_known and _is_ffn(info.role):
+            # An FFN that declares nothing: its active width is the hidden side of this very matrix.
+            local = {"A": ratios["fan_in" if info.role in DOWN_ROLES else "fan_out"]}
+        return {**ratios, **local}
 
     def _init(self, row: Row, old: ParameterInfo | None, inits: Mapping[str, Init], cell: float) -> Init:
         if old is None:
-            if row.absent_init is None or not self.base_sizes:
+            if row.absent_init is None or "d" not in self.base_sizes:
                 raise ValueError(
                     f"base: the target has a parameter of the row {row.source!r} that the base lacks, and the rule gives "
                     "no initialization for it. Use a base that has one."
@@ -391,6 +411,3 @@ class _Scale:
             return Init("normal", parse(row.absent_init).evaluate(self.base_sizes, self.alpha) * cell)
         measured = inits.get(old.name, Init("keep", 0.0))
         return measured if measured.kind == "keep" else Init(measured.kind, measured.value * cell)
-
-
-__all__ = ["BaseIndex", "Init", "ParameterPlan", "ScalingPlan", "measure_init", "plan"]

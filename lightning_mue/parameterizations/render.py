@@ -110,6 +110,12 @@ def as_renderable(plan: ScalingPlan) -> RenderableType:
     return Group(table, *footer)
 
 
+def wide_console() -> Console:
+    """A console in which the table does not break into pieces, also where there is no terminal."""
+    console = Console()
+    return console if console.width >= 140 else Console(width=140)
+
+
 def as_text(plan: ScalingPlan, width: int = 160) -> str:
     """The plan as plain text."""
     console = Console(file=io.StringIO(), width=width, color_system=None)

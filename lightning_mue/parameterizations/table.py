@@ -62,6 +62,7 @@ class Parameterization:
             route scale). A kind that is missing leaves the module's own value alone.
         betas: Cell that multiplies ``1 - beta`` of Adam's betas.
         moves: The axes along which the rule claims transfer.
+        routing: Setting of a router -> values for which the rule claims transfer over experts and top-k.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Parameterization:
     multipliers: Mapping[str, str] = field(default_factory=dict)
     betas: str = "1"
     moves: frozenset[str] = frozenset()
+    routing: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for cell in (*self.multipliers.values(), self.betas):

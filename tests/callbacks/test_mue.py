@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from lightning_mue import HyperSphereOptimizer, MoELanguageModel, MuECallback
 from lightning_mue.data import TextDataModule
 from lightning_mue.optim.schedule import WarmupDecay
+from lightning_mue.parameterizations.multipliers import read_multipliers
 
 BASE = {"width": 32, "n_heads": 2, "n_experts": 0}
 
@@ -242,6 +243,65 @@ def test_multipliers_hold_in_validation_without_fit():
     assert model.transformer.blocks[0].ffn.route_scale == 2.0
 
 
+def test_validation_of_a_checkpoint_uses_its_own_multipliers(tmp_path):
+    model = make_model()
+    trainer = fit(model, [mue()], max_steps=1)
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    other = make_model()
+    callback = mue(base={**BASE, "width": 16})
+    settings = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    trainer = Trainer(accelerator="cpu", callbacks=[callback], **settings)
+    trainer.validate(other, loader(8), ckpt_path=tmp_path / "model.ckpt", verbose=False)
+    assert read_multipliers(other) == read_multipliers(model)
+    # A fresh fit of the same callback is not held to that checkpoint's plan.
+    fit(make_model(), [callback], max_steps=1)
+
+
+def test_one_callback_serves_several_models():
+    callback = mue()
+    for _ in range(2):
+        model = make_model()
+        trainer = Trainer(accelerator="cpu", callbacks=[callback], logger=False, enable_progress_bar=False)
+        trainer.validate(model, loader(8), verbose=False)
+        assert model.transformer.blocks[0].ffn.route_scale == 2.0
+
+
+def test_checkpoint_of_a_run_without_the_callback_is_refused(tmp_path):
+    trainer = fit(make_model(), [], max_steps=1)
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    with pytest.raises(ValueError, match="holds no plan"):
+        fit(make_model(), [mue()], max_steps=2, ckpt_path=tmp_path / "model.ckpt")
+    fit(make_model(), [mue(base={"width": 64})], max_steps=2, ckpt_path=tmp_path / "model.ckpt")
+
+
+def test_measured_digits_do_not_keep_a_run_from_resuming(tmp_path):
+    """The base's spread is measured, and its last digits depend on the number of threads."""
+    trainer = fit(make_model(), [mue()], max_steps=1)
+    path = tmp_path / "model.ckpt"
+    trainer.save_checkpoint(path)
+    saved = torch.load(path, weights_only=True)
+    (state,) = [s for name, s in saved["callbacks"].items() if "MuECallback" in name]
+    state["plan"]["parameters"][0]["init"]["value"] *= 1 + 1e-7
+    torch.save(saved, path)
+    fit(make_model(), [mue()], max_steps=2, ckpt_path=path)
+
+
+@pytest.mark.parametrize("settings", [{"barebones": True}, {"log_every_n_steps": 0}])
+def test_trainer_that_logs_nothing(settings):
+    quiet = (
+        {}
+        if "barebones" in settings
+        else {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    )
+    trainer = Trainer(accelerator="cpu", max_steps=2, callbacks=[mue()], **quiet, **settings)
+    trainer.fit(make_model(), loader())
+
+
+def test_coupled_weight_decay_is_warned_of():
+    with pytest.warns(UserWarning, match="Use AdamW"):
+        fit(make_model(lambda p: torch.optim.Adam(p, lr=1e-3, weight_decay=0.1)), [mue()], max_steps=1)
+
+
 def test_logs_effective_rates_and_the_table(tmp_path, capsys):
     logger = TensorBoardLogger(tmp_path, name="", version="")
     callbacks = [mue(verbose=True), LearningRateMonitor()]
@@ -319,7 +379,7 @@ def test_existing_module_and_trainer():
         ({}, lambda p: HyperSphereOptimizer(p), r"no table.*'sphere'.*hyperp"),
         ({"rule": "hyperp"}, None, r"no table.*'adam'"),
         ({"tokens": 1e6}, None, "tokens: "),
-        ({"roles": {"nothing_like_it": "hidden"}}, None, "match no trainable parameter"),
+        ({"roles": {"nothing_like_it": "hidden"}}, None, "match no parameter"),
     ],
 )
 def test_bad_input_is_told_before_step_0(kwargs, optimizer, message):

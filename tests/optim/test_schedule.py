@@ -65,6 +65,17 @@ def test_resumes_exactly():
     assert rates(optimizer, scheduler, 10) == expected
 
 
+def test_run_that_is_lengthened_decays_towards_its_new_end():
+    optimizer, scheduler = make(total_steps=10, warmup=0.0)
+    rates(optimizer, scheduler, 10)
+    saved = copy.deepcopy((optimizer.state_dict(), scheduler.state_dict()))
+    assert optimizer.param_groups[0]["lr"] == 0.0
+    optimizer, scheduler = make(total_steps=20, warmup=0.0)
+    optimizer.load_state_dict(saved[0])
+    scheduler.load_state_dict(saved[1])
+    assert [lr for lr, _ in rates(optimizer, scheduler, 2)] == [pytest.approx(0.5), pytest.approx(0.45)]
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [

@@ -175,6 +175,31 @@ def test_optimizer_families():
         family_of(torch.optim.Adagrad(parameters))
 
 
+def test_frozen_parameters_in_the_optimizer_are_left_alone():
+    model = make_model()
+    model.transformer.embedding.weight.requires_grad_(False)
+    optimizer = AdamW(model.parameters(), lr=0.01)
+    ScaledStep(optimizer, plan(model, base=BASE), model)
+    before = model.transformer.embedding.weight.clone()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p) if p.requires_grad else None
+    optimizer.step()
+    assert torch.equal(model.transformer.embedding.weight, before)
+
+
+def test_padding_row_stays_zero():
+    class Padded(nn.Module):
+        def __init__(self, width=32):
+            super().__init__()
+            self.hparams = {"width": width}
+            self.embed, self.head = nn.Embedding(50, width, padding_idx=3), nn.Linear(width, 50)
+
+    model = Padded(128)
+    initialize(model, plan(model, base={"width": 32}, rule="mup"))
+    assert float(model.embed.weight.detach()[3].abs().max()) == 0.0
+    assert float(model.embed.weight.detach()[4].abs().max()) > 0.0
+
+
 class Multiplied(nn.Module):
     """y = m V (W x): the multiplier m sits behind W."""
 

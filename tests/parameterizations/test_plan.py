@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import nn
 
-from lightning_mue import MoELanguageModel, ScalingPlan, plan
+from lightning_mue import MoELanguageModel, MoELayer, ScalingPlan, initialize, plan
 from lightning_mue.parameterizations.plan import measure_init
 
 BASE = {"width": 32, "n_heads": 2, "n_experts": 0}
@@ -148,16 +149,134 @@ def test_roles_of_an_undeclared_module_come_from_what_grows():
 def test_patterns_win_over_declarations_and_inference():
     scaling = plan(Net(128), base={"width": 32}, rule="mup", roles={r"head\.weight": "hidden"})
     assert scaling["head.weight"].role == "hidden"
-    with pytest.raises(ValueError, match=r"\['lm_head'\] match no trainable parameter"):
+    with pytest.raises(ValueError, match=r"\['lm_head'\] match no parameter"):
         plan(Net(128), base={"width": 32}, rule="mup", roles={"lm_head": "hidden"})
     with pytest.raises(ValueError, match="names the role 'matrix'"):
         plan(Net(128), base={"width": 32}, rule="mup", roles={"head": "matrix"})
 
 
-def test_frozen_parameters_are_left_out():
+def test_frozen_parameters_are_planned_but_not_drawn():
     model = make_model()
-    model.transformer.embedding.weight.requires_grad_(False)
-    assert "transformer.embedding.weight" not in [p.name for p in plan(model, base=BASE).parameters]
+    weight = model.transformer.embedding.weight.requires_grad_(False)
+    before = weight.clone()
+    scaling = plan(model, base=BASE)
+    assert scaling["transformer.embedding.weight"].role == "embedding"
+    initialize(model, scaling)
+    assert torch.equal(weight, before)
+    assert plan(model, base={"width": 64}).same_size
+
+
+def test_frozen_parameter_of_unknown_role_stays_outside():
+    class Backbone(Net):
+        def __init__(self, width=32):
+            super().__init__(width)
+            self.hparams = {"width": width}
+            self.table = nn.Parameter(torch.zeros(3, 3, 3), requires_grad=False)
+
+    model = Backbone(128)
+    scaling = plan(model, base={"width": 32}, rule="mup")
+    assert "table" not in [p.name for p in scaling.parameters]
+    initialize(model, scaling)
+
+
+def test_blocks_of_one_kind_scale_from_blocks_of_that_kind():
+    """Only the depth changes: each output multiplier keeps its value, though dense and MoE blocks differ in width."""
+    sizes = {"moe_every": 2, "ffn_width": 128, "expert_width": 128, "top_k": 2}
+    scaling = plan(make_model(depth=4, **sizes), base={"depth": 2})
+    multipliers = [scaling.multipliers[f"transformer.blocks.{i}.ffn.output_multiplier"] for i in range(4)]
+    assert multipliers == [1.0] * 4
+    assert {scaling[f"transformer.blocks.{i}.attention.w_q"].lr for i in range(4)} == {1.0}
+
+
+def test_base_with_fewer_blocks_than_moe_every_is_a_dense_base():
+    model = make_model(depth=4, moe_every=4)
+    shallow, dense = (plan(model, base=base) for base in ({"depth": 2}, {"depth": 2, "n_experts": 0}))
+    assert shallow == dense
+    assert shallow.multipliers["transformer.blocks.3.ffn.route_scale"] == 2.0
+
+
+def test_moe_base_to_dense_target_takes_the_route_scale_with_it():
+    """The way back: a sum of two gated experts with route scale 2 becomes one dense FFN of the same active width."""
+    base = {"n_experts": 4, "route_scale": 2.0}
+    scaling = plan(make_model(n_experts=0), base=base)
+    down = scaling["transformer.blocks.0.ffn.w_down"]
+    plain = plan(make_model(n_experts=0), base={**base, "route_scale": 1.0})["transformer.blocks.0.ffn.w_down"]
+    assert (down.lr, down.init.value) == (1.0, pytest.approx(2 * plain.init.value))
+    assert scaling["transformer.blocks.0.ffn.w_up"].eps == pytest.approx(2.0)
+
+
+class ForeignFFN(nn.Module):
+    def __init__(self, width=32):
+        super().__init__()
+        self.hparams = {"width": width}
+        self.embed = nn.Embedding(10, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.head = nn.Linear(width, 10)
+
+    roles: ClassVar = {r"up\.weight": "ffn_up", r"down\.weight": "ffn_down"}
+
+
+def test_ffn_that_declares_nothing_scales_by_its_own_sides():
+    mue, p = (
+        plan(ForeignFFN(128), base={"width": 32}, rule=r, roles=ForeignFFN.roles)
+        for r in ("complete-mue", "complete-p")
+    )
+    for name in ("up.weight", "down.weight", "head.weight", "embed.weight"):
+        assert (mue[name].lr, mue[name].weight_decay) == pytest.approx((p[name].lr, p[name].weight_decay))
+        assert mue[name].init.value == pytest.approx(p[name].init.value)
+    assert mue["down.weight"].lr == pytest.approx(1 / 4)
+
+
+def test_default_rule_works_on_a_module_without_ffn():
+    scaling = plan(Net(128), base={"width": 32})
+    assert scaling["inner.2.weight"].lr == pytest.approx(1 / 4)
+    assert "width 1 -> 4" in str(scaling)
+
+
+def test_linear_layer_on_an_embedding_is_a_tied_unembedding():
+    class Tied(nn.Module):
+        def __init__(self, width=32):
+            super().__init__()
+            self.hparams = {"width": width}
+            self.wte, self.lm_head = nn.Embedding(50, width), nn.Linear(width, 50, bias=False)
+            self.lm_head.weight = self.wte.weight
+
+    entry = plan(Tied(128), base={"width": 32}, rule="mup")["wte.weight"]
+    assert entry.role == "unembedding"
+    assert entry.lr == 1.0
+    assert entry.init.value == pytest.approx(1 / 4, rel=0.1)
+
+
+def test_raw_parameter_needs_a_role():
+    class Positions(Net):
+        def __init__(self, width=32):
+            super().__init__(width)
+            self.hparams = {"width": width}
+            self.pos = nn.Parameter(torch.randn(16, width))
+
+    with pytest.raises(ValueError, match=r"no role is known for pos \[16, 128\]"):
+        plan(Positions(128), base={"width": 32}, rule="mup")
+
+
+def test_layer_alone():
+    scaling = plan(MoELayer(32, 64, 8, 2), base={"n_experts": 4})
+    assert scaling["router.weight"].lr == 1.0
+    assert scaling["experts.w_up"].lr == 1.0
+    assert scaling.axes["n_experts"] == 8
+
+
+def test_router_for_which_the_rule_claims_nothing_is_noted():
+    assert any("gate=sqrt" in note for note in plan(make_model(gate="sqrt"), base=BASE).notes)
+    assert any("scoring=sigmoid" in note for note in plan(make_model(scoring="sigmoid"), base=BASE).notes)
+    assert any("gate=linear" in note for note in plan(make_model(), base=BASE, rule="hyperp", family="sphere").notes)
+    assert plan(make_model(gate="sqrt"), base=BASE, rule="hyperp", family="sphere").notes == ()
+
+
+def test_compiled_layers_keep_their_names():
+    model, plain = make_model(), plan(make_model(), base=BASE)
+    for block in model.transformer.blocks:
+        block.ffn = torch.compile(block.ffn)
+    assert plan(model, base=BASE) == plain
 
 
 def test_axis_that_the_rule_does_not_claim_is_noted():
