@@ -17,7 +17,7 @@ import numpy as np
 SPLITS = ("train", "val")
 CACHE_TAG = "CACHEDIR.TAG"
 
-_FORMAT = 1
+_FORMAT = 2
 # By this line backup tools know a cache, too.
 _CACHE_SIGNATURE = b"Signature: 8a477f597d28d172789f06886806bc55"
 _TEMPORARY_PREFIX = ".tmp-"

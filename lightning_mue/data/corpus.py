@@ -82,7 +82,9 @@ class TextCorpus:
         """Returns the bytes of both splits, in pieces.
 
         A folder is split by file: a file goes to validation when a hash of its name falls below `val_fraction`, so
-        that adding files moves no other. A single file is split by position, its end being validation.
+        that adding files moves no other. A file that alone would make up half of validation or more stays in training
+        (unless there is no other): the loss should be that of many files. A single file is split by position, its end
+        being validation.
 
         Args:
             files: What `files()` returned.
@@ -94,9 +96,12 @@ class TextCorpus:
         if self.root.is_file():
             boundary = files[0].size - round(files[0].size * val_fraction)
             return {"train": _read(self.root, 0, boundary), "val": _read(self.root, boundary, None)}
+        chosen = [file for file in files if in_validation(file.name, val_fraction)]
+        too_large = 0.5 * val_fraction * sum(file.size for file in files)
+        val = {file.name for file in chosen if file.size < too_large} or {file.name for file in chosen}
         return {
-            "train": self._documents([file for file in files if not in_validation(file.name, val_fraction)]),
-            "val": self._documents([file for file in files if in_validation(file.name, val_fraction)]),
+            "train": self._documents([file for file in files if file.name not in val]),
+            "val": self._documents([file for file in files if file.name in val]),
         }
 
     def _documents(self, files: list[SourceFile]) -> Iterator[bytes]:

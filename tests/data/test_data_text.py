@@ -27,6 +27,18 @@ def test_a_folder_is_read_in_order_of_names_each_file_once(folder, make, read):
         assert len(expected) > 1000
 
 
+def test_one_large_file_does_not_make_up_validation(tmp_path, make, read):
+    names = [f"file{i}.txt" for i in range(200)]
+    for name in names:
+        (tmp_path / name).write_text(f"{name} " * 10)
+    large = next(name for name in names if in_validation(name, 0.2))
+    (tmp_path / large).write_text("large " * 10_000)
+    parts = read(make(tmp_path, pattern="*.txt"))
+    assert b"large" in parts["train"]
+    assert b"large" not in parts["val"]
+    assert sum(name.encode() + b" " in parts["val"] for name in names) > 20
+
+
 def test_the_pattern_chooses_files(folder, make, read):
     assert b"markdown" not in b"".join(read(make(folder, pattern="*.txt")).values())
     everything = b"".join(read(make(folder)).values())
