@@ -6,8 +6,9 @@ This package knows torch, but no Lightning.
 from lightning_mue.parameterizations import complete_mue, complete_p, hyperp, mup, sp
 from lightning_mue.parameterizations.apply import ScaledStep, initialize, param_groups
 from lightning_mue.parameterizations.axes import Axes
-from lightning_mue.parameterizations.plan import Init, ParameterPlan, ScalingPlan, plan
+from lightning_mue.parameterizations.plan import plan
 from lightning_mue.parameterizations.roles import MATRIX_ROLES, Role
+from lightning_mue.parameterizations.scaling import Init, ParameterPlan, ScalingPlan
 from lightning_mue.parameterizations.table import RULES, Parameterization, Row, get_rule
 
 del complete_mue, complete_p, hyperp, mup, sp  # imported for their registration

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_mue.parameterizations.modules import clean_name
 from lightning_mue.parameterizations.multipliers import set_multipliers
-from lightning_mue.parameterizations.plan import ParameterPlan, ScalingPlan
+from lightning_mue.parameterizations.scaling import ParameterPlan, ScalingPlan
 from lightning_mue.parameterizations.table import Family
 
 #: Marks a parameter group whose factors are already in it.

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -23,154 +21,8 @@ from lightning_mue.parameterizations.modules import (
 from lightning_mue.parameterizations.monomial import parse
 from lightning_mue.parameterizations.multipliers import DOWN_ROLES, fold, multiplier_sites
 from lightning_mue.parameterizations.roles import Role
+from lightning_mue.parameterizations.scaling import Init, ParameterPlan, ScalingPlan
 from lightning_mue.parameterizations.table import RULES, Family, Parameterization, Row, default_kind, get_rule
-
-
-@dataclass(frozen=True)
-class Init:
-    """How a parameter is drawn: ``normal`` or ``uniform`` with mean 0, ``constant``, or ``keep`` (left as it is).
-
-    Attributes:
-        kind: The distribution, as measured on the base.
-        value: Standard deviation, or the constant.
-    """
-
-    kind: str
-    value: float
-
-
-@dataclass(frozen=True)
-class ParameterPlan:
-    """What happens to one parameter.
-
-    Attributes:
-        name: Fully qualified name.
-        role: Its role.
-        shape: Its shape.
-        base: The base's parameter that it scales from, or None (a router whose base is dense).
-        init: How it is drawn.
-        lr: Factor on the group's learning rate.
-        weight_decay: Factor on the group's weight decay.
-        eps: Factor on Adam's epsilon.
-        kind: The update it gets (``adamw``, ``sgd``, ``sphere``, ``adam_sphere``).
-        source: The row it came from.
-    """
-
-    name: str
-    role: str
-    shape: tuple[int, ...]
-    base: str | None
-    init: Init
-    lr: float
-    weight_decay: float
-    eps: float
-    kind: str
-    source: str
-
-
-@dataclass(frozen=True)
-class ScalingPlan:
-    """A rule applied to one model and one base: prints as a table, saves to YAML, diffs against another.
-
-    Attributes:
-        rule: Name of the rule.
-        family: Optimizer family, ``adam``, ``sgd`` or ``sphere``.
-        alpha: Depth exponent.
-        axes: Sizes of the target.
-        base_axes: Sizes of the base.
-        betas: Factor on ``1 - beta`` of Adam's betas.
-        parameters: One entry a trainable parameter.
-        multipliers: Dotted attribute path -> forward multiplier that the target gets.
-        same_size: True if target and base are the same model and run: the plan then changes nothing.
-        notes: Warnings for people, e.g. an axis that the rule does not claim.
-    """
-
-    rule: str
-    family: str
-    alpha: float
-    axes: dict[str, float]
-    base_axes: dict[str, float]
-    betas: float
-    parameters: tuple[ParameterPlan, ...]
-    multipliers: dict[str, float] = field(default_factory=dict)
-    same_size: bool = False
-    notes: tuple[str, ...] = ()
-
-    def __getitem__(self, name: str) -> ParameterPlan:
-        for parameter in self.parameters:
-            if parameter.name == name:
-                return parameter
-        raise KeyError(name)
-
-    def __str__(self) -> str:
-        from lightning_mue.parameterizations.render import as_text
-
-        return as_text(self)
-
-    def __rich__(self) -> Any:
-        from lightning_mue.parameterizations.render import as_renderable
-
-        return as_renderable(self)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types only, so that it can go into a checkpoint that loads with ``weights_only=True``, or into YAML."""
-        plain = asdict(self)
-        plain["notes"] = list(self.notes)
-        plain["parameters"] = [{**asdict(p), "shape": list(p.shape)} for p in self.parameters]
-        return plain
-
-    @classmethod
-    def from_dict(cls, plain: Mapping[str, Any]) -> ScalingPlan:
-        """The inverse of :meth:`to_dict`."""
-        parameters = tuple(
-            ParameterPlan(**{**p, "shape": tuple(p["shape"]), "init": Init(**p["init"])}) for p in plain["parameters"]
-        )
-        return cls(**{**plain, "parameters": parameters, "notes": tuple(plain["notes"])})
-
-    def save(self, path: str | Path) -> None:
-        """Writes the plan as YAML."""
-        import yaml
-
-        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: str | Path) -> ScalingPlan:
-        """Reads a plan that :meth:`save` wrote."""
-        import yaml
-
-        return cls.from_dict(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
-
-    def diff(self, other: ScalingPlan, *, init: bool = True) -> list[str]:
-        """Lines ``what: mine -> other's`` for everything in which two plans differ; empty if they train alike.
-
-        Args:
-            other: The plan to compare with.
-            init: Compare the initialization too. It is measured, so its last digits depend on the machine; once weights
-                exist it no longer matters.
-        """
-        keys = ("role", "shape", *(["init"] if init else []), "lr", "weight_decay", "eps", "kind")
-        lines = [
-            f"{key}: {getattr(self, key)} -> {getattr(other, key)}"
-            for key in ("rule", "family", "alpha", "betas", "axes", "base_axes")
-            if getattr(self, key) != getattr(other, key)
-        ]
-        for path in sorted({*self.multipliers, *other.multipliers}):
-            mine, theirs = self.multipliers.get(path), other.multipliers.get(path)
-            if mine != theirs:
-                lines.append(f"{path}: {mine} -> {theirs}")
-        mine_by_name = {p.name: p for p in self.parameters}
-        theirs_by_name = {p.name: p for p in other.parameters}
-        for name in dict.fromkeys([*mine_by_name, *theirs_by_name]):
-            old, new = mine_by_name.get(name), theirs_by_name.get(name)
-            if old is None or new is None:
-                lines.append(
-                    f"{name}: {'absent' if old is None else 'present'} -> {'absent' if new is None else 'present'}"
-                )
-                continue
-            for key in keys:
-                if getattr(old, key) != getattr(new, key):
-                    lines.append(f"{name}.{key}: {getattr(old, key)} -> {getattr(new, key)}")
-        return lines
 
 
 def plan(

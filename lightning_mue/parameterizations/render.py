@@ -14,7 +14,7 @@ from rich.text import Text
 from lightning_mue.parameterizations.modules import split_layer
 
 if TYPE_CHECKING:
-    from lightning_mue.parameterizations.plan import ParameterPlan, ScalingPlan
+    from lightning_mue.parameterizations.scaling import ParameterPlan, ScalingPlan
 
 _HEADERS = ("role", "size", "parameters", "shape", "init", "lr x", "wd x", "eps x", "update")
 
