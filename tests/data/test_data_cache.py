@@ -95,7 +95,7 @@ def test_a_damaged_or_foreign_cache_is_rebuilt(damage, folder, make, read):
     damage(found)
     assert read(make(folder)) == intact
     assert inodes(found)["train.bin"] != before["train.bin"]
-    assert json.loads((found / "manifest.json").read_text())["format"] == 1
+    assert json.loads((found / "manifest.json").read_text())["format"] == 2
 
 
 def test_setup_never_maps_a_cache_of_the_wrong_size(folder, make):
