@@ -157,7 +157,7 @@ def scale_groups(
             )
         for parameter in group["params"]:
             name = names.get(parameter)
-            if name in names.values() and name not in entries and not parameter.requires_grad:
+            if name is not None and name not in entries and not parameter.requires_grad:
                 result.setdefault((i,), {**group, "params": [], "role": "frozen"})["params"].append(parameter)
                 continue
             if name is None or name not in entries:
