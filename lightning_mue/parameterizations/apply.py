@@ -50,11 +50,12 @@ def initialize(model: nn.Module, plan: ScalingPlan, *, seed: int = 0) -> None:
     if plan.same_size:
         return
     tensors = named_tensors(model)
-    for entry in plan.parameters:
-        if tensors[entry.name].requires_grad:
-            draw_(tensors[entry.name], entry, seed)
+    drawn = [entry for entry in plan.parameters if tensors[entry.name].requires_grad and entry.init.kind != "keep"]
+    for entry in drawn:
+        draw_(tensors[entry.name], entry, seed)
+    new = {id(tensors[entry.name]) for entry in drawn}
     for module in model.modules():
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None and id(module.weight) in new:
             module.weight[module.padding_idx].zero_()
 
 

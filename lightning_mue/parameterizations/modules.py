@@ -249,12 +249,12 @@ class BaseIndex:
         self, names: Iterable[str], target_names: Iterable[str], base_names: Iterable[str] | None = None
     ) -> None:
         """Indexes ``names``; ``base_names`` are all of the base's, by which its depth is counted (default: the same)."""
-        self.names = set(names)
+        names = set(names)
         self.by_template: dict[str, list[int]] = {}
-        for name in self.names:
+        for name in names:
             template, layer = split_layer(name)
             self.by_template.setdefault(template, []).append(layer)
-        self.base_depth = self._depths(self.names if base_names is None else base_names)
+        self.base_depth = self._depths(names if base_names is None else base_names)
         self.depth = self._depths(target_names)
 
     @staticmethod

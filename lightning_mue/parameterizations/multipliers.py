@@ -74,10 +74,11 @@ def multiplier_sites(
     """
     base_sites = list(exposed(base))
     sites = list(exposed(model))
+    counterparts = _Counterparts(sites, base_sites)
     values: dict[str, float] = {}
     for path, kind, child, attribute in sites:
         if kind in rule.multipliers:
-            old = _base_site(path, kind, child, sites, base_sites)
+            old = counterparts.find(path, kind, child)
             start = float(getattr(*old)) if old is not None else _ABSENT.get(kind, float(getattr(child, attribute)))
             local = {**ratios, **branch_ratios(child, old[0] if old is not None else None)}
             values[path] = start * parse(rule.multipliers[kind]).evaluate(local, alpha)
@@ -102,21 +103,36 @@ def multiplier_sites(
 _Site = tuple[str, str, nn.Module, str]
 
 
-def _base_site(
-    path: str, kind: str, child: nn.Module, sites: list[_Site], base_sites: list[_Site]
-) -> tuple[nn.Module, str] | None:
-    """The base's counterpart: a module that exposes the same kinds (dense or MoE alike), else one that exposes this kind."""
-    kinds = set(child.mue_multipliers)  # type: ignore[arg-type]
-    of_kind = [site for site in base_sites if site[1] == kind]
-    alike = [site for site in of_kind if set(site[2].mue_multipliers) == kinds]  # type: ignore[arg-type]
-    for candidates in (alike, of_kind):
-        by_path = {site[0]: (site[2], site[3]) for site in candidates}
-        name = BaseIndex(by_path, [site[0] for site in sites], [site[0] for site in base_sites]).match(path)
-        if name is not None:
-            return by_path[name]
-        if candidates:
-            return candidates[0][2:]
-    return None
+class _Counterparts:
+    """Finds a site's counterpart in the base: a module that exposes the same kinds (dense or MoE alike), else this kind."""
+
+    def __init__(self, sites: list[_Site], base_sites: list[_Site]) -> None:
+        self._paths, self._base_sites = [site[0] for site in sites], base_sites
+        # One index a group of sites, not one a site: a deep model has thousands of them.
+        self._groups: dict[tuple[str, frozenset[str] | None], tuple[dict[str, tuple[nn.Module, str]], BaseIndex]] = {}
+
+    def find(self, path: str, kind: str, child: nn.Module) -> tuple[nn.Module, str] | None:
+        """(module of the base, attribute name) for the site at a path, or None if the base exposes no such kind."""
+        for kinds in (frozenset(child.mue_multipliers), None):  # type: ignore[arg-type]
+            candidates, index = self._group(kind, kinds)
+            name = index.match(path)
+            if name is not None:
+                return candidates[name]
+            if candidates:
+                return next(iter(candidates.values()))
+        return None
+
+    def _group(self, kind: str, kinds: frozenset[str] | None) -> tuple[dict[str, tuple[nn.Module, str]], BaseIndex]:
+        """The base's sites of a kind, on modules that expose just these kinds (None: any), with their index."""
+        if (kind, kinds) not in self._groups:
+            candidates = {
+                path: (module, attribute)
+                for path, its_kind, module, attribute in self._base_sites
+                if its_kind == kind and kinds in (None, frozenset(module.mue_multipliers))  # type: ignore[arg-type]
+            }
+            index = BaseIndex(candidates, self._paths, [site[0] for site in self._base_sites])
+            self._groups[kind, kinds] = candidates, index
+        return self._groups[kind, kinds]
 
 
 def fold(cells: dict[str, Any], multiplier: float, kind: Kind) -> dict[str, Any]:

@@ -198,6 +198,10 @@ def test_padding_row_stays_zero():
     initialize(model, plan(model, base={"width": 32}, rule="mup"))
     assert float(model.embed.weight.detach()[3].abs().max()) == 0.0
     assert float(model.embed.weight.detach()[4].abs().max()) > 0.0
+    # A frozen embedding keeps even a padding row that somebody filled.
+    model.embed.weight.requires_grad_(False).fill_(2.0)
+    initialize(model, plan(model, base={"width": 32}, rule="mup"))
+    assert bool((model.embed.weight == 2.0).all())
 
 
 class Multiplied(nn.Module):
