@@ -6,11 +6,13 @@ STAMP := $(VENV)/.installed
 
 .PHONY: demo test test-slow lint format bench clean
 
+# mup is a test oracle; the torchvision that its metadata asks for is a CUDA build, and its code does not import it.
 # torch first and by its exact version: on the tested machines that is the CPU build, and a range takes the newest CUDA one.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps mup
 	touch $@
 
 demo: $(STAMP)  ## trains a Mixture-of-Experts language model in about two minutes and shows what came out

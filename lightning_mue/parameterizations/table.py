@@ -5,15 +5,16 @@ One file a paper holds its table (``mup.py``, ``complete_mue.py``, ...); this fi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
+from lightning_mue.parameterizations.axes import Axes
 from lightning_mue.parameterizations.monomial import parse
 from lightning_mue.parameterizations.roles import MATRIX_ROLES, Role
 
-Family = Literal["adam", "sgd", "sphere"]
-Kind = Literal["adamw", "sgd", "sphere", "adam_sphere"]
+Family = Literal["adam", "sgd", "sphere", "muon"]
+Kind = Literal["adamw", "sgd", "sphere", "adam_sphere", "muon"]
 #: ``paper``: a printed cell; ``code``: the authors' code; ``derived``: ours, from the paper's argument; ``measured``.
 Status = Literal["paper", "code", "derived", "measured"]
 
@@ -31,6 +32,7 @@ class Row:
         status: How far the row is the paper's own word.
         absent_init: Absolute init std at the base size for a role that the base lacks (a dense base has no router);
             the symbols then stand for the base's absolute sizes, not for ratios.
+        tied: Every expert of a layer starts from the same draw.
     """
 
     init: str = "1"
@@ -40,6 +42,7 @@ class Row:
     source: str = ""
     status: Status = "paper"
     absent_init: str | None = None
+    tied: bool = False
 
     def __post_init__(self) -> None:
         for cell in (self.init, self.lr, self.wd, self.eps, self.absent_init or "1"):
@@ -47,6 +50,24 @@ class Row:
 
 
 Table = Mapping[Role, Row]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Constants that a paper reports for its own base; unlike cells, they do not depend on the ratios.
+
+    Attributes:
+        source: Where they stand.
+        base: The paper's base, as overrides of a module's hyperparameters; used where the user gives no base.
+        hyperparameters: What the paper tuned at that base (``lr``, ...). Shown to the user, who sets them.
+        factors: Regular expression on parameter names -> column (``init`` or ``lr``) -> constant that multiplies it, at
+            the base and the target alike.
+    """
+
+    source: str
+    base: Mapping[str, Any] = field(default_factory=dict)
+    hyperparameters: Mapping[str, float] = field(default_factory=dict)
+    factors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -63,6 +84,11 @@ class Parameterization:
         betas: Cell that multiplies ``1 - beta`` of Adam's betas.
         moves: The axes along which the rule claims transfer.
         routing: Setting of a router -> values for which the rule claims transfer over experts and top-k.
+        fixed: Symbols (e.g. ``kappa``) whose ratio must be 1 for the rule to claim transfer.
+        alpha: The only depth exponent for which the rule is derived; None: any.
+        invariants: Name -> cell in absolute sizes; models that agree in it have the same limit. Shown in the plan.
+        presets: Name -> constants that the paper reports.
+        resolve: For a rule that is several: picks one by which axes move, (target, base) -> (rule, reason).
     """
 
     name: str
@@ -72,9 +98,14 @@ class Parameterization:
     betas: str = "1"
     moves: frozenset[str] = frozenset()
     routing: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    fixed: frozenset[str] = frozenset()
+    alpha: float | None = None
+    invariants: Mapping[str, str] = field(default_factory=dict)
+    presets: Mapping[str, Preset] = field(default_factory=dict)
+    resolve: Callable[[Axes, Axes], tuple[Parameterization, str]] | None = None
 
     def __post_init__(self) -> None:
-        for cell in (*self.multipliers.values(), self.betas):
+        for cell in (*self.multipliers.values(), *self.invariants.values(), self.betas):
             parse(cell)
 
     def table(self, family: Family) -> Table:
@@ -93,11 +124,13 @@ class Parameterization:
 
 
 def default_kind(role: Role, family: Family) -> Kind:
-    """The update that a role gets: Muon for hidden matrices of the sphere family, Adam's for vectors."""
+    """The update that a role gets: Muon for hidden matrices of the sphere and muon families, Adam's for vectors."""
     if family == "sgd":
         return "sgd"
     if family == "adam" or role not in MATRIX_ROLES:
         return "adamw"
+    if family == "muon":
+        return "adamw" if role is Role.UNEMBEDDING else "muon"
     return "adam_sphere" if role is Role.UNEMBEDDING else "sphere"
 
 
