@@ -3,7 +3,7 @@
 This package knows torch, but no Lightning.
 """
 
-from lightning_mue.parameterizations import complete_mue, complete_p, hyperp, mup, sp
+from lightning_mue.parameterizations import complete_mue, complete_p, hyperp, moe_dmft, mssp, mup, sp
 from lightning_mue.parameterizations.apply import ScaledStep, initialize, param_groups
 from lightning_mue.parameterizations.axes import Axes
 from lightning_mue.parameterizations.plan import plan
@@ -11,7 +11,7 @@ from lightning_mue.parameterizations.roles import MATRIX_ROLES, Role
 from lightning_mue.parameterizations.scaling import Init, ParameterPlan, ScalingPlan
 from lightning_mue.parameterizations.table import RULES, Parameterization, Row, get_rule
 
-del complete_mue, complete_p, hyperp, mup, sp  # imported for their registration
+del complete_mue, complete_p, hyperp, moe_dmft, mssp, mup, sp  # imported for their registration
 
 __all__ = [
     "MATRIX_ROLES",

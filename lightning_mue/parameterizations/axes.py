@@ -82,13 +82,17 @@ class Axes:
         return {name: size for name, size in asdict(self).items() if size is not None}
 
 
-def axes_of(module: Any, tokens: float | None = None, batch_tokens: float | None = None) -> Axes:
-    """Reads the sizes that a module declares through ``mue_axes()``; an undeclared module knows none.
+def declared_sizes(module: Any) -> dict[str, float]:
+    """The sizes that a module declares by a method ``mue_axes() -> Mapping[str, float]``; empty if it has none.
 
-    Args:
-        module: A module, perhaps with a method ``mue_axes() -> Mapping[str, float]``.
-        tokens: Training length in tokens.
-        batch_tokens: Batch size in tokens.
+    Raises:
+        ValueError: For a name that is no axis.
     """
-    declared = dict(module.mue_axes()) if callable(getattr(module, "mue_axes", None)) else {}
-    return Axes(**declared, tokens=tokens, batch_tokens=batch_tokens)
+    declare = getattr(module, "mue_axes", None)
+    sizes = dict(declare()) if callable(declare) else {}
+    known = [f.name for f in fields(Axes)]
+    if unknown := sorted(set(sizes) - set(known)):
+        raise ValueError(
+            f"mue_axes: {type(module).__name__} declares {', '.join(unknown)}; the axes are {', '.join(known)}."
+        )
+    return sizes

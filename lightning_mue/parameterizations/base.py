@@ -8,13 +8,14 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-#: Keyword overrides of the module's own hyperparameters, a module, or a factory of one.
-Base = Mapping[str, Any] | nn.Module | Callable[[], nn.Module]
+#: Keyword overrides of the module's own hyperparameters, a module, a factory of one, or the file of a saved base.
+Base = Mapping[str, Any] | nn.Module | Callable[[], nn.Module] | str | Path
 
 #: Overrides that describe the base's run, not its module.
 RUN_KEYS = ("tokens", "batch_tokens")
@@ -34,7 +35,8 @@ def build_base(model: nn.Module, base: Base, *, device: str | None = None) -> nn
 
     Args:
         model: The target module; overrides are applied to its ``hparams``.
-        base: Keyword overrides, a module (used as it is, so it must be freshly initialized) or a factory.
+        base: Keyword overrides, a module (used as it is, so it must be freshly initialized) or a factory; not a file, which
+            holds no module.
         device: ``"meta"`` for shapes only; ``None`` for real values on the CPU.
 
     Returns:
@@ -45,11 +47,15 @@ def build_base(model: nn.Module, base: Base, *, device: str | None = None) -> nn
     """
     if isinstance(base, nn.Module):
         return base
+    if isinstance(base, (str, Path)):
+        raise ValueError(f"base: {str(base)!r} is the file of a saved base, which holds no module to run.")
     with _fixed_rng(), torch.device(device or "cpu"):
         if isinstance(base, Mapping):
             made = _rebuild(model, {key: value for key, value in base.items() if key not in RUN_KEYS})
         else:
             made = base()
+        if (mesh := getattr(model, "_device_mesh", None)) is not None:
+            made._device_mesh = mesh  # where configure_model shards, it asks the module for the mesh
         configure_model: Any = getattr(made, "configure_model", None)
         if callable(configure_model):
             configure_model()  # a LightningModule may build its layers here

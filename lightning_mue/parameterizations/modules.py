@@ -1,68 +1,69 @@
-"""Reads a module tree: which parameters there are, what each one does, and which parameter of the base it came from."""
+"""Reads a module tree: which parameters there are, of what form, and what is declared about them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import prod
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from lightning_mue.parameterizations.roles import Role
 
 _LAYER = re.compile(r"(?:^|(?<=\.))(\d+)(?=\.|$)")
-_NORM_TYPES = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_NORM_TYPES = (
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.GroupNorm,
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.instancenorm._InstanceNorm,
+)
 
-#: Where a role may take its base values from if the base has none of its own, best first.
-_RELATED: Mapping[Role, Sequence[Role]] = {
-    Role.EXPERT_UP: (Role.FFN_UP, Role.SHARED_UP),
-    Role.EXPERT_DOWN: (Role.FFN_DOWN, Role.SHARED_DOWN),
-    Role.SHARED_UP: (Role.FFN_UP, Role.EXPERT_UP),
-    Role.SHARED_DOWN: (Role.FFN_DOWN, Role.EXPERT_DOWN),
-    Role.FFN_UP: (Role.EXPERT_UP, Role.SHARED_UP),
-    Role.FFN_DOWN: (Role.EXPERT_DOWN, Role.SHARED_DOWN),
-}
+#: What kind of module holds a parameter: what its sides mean depends on it. ``raw``: a module of a type not known here.
+Form = Literal["linear", "conv", "embedding", "norm", "raw"]
 
 
 @dataclass(frozen=True)
 class ParameterInfo:
-    """One parameter of a module tree.
+    """One parameter of a module tree, without its values.
 
     Attributes:
-        name: Fully qualified name, ``_orig_mod.`` (torch.compile) and ``_fsdp_wrapped_module.`` removed.
-        tensor: The parameter itself.
+        name: Fully qualified name, without what torch.compile, FSDP and activation checkpointing insert.
+        shape: Its (global) shape.
+        fans: (fan-in, fan-out) of one matrix.
+        form: What kind of module holds it.
         role: Its role, or None while unknown.
-        owner: The module that holds it.
-        branch: The enclosing FFN or MoE branch (a module with ``mue_branch = "ffn"``), if any.
+        branch: Sizes of the enclosing FFN or MoE branch by the tables' symbols (:func:`branch_sizes`), if it declares any.
         tied: True if an embedding and an unembedding share it.
+        trainable: False if it is frozen.
+        folds: Kinds of forward multipliers that can be folded into it, because it is the last (or, for ``attention``, the
+            only) factor of what they multiply.
     """
 
     name: str
-    tensor: Tensor
+    shape: tuple[int, ...]
+    fans: tuple[int, int]
+    form: Form
     role: Role | None
-    owner: nn.Module
-    branch: nn.Module | None = None
+    branch: Mapping[str, float] | None = None
     tied: bool = False
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape as a plain tuple."""
-        return tuple(self.tensor.shape)
-
-    @property
-    def fans(self) -> tuple[int, int]:
-        """(fan-in, fan-out) of one matrix: [out, in], a stack [E, out, in], or a convolution [out, in, *kernel]."""
-        shape = self.shape
-        if len(shape) < 2:
-            return 1, shape[0] if shape else 1
-        if isinstance(self.owner, nn.modules.conv._ConvNd):
-            return self.tensor[0].numel(), shape[0]
-        return shape[-1], shape[-2]
+    trainable: bool = True
+    folds: frozenset[str] = frozenset()
 
     @property
     def position(self) -> tuple[str, int]:
         """(name with its first layer index replaced by ``*``, that index; -1 if there is none)."""
         return split_layer(self.name)
+
+    @property
+    def path(self) -> str:
+        """Name of the layer that it belongs to, without ``weight`` or ``bias``."""
+        return re.sub(r"[._](weight|bias)$", "", self.name)
 
 
 def branch_sizes(branch: nn.Module) -> dict[str, float]:
@@ -76,14 +77,11 @@ def branch_sizes(branch: nn.Module) -> dict[str, float]:
     return {"A": active, **{symbol: float(getattr(branch, name, other)) for symbol, (name, other) in read.items()}}
 
 
-def branch_ratios(branch: nn.Module | None, base: nn.Module | None) -> dict[str, float]:
+def branch_ratios(branch: Mapping[str, float] | None, base: Mapping[str, float] | None) -> dict[str, float]:
     """Ratios target/base of a branch's own sizes; empty where one side is not known. Blocks of a model may differ."""
-    if not hasattr(branch, "active_width") or not hasattr(base, "active_width"):
+    if not branch or not base:
         return {}
-    assert branch is not None
-    assert base is not None
-    mine, theirs = branch_sizes(branch), branch_sizes(base)
-    ratios = {symbol: mine[symbol] / theirs[symbol] for symbol in mine}
+    ratios = {symbol: branch[symbol] / base[symbol] for symbol in branch}
     return {**ratios, "kappa": ratios["a"] / ratios["E"]}
 
 
@@ -94,9 +92,10 @@ def clean_name(name: str) -> str:
         >>> clean_name("_orig_mod.blocks.0._fsdp_wrapped_module.w")
         'blocks.0.w'
     """
-    return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "_fsdp_wrapped_module"))
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
+@lru_cache(maxsize=1 << 17)
 def split_layer(name: str) -> tuple[str, int]:
     """Splits off the first layer index of a qualified name.
 
@@ -126,46 +125,46 @@ def list_parameters(module: nn.Module, roles: Mapping[str, str] | None = None) -
     patterns = [(re.compile(pattern), _role(pattern, role)) for pattern, role in (roles or {}).items()]
     used: set[str] = set()
     found: dict[int, ParameterInfo] = {}
-    for prefix, owner, branch in _walk(module):
-        for leaf, tensor in owner.named_parameters(recurse=False, remove_duplicate=False):
-            name = clean_name(f"{prefix}.{leaf}" if prefix else leaf)
-            role = _declared_role(owner, leaf)
-            for pattern, wanted in patterns:
-                if pattern.search(name):
-                    role = wanted
-                    used.add(pattern.pattern)
-                    break
-            first = found.get(id(tensor))
-            if first is None:
-                found[id(tensor)] = ParameterInfo(name, tensor, role, owner, branch)
-            elif _are_tied(first, owner, role):
-                found[id(tensor)] = replace(first, role=Role.UNEMBEDDING, tied=True)
+    for name, tensor, owner, branch in _walk(module):
+        leaf = name.rsplit(".", 1)[-1]
+        role = _declared_role(owner, leaf, tensor.dim())
+        for pattern, wanted in patterns:
+            if pattern.search(name):
+                role = wanted
+                used.add(pattern.pattern)
+                break
+        form, first = _form(owner), found.get(id(tensor))
+        if first is None:
+            fans = _fans(tuple(tensor.shape), owner)
+            info = ParameterInfo(name, tuple(tensor.shape), fans, form, role, branch, trainable=tensor.requires_grad)
+            found[id(tensor)] = info
+        elif _are_tied(first, form, role):
+            found[id(tensor)] = replace(first, role=Role.UNEMBEDDING, tied=True)
     unused = [pattern.pattern for pattern, _ in patterns if pattern.pattern not in used]
     if unused:
         raise ValueError(
-            f"roles: the pattern(s) {unused} match no parameter. Parameters: {_some(found.values())}. "
+            f"roles: the pattern(s) {unused} match no parameter. Parameters: {some(found.values())}. "
             "Correct or remove them."
         )
     return list(found.values())
 
 
-def _are_tied(first: ParameterInfo, owner: nn.Module, role: Role | None) -> bool:
+def _are_tied(first: ParameterInfo, form: Form, role: Role | None) -> bool:
     """True if one tensor is an embedding here and an unembedding there; a linear layer on an embedding is one."""
     roles = {first.role, role}
     if roles == {Role.EMBEDDING, Role.UNEMBEDDING}:
         return True
-    return roles == {Role.EMBEDDING, None} and any(isinstance(o, nn.Linear) for o in (owner, first.owner))
+    return roles == {Role.EMBEDDING, None} and "linear" in (form, first.form)
 
 
-def _walk(module: nn.Module) -> Iterable[tuple[str, nn.Module, nn.Module | None]]:
-    """Yields (qualified name, module, enclosing FFN branch) for every module, shared modules once per name."""
+def _walk(module: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module, dict[str, float] | None]]:
+    """Yields (clean name, parameter, owner, sizes of its FFN branch); shared parameters once a name."""
 
-    def visit(
-        prefix: str, current: nn.Module, branch: nn.Module | None
-    ) -> Iterable[tuple[str, nn.Module, nn.Module | None]]:
-        if getattr(current, "mue_branch", None) == "ffn" and branch is None:
-            branch = current
-        yield prefix, current, branch
+    def visit(prefix: str, current: nn.Module, branch: dict[str, float] | None) -> Iterator[Any]:
+        if branch is None and getattr(current, "mue_branch", None) == "ffn" and hasattr(current, "active_width"):
+            branch = branch_sizes(current)
+        for leaf, tensor in current.named_parameters(prefix, recurse=False, remove_duplicate=False):
+            yield clean_name(leaf), tensor, current, branch
         for name, child in current.named_children():
             yield from visit(f"{prefix}.{name}" if prefix else name, child, branch)
 
@@ -181,141 +180,63 @@ def _role(pattern: str, role: str) -> Role:
         ) from None
 
 
-def _declared_role(owner: nn.Module, leaf: str) -> Role | None:
+def _declared_role(owner: nn.Module, leaf: str, dim: int) -> Role | None:
     """The role that the owner declares, or the one that its type and the parameter's form leave no doubt about."""
     declared = getattr(owner, "mue_roles", {})
     if leaf in declared:
         return Role(declared[leaf])
-    if isinstance(owner, nn.Embedding):
+    form = _form(owner)
+    if form == "embedding":
         return Role.EMBEDDING
-    if isinstance(owner, _NORM_TYPES):
+    if form == "norm" and dim <= 1:
         return Role.NORM
-    if leaf == "bias":
+    if leaf.endswith("bias"):
         return Role.BIAS
     return None
 
 
+def _form(owner: nn.Module) -> Form:
+    kind = type(owner)
+    if isinstance(owner, nn.modules.conv._ConvNd):
+        return "conv"
+    # Conv1D is what transformers calls GPT-2's linear layer, of a transposed weight.
+    if isinstance(owner, (nn.Linear, nn.MultiheadAttention, nn.RNNBase)) or kind.__name__ == "Conv1D":
+        return "linear"
+    if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
+        return "embedding"
+    # Every library has an RMSNorm of its own.
+    return "norm" if isinstance(owner, _NORM_TYPES) or kind.__name__.lower().endswith("norm") else "raw"
+
+
+def _fans(shape: tuple[int, ...], owner: nn.Module) -> tuple[int, int]:
+    """(fan-in, fan-out): [out, in], a stack [E, out, in], a convolution [out, in, *kernel] or transposed forms of them."""
+    if len(shape) < 2:
+        return 1, shape[0] if shape else 1
+    if isinstance(owner, nn.modules.conv._ConvTransposeNd):
+        return shape[0], prod(shape[1:])
+    if isinstance(owner, nn.modules.conv._ConvNd):
+        return prod(shape[1:]), shape[0]
+    if type(owner).__name__ == "Conv1D":
+        return shape[0], shape[1]
+    return shape[-1], shape[-2]
+
+
 def tag_roles(module: nn.Module) -> None:
     """Notes the declared roles on the parameters themselves (``mue_role``), for optimizers that see only those."""
+    tensors = {clean_name(name): tensor for name, tensor in module.named_parameters()}
     for info in list_parameters(module):
         if info.role is not None:
-            info.tensor.mue_role = Role.EMBEDDING if info.tied else info.role  # type: ignore[attr-defined]
+            tensors[info.name].mue_role = Role.EMBEDDING if info.tied else info.role  # type: ignore[attr-defined]
 
 
-def infer_roles(infos: list[ParameterInfo], base: Mapping[str, ParameterInfo]) -> list[ParameterInfo]:
-    """Gives roles to linear layers that have none, by which of their sides grow between base and target (mup's idea).
-
-    Both sides grow: hidden. Only the input side: unembedding. Only the output side: embedding (an input layer). A
-    matrix neither side of which grows is hidden, and a vector a bias: their cells are then 1 in width.
-
-    Args:
-        infos: The target's parameters.
-        base: Target name -> matched parameter of the base.
-
-    Raises:
-        ValueError: If a trainable parameter of another form has no role, listing all of them. (Frozen ones are left out.)
-    """
-    result, unknown = [], []
-    for info in infos:
-        role = info.role
-        if role is None:
-            old = base.get(info.name)
-            if old is not None and isinstance(info.owner, (nn.Linear, nn.modules.conv._ConvNd)):
-                grows_in, grows_out = (new != was for new, was in zip(info.fans, old.fans, strict=True))
-                role = {(True, False): Role.UNEMBEDDING, (False, True): Role.EMBEDDING}.get(
-                    (grows_in, grows_out), Role.HIDDEN
-                )
-            elif len(info.shape) <= 1:
-                role = Role.SCALAR if not info.shape else Role.BIAS
-        if role is None and info.tensor.requires_grad:
-            unknown.append(info)
-        if role is not None:
-            result.append(replace(info, role=role))
-    if unknown:
-        raise ValueError(
-            f"roles: no role is known for {_some(unknown)}. Name one by pattern, e.g. roles: {{'{unknown[0].name}': hidden}}"
-            f" (roles: {', '.join(r.value for r in Role)}), or declare `mue_roles` on the module that holds the parameter."
-        )
-    return result
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole tensor, where it is a DTensor's shard."""
+    whole = getattr(tensor, "full_tensor", None)
+    return whole() if callable(whole) and torch.distributed.is_initialized() else tensor
 
 
-class BaseIndex:
-    """Finds, for a parameter or module name of the target, its counterpart in the base.
-
-    Layers are matched by relative position: layer i of L is matched with layer ``i * L_base // L``.
-    """
-
-    def __init__(
-        self, names: Iterable[str], target_names: Iterable[str], base_names: Iterable[str] | None = None
-    ) -> None:
-        """Indexes ``names``; ``base_names`` are all of the base's, by which its depth is counted (default: the same)."""
-        names = set(names)
-        self.by_template: dict[str, list[int]] = {}
-        for name in names:
-            template, layer = split_layer(name)
-            self.by_template.setdefault(template, []).append(layer)
-        self.base_depth = self._depths(names if base_names is None else base_names)
-        self.depth = self._depths(target_names)
-
-    @staticmethod
-    def _depths(names: Iterable[str]) -> dict[str, int]:
-        depths: dict[str, int] = {}
-        for name in names:
-            template, layer = split_layer(name)
-            prefix = template.split("*")[0]
-            depths[prefix] = max(depths.get(prefix, 0), layer + 1)
-        return depths
-
-    def layer(self, name: str) -> int:
-        """The base layer at the relative position of a target name (-1 outside the layers)."""
-        template, layer = split_layer(name)
-        prefix = template.split("*")[0]
-        if layer < 0 or prefix not in self.base_depth:
-            return layer
-        return layer * self.base_depth[prefix] // self.depth[prefix]
-
-    def match(self, name: str) -> str | None:
-        """The base's name for a target name: same path, at the nearest layer that has it."""
-        template, _ = split_layer(name)
-        layers = self.by_template.get(template)
-        if not layers:
-            return None
-        wanted = self.layer(name)
-        nearest = min(layers, key=lambda layer: (abs(layer - wanted), layer))
-        return template.replace("*", str(nearest), 1) if nearest >= 0 else template
-
-
-def match_parameters(target: list[ParameterInfo], base: list[ParameterInfo]) -> dict[str, ParameterInfo]:
-    """Maps target names to base parameters, by path, else by role (an expert's up matrix comes from the FFN's).
-
-    A parameter without a counterpart (the router of an MoE whose base is dense) is left out.
-    """
-    by_name = {info.name: info for info in base}
-    index = BaseIndex(by_name, [info.name for info in target])
-    matched: dict[str, ParameterInfo] = {}
-    for info in target:
-        name = index.match(info.name)
-        old = by_name[name] if name is not None else None
-        if old is None or (info.role is not None and old.role is not None and old.role is not info.role):
-            old = _by_role(info, base, index.layer(info.name)) or (old if old and old.role is None else None)
-        if old is not None:
-            matched[info.name] = old
-    return matched
-
-
-def _by_role(info: ParameterInfo, base: list[ParameterInfo], layer: int) -> ParameterInfo | None:
-    if info.role is None:
-        return None
-    leaf = info.name.rsplit(".", 1)[-1]
-    for role in (info.role, *_RELATED.get(info.role, ())):
-        candidates = [b for b in base if b.role is role]
-        if candidates:
-            same_leaf = [b for b in candidates if b.name.rsplit(".", 1)[-1] == leaf] or candidates
-            return min(same_leaf, key=lambda b: (abs(b.position[1] - layer), b.name))
-    return None
-
-
-def _some(infos: Iterable[ParameterInfo], limit: int = 8) -> str:
+def some(infos: Iterable[ParameterInfo], limit: int = 8) -> str:
+    """Names and shapes for a message, the first few of them."""
     listed = [f"{info.name} {list(info.shape)}" for info in infos]
     more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
     return ", ".join(listed[:limit]) + more

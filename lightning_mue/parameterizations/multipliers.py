@@ -1,136 +1,145 @@
 """Forward multipliers: set on the modules that expose them, folded into the weights where none does.
 
 A module exposes multipliers through ``mue_multipliers``, a mapping kind -> attribute name, e.g.
-``{"ffn": "output_multiplier", "route": "route_scale"}``. The attributes are plain floats.
+``{"ffn": "output_multiplier", "route": "route_scale"}``. The attributes are plain floats. Attributes of modules that declare
+nothing can be named by a pattern on their dotted paths.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from lightning_mue.parameterizations.modules import BaseIndex, branch_ratios, clean_name
+from lightning_mue.parameterizations.inference import why_not_foldable
+from lightning_mue.parameterizations.matching import BaseIndex
+from lightning_mue.parameterizations.modules import ParameterInfo, branch_ratios, clean_name
 from lightning_mue.parameterizations.monomial import parse
-from lightning_mue.parameterizations.roles import Role
+from lightning_mue.parameterizations.record import ModelRecord, Site, sites
 from lightning_mue.parameterizations.table import Kind, Parameterization
 
 #: The value that a kind has in a base without it: a dense FFN is an MoE of one expert with route scale 1.
 _ABSENT = {"route": 1.0, "ffn": 1.0}
-DOWN_ROLES = frozenset({Role.FFN_DOWN, Role.EXPERT_DOWN, Role.SHARED_DOWN})
 
-
-def exposed(module: nn.Module) -> Iterator[tuple[str, str, nn.Module, str]]:
-    """Yields (dotted path of the attribute, kind, module, attribute name) for every multiplier in a module tree."""
-    for name, child in module.named_modules():
-        if hasattr(child, "_orig_mod"):
-            continue  # torch.compile's wrapper shows the attributes of the module inside it, which comes next
-        for kind, attribute in getattr(child, "mue_multipliers", {}).items():
-            clean = clean_name(name)
-            yield f"{clean}.{attribute}" if clean else attribute, kind, child, attribute
+_REMEDY = {
+    "attention": "Keep the head dimension as at the base (more heads, not larger ones). Or: ",
+    "residual": "Name the last matrix of each branch by pattern, e.g. roles: {'blocks.*out': ffn_down}. Or: ",
+}
 
 
 def read_multipliers(module: nn.Module) -> dict[str, float]:
-    """The values of all exposed multipliers by dotted path, e.g. to go into a checkpoint."""
-    return {path: float(getattr(child, attribute)) for path, _, child, attribute in exposed(module)}
+    """The values of all declared multipliers by dotted path, e.g. to go into a checkpoint."""
+    return {site.path: site.value for site in sites(module)}
 
 
 def set_multipliers(module: nn.Module, values: Mapping[str, float]) -> None:
-    """Sets exposed multipliers by dotted path.
+    """Sets multipliers by dotted path of the attribute.
 
     Raises:
-        ValueError: If a path is not exposed by the module.
+        ValueError: If there is no number at a path.
     """
-    sites = {path: (child, attribute) for path, _, child, attribute in exposed(module)}
-    unknown = sorted(set(values) - set(sites))
+    if not values:
+        return
+    modules = {clean_name(name): child for name, child in module.named_modules() if not hasattr(child, "_orig_mod")}
+    places = {path: (modules.get(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in values}
+    unknown = sorted(
+        path
+        for path, (child, attribute) in places.items()
+        if child is None or not isinstance(getattr(child, attribute, None), (int, float))
+    )
     if unknown:
-        raise ValueError(
-            f"multipliers: {unknown} are not exposed by {type(module).__name__}; it exposes {sorted(sites)}."
-        )
-    for path, value in values.items():
-        child, attribute = sites[path]
-        setattr(child, attribute, float(value))
+        exposed = sorted(read_multipliers(module))
+        raise ValueError(f"multipliers: {unknown} are not exposed by {type(module).__name__}; it exposes {exposed}.")
+    for path, (child, attribute) in places.items():
+        setattr(child, attribute, float(values[path]))
 
 
-def multiplier_sites(
-    rule: Parameterization, model: nn.Module, base: nn.Module, ratios: Mapping[str, float], alpha: float
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Computes the multipliers of the target.
+def site_values(
+    rule: Parameterization, target: ModelRecord, base: ModelRecord, ratios: Mapping[str, float], alpha: float
+) -> dict[str, float]:
+    """Computes the multipliers that are set: dotted path of the attribute -> value.
 
     Args:
         rule: The rule, whose ``multipliers`` give a cell a kind.
-        model: The target.
+        target: The target.
         base: The base.
         ratios: Symbol -> ratio target/base of the whole model.
         alpha: Depth exponent.
+    """
+    counterparts = _Counterparts(target.sites, base.sites)
+    values: dict[str, float] = {}
+    for site in target.sites:
+        if site.kind in rule.multipliers:
+            old = counterparts.find(site)
+            start = old.value if old is not None else _ABSENT.get(site.kind, site.value)
+            local = {**ratios, **branch_ratios(site.branch, old.branch if old is not None else None)}
+            values[site.path] = start * parse(rule.multipliers[site.kind]).evaluate(local, alpha)
+    return values
+
+
+def folded_cells(
+    rule: Parameterization,
+    target: ModelRecord,
+    base: ModelRecord,
+    infos: list[ParameterInfo],
+    ratios: Mapping[str, float],
+    alpha: float,
+) -> dict[str, tuple[float, str]]:
+    """The multipliers that nothing in the target exposes and that are therefore folded into weights.
 
     Returns:
-        (dotted path -> value to set; kind -> the base's own value, for the kinds of an FFN's output that no module of the
-        target exposes and that are therefore folded into its down matrices).
+        Kind -> (the base's own value, cell that multiplies it). The scale of undeclared attention logits is taken to be
+        ``head_dim^-1/2``, as every library's is, so what is folded is the rest.
 
     Raises:
-        ValueError: If a multiplier other than 1 is needed that the model neither exposes nor can have folded.
+        ValueError: If one other than 1 is needed where it cannot be folded.
     """
-    base_sites = list(exposed(base))
-    sites = list(exposed(model))
-    counterparts = _Counterparts(sites, base_sites)
-    values: dict[str, float] = {}
-    for path, kind, child, attribute in sites:
-        if kind in rule.multipliers:
-            old = counterparts.find(path, kind, child)
-            start = float(getattr(*old)) if old is not None else _ABSENT.get(kind, float(getattr(child, attribute)))
-            local = {**ratios, **branch_ratios(child, old[0] if old is not None else None)}
-            values[path] = start * parse(rule.multipliers[kind]).evaluate(local, alpha)
-    present = {kind for _, kind, _, _ in sites}
-    folded = {}
+    present = {site.kind for site in target.sites}
+    folded: dict[str, tuple[float, str]] = {}
     for kind, cell in rule.multipliers.items():
         if kind in present:
             continue
-        if kind in _ABSENT:
-            folded[kind] = next(
-                (float(getattr(child, name)) for _, k, child, name in base_sites if k == kind), _ABSENT[kind]
-            )
-        elif parse(cell).evaluate(ratios, alpha) != 1.0:
+        start = next((site.value for site in base.sites if site.kind == kind), 1.0)
+        if kind == "attention":
+            start, cell = 1.0, f"{cell} k^1/2"
+        value = start * parse(cell).evaluate(ratios, alpha)
+        reason = None if kind in _ABSENT or value == 1.0 else why_not_foldable(infos, kind)
+        if reason is not None:
             raise ValueError(
-                f"rule={rule.name!r} needs a {kind} multiplier of {parse(cell).evaluate(ratios, alpha):g} ({cell}), but no "
-                f"module of {type(model).__name__} exposes one. Give the module that applies it a float attribute and declare "
-                f"it, e.g. mue_multipliers = {{'{kind}': '{kind}_multiplier'}}."
+                f"rule={rule.name!r} needs the {kind} multiplier {cell} = {value:g}, but no module of {target.model} exposes one, "
+                f"and it cannot be folded into weights: {reason}. {_REMEDY.get(kind, '')}Name the attribute that holds it, e.g. "
+                f"multipliers: {{{kind}: '{kind}_multiplier$'}}; or declare it on the module that applies it, "
+                f"mue_multipliers = {{'{kind}': '{kind}_multiplier'}}."
             )
-    return values, folded
-
-
-_Site = tuple[str, str, nn.Module, str]
+        folded[kind] = (start, cell)
+    return folded
 
 
 class _Counterparts:
     """Finds a site's counterpart in the base: a module that exposes the same kinds (dense or MoE alike), else this kind."""
 
-    def __init__(self, sites: list[_Site], base_sites: list[_Site]) -> None:
-        self._paths, self._base_sites = [site[0] for site in sites], base_sites
+    def __init__(self, target: tuple[Site, ...], base: tuple[Site, ...]) -> None:
+        self._paths, self._base = [site.path for site in target], base
         # One index a group of sites, not one a site: a deep model has thousands of them.
-        self._groups: dict[tuple[str, frozenset[str] | None], tuple[dict[str, tuple[nn.Module, str]], BaseIndex]] = {}
+        self._groups: dict[tuple[str, tuple[str, ...] | None], tuple[dict[str, Site], BaseIndex]] = {}
 
-    def find(self, path: str, kind: str, child: nn.Module) -> tuple[nn.Module, str] | None:
-        """(module of the base, attribute name) for the site at a path, or None if the base exposes no such kind."""
-        for kinds in (frozenset(child.mue_multipliers), None):  # type: ignore[arg-type]
-            candidates, index = self._group(kind, kinds)
-            name = index.match(path)
+    def find(self, site: Site) -> Site | None:
+        """The base's site for one of the target, or None if the base exposes no such kind."""
+        for kinds in (site.kinds, None):
+            candidates, index = self._group(site.kind, kinds)
+            name = index.match(site.path)
             if name is not None:
                 return candidates[name]
             if candidates:
                 return next(iter(candidates.values()))
         return None
 
-    def _group(self, kind: str, kinds: frozenset[str] | None) -> tuple[dict[str, tuple[nn.Module, str]], BaseIndex]:
+    def _group(self, kind: str, kinds: tuple[str, ...] | None) -> tuple[dict[str, Site], BaseIndex]:
         """The base's sites of a kind, on modules that expose just these kinds (None: any), with their index."""
         if (kind, kinds) not in self._groups:
-            candidates = {
-                path: (module, attribute)
-                for path, its_kind, module, attribute in self._base_sites
-                if its_kind == kind and kinds in (None, frozenset(module.mue_multipliers))  # type: ignore[arg-type]
-            }
-            index = BaseIndex(candidates, self._paths, [site[0] for site in self._base_sites])
+            candidates = {s.path: s for s in self._base if s.kind == kind and kinds in (None, s.kinds)}
+            index = BaseIndex(candidates, self._paths, [s.path for s in self._base])
             self._groups[kind, kinds] = candidates, index
         return self._groups[kind, kinds]
 
@@ -155,5 +164,7 @@ def fold(cells: dict[str, Any], multiplier: float, kind: Kind) -> dict[str, Any]
         # The step is relative to the radius, which the init sets.
         "sphere": {"init": m},
         "adam_sphere": {"init": m, "eps": 1 / m},
+        # The size of a step is the learning rate alone.
+        "muon": {"init": m, "lr": m, "wd": 1 / m},
     }[kind]
     return {name: value * factors.get(name, 1.0) for name, value in cells.items()}

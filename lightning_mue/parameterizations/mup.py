@@ -32,13 +32,13 @@ _ADAM = {
 
 # SGD's weight decay is an L2 term, applied as lr * wd: that product is kept, so wd moves against lr.
 _SGD_VECTOR = {"lr": "d", "wd": "d^-1"}
+# A bias grows as its layer's output does: d on the residual stream, H inside an FFN, not at all on the logits.
+_SGD_BIAS = {"lr": "fan_out", "wd": "fan_out^-1"}
 _SGD_MATRIX = {"lr": "fan_out fan_in^-1", "wd": "fan_in fan_out^-1"}
 _SGD_OUTPUT = {"init": "d^-1", "lr": "d^-1", "wd": "d"}
 
 _SGD = {
-    **rows(
-        "2203.03466 Table 8, SGD", embedding=_SGD_VECTOR, norm=_SGD_VECTOR, bias=_SGD_VECTOR, final_norm=_SGD_VECTOR
-    ),
+    **rows("2203.03466 Table 8, SGD", embedding=_SGD_VECTOR, norm=_SGD_VECTOR, bias=_SGD_BIAS, final_norm=_SGD_VECTOR),
     **rows("2203.03466 Table 8, SGD", hidden={"init": "d^-1/2"}, unembedding=_SGD_OUTPUT),
     **rows("2203.03466 Table 8, SGD", router={**_SGD_OUTPUT, "absent_init": "d^-1/2"}),
     **rows(

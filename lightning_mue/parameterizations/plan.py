@@ -6,23 +6,27 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_mue.parameterizations.axes import Axes, axes_of
-from lightning_mue.parameterizations.base import RUN_KEYS, Base, build_base
-from lightning_mue.parameterizations.modules import (
-    ParameterInfo,
-    branch_ratios,
-    clean_name,
-    infer_roles,
-    list_parameters,
-    match_parameters,
-)
+from lightning_mue.parameterizations.axes import Axes
+from lightning_mue.parameterizations.base import RUN_KEYS, Base
+from lightning_mue.parameterizations.inference import infer_roles, infer_sizes, mark_folds, orient, residual_widths
+from lightning_mue.parameterizations.matching import match_parameters
+from lightning_mue.parameterizations.modules import ParameterInfo, branch_ratios
 from lightning_mue.parameterizations.monomial import parse
-from lightning_mue.parameterizations.multipliers import DOWN_ROLES, fold, multiplier_sites
+from lightning_mue.parameterizations.multipliers import fold, folded_cells, site_values
+from lightning_mue.parameterizations.record import ModelRecord, describe, describe_base
 from lightning_mue.parameterizations.roles import Role
 from lightning_mue.parameterizations.scaling import Init, ParameterPlan, ScalingPlan
-from lightning_mue.parameterizations.table import RULES, Family, Parameterization, Row, default_kind, get_rule
+from lightning_mue.parameterizations.table import (
+    RULES,
+    Family,
+    Parameterization,
+    Preset,
+    Row,
+    default_kind,
+    get_rule,
+)
 
 
 def plan(
@@ -30,24 +34,31 @@ def plan(
     *,
     base: Base | None = None,
     rule: str | Parameterization = "complete-mue",
-    family: Family = "adam",
+    family: Family | Mapping[str, Family] = "adam",
     alpha: float = 1.0,
     tokens: float | None = None,
     batch_tokens: float | None = None,
     roles: Mapping[str, str] | None = None,
+    multipliers: Mapping[str, str] | None = None,
+    preset: str | None = None,
 ) -> ScalingPlan:
     """Computes what a rule does to every parameter of a model. Nothing is changed; the model may be on ``meta``.
 
     Args:
-        model: The target. Sizes come from its ``mue_axes()``, roles from ``mue_roles`` of its modules.
+        model: The target. Sizes come from its ``mue_axes()``, roles from ``mue_roles`` of its modules; where a module declares
+            nothing, both are inferred (inference.py).
         base: The tuned model: keyword overrides of the target's own hyperparameters (which may also hold the base's
-            ``tokens`` and ``batch_tokens``), a module, or a factory. ``None`` or ``{}``: the target is the base.
-        rule: ``sp``, ``mup``, ``complete-p``, ``complete-mue``, ``hyperp``, or a table of one's own.
-        family: Optimizer family: ``adam``, ``sgd`` or ``sphere`` (HyperSphereOptimizer).
+            ``tokens`` and ``batch_tokens``), a module, a factory, or the path of a file that :func:`save_base` wrote. ``None``
+            or ``{}``: the target is the base.
+        rule: A name in ``RULES``, or a table of one's own.
+        family: Optimizer family: ``adam``, ``sgd``, ``sphere`` (HyperSphereOptimizer) or ``muon``; or parameter name -> family
+            where there are several optimizers.
         alpha: Depth exponent in [1/2, 1]; 1 is CompleteP.
         tokens: Training length of the target in tokens, if it is to count.
         batch_tokens: Batch size of the target in tokens, if it is to count.
         roles: Regular expression on names -> role, for modules that declare none.
+        multipliers: Kind of forward multiplier -> regular expression on dotted paths of attributes that hold one.
+        preset: Name of a set of constants that the rule's paper reports; they apply on top, at base size too.
 
     Returns:
         The plan.
@@ -58,43 +69,56 @@ def plan(
     rule = get_rule(rule)
     if not 0.5 <= alpha <= 1.0:
         raise ValueError(f"alpha: found {alpha}, expected a depth exponent in [0.5, 1].")
-    base_run = {key: base[key] for key in RUN_KEYS if key in base} if isinstance(base, Mapping) else {}
-    if base is None or (isinstance(base, Mapping) and set(base) <= set(RUN_KEYS)):
-        base = model
-    _check_run("tokens", tokens, base_run)
-    _check_run("batch_tokens", batch_tokens, base_run)
+    constants = _preset(rule, preset)
+    if constants is not None and not base:
+        base = dict(constants.base)
+    is_own_base = base is None or (isinstance(base, Mapping) and set(base) <= set(RUN_KEYS))
+    target = describe(model, roles, multipliers)
     # Shapes first, without memory: a base that is the target itself may be too large to make.
-    shapes = build_base(model, base, device="meta")
-    axes = axes_of(model, tokens, batch_tokens)
-    base_axes = axes_of(shapes, base_run.get("tokens", tokens), base_run.get("batch_tokens", batch_tokens))
-    target_parameters = list_parameters(model, roles)
-    base_parameters = list_parameters(shapes, _matching(roles, shapes))
-    same_size = _signature(target_parameters) == _signature(base_parameters) and not axes.changed(base_axes)
-    matched = match_parameters(target_parameters, base_parameters)
-    target_parameters = infer_roles(target_parameters, matched)
-
-    if axes.width is None or base_axes.width is None:
-        ratio = _inferred_width(target_parameters, matched)
-        axes, base_axes = replace(axes, width=ratio), replace(base_axes, width=1.0)
-    scale = _Scale(rule, family, alpha, axes, base_axes)
-    inits: dict[str, Init] = {}
-    if base is not model and not same_size:
-        shapes = build_base(model, base)
-        inits = {info.name: measure_init(info.tensor) for info in list_parameters(shapes)}
-    sites, folded = multiplier_sites(rule, model, shapes, scale.ratios, alpha)
-    parameters = tuple(scale.parameter(info, matched.get(info.name), inits, folded) for info in target_parameters)
+    old = target if is_own_base else describe_base(model, base, roles, multipliers, measure=False)  # type: ignore[arg-type]
+    run = {key: base[key] for key in RUN_KEYS if key in base} if isinstance(base, Mapping) else dict(old.run)
+    for key, value in (("tokens", tokens), ("batch_tokens", batch_tokens)):
+        _check_run(key, value, run)
+    sizes = _Sizes(target, old)
+    axes = replace(sizes.axes, tokens=tokens, batch_tokens=batch_tokens)
+    base_axes = replace(sizes.base_axes, tokens=run.get("tokens"), batch_tokens=run.get("batch_tokens"))
+    same_shapes = target.same_shapes(old) and not sizes.axes.changed(sizes.base_axes)
+    factors = constants.factors if constants is not None else {}
+    same_size = same_shapes and not axes.changed(base_axes) and not factors
+    reason = None
+    if rule.resolve is not None:
+        rule, reason = rule.resolve(axes, base_axes)
+    # A plan that changes no size keeps the weights that the model has, unless constants are to multiply them.
+    if not old.inits and not (same_shapes and not factors):
+        old = describe_base(model, {} if is_own_base else base, roles, multipliers, measure=True)  # type: ignore[arg-type]
+    scale = _Scale(rule, family, alpha, axes, base_axes, factors)
+    folded = folded_cells(rule, target, old, sizes.infos, scale.ratios, alpha)
+    inits = {} if same_shapes and not factors else old.inits
+    parameters = tuple(scale.parameter(info, sizes.matched.get(info.name), inits, folded) for info in sizes.infos)
     return ScalingPlan(
         rule=rule.name,
-        family=family,
+        family="+".join(scale.families),
         alpha=alpha,
         axes=axes.to_dict(),
         base_axes=base_axes.to_dict(),
         betas=parse(rule.betas).evaluate(scale.ratios, alpha),
         parameters=parameters,
-        multipliers={} if same_size else sites,
+        multipliers={} if same_size else site_values(rule, target, old, scale.ratios, alpha),
         same_size=same_size,
-        notes=tuple(_notes(rule, model, axes, base_axes)),
+        notes=(*([reason] if reason else []), *_notes(rule, target, axes, base_axes, alpha, constants)),
+        folded={kind: value for kind, value in scale.folded_values(folded).items() if value != 1.0},
     )
+
+
+def _preset(rule: Parameterization, name: str | None) -> Preset | None:
+    if name is None:
+        return None
+    if name not in rule.presets:
+        raise ValueError(
+            f"preset: found {name!r}, but {rule.name} has {', '.join(map(repr, rule.presets)) or 'none'}. Leave it out to use your "
+            "own constants."
+        )
+    return rule.presets[name]
 
 
 def _check_run(key: str, value: float | None, base_run: Mapping[str, float]) -> None:
@@ -106,136 +130,192 @@ def _check_run(key: str, value: float | None, base_run: Mapping[str, float]) -> 
         )
 
 
-def _matching(roles: Mapping[str, str] | None, base: nn.Module) -> dict[str, str]:
-    """The patterns that name something in the base too (an MoE's need not, where the base is dense)."""
-    names = [clean_name(name) for name, _ in base.named_parameters(remove_duplicate=False)]
-    return {p: r for p, r in (roles or {}).items() if any(re.search(p, name) for name in names)}
+class _Sizes:
+    """Roles, counterparts and sizes of target and base, declared or inferred.
+
+    Attributes:
+        infos: The target's parameters, each with its role.
+        matched: Target name -> the base's parameter.
+        axes: Sizes of the target.
+        base_axes: Sizes of the base.
+    """
+
+    def __init__(self, target: ModelRecord, base: ModelRecord) -> None:
+        mine, theirs = list(target.parameters), list(base.parameters)
+        matched = match_parameters(mine, theirs)
+        mine = infer_roles(mine, matched)
+        # What the target's growth tells holds for the base's counterpart.
+        by_base = {matched[info.name].name: info.role for info in mine if info.name in matched}
+        theirs = [replace(old, role=old.role or by_base.get(old.name)) for old in theirs]
+        self.axes, mine = self._declared_or_inferred(target, mine)
+        self.base_axes, theirs = self._declared_or_inferred(base, theirs)
+        self.infos, self.matched = mark_folds(mine), match_parameters(mine, theirs)
+        if self.axes.width is None or self.base_axes.width is None:
+            width, base_width = self._widths(theirs)
+            self.axes, self.base_axes = replace(self.axes, width=width), replace(self.base_axes, width=base_width)
+
+    @staticmethod
+    def _declared_or_inferred(record: ModelRecord, infos: list[ParameterInfo]) -> tuple[Axes, list[ParameterInfo]]:
+        seen = set(residual_widths(infos).values())
+        width = record.sizes.get("width") or (seen.pop() if len(seen) == 1 else None)
+        infos = orient(infos, width)
+        return Axes(**(record.sizes or infer_sizes(infos, record.inferred))), infos
+
+    def _widths(self, base_infos: list[ParameterInfo]) -> tuple[float, float]:
+        """(target's, base's) residual width, or their ratio and 1 where only that is known.
+
+        Raises:
+            ValueError: If different places tell different ratios.
+        """
+        mine, theirs = residual_widths(self.infos), residual_widths(base_infos)
+        pairs = [(float(mine[where]), float(theirs[where])) for where in mine if where in theirs]
+        if not pairs:  # no place tells: the sides of the matrices do
+            pairs = [(new / old, 1.0) for new, old in self._grown_sides()]
+        ratios = {new / old for new, old in pairs}
+        if len(ratios) > 1:
+            listed = ", ".join(f"{ratio:g}" for ratio in sorted(ratios))
+            raise ValueError(
+                f"base: the sides of the matrices grow by different ratios ({listed}), so the width ratio cannot be inferred. Give "
+                "the module a method `mue_axes()` that returns its sizes, e.g. {'width': ..., 'depth': ..., 'ffn_width': ...}."
+            )
+        return pairs[0] if pairs else (1.0, 1.0)
+
+    def _grown_sides(self) -> list[tuple[int, int]]:
+        return [
+            (new, was)
+            for info in self.infos
+            # The router's rows are experts; they do not grow with the width.
+            if info.name in self.matched and len(info.shape) >= 2 and info.role is not Role.ROUTER
+            for new, was in zip(info.fans, self.matched[info.name].fans, strict=True)
+            if new != was
+        ]
 
 
-def _signature(parameters: list[ParameterInfo]) -> list[tuple[str, tuple[int, ...]]]:
-    return [(info.name, info.shape) for info in parameters]
-
-
-def _notes(rule: Parameterization, model: nn.Module, axes: Axes, base_axes: Axes) -> list[str]:
-    """What a person should know: moves and routers for which the rule makes no claim."""
-    changed = axes.changed(base_axes)
+def _notes(
+    rule: Parameterization, model: ModelRecord, axes: Axes, base_axes: Axes, alpha: float, constants: Preset | None
+) -> list[str]:
+    """What a person should know: moves, routers and exponents for which the rule makes no claim; what decides the limit."""
+    changed, ratios = axes.changed(base_axes), axes.ratios(base_axes)
     notes = [
         f"{axis} differs from the base ({base_axes.to_dict()[axis]:g} -> {axes.to_dict()[axis]:g}), but {rule.name} "
         "does not claim transfer along it"
         for axis in changed
         if rule.moves and axis not in rule.moves
     ]
+    notes += [
+        f"{symbol} changes by a factor of {ratios[symbol]:g}, but {rule.name} claims transfer at fixed {symbol} only"
+        for symbol in sorted(rule.fixed)
+        if abs(ratios[symbol] - 1) > 1e-9
+    ]
+    if rule.alpha is not None and alpha != rule.alpha and "depth" in changed:
+        notes.append(f"alpha={alpha:g}, but {rule.name} is derived for alpha={rule.alpha:g}")
     if {"n_experts", "top_k"} & set(changed):
         for setting, claimed in rule.routing.items():
-            found = {str(getattr(m, setting)) for m in model.modules() if getattr(m, "mue_router", False)}
-            if found - claimed:
+            if found := set(model.routing.get(setting, ())) - claimed:
                 notes.append(
                     f"{setting}={', '.join(sorted(found))}, but {rule.name} claims transfer over experts and top_k for "
                     f"{' or '.join(sorted(claimed))} only"
                 )
+    for name, cell in rule.invariants.items():
+        if set(parse(cell).powers) <= set(axes.sizes()) & set(base_axes.sizes()):
+            old, new = (parse(cell).evaluate(a.sizes()) for a in (base_axes, axes))
+            same = "equal: the same limit" if abs(new / old - 1) < 1e-9 else "different: another limit"
+            notes.append(f"{name} = {cell}: {old:.4g} at the base, {new:.4g} here ({same})")
+    if constants is not None and constants.hyperparameters:
+        values = ", ".join(f"{key} {value:g}" for key, value in constants.hyperparameters.items())
+        notes.append(f"preset ({constants.source}): tuned at its base {dict(constants.base)}: {values}")
     return notes
 
 
-def _inferred_width(infos: list[ParameterInfo], matched: Mapping[str, ParameterInfo]) -> float:
-    """The one ratio by which sides of matrices grow, for modules that declare no axes.
-
-    Raises:
-        ValueError: If there are several.
-    """
-    grown = {
-        new / old
-        for info in infos
-        # The router's rows are experts; they do not grow with the width.
-        if info.name in matched and len(info.shape) >= 2 and info.role is not Role.ROUTER
-        for new, old in zip(info.fans, matched[info.name].fans, strict=True)
-        if new != old
-    }
-    if len(grown) > 1:
-        raise ValueError(
-            f"base: the sides of the matrices grow by different ratios ({', '.join(f'{g:g}' for g in sorted(grown))}), so the "
-            "width ratio cannot be inferred. Give the module a method `mue_axes()` that returns its sizes, e.g. "
-            "{'width': ..., 'depth': ..., 'ffn_width': ...}."
-        )
-    return grown.pop() if grown else 1.0
-
-
-def measure_init(tensor: Tensor) -> Init:
-    """Recognises how a parameter was drawn.
-
-    Args:
-        tensor: Freshly initialized parameter, any shape.
-
-    Returns:
-        ``constant`` where all entries are equal; ``uniform`` or ``normal`` for a mean of about 0; else ``keep``.
-    """
-    values = tensor.detach().float().flatten()
-    if values.numel() == 0:
-        return Init("keep", 0.0)
-    first = float(values[0])
-    if bool((values == first).all()):
-        return Init("constant", first)
-    mean, std, peak = float(values.mean()), float(values.std(correction=0)), float(values.abs().max())
-    # Five standard errors: a false alarm once in two million parameters.
-    if abs(mean) > 5 * std / values.numel() ** 0.5 or values.numel() < 2:
-        return Init("keep", 0.0)
-    # A uniform distribution ends at sqrt(3) standard deviations; 64 normal draws go past 1.8 with near certainty.
-    rms = float(values.square().mean().sqrt())
-    kind = "uniform" if values.numel() >= 64 and peak < 1.8 * rms else "normal"
-    return Init(kind, rms)
-
-
-def _is_ffn(role: Role | None) -> bool:
-    """True for the matrices of an FFN or MoE."""
-    return role is not None and role.value.endswith(("_up", "_down"))
+#: Roles whose own shape tells the active width of an undeclared dense FFN.
+_DENSE = (Role.FFN_UP, Role.FFN_DOWN)
 
 
 class _Scale:
     """Evaluates a rule's cells for single parameters."""
 
-    def __init__(self, rule: Parameterization, family: Family, alpha: float, axes: Axes, base_axes: Axes) -> None:
-        self.rule, self.family, self.alpha = rule, family, alpha
-        self.table = rule.table(family)
+    def __init__(
+        self,
+        rule: Parameterization,
+        family: Family | Mapping[str, Family],
+        alpha: float,
+        axes: Axes,
+        base_axes: Axes,
+        factors: Mapping[str, Mapping[str, float]],
+    ) -> None:
+        self.rule, self.family, self.alpha, self.factors = rule, family, alpha, factors
+        self.families = sorted({family} if isinstance(family, str) else set(family.values()))
+        for name in self.families:
+            rule.table(name)
         self.base_sizes = base_axes.sizes()
         self.ratios = axes.ratios(base_axes)
-        self.active_width_known = axes.active_width is not None and base_axes.active_width is not None
 
     def parameter(
-        self, info: ParameterInfo, old: ParameterInfo | None, inits: Mapping[str, Init], folded: Mapping[str, float]
+        self,
+        info: ParameterInfo,
+        old: ParameterInfo | None,
+        inits: Mapping[str, Init],
+        folded: Mapping[str, tuple[float, str]],
     ) -> ParameterPlan:
-        """The plan of one parameter; ``folded`` holds kinds of multipliers that no module applies (see multipliers.py)."""
+        """The plan of one parameter; ``folded`` holds the multipliers that no module applies (see multipliers.py)."""
         role = info.role
         assert role is not None
-        row = self._row(role, info)
+        family = self._family(info)
+        row = self._row(role, info, family)
         ratios = self._local_ratios(info, old)
         cells = {name: parse(getattr(row, name)).evaluate(ratios, self.alpha) for name in ("init", "lr", "wd", "eps")}
-        kind = default_kind(Role.EMBEDDING if info.tied else role, self.family)
-        if role in DOWN_ROLES:
-            for name, start in folded.items():
-                cells = fold(cells, start * parse(self.rule.multipliers[name]).evaluate(ratios, self.alpha), kind)
+        kind = default_kind(Role.EMBEDDING if info.tied else role, family)
+        init = inits.get(old.name, Init("keep", 0.0)) if old is not None else self._absent_init(row)
+        for name in sorted(info.folds & set(folded)):
+            start, cell = folded[name]
+            multiplier = start * parse(cell).evaluate(ratios, self.alpha)
+            gain = info.form == "norm" and not info.name.endswith("bias")
+            if multiplier != 1.0 and gain and init == Init("constant", 0.0):  # it multiplies by 1 + gain
+                raise ValueError(
+                    f"rule={self.rule.name!r} needs the {name} multiplier {cell} = {multiplier:g}, which cannot be folded into "
+                    f"{info.name}: it starts at zero. Name the attribute that holds the multiplier: multipliers: {{{name}: ...}}."
+                )
+            cells = fold(cells, multiplier, kind)
+        for pattern, columns in self.factors.items():
+            if re.search(pattern, info.name):
+                cells |= {column: cells[column] * value for column, value in columns.items()}
         return ParameterPlan(
             name=info.name,
             role=role.value,
             shape=info.shape,
             base=old.name if old is not None else None,
-            init=self._init(row, old, inits, cells["init"]),
+            init=init if init.kind == "keep" else Init(init.kind, init.value * cells["init"]),
             lr=cells["lr"],
             weight_decay=cells["wd"],
             eps=cells["eps"],
             kind=kind,
             source=row.source + (" (derived)" if row.status == "derived" else "") + (", tied" if info.tied else ""),
+            base_shape=old.shape if old is not None else None,
+            tied=row.tied,
         )
 
-    def _row(self, role: Role, info: ParameterInfo) -> Row:
-        row = self.table.get(role)
+    def folded_values(self, folded: Mapping[str, tuple[float, str]]) -> dict[str, float]:
+        """Kind -> the multiplier over the base's that goes into weights, at the whole model's ratios."""
+        return {kind: parse(cell).evaluate(self.ratios, self.alpha) for kind, (_, cell) in folded.items()}
+
+    def _family(self, info: ParameterInfo) -> Family:
+        if isinstance(self.family, str):
+            return self.family
+        # Frozen parameters are in no optimizer.
+        return self.family.get(info.name, next(iter(self.family.values())))
+
+    def _row(self, role: Role, info: ParameterInfo, family: Family) -> Row:
+        table = self.rule.table(family)
+        row = table.get(role)
         if row is None:
-            others = [r.name for r in RULES.values() if self.family in r.tables and role in r.tables[self.family]]
+            others = [r.name for r in RULES.values() if family in r.tables and role in r.tables[family]]
             raise ValueError(
-                f"rule={self.rule.name!r} ({self.rule.source}) has no row for the role {role.value!r} of {info.name}. "
-                f"Rules that have one: {', '.join(others) or 'none'}."
+                f"rule={self.rule.name!r} ({self.rule.source}) has no row for the role {role.value!r} of {info.name} under an "
+                f"optimizer of the family {family!r}. Rules that have one: {', '.join(others) or 'none'}."
             )
         if info.tied:
             # Theory section 3: tied embeddings are drawn as the unembedding and learn by the rule of vectors.
-            vector = self.table[Role.EMBEDDING]
+            vector = table[Role.EMBEDDING]
             return Row(row.init, vector.lr, vector.wd, vector.eps, row.source, row.status)
         return row
 
@@ -248,18 +328,16 @@ class _Scale:
         for key, new, was in zip(("fan_in", "fan_out"), info.fans, old.fans, strict=True):
             ratios[key] = new / was
         local = branch_ratios(info.branch, old.branch)
-        if not local and not self.active_width_known and _is_ffn(info.role):
-            # An FFN that declares nothing: its active width is the hidden side of this very matrix.
-            local = {"A": ratios["fan_in" if info.role in DOWN_ROLES else "fan_out"]}
+        if not local and info.role in _DENSE and old.role is info.role:
+            # A dense FFN that declares nothing: its active width is the hidden side of this very matrix.
+            hidden = ratios["fan_in" if info.role is Role.FFN_DOWN else "fan_out"]
+            local = {"A": hidden, "H": hidden, "h": hidden, "E": 1.0, "a": 1.0, "kappa": 1.0}
         return {**ratios, **local}
 
-    def _init(self, row: Row, old: ParameterInfo | None, inits: Mapping[str, Init], cell: float) -> Init:
-        if old is None:
-            if row.absent_init is None or "d" not in self.base_sizes:
-                raise ValueError(
-                    f"base: the target has a parameter of the row {row.source!r} that the base lacks, and the rule gives "
-                    "no initialization for it. Use a base that has one."
-                )
-            return Init("normal", parse(row.absent_init).evaluate(self.base_sizes, self.alpha) * cell)
-        measured = inits.get(old.name, Init("keep", 0.0))
-        return measured if measured.kind == "keep" else Init(measured.kind, measured.value * cell)
+    def _absent_init(self, row: Row) -> Init:
+        if row.absent_init is None or "d" not in self.base_sizes:
+            raise ValueError(
+                f"base: the target has a parameter of the row {row.source!r} that the base lacks, and the rule gives "
+                "no initialization for it. Use a base that has one."
+            )
+        return Init("normal", parse(row.absent_init).evaluate(self.base_sizes, self.alpha))

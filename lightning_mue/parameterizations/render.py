@@ -40,9 +40,10 @@ class _Line:
             return "as it is"
         if kind == "constant":
             return f"= {values[0]:.4g}"
+        tied = " tied" if self.members[0].tied else ""
         # Equal layers' stds are measured, so they differ by sampling noise.
         near = values[-1] <= 1.15 * values[0]
-        return f"std {values[len(values) // 2]:.3g}" if near else f"std {values[0]:.2g}-{values[-1]:.2g}"
+        return (f"std {values[len(values) // 2]:.3g}" if near else f"std {values[0]:.2g}-{values[-1]:.2g}") + tied
 
 
 def human(count: float) -> str:
@@ -90,7 +91,8 @@ def headline(plan: ScalingPlan) -> str:
 def _multipliers(plan: ScalingPlan) -> list[str]:
     """Equal multipliers of many layers, as one entry: 'blocks.*.residual_multiplier = 0.25'."""
     merged = {(split_layer(path)[0], f"{value:.4g}") for path, value in plan.multipliers.items()}
-    return [f"{path} = {value}" for path, value in sorted(merged)]
+    folded = [f"{kind} x {value:.4g}, folded into weights" for kind, value in sorted(plan.folded.items())]
+    return [f"{path} = {value}" for path, value in sorted(merged)] + folded
 
 
 def as_renderable(plan: ScalingPlan) -> RenderableType:

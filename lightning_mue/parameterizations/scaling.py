@@ -38,6 +38,8 @@ class ParameterPlan:
         eps: Factor on Adam's epsilon.
         kind: The update it gets (``adamw``, ``sgd``, ``sphere``, ``adam_sphere``).
         source: The row it came from.
+        base_shape: Shape of the base's parameter, if there is one.
+        tied: Every expert of the layer starts from the same draw.
     """
 
     name: str
@@ -50,6 +52,8 @@ class ParameterPlan:
     eps: float
     kind: str
     source: str
+    base_shape: tuple[int, ...] | None = None
+    tied: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class ScalingPlan:
         multipliers: Dotted attribute path -> forward multiplier that the target gets.
         same_size: True if target and base are the same model and run: the plan then changes nothing.
         notes: Warnings for people, e.g. an axis that the rule does not claim.
+        folded: Kind of forward multiplier -> its value over the base's, where no module exposes it and it went into weights.
     """
 
     rule: str
@@ -79,6 +84,7 @@ class ScalingPlan:
     multipliers: dict[str, float] = field(default_factory=dict)
     same_size: bool = False
     notes: tuple[str, ...] = ()
+    folded: dict[str, float] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> ParameterPlan:
         for parameter in self.parameters:
@@ -100,14 +106,27 @@ class ScalingPlan:
         """Plain types only, so that it can go into a checkpoint that loads with ``weights_only=True``, or into YAML."""
         plain = asdict(self)
         plain["notes"] = list(self.notes)
-        plain["parameters"] = [{**asdict(p), "shape": list(p.shape)} for p in self.parameters]
+        for p in plain["parameters"]:
+            p["shape"], p["base_shape"] = (
+                list(p["shape"]),
+                list(p["base_shape"]) if p["base_shape"] is not None else None,
+            )
+        plain["parameters"] = list(plain["parameters"])
         return plain
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> ScalingPlan:
         """The inverse of :meth:`to_dict`."""
         parameters = tuple(
-            ParameterPlan(**{**p, "shape": tuple(p["shape"]), "init": Init(**p["init"])}) for p in plain["parameters"]
+            ParameterPlan(
+                **{
+                    **p,
+                    "shape": tuple(p["shape"]),
+                    "base_shape": tuple(p["base_shape"]) if p.get("base_shape") is not None else None,
+                    "init": Init(**p["init"]),
+                }
+            )
+            for p in plain["parameters"]
         )
         return cls(**{**plain, "parameters": parameters, "notes": tuple(plain["notes"])})
 
@@ -128,10 +147,10 @@ class ScalingPlan:
             init: Compare the initialization too. It is measured, so its last digits depend on the machine; once weights
                 exist it no longer matters.
         """
-        keys = ("role", "shape", *(["init"] if init else []), "lr", "weight_decay", "eps", "kind")
+        keys = ("role", "shape", *(["init", "tied"] if init else []), "lr", "weight_decay", "eps", "kind")
         lines = [
             f"{key}: {getattr(self, key)} -> {getattr(other, key)}"
-            for key in ("rule", "family", "alpha", "betas", "axes", "base_axes")
+            for key in ("rule", "family", "alpha", "betas", "axes", "base_axes", "folded")
             if getattr(self, key) != getattr(other, key)
         ]
         for path in sorted({*self.multipliers, *other.multipliers}):

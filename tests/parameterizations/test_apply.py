@@ -285,5 +285,5 @@ def test_multiplier_that_cannot_be_folded_is_asked_for():
         def mue_axes(self):
             return {**super().mue_axes(), "depth": 4 if self.hparams["width"] == 32 else 2}
 
-    with pytest.raises(ValueError, match=r"needs a residual multiplier of 0\.5.*mue_multipliers"):
+    with pytest.raises(ValueError, match=r"needs the residual multiplier L\^-alpha = 0\.5.*mue_multipliers"):
         plan(Deep(32, 32), base={"width": 16, "hidden": 32})

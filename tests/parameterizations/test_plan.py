@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_mue import MoELanguageModel, MoELayer, ScalingPlan, initialize, plan
-from lightning_mue.parameterizations.plan import measure_init
+from lightning_mue.parameterizations.record import measure_init
 
 BASE = {"width": 32, "n_heads": 2, "n_experts": 0}
 
@@ -230,7 +230,7 @@ def test_ffn_that_declares_nothing_scales_by_its_own_sides():
 def test_default_rule_works_on_a_module_without_ffn():
     scaling = plan(Net(128), base={"width": 32})
     assert scaling["inner.2.weight"].lr == pytest.approx(1 / 4)
-    assert "width 1 -> 4" in str(scaling)
+    assert "width 32 -> 128" in str(scaling)
 
 
 def test_linear_layer_on_an_embedding_is_a_tied_unembedding():
@@ -252,9 +252,9 @@ def test_raw_parameter_needs_a_role():
         def __init__(self, width=32):
             super().__init__(width)
             self.hparams = {"width": width}
-            self.pos = nn.Parameter(torch.randn(16, width))
+            self.table = nn.Parameter(torch.randn(16, width))  # looked up, or multiplied with: who knows?
 
-    with pytest.raises(ValueError, match=r"no role is known for pos \[16, 128\]"):
+    with pytest.raises(ValueError, match=r"no role is known for table \[16, 128\]"):
         plan(Positions(128), base={"width": 32}, rule="mup")
 
 

@@ -1,0 +1,175 @@
+"""Writes the papers' tables into their derivation pages, from the code: a page can never say what the code does not do.
+
+``python -m lightning_mue.parameterizations.document`` rewrites what stands between the markers of every page in
+``docs/derivations``; ``--check`` only reports pages that are out of date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from lightning_mue.parameterizations.monomial import SYMBOLS, parse
+from lightning_mue.parameterizations.roles import Role
+from lightning_mue.parameterizations.table import Family, Parameterization, Preset, Row, get_rule
+
+START, END = "<!-- table:start -->", "<!-- table:end -->"
+
+#: Page -> its rules. The first is shown in full, the others by what differs from it.
+PAGES: Mapping[str, Sequence[str]] = {
+    "mup": ("mup",),
+    "complete-p": ("complete-p",),
+    "moe-dmft": ("moe-dmft", "moe-dmft-half", "moe-dmft-fan-in"),
+    "mssp": ("mssp-I", "mssp-II", "mssp-III"),
+    "hyperp": ("hyperp", "hyperp-output"),
+    "complete-mue": ("complete-mue",),
+}
+
+
+def render(names: Sequence[str]) -> str:
+    """The tables of some rules as Markdown.
+
+    Args:
+        names: Rules; the first is shown in full, each further one by the rows in which it differs from the first.
+
+    Returns:
+        Markdown: per rule and optimizer family one table, then the rule's other settings.
+    """
+    first, *others = (get_rule(name) for name in names)
+    parts = [_legend((first, *others)), *_sections(first, None)]
+    for other in others:
+        parts += _sections(other, first)
+    return "\n\n".join(parts)
+
+
+def _legend(rules: Iterable[Parameterization]) -> str:
+    cells = [cell for rule in rules for cell in _cells(rule)]
+    used = {symbol for cell in cells for symbol in parse(cell).powers}
+    listed = ", ".join(f"`{symbol}` {meaning}" for symbol, meaning in SYMBOLS.items() if symbol in used)
+    return (
+        "A cell multiplies the value tuned at the base; a symbol is the ratio target / base: "
+        f"{listed}. Roles with equal rows share a line."
+    )
+
+
+def _cells(rule: Parameterization) -> Iterator[str]:
+    yield rule.betas
+    yield from rule.multipliers.values()
+    yield from rule.invariants.values()
+    for table in rule.tables.values():
+        for row in table.values():
+            yield from (row.init, row.lr, row.wd, row.eps)
+
+
+def _sections(rule: Parameterization, reference: Parameterization | None) -> list[str]:
+    parts = [f"### Rule `{rule.name}`\n\nSource: {rule.source}."]
+    for family, table in rule.tables.items():
+        known = reference.tables.get(family, {}) if reference is not None else {}
+        rows = {role: row for role, row in table.items() if known.get(role) != row}
+        if not rows:
+            continue
+        rest = f"; the other roles as `{reference.name}`" if reference is not None and len(rows) < len(table) else ""
+        parts.append(f"Optimizer family `{family}`{rest}:\n\n{_table(rows, family)}")
+    settings = [line for line in _settings(rule) if reference is None or line not in set(_settings(reference))]
+    return [*parts, "\n".join(settings)] if settings else parts
+
+
+def _table(rows: Mapping[Role, Row], family: Family) -> str:
+    """One Markdown table; SGD has no epsilon."""
+    columns = ["init", "lr", "wd"] + (["eps"] if family != "sgd" else [])
+    merged: dict[Row, list[str]] = {}
+    for role in Role:
+        if role in rows:
+            merged.setdefault(rows[role], []).append(role.value)
+    head = ["role", "init std", *columns[1:], "status", "source"]
+    lines = [head, ["---"] * len(head)]
+    for row, roles in merged.items():
+        cells = [f"`{getattr(row, column)}`" for column in columns]
+        if row.tied:
+            cells[0] += ", every expert alike"
+        if row.absent_init:
+            cells[0] += f" (base without one: `{row.absent_init}` of its absolute sizes)"
+        lines.append([", ".join(roles), *cells, row.status, row.source])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _settings(rule: Parameterization) -> list[str]:
+    """What else the rule holds, as a Markdown list."""
+
+    def listed(values: Mapping[str, str]) -> str:
+        return ", ".join(f"{name} `{cell}`" for name, cell in values.items())
+
+    routers = "; ".join(f"{setting} {' or '.join(sorted(values))}" for setting, values in rule.routing.items())
+    lines = {
+        "Forward multipliers": listed(rule.multipliers),
+        "`1 - beta` of Adam": f"`{rule.betas}`" if rule.betas != "1" else "",
+        "Axes along which transfer is claimed": ", ".join(sorted(rule.moves)),
+        "Router for which transfer over experts is claimed": routers,
+        "Must not change": ", ".join(f"{symbol} ({SYMBOLS[symbol]})" for symbol in sorted(rule.fixed)),
+        "Depth exponent": f"alpha = {rule.alpha:g} only" if rule.alpha is not None else "",
+        "Models with the same limit agree in (absolute sizes)": listed(rule.invariants),
+    }
+    presets = [_preset(name, preset) for name, preset in rule.presets.items()]
+    return [f"* {what}: {text}." for what, text in lines.items() if text] + presets
+
+
+def _preset(name: str, preset: Preset) -> str:
+    parts = []
+    if preset.base:
+        parts.append("base " + ", ".join(f"{key} {value:g}" for key, value in preset.base.items()))
+    parts += [f"{key} {value:g}" for key, value in preset.hyperparameters.items()]
+    for pattern, factors in preset.factors.items():
+        shown = " and ".join(f"{column} x {factor:g}" for column, factor in factors.items())
+        parts.append(f"`{pattern}` {shown}".replace("|", "\\|"))
+    return f"* Preset `{name}` ({preset.source}): {'; '.join(parts)}."
+
+
+def rewrite(page: str, names: Sequence[str]) -> str:
+    """A page with the tables between its markers rendered anew.
+
+    Args:
+        page: The page's text.
+        names: Its rules.
+
+    Raises:
+        ValueError: If a marker is missing or stands twice, or they stand in the wrong order.
+    """
+    if page.count(START) != 1 or page.count(END) != 1 or page.index(START) > page.index(END):
+        raise ValueError(f"expected one line {START} and after it one line {END}. Put them where the tables belong.")
+    before, rest = page.split(START)
+    return f"{before}{START}\n\n{render(names)}\n\n{END}{rest.split(END)[1]}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Rewrites or checks the pages; returns the number of pages that were out of date and still are.
+
+    Args:
+        arguments: Of the command line; None: the process's own.
+    """
+    parser = argparse.ArgumentParser(prog="python -m lightning_mue.parameterizations.document", description=__doc__)
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("docs/derivations"), help="where the pages are")
+    parser.add_argument("--check", action="store_true", help="report pages that are out of date, write nothing")
+    options = parser.parse_args(arguments)
+    stale = 0
+    for name, rules in PAGES.items():
+        path = options.folder / f"{name}.md"
+        try:
+            old = path.read_text(encoding="utf-8")
+            new = rewrite(old, rules)
+        except (OSError, ValueError) as error:
+            parser.error(f"{path}: {error}")
+        if new == old:
+            continue
+        if options.check:
+            stale += 1
+            print(f"{path}: its tables are not those of the code; run `python -m {__package__}.document`.")
+        else:
+            path.write_text(new, encoding="utf-8")
+            print(f"{path}: written")
+    return stale
+
+
+if __name__ == "__main__":
+    sys.exit(main())
