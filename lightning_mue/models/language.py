@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lightning_mue.models.transformer import Attention, Block, RotaryEmbedding, Transformer
 from lightning_mue.moe import LossFreeBalance, MoELayer, SwiGLU
+from lightning_mue.moe.router import require_groups
 from lightning_mue.parameterizations.apply import keep_weights
 from lightning_mue.parameterizations.modules import tag_roles
 from lightning_mue.parameterizations.multipliers import read_multipliers, set_multipliers
@@ -49,6 +50,7 @@ class MoELanguageModel(LightningModule):
         top_k: Experts active per token.
         expert_width: Hidden width of one expert; ``None``: ``ffn_width / top_k``, so that the active width is the dense one's.
         shared_width: Hidden width of an expert that sees every token; 0 for none.
+        n_expert_groups: Groups of experts, equally many active in each; divides ``n_experts`` and ``top_k``. 1: free choice.
         moe_every: Every how manieth block is an MoE block (the last one of each group).
         scoring: Router: ``softmax-topk``, ``topk-softmax``, ``sigmoid``, ``sigmoid-normalized``.
         gate: ``linear`` or ``sqrt`` (HyperP's SqrtGate).
@@ -108,6 +110,7 @@ class MoELanguageModel(LightningModule):
         output_multiplier: float = 1.0,
         rope_base: float = 10_000.0,
         bytes_per_token: float = 1.0,
+        n_expert_groups: int = 1,
         optimizer: OptimizerCallable = _default_optimizer,
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -122,6 +125,8 @@ class MoELanguageModel(LightningModule):
             raise ValueError(
                 f"top_k: found {top_k} with n_experts={n_experts}; a token cannot use more experts than exist."
             )
+        if n_experts:
+            require_groups(n_expert_groups, n_experts, top_k, "n_expert_groups")
         self.width, self.depth, self.head_dim = width, depth, head_dim
         self.n_experts, self.top_k, self.shared_width = n_experts, top_k, shared_width
         self.ffn_width = -(-8 * width // 48) * 16 if ffn_width is None else ffn_width
@@ -144,6 +149,7 @@ class MoELanguageModel(LightningModule):
                     z_loss_coef=z_loss_coef,
                     bias_update_rate=bias_update_rate,
                     init_std=init_std,
+                    n_groups=n_expert_groups,
                 )
             else:
                 made = SwiGLU(width, self.ffn_width, init_std=init_std)
@@ -348,7 +354,9 @@ class MoELanguageModel(LightningModule):
 
 def _check_sizes(given: Mapping[str, Any]) -> None:
     """Refuses sizes that are not whole numbers in range, and numbers that are not finite or have the wrong sign."""
-    least = dict.fromkeys(("vocab_size", "context_length", "width", "depth", "n_heads", "moe_every"), 1)
+    least = dict.fromkeys(
+        ("vocab_size", "context_length", "width", "depth", "n_heads", "moe_every", "n_expert_groups"), 1
+    )
     optional = dict.fromkeys(("n_kv_heads", "head_dim", "ffn_width", "expert_width"), 1)
     for name, minimum in {**least, **optional, "n_experts": 0, "shared_width": 0}.items():
         value = given[name]

@@ -47,6 +47,7 @@ class MoELayer(LightningModule):
         bias_update_rate: Step size of the balance bias, used when `balance` is "bias".
         init_std: Standard deviation of the initial weights; None: ``fan_in^-1/2`` of each.
         router_init_std: The router's; `init_std` if None.
+        n_groups: Groups of experts with equally many active experts each, as for `Router`; 1: free choice.
         optimizer: For training alone: from parameters to an optimizer; AdamW with learning rate 1e-3 if None.
 
     Attributes:
@@ -86,6 +87,7 @@ class MoELayer(LightningModule):
         bias_update_rate: float = 0.001,
         init_std: float | None = 0.02,
         router_init_std: float | None = None,
+        n_groups: int = 1,
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
     ) -> None:
         super().__init__()
@@ -99,7 +101,9 @@ class MoELayer(LightningModule):
         require_positive(width=width, expert_width=expert_width)
         self.save_hyperparameters(ignore=["optimizer"])
         router_std = init_std if router_init_std is None else router_init_std
-        self.router = Router(width, n_experts, top_k, scoring=scoring, gate=gate, init_std=router_std)
+        self.router = Router(
+            width, n_experts, top_k, scoring=scoring, gate=gate, init_std=router_std, n_groups=n_groups
+        )
         self.experts = Experts(width, expert_width, n_experts, init_std=init_std)
         self.shared = SwiGLU(width, shared_width, shared=True, init_std=init_std) if shared_width else None
         self.width, self.route_scale, self.output_multiplier = width, float(route_scale), 1.0

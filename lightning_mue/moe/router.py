@@ -1,6 +1,6 @@
 """Routing: which experts each token goes to, and with what weight.
 
-Shape legend: T tokens, d width, E experts, K experts per token (top-k).
+Shape legend: T tokens, d width, E experts, K experts per token (top-k), G groups of experts, e = E / G, c = K / G.
 """
 
 from __future__ import annotations
@@ -41,6 +41,28 @@ class RoutingInfo:
         return RoutingInfo(self.expert_ids, self.gates.detach(), self.logits.detach(), self.counts)
 
 
+def require_groups(n_groups: int, n_experts: int, top_k: int, name: str = "n_groups") -> None:
+    """Raise unless experts and active experts fall into equal groups.
+
+    Args:
+        n_groups: G.
+        n_experts: E.
+        top_k: K.
+        name: How the user's argument is called.
+
+    Raises:
+        ValueError: G does not divide E, or not K.
+    """
+    for what, size in (("n_experts", n_experts), ("top_k", top_k)):
+        if size % n_groups:
+            fitting = [g for g in range(1, min(n_experts, top_k) + 1) if n_experts % g == 0 and top_k % g == 0]
+            raise ValueError(
+                f"{name} is {n_groups}, but {what} is {size}: every group has as many experts, and as many active ones, as "
+                f"every other, so {name} must divide both. With n_experts={n_experts} and top_k={top_k} it may be "
+                f"{', '.join(map(str, fitting))}."
+            )
+
+
 class Router(nn.Module):
     """Linear router with top-k selection. Everything is computed in float32, under autocast too.
 
@@ -58,6 +80,9 @@ class Router(nn.Module):
     (arXiv:2408.15664) takes part in the selection only, never in a gate's value. A token that holds a NaN gets NaN
     gates and valid expert ids, and changes no other token's route.
 
+    With ``n_groups`` G > 1 the chosen set is group-balanced (arXiv:2605.23893): experts ``g E/G`` to ``(g+1) E/G`` form
+    group g, and of each group the K/G experts of highest score are chosen. Gates are normalized over the whole set.
+
     Args:
         width: d, size of a token.
         n_experts: E.
@@ -65,6 +90,7 @@ class Router(nn.Module):
         scoring: A row of the table above.
         gate: "linear" or "sqrt".
         init_std: Standard deviation of the initial weight; None: ``width^-1/2``. Zero is accepted only if every expert is active.
+        n_groups: G, groups of equal size with equally many active experts each; divides E and K. 1: free choice.
 
     Raises:
         ValueError: An argument is out of range; the message names it.
@@ -83,9 +109,10 @@ class Router(nn.Module):
         scoring: str = "topk-softmax",
         gate: str = "linear",
         init_std: float | None = 0.02,
+        n_groups: int = 1,
     ) -> None:
         super().__init__()
-        require_positive(width=width, n_experts=n_experts, top_k=top_k)
+        require_positive(width=width, n_experts=n_experts, top_k=top_k, n_groups=n_groups)
         require_non_negative(init_std=init_std or 0.0)
         require_choice("scoring", scoring, SCORINGS)
         require_choice("gate", gate, GATES)
@@ -94,6 +121,7 @@ class Router(nn.Module):
                 f"top_k is {top_k}, but n_experts is {n_experts}: a token cannot choose more experts than there are. "
                 f"Lower top_k to at most {n_experts}, or add experts."
             )
+        require_groups(n_groups, n_experts, top_k)
         if init_std == 0 and top_k < n_experts:
             raise ValueError(
                 f"The router's init_std (router_init_std of MoELayer) is 0 with top_k={top_k} of n_experts={n_experts}: "
@@ -101,7 +129,7 @@ class Router(nn.Module):
                 "0.02, or make every expert active (top_k = n_experts)."
             )
         self.width, self.n_experts, self.top_k = width, n_experts, top_k
-        self.scoring, self.gate, self.init_std = scoring, gate, init_std
+        self.scoring, self.gate, self.init_std, self.n_groups = scoring, gate, init_std, n_groups
         self.weight = nn.Parameter(torch.empty(n_experts, width))
         self.register_buffer("balance_bias", torch.empty(n_experts, dtype=torch.float32))
         self.reset_parameters()
@@ -133,11 +161,20 @@ class Router(nn.Module):
 
     def extra_repr(self) -> str:
         """The settings, for `print(module)`."""
-        return f"{self.width}, n_experts={self.n_experts}, top_k={self.top_k}, {self.scoring}, gate={self.gate}"
+        groups = f", n_groups={self.n_groups}" if self.n_groups > 1 else ""
+        return f"{self.width}, n_experts={self.n_experts}, top_k={self.top_k}, {self.scoring}, gate={self.gate}{groups}"
 
     def _select(self, logits_TE: Tensor) -> Tensor:
         scores_TE = logits_TE.sigmoid() if self.scoring.startswith("sigmoid") else logits_TE.softmax(-1)
-        return torch.topk(scores_TE + self.balance_bias, self.top_k).indices
+        scores_TE = scores_TE + self.balance_bias
+        if self.n_groups == 1:
+            return torch.topk(scores_TE, self.top_k).indices
+        size = self.n_experts // self.n_groups
+        best_TGc = torch.topk(scores_TE.unflatten(-1, (self.n_groups, size)), self.top_k // self.n_groups)
+        first_G1 = size * torch.arange(self.n_groups, device=scores_TE.device)[:, None]
+        # The whole set by descending score, as without groups; stable, so that ties do not depend on the device.
+        order_TK = best_TGc.values.flatten(1).argsort(dim=-1, descending=True, stable=True)
+        return (best_TGc.indices + first_G1).flatten(1).gather(1, order_TK)
 
     def _log_gates(self, logits_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
         chosen_TK = logits_TE.gather(1, expert_ids_TK)

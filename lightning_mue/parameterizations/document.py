@@ -118,7 +118,7 @@ def _settings(rule: Parameterization) -> list[str]:
 def _preset(name: str, preset: Preset) -> str:
     parts = []
     if preset.base:
-        parts.append("base " + ", ".join(f"{key} {value:g}" for key, value in preset.base.items()))
+        parts.append("base " + ", ".join(f"{key} {value:.10g}" for key, value in preset.base.items()))
     parts += [f"{key} {value:g}" for key, value in preset.hyperparameters.items()]
     for pattern, factors in preset.factors.items():
         shown = " and ".join(f"{column} x {factor:g}" for column, factor in factors.items())

@@ -31,10 +31,10 @@ def family_of(optimizer: torch.optim.Optimizer) -> Family:
     declared = getattr(optimizer, "mue_family", None)
     if declared is not None:
         return declared
-    name = type(optimizer).__name__.lower()
-    for family in ("muon", "adam", "sgd"):
-        if family in name:
-            return family  # type: ignore[return-value]
+    for cls in type(optimizer).__mro__:  # a subclass of AdamW by any name updates like Adam
+        for family in ("muon", "adam", "sgd"):
+            if family in cls.__name__.lower():
+                return family  # type: ignore[return-value]
     raise ValueError(
         f"optimizer: found {type(optimizer).__name__}; a parameterization is known for Adam-like optimizers (Adam, AdamW), SGD, "
         "Muon and HyperSphereOptimizer. If yours updates like one of them, set its attribute mue_family to 'adam', 'sgd', "

@@ -112,7 +112,7 @@ HYPERP_OUTPUT = register(
             "sphere": {
                 **_SPHERE,
                 Role.UNEMBEDDING: replace(_SPHERE[Role.UNEMBEDDING], init="d^-1", status="derived"),
-                Role.ROUTER: replace(_SPHERE[Role.ROUTER], init="E^1/2 d^-1", status="derived"),
+                Role.ROUTER: replace(_SPHERE[Role.ROUTER], init="d^-1", status="derived"),
             },
         },
         presets={},

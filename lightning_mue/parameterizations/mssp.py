@@ -14,7 +14,6 @@ from lightning_mue.parameterizations.axes import Axes
 from lightning_mue.parameterizations.roles import Role
 from lightning_mue.parameterizations.table import Family, Parameterization, Table, register, rows
 
-
 _SOURCE = "2605.14200 (theory 4.5), wd: its code"
 _FAN_IN = {"init": "fan_in^-1/2", "lr": "fan_in^-1", "wd": "fan_in", "eps": "d^-1"}
 _VECTOR = {"eps": "d^-1"}
@@ -139,18 +138,18 @@ def choose_regime(target: Axes, base: Axes) -> tuple[Parameterization, str]:
         base: Sizes of the tuned model.
 
     Returns:
-        (the regime's rule, the reason as a clause, e.g. ``"n_experts moved and expert_width did not"``).
+        (the regime's rule, the reason, e.g. ``"regime II, because n_experts moved and expert_width did not"``).
     """
     moved = set(target.changed(base))
-    experts = sorted(moved & {"n_experts", "top_k"})
+    experts = " and ".join(sorted(moved & {"n_experts", "top_k"}))
     if not experts:
-        return MSSP_I, "neither n_experts nor top_k moved" + _off_path(
-            target, base, "h" if "expert_width" in moved else ""
-        )
-    names = " and ".join(experts)
-    if "expert_width" in moved:
-        return MSSP_III, f"{names} moved and expert_width too" + _off_path(target, base, "hE")
-    return MSSP_II, f"{names} moved and expert_width did not" + _off_path(target, base, "E")
+        rule, why, with_width = MSSP_I, "neither n_experts nor top_k moved", "h" if "expert_width" in moved else ""
+    elif "expert_width" in moved:
+        rule, why, with_width = MSSP_III, f"{experts} moved and expert_width too", "hE"
+    else:
+        rule, why, with_width = MSSP_II, f"{experts} moved and expert_width did not", "E"
+    regime = rule.name.removeprefix("mssp-")
+    return rule, f"regime {regime}, because {why}{_off_path(target, base, with_width)}"
 
 
 def _off_path(target: Axes, base: Axes, symbols: str) -> str:

@@ -249,6 +249,7 @@ class _Scale:
             rule.table(name)
         self.base_sizes = base_axes.sizes()
         self.ratios = axes.ratios(base_axes)
+        self.sparse = (axes.top_k or 1) < (axes.n_experts or 1)
 
     def parameter(
         self,
@@ -266,6 +267,7 @@ class _Scale:
         cells = {name: parse(getattr(row, name)).evaluate(ratios, self.alpha) for name in ("init", "lr", "wd", "eps")}
         kind = default_kind(Role.EMBEDDING if info.tied else role, family)
         init = inits.get(old.name, Init("keep", 0.0)) if old is not None else self._absent_init(row)
+        self._refuse_ties(info, init)
         for name in sorted(info.folds & set(folded)):
             start, cell = folded[name]
             multiplier = start * parse(cell).evaluate(ratios, self.alpha)
@@ -293,6 +295,16 @@ class _Scale:
             base_shape=old.shape if old is not None else None,
             tied=row.tied,
         )
+
+    def _refuse_ties(self, info: ParameterInfo, init: Init) -> None:
+        """Sparse routing from a zero router: every expert ties, and the same ones always win (theory.md section 4.4)."""
+        # A single output is the gate of a shared expert, which chooses nothing.
+        chooses = info.role is Role.ROUTER and info.fans[1] > 1 and self.sparse
+        if chooses and init == Init("constant", 0.0):
+            raise ValueError(
+                f"base: the router {info.name} starts at exactly zero while not every expert is active: all experts then tie "
+                "for every token, and the same ones always win. Initialize the base's router with a positive std."
+            )
 
     def folded_values(self, folded: Mapping[str, tuple[float, str]]) -> dict[str, float]:
         """Kind -> the multiplier over the base's that goes into weights, at the whole model's ratios."""

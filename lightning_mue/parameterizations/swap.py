@@ -59,12 +59,15 @@ class ScaledStep:
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self.restore()
-        if callable(kwargs.get("closure")):
-            return args, {**kwargs, "closure": self._wrap(kwargs["closure"])}
-        if len(args) > 1 and callable(args[1]):
-            return (args[0], self._wrap(args[1]), *args[2:]), kwargs
-        self._swap_in()
-        return None
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if not callable(closure):
+            self._swap_in()
+            return None
+        if getattr(closure, "_mue_swaps", None) is self:
+            return None  # a step that calls super().step(closure): the hooks of both run
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": self._wrap(closure)}
+        return (args[0], self._wrap(closure), *args[2:]), kwargs
 
     def _wrap(self, closure: Callable[..., Any]) -> Callable[..., Any]:
         def with_own_groups(*args: Any, **kwargs: Any) -> Any:
@@ -73,6 +76,7 @@ class ScaledStep:
             self._swap_in()
             return result
 
+        with_own_groups._mue_swaps = self  # type: ignore[attr-defined]
         return with_own_groups
 
     def _swap_in(self) -> None:

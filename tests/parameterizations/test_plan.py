@@ -61,6 +61,21 @@ def test_dense_base_to_experts():
     assert scaling.multipliers["transformer.blocks.1.ffn.route_scale"] == 2.0
 
 
+def test_zero_router_with_sparse_routing_is_refused_under_every_rule():
+    def zeroed(**kwargs):
+        model = make_model(**kwargs)
+        for layer in model.moe_layers:
+            nn.init.zeros_(layer.router.weight)
+        return model
+
+    soft = zeroed(width=32, n_heads=2, top_k=4)
+    for rule in ("complete-mue", "moe-dmft", "mssp-II", "sp"):
+        with pytest.raises(ValueError, match=r"router\.weight starts at exactly zero"):
+            plan(make_model(), base=soft, rule=rule)
+        entry = plan(make_model(top_k=4), base=soft, rule=rule)["transformer.blocks.0.ffn.router.weight"]
+        assert (entry.init.kind, entry.init.value) == ("constant", 0.0)
+
+
 def test_router_of_a_dense_base_gets_unit_variance_logits_at_the_base_width():
     router = plan(make_model(), base=BASE)["transformer.blocks.0.ffn.router.weight"]
     assert router.base is None

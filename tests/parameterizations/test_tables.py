@@ -195,7 +195,7 @@ GOLDEN = {
         },
         "adam": {"embedding": (1.0, _HYPERP_LR), "unembedding": (1 / D, _HYPERP_LR / D, D)},
     },
-    "hyperp-output": {"sphere": {"unembedding": (1 / D, _HYPERP_LR), "router": (E**0.5 / D, _HYPERP_LR)}},
+    "hyperp-output": {"sphere": {"unembedding": (1 / D, _HYPERP_LR), "router": (1 / D, _HYPERP_LR)}},
 }
 
 CELLS = [
