@@ -1,27 +1,28 @@
-"""What MuECallback's swap of parameter groups costs in an optimizer step.
+"""What MuECallback costs: the swap of parameter groups in an optimizer step, and the draw of initial weights.
 
 An AdamW step (foreach) of a 12-layer MoE language model, on one list of parameters: plain; with scaled groups swapped in and
-out; and with explicit param_groups. The last shows how much of the cost is that there are more groups, not the swapping.
+out; with the split of the parameters computed anew every step, which is what is saved by keeping it; and with explicit
+param_groups, which shows how much of the cost is that there are more groups, not the swapping.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import os
+import time
 
 import torch
 from common import alternate, ratio, save
 from torch.optim import AdamW
 
 from lightning_mue import MoELanguageModel, param_groups, plan
-from lightning_mue.parameterizations import ScaledStep
+from lightning_mue.parameterizations import Init, ParameterPlan, ScaledStep
+from lightning_mue.parameterizations.drawing import draw_all
 
 
-def main() -> None:
-    """Prints the ratios."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=40)
-    rounds = parser.parse_args().rounds
+def swap(rounds: int) -> list[dict[str, object]]:
+    """Ratios of step times, medians over alternating rounds."""
     model = MoELanguageModel(width=384, depth=12, n_heads=6, n_experts=8, expert_width=256)
     scaling = plan(model, base={"width": 64, "n_heads": 1, "depth": 2, "n_experts": 0})
     models = {name: copy.deepcopy(model) for name in ("plain", "swapped", "explicit")}
@@ -34,24 +35,52 @@ def main() -> None:
     for one in models.values():
         for p in one.parameters():
             p.grad = torch.randn_like(p)
-    contenders = {name: optimizer.step for name, optimizer in optimizers.items()}
 
     def swap_only():
-        scaled._swap_in(optimizers["swapped"], (), {})
-        scaled._swap_out(optimizers["swapped"], (), {})
+        scaled._before(optimizers["swapped"], (optimizers["swapped"],), {})
+        scaled._after(optimizers["swapped"], (optimizers["swapped"],), {})
 
-    seconds = alternate({**contenders, "swap only": swap_only}, rounds)
-    save(
-        "callback",
-        [
-            {"what": "swapping alone / plain step", "ratio": ratio(seconds, "swap only", "plain")},
-            {"what": "step with swapped groups / plain step", "ratio": ratio(seconds, "swapped", "plain")},
-            {
-                "what": "step with swapped groups / step with explicit groups",
-                "ratio": ratio(seconds, "swapped", "explicit"),
-            },
-        ],
-    )
+    def split_anew():
+        scaled._shape = []
+        swap_only()
+
+    contenders = {name: optimizer.step for name, optimizer in optimizers.items()}
+    seconds = alternate({**contenders, "swap only": swap_only, "split anew": split_anew}, rounds)
+    tensors, groups = len(list(model.parameters())), len(scaled._parts)
+    what = f"{tensors} parameters in {groups} groups: "
+    return [
+        {"what": what + "swapping alone / plain step", "ratio": ratio(seconds, "swap only", "plain")},
+        {"what": "splitting anew and swapping / plain step", "ratio": ratio(seconds, "split anew", "plain")},
+        {"what": "step with swapped groups / plain step", "ratio": ratio(seconds, "swapped", "plain")},
+        {"what": "step with explicit groups / plain step", "ratio": ratio(seconds, "explicit", "plain")},
+    ]
+
+
+def draw() -> list[dict[str, object]]:
+    """Seconds to draw 1e9 float32 weights in place (4 GB)."""
+    tensors = [torch.empty(2**12, 2**12) for _ in range(60)]
+    init = Init("normal", 0.02)
+    pairs = [
+        (t, ParameterPlan(f"w{i}", "hidden", tuple(t.shape), None, init, 1, 1, 1, "adamw", ""))
+        for i, t in enumerate(tensors)
+    ]
+    rows: list[dict[str, object]] = []
+    for threads in (1, os.cpu_count() or 1):
+        start = time.perf_counter()
+        draw_all(pairs, 0, threads=threads)
+        seconds = time.perf_counter() - start
+        count = sum(t.numel() for t in tensors)
+        rows.append({"what": f"seconds to draw {count:.3g} weights, threads: {threads}", "ratio": seconds})
+    return rows
+
+
+def main() -> None:
+    """Prints the figures."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--no-draw", action="store_true", help="leave out what takes 4 GB")
+    args = parser.parse_args()
+    save("callback", swap(args.rounds) + ([] if args.no_draw else draw()))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -87,13 +88,17 @@ def check_covers(model: nn.Module, plan: ScalingPlan) -> None:
     )
 
 
-def param_groups(model: nn.Module, plan: ScalingPlan, *, lr: float, **defaults: Any) -> list[dict[str, Any]]:
+def param_groups(
+    model: nn.Module, plan: ScalingPlan, *, lr: float, kinds: Collection[str] | None = None, **defaults: Any
+) -> list[dict[str, Any]]:
     """Parameter groups with the plan's factors, for people who write ``configure_optimizers`` themselves.
 
     Args:
         model: The module that the plan was made for.
         plan: The plan.
         lr: The learning rate tuned at the base.
+        kinds: Updates whose parameters to take, where a plan is for several optimizers: ``{"muon"}`` for torch.optim.Muon,
+            ``{"adamw"}`` for the AdamW beside it. None: all.
         **defaults: Further settings tuned at the base, e.g. ``weight_decay=0.1, eps=1e-8``. Give them here: what is given to
             the optimizer's constructor instead is the same for all groups, unscaled. ``eps`` is 1e-8 unless given.
 
@@ -105,12 +110,17 @@ def param_groups(model: nn.Module, plan: ScalingPlan, *, lr: float, **defaults: 
     """
     check_covers(model, plan)
     tensors = named_tensors(model)
+    kind_of = {entry.name: entry.kind for entry in plan.parameters}
+    taken = {name: p for name, p in tensors.items() if p.requires_grad and (kinds is None or kind_of[name] in kinds)}
     # The optimizer's own default would not be scaled.
-    settings = defaults if plan.family == "sgd" else {"eps": 1e-8, **defaults}
+    settings = {"eps": 1e-8, **defaults} if {kind_of[name] for name in taken} - {"sgd", "muon"} else defaults
     if plan.family == "sphere":
         settings = {"kind": None, **settings}  # filled in from the plan
-    trainable = [p for p in tensors.values() if p.requires_grad]
-    groups = scale_groups([{"params": trainable, "lr": lr, **settings}], plan, {p: n for n, p in tensors.items()})
+    if kinds is not None and set(kinds) == {"muon"}:
+        settings = {"adjust_lr_fn": None, **settings}  # its own dependence on the shape is allowed for
+    groups = scale_groups(
+        [{"params": list(taken.values()), "lr": lr, **settings}], plan, {p: n for n, p in tensors.items()}
+    )
     for i, scaled in enumerate(groups):
         scaled["name"] = f"{scaled['role']}/{i}"
         scaled[SCALED] = True

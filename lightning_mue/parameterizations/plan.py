@@ -263,11 +263,11 @@ class _Scale:
         assert role is not None
         family = self._family(info)
         row = self._row(role, info, family)
+        init = inits.get(old.name, Init("keep", 0.0)) if old is not None else self._absent_init(row)
+        self._refuse_ties(info, init)
         ratios = self._local_ratios(info, old)
         cells = {name: parse(getattr(row, name)).evaluate(ratios, self.alpha) for name in ("init", "lr", "wd", "eps")}
         kind = default_kind(Role.EMBEDDING if info.tied else role, family)
-        init = inits.get(old.name, Init("keep", 0.0)) if old is not None else self._absent_init(row)
-        self._refuse_ties(info, init)
         for name in sorted(info.folds & set(folded)):
             start, cell = folded[name]
             multiplier = start * parse(cell).evaluate(ratios, self.alpha)
@@ -292,7 +292,7 @@ class _Scale:
             eps=cells["eps"],
             kind=kind,
             source=row.source + (" (derived)" if row.status == "derived" else "") + (", tied" if info.tied else ""),
-            base_shape=old.shape if old is not None else None,
+            base_shape=old.shape if old is not None else (int(self.base_sizes["d"]),) * 2,
             tied=row.tied,
         )
 
@@ -334,8 +334,8 @@ class _Scale:
     def _local_ratios(self, info: ParameterInfo, old: ParameterInfo | None) -> dict[str, float]:
         ratios = dict(self.ratios, fan_in=1.0, fan_out=1.0)
         if old is None:
-            # Nothing to compare shapes with: a router's fan-in is the width, its fan-out the number of experts.
-            ratios.update(fan_in=ratios["d"], fan_out=ratios["E"])
+            # A router whose base is dense: it is compared with the base's hidden matrices, d x d.
+            ratios.update(zip(("fan_in", "fan_out"), (fan / self.base_sizes["d"] for fan in info.fans), strict=True))
             return ratios
         for key, new, was in zip(("fan_in", "fan_out"), info.fans, old.fans, strict=True):
             ratios[key] = new / was
@@ -347,7 +347,7 @@ class _Scale:
         return {**ratios, **local}
 
     def _absent_init(self, row: Row) -> Init:
-        if row.absent_init is None or "d" not in self.base_sizes:
+        if row.absent_init is None or self.base_sizes.get("d", 1.0) == 1.0:  # only the ratio of widths is known
             raise ValueError(
                 f"base: the target has a parameter of the row {row.source!r} that the base lacks, and the rule gives "
                 "no initialization for it. Use a base that has one."

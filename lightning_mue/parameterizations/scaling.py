@@ -38,7 +38,7 @@ class ParameterPlan:
         eps: Factor on Adam's epsilon.
         kind: The update it gets (``adamw``, ``sgd``, ``sphere``, ``adam_sphere``).
         source: The row it came from.
-        base_shape: Shape of the base's parameter, if there is one.
+        base_shape: Shape of the base's parameter; of its hidden matrices for one that the base lacks.
         tied: Every expert of the layer starts from the same draw.
     """
 

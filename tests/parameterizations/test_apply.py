@@ -91,6 +91,45 @@ def test_swapped_step_equals_explicit_groups():
         assert torch.equal(a, b), name
 
 
+class Layers(nn.Module):
+    """Wide, tall and square matrices."""
+
+    def __init__(self, width=32):
+        super().__init__()
+        self.hparams = {"width": width}
+        sides = {"stem": (8, width), "up": (width, 3 * width), "down": (3 * width, width), "head": (width, 8)}
+        for name, (fan_in, fan_out) in sides.items():
+            setattr(self, name, nn.Linear(fan_in, fan_out))
+
+
+@pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])
+def test_groups_for_muon_and_adamw_equal_their_swapped_steps(adjust):
+    explicit = Layers()
+    hidden = {"up.weight", "down.weight"}
+    families = {name: "muon" if name in hidden else "adam" for name, _ in explicit.named_parameters()}
+    scaling = plan(explicit, base={"width": 8}, rule="hyperp", family=families)
+    muon = param_groups(explicit, scaling, lr=0.02, kinds={"muon"}, weight_decay=0.1, adjust_lr_fn=adjust)
+    adam = param_groups(explicit, scaling, lr=0.01, kinds={"adamw"}, weight_decay=0.1)
+    assert [sum(len(group["params"]) for group in groups) for groups in (muon, adam)] == [2, 6]
+    assert all("eps" not in group for group in muon)
+    swapped = copy.deepcopy(explicit)
+    own = [p for name, p in swapped.named_parameters() if name in hidden]
+    rest = [p for name, p in swapped.named_parameters() if name not in hidden]
+    pairs = [
+        (torch.optim.Muon(muon), torch.optim.Muon(own, lr=0.02, weight_decay=0.1, adjust_lr_fn=adjust)),
+        (AdamW(adam), AdamW(rest, lr=0.01, weight_decay=0.1)),
+    ]
+    before = copy.deepcopy(explicit)
+    for one, other in pairs:
+        ScaledStep(other, scaling, swapped)
+        for _ in range(2):
+            step(explicit, one)
+            step(swapped, other)
+    for (name, a), b, c in zip(explicit.named_parameters(), swapped.parameters(), before.parameters(), strict=True):
+        assert torch.equal(a, b), name
+        assert not torch.equal(a, c), name
+
+
 def test_betas_follow_batch_over_tokens():
     model = make_model()
     optimizer = AdamW(model.parameters(), lr=0.01, betas=(0.9, 0.95))
