@@ -209,6 +209,9 @@ class MuECallback(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("parameterization", as_markdown(self.plan), 0)
+            if isinstance(folder := getattr(logger, "log_dir", None), str):
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                self.plan.save(Path(folder) / "plan.yaml")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the TensorBoard page, unless another callback has."""

@@ -21,12 +21,14 @@ from lightning_mue.diagnostics.routing import (
     max_violation,
     router_entropy,
 )
+from lightning_mue.diagnostics.updates import even_sample, update_ratio, update_rms, update_summary, weight_rms
 from lightning_mue.diagnostics.zvalue import attention_z_value, z_value
 
 __all__ = [
     "activation_summary",
     "attention_z_value",
     "dead_experts",
+    "even_sample",
     "kurtosis",
     "load_entropy",
     "load_max_fraction",
@@ -37,5 +39,9 @@ __all__ = [
     "output_rms",
     "router_entropy",
     "summary_metrics",
+    "update_ratio",
+    "update_rms",
+    "update_summary",
+    "weight_rms",
     "z_value",
 ]

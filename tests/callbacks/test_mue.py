@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from lightning_mue import HyperSphereOptimizer, MoELanguageModel, MuECallback
 from lightning_mue.data import TextDataModule
 from lightning_mue.optim.schedule import WarmupDecay
+from lightning_mue.parameterizations import ScalingPlan
 from lightning_mue.parameterizations.multipliers import read_multipliers
 
 BASE = {"width": 32, "n_heads": 2, "n_experts": 0}
@@ -308,6 +309,7 @@ def test_logs_effective_rates_and_the_table(tmp_path, capsys):
     logger = TensorBoardLogger(tmp_path, name="", version="")
     callbacks = [mue(verbose=True), LearningRateMonitor()]
     fit(make_model(), callbacks, max_steps=4, logger=logger, log_every_n_steps=2)
+    assert ScalingPlan.load(tmp_path / "plan.yaml") == callbacks[0].plan
     assert "complete-mue (adam, alpha=1)" in capsys.readouterr().out
     events = EventAccumulator(str(tmp_path))
     events.Reload()

@@ -1,0 +1,184 @@
+"""Fingerprint: the curves of a tuned base run against training progress, as a small JSON file.
+
+A curve's key is ``<quantity>/<role>/<place>``, e.g. ``"update/ffn_down/q2"``. Places are quartiles of the relative depth,
+``"q1"`` (first layers) to ``"q4"``, or ``"outside"`` for what is in no layer.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+#: What a reader of this file must know; a change of meaning gets a new number.
+SCHEMA = 1
+_KIND = "lightning_mue.fingerprint"
+_DIGITS = 4
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a base run did, to compare a larger run with.
+
+    Attributes:
+        steps: Optimizer steps of the whole run.
+        progress: Fractions of the run, in (0, 1], ascending: a point taken at the zero-based step t stands at (t + 1) / steps.
+        curves: Key -> one value a point; None where there was nothing to measure.
+        depths: Place -> mean relative depth of its layers, in (0, 1).
+        classes: Kind of logits -> how many there are (experts, vocabulary): Z-values depend on it.
+        rule: Rule in force in the base run, with its optimizer family; empty if none was.
+        axes: Sizes of the base.
+    """
+
+    steps: int
+    progress: list[float]
+    curves: dict[str, list[float | None]]
+    depths: dict[str, float] = field(default_factory=dict)
+    classes: dict[str, int] = field(default_factory=dict)
+    rule: str = ""
+    axes: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of_points(cls, steps: int, points: Mapping[int, Mapping[str, float]], **about: Any) -> Fingerprint:
+        """Builds it from step -> key -> value."""
+        order = sorted(points)
+        keys = sorted({key for point in points.values() for key in point})
+        curves = {key: [_rounded(points[step].get(key)) for step in order] for key in keys}
+        return cls(steps, [_exactly((step + 1) / steps) for step in order], curves, **about)
+
+    @property
+    def keys(self) -> set[str]:
+        """Keys of all curves."""
+        return set(self.curves)
+
+    def at(self, key: str, progress: float) -> float | None:
+        """A curve's value at a fraction of the run.
+
+        The points are single steps, so each but the first and the last counts as the median of itself and its neighbours.
+        Between two points the value is linear in the progress, as most warm-ups and decays of a learning rate are.
+
+        Args:
+            key: Key of a curve.
+            progress: Fraction of the run.
+
+        Returns:
+            The value; None before the first point, after the last one, and where the base's value is zero or was not
+            measured.
+        """
+        points = self._smooth(key)
+        if not points or not points[0][0] * (1 - 1e-9) <= progress <= points[-1][0] * (1 + 1e-9):
+            return None
+        after = next((i for i, (x, _) in enumerate(points) if x >= progress), len(points) - 1)
+        (x0, y0), (x1, y1) = points[max(0, after - 1)], points[after]
+        share = 1.0 if x0 == x1 else (progress - x0) / (x1 - x0)
+        return y0 * (1 - share) + y1 * share
+
+    def _smooth(self, key: str) -> list[tuple[float, float]]:
+        points = [(x, y) for x, y in zip(self.progress, self.curves.get(key, ()), strict=False) if y]
+        inner = [
+            (x, sorted((a, y, b))[1]) for (_, a), (x, y), (_, b) in zip(points, points[1:], points[2:], strict=False)
+        ]
+        return [*points[:1], *inner, *points[1:][-1:]]
+
+    def first(self, key: str) -> float | None:
+        """The first value of a curve that is there."""
+        return next((value for value in self.curves.get(key, ()) if value is not None), None)
+
+    def match(self, key: str, depths: Mapping[str, float], roles: tuple[str, ...] = ()) -> str | None:
+        """The curve to compare one of another run with.
+
+        Args:
+            key: The other run's key.
+            depths: Its place -> relative depth.
+            roles: Roles to take instead of the key's own where the base has none of that role, in order.
+
+        Returns:
+            The key of the same quantity and role whose layers are nearest in relative depth; None if there is none.
+        """
+        quantity, role, place = key.split("/")
+        for candidate in (role, *roles):
+            own = [k for k in self.curves if k.startswith(f"{quantity}/{candidate}/")]
+            here = [k for k in own if (k.rpartition("/")[2] in self.depths) == (place in depths)]
+            if here and place in depths:
+                return min(here, key=lambda k: abs(self.depths[k.rpartition("/")[2]] - depths[place]))
+            if here:
+                return here[0]
+        return None
+
+    def save(self, path: str | Path) -> None:
+        """Writes it as JSON, atomically: whoever reads sees the old file or the whole new one."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        text = json.dumps({"kind": _KIND, "schema": SCHEMA, **asdict(self)}, separators=(",", ":"), allow_nan=False)
+        part.write_text(text + "\n", encoding="utf-8")
+        os.replace(part, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Fingerprint:
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: If the file is missing, unreadable, no fingerprint or of another schema.
+        """
+        again = "Record one with TransferMonitor(record=...) in the base run."
+        try:
+            plain = json.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ValueError(f"compare: there is no file {str(path)!r}. {again}") from None
+        except (OSError, ValueError) as error:
+            raise ValueError(f"compare: {str(path)!r} cannot be read as a fingerprint ({error}). {again}") from error
+        if not isinstance(plain, dict) or plain.pop("kind", None) != _KIND:
+            raise ValueError(f"compare: {str(path)!r} is JSON, but no fingerprint of a base run. {again}")
+        if (schema := plain.pop("schema", None)) != SCHEMA:
+            raise ValueError(
+                f"compare: {str(path)!r} has schema {schema!r}, but this version of lightning_mue reads {SCHEMA}. Record "
+                "the base again with this version."
+            )
+        return _checked(plain, path, again)
+
+
+def _checked(plain: dict[str, Any], path: str | Path, again: str) -> Fingerprint:
+    missing = {f.name for f in fields(Fingerprint)} ^ set(plain)
+    if missing:
+        raise ValueError(f"compare: {str(path)!r} lacks or has too many of the entries {sorted(missing)}. {again}")
+    found = Fingerprint(**plain)
+    try:
+        lengths = {len(curve) for curve in found.curves.values()}
+        well_formed = all(len(key.split("/")) == 3 for key in found.curves) and found.steps > 0
+        well_formed &= all(isinstance(x, (int, float)) for x in (*found.progress, *found.depths.values()))
+    except (AttributeError, TypeError):
+        well_formed = False
+    if not well_formed:
+        raise ValueError(f"compare: {str(path)!r} is damaged: its curves are not lists of numbers. {again}")
+    if not found.progress or lengths != {len(found.progress)} or found.progress != sorted(found.progress):
+        raise ValueError(
+            f"compare: the curves of {str(path)!r} have {sorted(lengths)} points for {len(found.progress)} ascending "
+            f"values of progress; they must agree. {again}"
+        )
+    return found
+
+
+def sampled_steps(steps: int, points: int) -> set[int]:
+    """Zero-based steps at which to record a run: half of the points at equal ratios from the start, half evenly.
+
+    Args:
+        steps: Optimizer steps of the run.
+        points: About how many steps to take; the first and the last are among them.
+    """
+    half = max(1, points // 2)
+    ratios = (steps ** (i / max(1, half - 1)) for i in range(half))
+    even = (1 + (steps - 1) * i / max(1, half - 1) for i in range(half))
+    return {min(steps, max(1, round(x))) - 1 for x in (*ratios, *even, 1, steps)}
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(f"{value:.{_DIGITS}g}")
+
+
+def _exactly(value: float) -> float:
+    return float(f"{value:.9g}")
