@@ -1,4 +1,4 @@
-"""``lightning-mue``: fit, validate, test and predict from YAML, and ``explain``, which prints the plan without training."""
+"""``lightning-mue``: fit, validate, test and predict from YAML; ``explain`` and ``coord-check`` (commands.py)."""
 
 from __future__ import annotations
 
@@ -6,75 +6,24 @@ import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.panel import Panel
 from rich.text import Text
-from torch.optim import Optimizer
 
 from lightning_mue.callbacks import MuECallback
+from lightning_mue.commands import MuETrainer
 from lightning_mue.data.base import LanguageDataModule
 from lightning_mue.parameterizations.render import wide_console
-from lightning_mue.parameterizations.table import Family
 
-
-class MuETrainer(Trainer):
-    """Lightning's Trainer with the command that needs no training."""
-
-    def explain(
-        self,
-        model: LightningModule,
-        datamodule: LightningDataModule | None = None,
-        family: Literal["adam", "sgd", "sphere"] | None = None,
-    ) -> None:
-        """Prints what the parameterization does to every parameter, on the meta device.
-
-        Args:
-            model: The module, which may be on ``meta``.
-            datamodule: Not used.
-            family: Optimizer family to explain for; by default that of the configured optimizer.
-        """
-        callback = next((c for c in self.callbacks if isinstance(c, MuECallback)), None)  # type: ignore[attr-defined]
-        if callback is None:
-            raise ValueError(
-                "explain: trainer.callbacks holds no MuECallback, so there is no parameterization to explain. Add "
-                "lightning_mue.callbacks.MuECallback to it."
-            )
-        wide_console().print(callback.make_plan(model, _optimizers(model, family)))
-
-
-def _optimizers(model: LightningModule, family: Family | None) -> list[Optimizer]:
-    """The module's optimizers without a run: only their family counts."""
-    if family is not None:
-        stand_in = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.0)
-        stand_in.mue_family = family  # type: ignore[attr-defined]
-        return [stand_in]
-    factory = getattr(model, "optimizer", None)
-    if callable(factory):
-        return [factory(list(model.named_parameters()))]
-    try:
-        configured = model.configure_optimizers()
-    except Exception as error:
-        raise ValueError(
-            f"explain: {type(model).__name__}.configure_optimizers cannot run without a trainer ({error}). Name the optimizer's "
-            "family: --family adam, sgd or sphere."
-        ) from error
-    return _flatten(configured)
-
-
-def _flatten(configured: Any) -> list[Optimizer]:
-    """The optimizers in what ``configure_optimizers`` returned, in any of its forms."""
-    if isinstance(configured, Optimizer):
-        return [configured]
-    if isinstance(configured, dict):
-        return _flatten(configured["optimizer"])
-    if isinstance(configured, (list, tuple)):
-        return [optimizer for item in configured for optimizer in _flatten(item)]
-    return []
+#: Commands that need the model's description only, not its weights.
+_ON_META = ("explain", "coord-check")
+#: What people write -> what the parser calls it: "+" appends to a list.
+_SPELLINGS = {"--axis": "--axis+", "--save-base": "--save_base"}
 
 
 class MuECLI(LightningCLI):
@@ -98,18 +47,37 @@ class MuECLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's commands and ``explain``."""
-        return {**LightningCLI.subcommands(), "explain": {"model", "datamodule"}}
+        """Lightning's commands and ours."""
+        return {**LightningCLI.subcommands(), **{command: {"model", "datamodule"} for command in _ON_META}}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Reads the command line, in which ``--axis`` may be given several times."""
+        if args is None or isinstance(args, list):
+            given = sys.argv[1:] if args is None else args
+            self.config = parser.parse_args([_spelled(arg) for arg in given])
+        else:
+            super().parse_arguments(parser, args)
 
     def instantiate_classes(self) -> None:
-        """Makes model, data and trainer; for ``explain`` without memory for the weights."""
-        with torch.device("meta") if self.subcommand == "explain" else nullcontext():
+        """Makes model, data and trainer; where the model is only described, without memory for its weights."""
+        with torch.device("meta") if self.subcommand in _ON_META else nullcontext():
             super().instantiate_classes()
 
     def after_fit(self) -> None:
         """Ends a training with a summary."""
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             summarize(self.trainer, self.model, self.datamodule)
+
+
+def _spelled(arg: str) -> str:
+    """An argument as the parser knows it.
+
+    Example:
+        >>> _spelled("--axis=width=64,128")
+        '--axis+=width=64,128'
+    """
+    name, equals, value = str(arg).partition("=")
+    return f"{_SPELLINGS.get(name, name)}{equals}{value}"
 
 
 def summarize(trainer: Trainer, model: LightningModule, datamodule: LightningDataModule | None) -> None:

@@ -1,0 +1,243 @@
+"""What training has done to each module's output on one batch, measured by running the module again with old weights.
+
+The quantities (theory.md section 7), for a module M with inputs x and output h, after t steps:
+
+    change       M(theta_t, x_t) - M(theta_0, x_0)            how far the output has moved since initialization
+    update       M(theta_t, x_t) - M(theta_t with p_0, x_t)   of one parameter p; (W_t - W_0) x_t for a linear layer
+    propagated   M(theta_0, x_t) - M(theta_0, x_0)            W_0 (x_t - x_0) for a linear layer
+    output       M(theta_t, x_t)
+
+Nothing is assumed about how M uses its parameters, so stacked experts, fused matrices, norms and custom ops need no case
+of their own. A router's decision is an input of the experts, so it is the same in both terms of a difference.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lightning_mue.parameterizations.modules import clean_name
+
+#: The role under which the outputs of numbered layers are recorded.
+STREAM = "residual stream"
+#: Calls a module again on the same inputs, with some parameters (path inside the module -> value) replaced.
+_Again = Callable[[Mapping[str, Tensor]], Tensor]
+_NUMBER = re.compile(r"(?:^|(?<=\.))\d+(?=\.|$)")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One number of one probe.
+
+    Attributes:
+        name: Qualified name of the parameter (``update``) or module (the other quantities).
+        role: The parameter's role; of a module's output ``residual stream`` for a numbered layer, else the role of the
+            one kind of parameter that it holds, or an empty string.
+        quantity: ``update``, ``change``, ``propagated`` or ``output``.
+        rms: ``sqrt(mean(square))`` over all entries, float32 or better.
+    """
+
+    name: str
+    role: str
+    quantity: str
+    rms: float
+
+
+def template(name: str) -> str:
+    """A qualified name with every layer index replaced by ``*``.
+
+    Example:
+        >>> template("blocks.3.ffn.experts.0.w1")
+        'blocks.*.ffn.experts.*.w1'
+    """
+    return _NUMBER.sub("*", name)
+
+
+def is_numbered_layer(name: str) -> bool:
+    """True for an element of the outermost list of layers, whose output is the residual stream.
+
+    Example:
+        >>> [is_numbered_layer(n) for n in ("blocks.3", "blocks.3.experts.1", "head")]
+        [True, False, False]
+    """
+    return template(name).endswith("*") and len(_NUMBER.findall(name)) == 1
+
+
+def tensor_of(output: Any) -> Tensor | None:
+    """The tensor by which an output is judged: itself, its ``logits``, else its first floating-point tensor."""
+    if isinstance(output, Tensor):
+        return output.detach() if output.is_floating_point() else None
+    logits = getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits.detach()
+    if isinstance(output, Mapping):
+        parts = list(output.values())
+    elif isinstance(output, (tuple, list)):
+        parts = list(output)
+    elif is_dataclass(output):
+        parts = [getattr(output, field.name) for field in fields(output)]
+    else:
+        parts = []
+    return next((found for found in map(tensor_of, parts) if found is not None), None)
+
+
+class ModuleProbe:
+    """Measures the quantities of every module that holds trainable parameters, and of the numbered layers.
+
+    Args:
+        module: The module, at initialization. Its parameters are copied (one copy of the model is kept).
+        run: Runs the module on the probe batch, the same way each time: two runs must differ by the weights alone. It is
+            called in evaluation mode (no dropout) and without gradients.
+        roles: Clean parameter name -> role.
+    """
+
+    def __init__(self, module: nn.Module, run: Callable[[], object], roles: Mapping[str, str]) -> None:
+        self.module, self.run = module, run
+        named = [(clean_name(n), p) for n, p in module.named_parameters(remove_duplicate=False) if p.requires_grad]
+        by_tensor = {id(p): roles[name] for name, p in named if name in roles}  # the second name of a tied weight too
+        self.roles = {name: by_tensor.get(id(p), "") for name, p in named}
+        self._start = {name: p.detach().clone() for name, p in named}
+        self._modules = {clean_name(name): m for name, m in module.named_modules(remove_duplicate=False)}
+        called: dict[str, None] = {}
+        self._visit(lambda name, call, again, h: called.setdefault(name), list(self._modules))
+        #: Module -> its parameters, by path inside it. A parameter counts for the innermost module around it that is called:
+        #: torch's attention hands its output projection's weight to a function, and never calls that module.
+        self._owned: dict[str, list[str]] = {name: [] for name in called if is_numbered_layer(name)}
+        #: Parameters around which no module is called: nothing can be said about them.
+        self.unseen: list[str] = []
+        for name in self.roles:
+            owner = next((prefix for prefix in _prefixes(name) if prefix in called), None)
+            if owner is None:
+                self.unseen.append(name)
+            else:
+                self._owned.setdefault(owner, []).append(_inside(owner, name))
+        self._first: dict[tuple[str, int], Tensor] = {}
+        self._visit(lambda name, call, again, h: self._first.__setitem__((name, call), h.clone()), self._owned)
+
+    def measure(self) -> list[Measured]:
+        """Runs the probe batch with the present weights.
+
+        Returns:
+            One entry for each parameter and module and quantity; several calls of one module in a run are pooled. A module
+            that is called with other shapes than at first (experts in a ModuleList) has no ``change`` and ``propagated``.
+        """
+        squares: dict[tuple[str, str], float] = defaultdict(float)
+        counts: dict[tuple[str, str], int] = defaultdict(int)
+
+        def add(name: str, call: int, again: _Again, h: Tensor) -> None:
+            for key, difference in self._differences(name, self._first.get((name, call)), again, h):
+                squares[key] += float(difference.square().sum(dtype=torch.float64))
+                counts[key] += difference.numel()
+
+        self._visit(add, self._owned)
+        return [
+            Measured(name, self._role(name, quantity), quantity, (squares[name, quantity] / count) ** 0.5)
+            for (name, quantity), count in counts.items()
+            if count
+        ]
+
+    def _differences(
+        self, name: str, first: Tensor | None, again: _Again, h: Tensor
+    ) -> Iterator[tuple[tuple[str, str], Tensor]]:
+        """Yields ((name, quantity), difference) of one call."""
+        yield (name, "output"), h
+        own = self._owned[name]
+        old = {_inside(name, full): value for full, value in self._start.items() if _is_inside(name, full)}
+        for path in own:
+            yield (f"{name}.{path}" if name else path, "update"), h - again({path: old[path]})
+        if first is not None and first.shape == h.shape:
+            yield (name, "change"), h - first
+            if own:
+                yield (name, "propagated"), again(old) - first
+
+    def _visit(self, consume: Callable[[str, int, _Again, Tensor], object], names: Iterable[str]) -> None:
+        """Runs the probe batch and hands over (module name, number of its call, function that repeats it, output)."""
+        calls: dict[str, int] = defaultdict(int)
+        repeating = False
+
+        def hook(name: str, child: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            nonlocal repeating
+            h = None if repeating else tensor_of(output)
+            if h is None:
+                return
+            calls[name] += 1
+            repeating = True
+            with torch.random.fork_rng(devices=_cuda(h)):  # what is repeated must not change what comes after
+                consume(name, calls[name], _repeat(child, args, kwargs), _exact(h))
+            repeating = False
+
+        def with_name(name: str) -> Callable[..., None]:
+            return lambda child, args, kwargs, output: hook(name, child, args, kwargs, output)
+
+        hooked = {name: self._modules[name] for name in names}
+        handles = [c.register_forward_hook(with_name(n), with_kwargs=True) for n, c in hooked.items()]
+        try:
+            with torch.no_grad(), _evaluating(self.module):
+                self.run()
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _role(self, name: str, quantity: str) -> str:
+        if quantity == "update":
+            return self.roles[name]
+        if is_numbered_layer(name):
+            return STREAM
+        own = {self.roles[f"{name}.{path}" if name else path] for path in self._owned[name]} - {"bias"}
+        return own.pop() if len(own) == 1 else ""
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    """The modules around a parameter, innermost first: ``a.b.w`` -> ``a.b``, ``a``, and the root, an empty name."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def _is_inside(module: str, name: str) -> bool:
+    return not module or name.startswith(f"{module}.")
+
+
+def _inside(module: str, name: str) -> str:
+    """A qualified name as seen from a module around it."""
+    return name[len(module) + 1 :] if module else name
+
+
+def _exact(h: Tensor) -> Tensor:
+    """In float32, or float64 where the module computes in it."""
+    return h.to(torch.promote_types(h.dtype, torch.float32))
+
+
+def _cuda(h: Tensor) -> list[torch.device]:
+    return [h.device] if h.is_cuda else []
+
+
+def _repeat(child: nn.Module, args: Any, kwargs: Any) -> _Again:
+    """A function that calls a module again on its inputs, with some parameters replaced."""
+
+    def again(parameters: Mapping[str, Tensor]) -> Tensor:
+        h = tensor_of(functional_call(child, dict(parameters), args, kwargs))
+        assert h is not None
+        return _exact(h)
+
+    return again
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout), then every submodule back in its own mode."""
+    modes = {child: child.training for child in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, mode in modes.items():
+            child.training = mode

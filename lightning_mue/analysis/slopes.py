@@ -1,0 +1,240 @@
+"""Slopes of what was measured against size, and the verdict on a parameterization."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from lightning_mue.analysis.probe import STREAM, is_numbered_layer, template
+
+Status = Literal["pass", "FAIL", "non-finite", "zero", "one size", ""]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One measurement, as a line of the CSV.
+
+    Attributes:
+        size: Position on the x axis.
+        seed: Seed of the run.
+        step: Optimizer steps taken before the measurement.
+        name: Parameter (for ``update``) or module.
+        role: Role of the parameter; ``residual stream`` for the output of a numbered layer.
+        quantity: ``update``, ``change``, ``propagated``, ``output`` (see probe.py) or ``loss``.
+        rms: Root mean square; the loss itself for ``loss``.
+        base: The base's parameter from which this one scales, if it is a parameter and has one.
+    """
+
+    size: float
+    seed: int
+    step: int
+    name: str
+    role: str
+    quantity: str
+    rms: float
+    base: str | None = None
+
+
+@dataclass(frozen=True)
+class Slope:
+    """How one quantity of one layer (all layers of a template together) grows with size.
+
+    Attributes:
+        name: Template of names, e.g. ``blocks.*.ffn.w_up``; where the depth varies, with the relative position of a layer.
+        role: Role, as in :class:`Record`.
+        quantity: What was measured.
+        step: The step of the measurement.
+        sizes: Sizes at which there is a value, ascending.
+        rms: Geometric mean over seeds and layers at each of them.
+        slope: Least-squares slope of log2 rms against log2 size; NaN where there is none.
+        error: Its standard error over seeds; NaN for one seed.
+        lower: The slope over the lower half of the sizes.
+        upper: The slope over the upper half.
+        decides: Whether the verdict depends on it.
+        status: ``pass``, ``FAIL``, or why there is no slope; empty where it does not decide.
+        zeros: Measurements that were exactly zero, which have no logarithm and are left out.
+    """
+
+    name: str
+    role: str
+    quantity: str
+    step: int
+    sizes: tuple[float, ...]
+    rms: tuple[float, ...]
+    slope: float
+    error: float
+    lower: float
+    upper: float
+    decides: bool
+    status: Status
+    zeros: int = 0
+
+
+@dataclass
+class _Group:
+    """Log2 values of one line of the table: size -> seed -> values of its layers; and what has no logarithm."""
+
+    role: str
+    logs: dict[float, dict[int, list[float]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(list)))
+    zeros: int = 0
+    broken: int = 0
+
+
+def fit_slope(sizes: Sequence[float], logs: Sequence[float]) -> float:
+    """Least-squares slope of ``logs`` (log2 of a value) against log2 of ``sizes``; NaN for fewer than two sizes.
+
+    Example:
+        >>> round(fit_slope([1, 2, 4], [0.0, 0.5, 1.0]), 6)
+        0.5
+    """
+    if len(sizes) < 2:
+        return math.nan
+    x = np.log2(np.asarray(sizes, dtype=float))
+    y = np.asarray(logs, dtype=float)
+    return float(((x - x.mean()) * (y - y.mean())).sum() / np.square(x - x.mean()).sum())
+
+
+def common_prefix(names: Iterable[str]) -> str:
+    """What all dotted names begin with, e.g. ``transformer.``; every name keeps at least its last part.
+
+    Example:
+        >>> common_prefix(["net.blocks.*.w", "net.head"])
+        'net.'
+    """
+    shared = []
+    for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(f"{parts[0]}.")
+    return "".join(shared)
+
+
+def fit_slopes(records: Iterable[Record], *, step: int, tolerance: float, depth_moves: bool) -> list[Slope]:
+    """Fits every line of the table at one step.
+
+    Args:
+        records: Measurements at all sizes.
+        step: The step to look at.
+        tolerance: Largest absolute slope that passes.
+        depth_moves: Layers are then told apart by relative position, and only the residual stream and the logits decide.
+
+    Returns:
+        One entry a template and quantity: failing ones first, then the deciding ones by absolute slope.
+    """
+    at_step = [record for record in records if record.step == step and record.quantity != "loss"]
+    groups = _group(at_step, depth_moves)
+    has_stream = any(role == STREAM for group in groups.values() for role in [group.role])
+    slopes = [
+        _fit(name, quantity, step, group, _decides(quantity, group.role, depth_moves, has_stream), tolerance)
+        for (name, quantity), group in groups.items()
+    ]
+    return sorted(slopes, key=_worst_first)
+
+
+def _decides(quantity: str, role: str, depth_moves: bool, has_stream: bool) -> bool:
+    """What a verdict rests on: every parameter's update, and the change of the residual stream and of the logits.
+
+    In depth the updates of single parameters shrink or grow by design (L^(alpha-1)), so that only their sum counts. A
+    module without numbered layers has no stream to single out: then every module's change counts.
+    """
+    if quantity == "update":
+        return not depth_moves
+    return quantity == "change" and (role in (STREAM, "unembedding") or not has_stream)
+
+
+def _group(records: list[Record], depth_moves: bool) -> dict[tuple[str, str], _Group]:
+    sizes = {record.size for record in records}
+    present: dict[str, set[float]] = defaultdict(set)
+    for record in records:
+        present[template(record.name)].add(record.size)
+    positions = _Positions(records) if depth_moves else None
+    groups: dict[tuple[str, str], _Group] = {}
+    for record in records:
+        name = template(record.name)
+        if record.base is not None and present[name] != sizes:
+            name = template(record.base)  # a dense FFN at one size, experts at another: the same line
+        if positions is not None:
+            label = positions.label(record)
+            if label is None:
+                continue
+            name += label
+        group = groups.setdefault((name, record.quantity), _Group(record.role))
+        if not math.isfinite(record.rms):
+            group.broken += 1
+        elif record.rms == 0.0:
+            group.zeros += 1
+        else:
+            group.logs[record.size][record.seed].append(math.log2(record.rms))
+    return groups
+
+
+class _Positions:
+    """Relative positions of layers: those that the shallowest model has, so that like is compared with like."""
+
+    def __init__(self, records: list[Record]) -> None:
+        self.depths: dict[float, int] = defaultdict(int)
+        for record in records:
+            if record.quantity == "change" and is_numbered_layer(record.name):
+                self.depths[record.size] = max(self.depths[record.size], self._index(record.name) + 1)
+        self.least = min(self.depths.values(), default=0)
+
+    @staticmethod
+    def _index(name: str) -> int:
+        return next(int(part) for part in name.split(".") if part.isdigit())
+
+    def label(self, record: Record) -> str | None:
+        """`` @ 1/2`` for a layer at half depth, empty outside the layers, None for a layer between the positions."""
+        depth = self.depths.get(record.size, 0)
+        if "*" not in template(record.name) or depth == 0:
+            return ""
+        layer = self._index(record.name)
+        for position in range(1, self.least + 1):
+            if layer == round(position * depth / self.least) - 1:
+                return f" @ {position}/{self.least}"
+        return None
+
+
+def _fit(name: str, quantity: str, step: int, group: _Group, decides: bool, tolerance: float) -> Slope:
+    by_size = {size: {s: float(np.mean(v)) for s, v in seeds.items()} for size, seeds in sorted(group.logs.items())}
+    sizes, logs = list(by_size), [float(np.mean(list(seeds.values()))) for seeds in by_size.values()]
+    half = (len(sizes) + 1) // 2
+    slope = fit_slope(sizes, logs)
+    status: Status = "pass" if abs(slope) <= tolerance else "FAIL"
+    if group.broken:
+        slope, status = math.nan, "non-finite"
+    elif not sizes:
+        status = "zero"
+    elif len(sizes) < 2:
+        status = "one size"
+    fails = status == "non-finite"  # never silent, wherever it is
+    return Slope(
+        name=name,
+        role=group.role,
+        quantity=quantity,
+        step=step,
+        sizes=tuple(sizes),
+        rms=tuple(2.0**log for log in logs),
+        slope=slope,
+        error=_error_over_seeds(by_size),
+        lower=fit_slope(sizes[:half], logs[:half]),
+        upper=fit_slope(sizes[-half:], logs[-half:]),
+        decides=decides or fails,
+        status=status if decides or fails else "",
+        zeros=group.zeros,
+    )
+
+
+def _error_over_seeds(by_size: dict[float, dict[int, float]]) -> float:
+    seeds = set.intersection(*(set(seeds) for seeds in by_size.values())) if by_size else set()
+    slopes = [fit_slope(list(by_size), [by_size[size][seed] for size in by_size]) for seed in sorted(seeds)]
+    return float(np.std(slopes, ddof=1) / len(slopes) ** 0.5) if len(slopes) > 1 else math.nan
+
+
+def _worst_first(slope: Slope) -> tuple[bool, bool, float]:
+    bad = slope.status in ("FAIL", "non-finite")
+    return (not bad, not slope.decides, -abs(slope.slope) if math.isfinite(slope.slope) else -math.inf if bad else 0.0)

@@ -1,0 +1,279 @@
+"""A few steps of training under a rule, with a probe before, between and after them."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_mue.analysis.probe import ModuleProbe
+from lightning_mue.analysis.slopes import Record
+from lightning_mue.parameterizations import ScaledStep, ScalingPlan, initialize, plan
+from lightning_mue.parameterizations.apply import named_tensors
+from lightning_mue.parameterizations.drawing import draw_
+from lightning_mue.parameterizations.groups import family_of
+from lightning_mue.parameterizations.record import measure_init
+
+Loss = Callable[[Any, Any], Tensor]
+OptimizerFactory = Callable[[list[tuple[str, nn.Parameter]]], Optimizer]
+
+
+class ShortTraining:
+    """Trains models of several sizes alike, and collects what the probes find.
+
+    A real Trainer runs each training, so a module's own ``training_step``, hooks and callbacks work as in ``fit``.
+
+    Args:
+        plan_arguments: Arguments of :func:`lightning_mue.plan` except for the model and the optimizer's family.
+        loss: Replaces ``training_step``; needed for a module that is no LightningModule.
+        optimizer: Replaces the module's own optimizer.
+        lr: Learning rate of the first parameter group, the others keeping their ratio to it; None: the optimizer's own.
+        lr_factor: Multiplies all learning rates.
+        measured: Steps after which to measure, ascending.
+        trainer_options: Further arguments of the Trainer.
+
+    Attributes:
+        records: Everything measured so far.
+        unseen: Parameters that the probe batch did not reach.
+        notes: The plans' notes.
+        family: The optimizer's family, once a training has run.
+    """
+
+    def __init__(
+        self,
+        plan_arguments: Mapping[str, Any],
+        loss: Loss | None,
+        optimizer: OptimizerFactory | None,
+        lr: float | None,
+        lr_factor: float,
+        measured: tuple[int, ...],
+        trainer_options: Mapping[str, Any],
+    ) -> None:
+        self.plan_arguments = plan_arguments
+        self.loss, self.optimizer, self.lr, self.lr_factor = loss, optimizer, lr, lr_factor
+        self.measured, self.trainer_options = measured, trainer_options
+        self.records: list[Record] = []
+        self.unseen: dict[str, None] = {}
+        self.notes: dict[str, None] = {}
+        self.family = ""
+
+    def run(self, make: Callable[[], nn.Module], batches: Sequence[Any], *, x: float, seed: int) -> None:
+        """Trains one model on ``batches``, one step each."""
+        with torch.random.fork_rng(), _quiet():
+            torch.manual_seed(seed)
+            module = make()
+            lightning_module = self._prepare(module)
+            trainer = Trainer(
+                **{
+                    "accelerator": "cpu",
+                    "devices": 1,
+                    "logger": False,
+                    "enable_checkpointing": False,
+                    "enable_progress_bar": False,
+                    "enable_model_summary": False,
+                    "max_epochs": 1,
+                    "limit_train_batches": len(batches),
+                    "limit_val_batches": 0,
+                    **self.trainer_options,
+                    "callbacks": [_Recorder(self, module, x, seed)],
+                }
+            )
+            trainer.fit(lightning_module, train_dataloaders=_Batches(batches))
+
+    def plan(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> ScalingPlan:
+        """The plan for a module; its notes are kept."""
+        families = {family_of(optimizer) for optimizer in optimizers}
+        if len(families) != 1:
+            raise ValueError(
+                f"optimizer: found families {sorted(families)}; a coordinate check needs one optimizer family."
+            )
+        family = families.pop()
+        self.family = family
+        made = plan(module, family=family, **self.plan_arguments)
+        self.notes.update(dict.fromkeys(made.notes))
+        return made
+
+    def _prepare(self, module: nn.Module) -> LightningModule:
+        """A LightningModule that trains ``module`` with the wanted loss and a constant learning rate, and logs nothing."""
+        if not isinstance(module, LightningModule):
+            if self.loss is None:
+                raise TypeError(
+                    f"loss: {type(module).__name__} is no LightningModule, so how to train it is not known. Give "
+                    "loss=lambda model, batch: ... ."
+                )
+            trained: LightningModule = _Wrapped(module)
+        else:
+            trained = module
+        own, callbacks = trained.configure_optimizers, trained.configure_callbacks
+        changed: dict[str, Any] = {
+            "log": _nothing,
+            "log_dict": _nothing,
+            "configure_optimizers": lambda: self._optimizers(module, own),
+            "configure_callbacks": lambda: _without_mue(callbacks()),
+        }
+        if self.loss is not None:
+            loss = self.loss
+            changed["training_step"] = lambda batch, batch_idx: loss(module, batch)
+            trained.automatic_optimization = True
+        for name, value in changed.items():
+            object.__setattr__(trained, name, value)
+        return trained
+
+    def _optimizers(self, module: nn.Module, own: Callable[[], Any]) -> Any:
+        made = (
+            [self.optimizer(list(module.named_parameters()))]
+            if self.optimizer is not None
+            else flatten_optimizers(own())
+        )
+        if not made:
+            raise ValueError(f"optimizer: {type(module).__name__}.configure_optimizers returns none; give `optimizer`.")
+        groups = [group for optimizer in made for group in optimizer.param_groups]
+        # What a scheduler did in its constructor (a warm-up that begins with 0) is undone.
+        rates = [float(group.get("initial_lr", group["lr"])) for group in groups]
+        factor = self.lr_factor if self.lr is None else self.lr_factor * self.lr / rates[0]
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate * factor
+        return made if len(made) > 1 else made[0]
+
+
+class _Batches:
+    """A loader of batches that are made already; a plain list would mean several loaders to the Trainer."""
+
+    def __init__(self, batches: Sequence[Any]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
+
+
+class _Wrapped(LightningModule):
+    """A plain module, to be trained by a Trainer; the optimizer is the default of a coordinate check."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        raise NotImplementedError  # replaced
+
+    def configure_optimizers(self) -> Optimizer:
+        return torch.optim.AdamW(self.module.parameters(), lr=1e-2, weight_decay=0.0)
+
+
+class _Recorder(Callback):
+    """Applies the plan at fit start, as MuECallback does, and measures after the steps that are asked for."""
+
+    def __init__(self, training: ShortTraining, module: nn.Module, x: float, seed: int) -> None:
+        self.training, self.module, self.x, self.seed = training, module, x, seed
+        self.steps: list[ScaledStep] = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.made = self.training.plan(self.module, trainer.optimizers)
+        if self.made.same_size:
+            _draw_anew(self.module, self.made, self.seed)
+        else:
+            initialize(self.module, self.made, seed=self.seed)
+            self.steps = [ScaledStep(optimizer, self.made, self.module) for optimizer in trainer.optimizers]
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:  # the batch as the training step gets it: on the device, through all transfer hooks
+            kept = copy.deepcopy(batch)
+            roles = {entry.name: entry.role for entry in self.made.parameters}
+            self.probe = ModuleProbe(self.module, lambda: _run(pl_module, kept, self.seed), roles)
+            self.training.unseen.update(dict.fromkeys(self.probe.unseen))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        for step in self.steps:
+            step.restore()
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            self._record(batch_idx + 1, "", "", "loss", float(loss))
+        if batch_idx + 1 in self.training.measured:
+            for m in self.probe.measure():
+                self._record(batch_idx + 1, m.name, m.role, m.quantity, m.rms)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for step in self.steps:
+            step.remove()
+
+    def _record(self, step: int, name: str, role: str, quantity: str, rms: float) -> None:
+        bases = {entry.name: entry.base for entry in self.made.parameters} if quantity == "update" else {}
+        self.training.records.append(Record(self.x, self.seed, step, name, role, quantity, rms, bases.get(name)))
+
+
+@torch.no_grad()
+def _draw_anew(module: nn.Module, made: ScalingPlan, seed: int) -> None:
+    """Draws a model of the base's size as :func:`initialize` draws the others, which leaves it as it is.
+
+    Otherwise the base alone could have the same weights under every seed.
+    """
+    tensors = named_tensors(module)
+    for entry in made.parameters:
+        if tensors[entry.name].requires_grad:
+            draw_(tensors[entry.name], replace(entry, init=measure_init(tensors[entry.name])), seed)
+
+
+def _run(module: LightningModule, batch: Any, seed: int) -> None:
+    """One forward pass, by the training step; with the same random numbers (noise, masks) each time."""
+    step: Any = module.training_step
+    if not module.automatic_optimization:
+        step = module.validation_step
+        if not is_overridden("validation_step", module):
+            raise ValueError(
+                f"loss: {type(module).__name__} optimizes by hand in its training_step, so the probe cannot call it. Give it a "
+                "validation_step, or give `loss`."
+            )
+    device = module.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        step(batch, 0)
+
+
+def _without_mue(callbacks: Any) -> list[Callback]:
+    """A module's own callbacks except for a MuECallback (known by name only here), which would scale a second time."""
+    listed = [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
+    return [callback for callback in listed if type(callback).__name__ != "MuECallback"]
+
+
+def flatten_optimizers(configured: Any) -> list[Optimizer]:
+    """The optimizers in what ``configure_optimizers`` returned, in any of its forms, without the schedulers."""
+    if isinstance(configured, Optimizer):
+        return [configured]
+    if isinstance(configured, Mapping):
+        return flatten_optimizers(configured["optimizer"])
+    if isinstance(configured, (list, tuple)):
+        return [optimizer for item in configured for optimizer in flatten_optimizers(item)]
+    return []
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """Takes the place of ``self.log``: a probe is no training step to log."""
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps back the Trainer's remarks on hardware, workers and finished epochs, which hold for a dozen short runs."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")
+            yield
+    finally:
+        logger.setLevel(level)
