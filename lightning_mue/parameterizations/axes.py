@@ -50,7 +50,14 @@ class Axes:
     def changed(self, base: Axes) -> list[str]:
         """Names of the axes that differ from the base's."""
         pairs = ((name, size, getattr(base, name)) for name, size in asdict(self).items())
-        return [name for name, size, old in pairs if size is not None and old is not None and size != old]
+        # Of two dense models the FFN's width is named once, not as the width of one expert and of the active ones too.
+        dense = all((axes.n_experts or 1) == 1 and axes.ffn_width is not None for axes in (self, base))
+        twice = {"expert_width", "active_width"} if dense else set()
+        return [
+            name
+            for name, size, old in pairs
+            if size is not None and old is not None and size != old and name not in twice
+        ]
 
     def sizes(self) -> dict[str, float]:
         """Symbol of the tables -> absolute size, for the known axes."""

@@ -52,8 +52,13 @@ def build_base(model: nn.Module, base: Base, *, device: str | None = None) -> nn
     with _fixed_rng(), torch.device(device or "cpu"):
         if isinstance(base, Mapping):
             made = _rebuild(model, {key: value for key, value in base.items() if key not in RUN_KEYS})
-        else:
+        elif callable(base):
             made = base()
+        else:
+            raise ValueError(
+                f"base: found {base!r}, expected overrides such as {{width: 64}}, a module, a function that makes one, or the path "
+                "of a saved base."
+            )
         if (mesh := getattr(model, "_device_mesh", None)) is not None:
             made._device_mesh = mesh  # where configure_model shards, it asks the module for the mesh
         configure_model: Any = getattr(made, "configure_model", None)
@@ -72,8 +77,9 @@ def _rebuild(model: nn.Module, overrides: Mapping[str, Any]) -> nn.Module:
     accepted = list(signature)
     open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.values())
     for key in overrides:
-        if key not in accepted and not open_ended:
-            close = difflib.get_close_matches(key, accepted, n=1)
+        close = difflib.get_close_matches(key, [*accepted, *hparams], n=1, cutoff=0.75)
+        # **kwargs take any key: only one that looks like a known one is a slip.
+        if key not in accepted and key not in hparams and (close or not open_ended):
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(
                 f"base.{key}: {cls.__name__} takes no argument {key!r}.{hint} It takes: {', '.join(accepted)}."

@@ -9,7 +9,8 @@ from __future__ import annotations
 from lightning_mue.parameterizations.complete_p import COMPLETE_P, COMPLETE_P_ADAM
 from lightning_mue.parameterizations.table import Parameterization, register, rows
 
-_UP = {"init": "d^-1/2", "lr": "d^-1 L^(alpha-1) S", "wd": "d S"}
+# The fan-in of an up matrix is d: see complete_p.py.
+_UP = {"init": "fan_in^-1/2", "lr": "fan_in^-1 L^(alpha-1) S", "wd": "fan_in S"}
 _DOWN = {"init": "A^1/2 d^-1", "lr": "d^-1 L^(alpha-1) S", "wd": "d S"}
 # The gradient of an FFN's weights: the residual stream's d^-1 through the multiplier c = d / A, of which one expert sees the
 # fraction kappa of the tokens. For a dense FFN kappa is 1 on both sides, unless the other side is an MoE.

@@ -7,7 +7,14 @@ from __future__ import annotations
 
 from lightning_mue.parameterizations.table import Parameterization, register, rows
 
-_HIDDEN = {"init": "d^-1/2", "lr": "d^-1 L^(alpha-1) S", "wd": "d S", "eps": "d^-1 L^-alpha S^-1"}
+# The fan-in of a matrix that reads the residual stream is d, the paper's symbol; where it is not (an output projection of a fixed
+# number of heads, a low-rank factor, a layer of a part that does not grow), its own fan-in is what counts.
+_HIDDEN = {
+    "init": "fan_in^-1/2",
+    "lr": "fan_in^-1 L^(alpha-1) S",
+    "wd": "fan_in S",
+    "eps": "d^-1 L^-alpha S^-1",
+}
 
 COMPLETE_P_ADAM = {
     **rows(
@@ -15,17 +22,12 @@ COMPLETE_P_ADAM = {
         embedding={"lr": "S", "wd": "S", "eps": "d^-1 S^-1"},
         hidden=_HIDDEN,
         ffn_up=_HIDDEN,
-        ffn_down={
-            "init": "fan_in^-1/2",
-            "lr": "fan_in^-1 L^(alpha-1) S",
-            "wd": "fan_in S",
-            "eps": "d^-1 L^-alpha S^-1",
-        },
+        ffn_down=_HIDDEN,
         bias={"lr": "L^(alpha-1) S", "wd": "S", "eps": "d^-1 L^-alpha S^-1"},
         norm={"lr": "L^(alpha-1) S", "wd": "S", "eps": "d^-1 L^-alpha S^-1"},
         qk_norm={"lr": "L^(alpha-1) S", "wd": "S", "eps": "L^-alpha S^-1"},
         final_norm={"lr": "S", "wd": "S", "eps": "S^-1"},
-        unembedding={"init": "d^-1", "lr": "d^-1 S", "wd": "d S", "eps": "S^-1"},
+        unembedding={"init": "fan_in^-1", "lr": "fan_in^-1 S", "wd": "fan_in S", "eps": "S^-1"},
     ),
     **rows("2512.22382 (theory 4.3)", "derived", scalar={"lr": "S", "wd": "S", "eps": "S^-1"}),
 }

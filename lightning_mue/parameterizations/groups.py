@@ -25,15 +25,28 @@ _MUON_ADJUSTMENTS = {
 def family_of(optimizer: torch.optim.Optimizer) -> Family:
     """The family in whose table an optimizer's factors stand.
 
+    Of the Muons only torch.optim.Muon is known by its type, because only of it are the factors of the matrix shape known, for
+    which `split` makes up; another one has to say that it is one, with ``mue_family = "muon"``.
+
     Raises:
         ValueError: For an optimizer that no table covers.
     """
     declared = getattr(optimizer, "mue_family", None)
     if declared is not None:
         return declared
-    for cls in type(optimizer).__mro__:  # a subclass of AdamW by any name updates like Adam
-        for family in ("muon", "adam", "sgd"):
-            if family in cls.__name__.lower():
+    if (muon := getattr(torch.optim, "Muon", None)) is not None and isinstance(optimizer, muon):
+        return "muon"
+    classes = [cls.__name__ for cls in type(optimizer).__mro__]  # a subclass of AdamW by any name updates like Adam
+    if any("muon" in name.lower() for name in classes):
+        raise ValueError(
+            f"optimizer: found {type(optimizer).__name__}, a Muon other than torch.optim.Muon, whose factors of the matrix shape "
+            "are not known here. Use torch.optim.Muon; or set its attribute mue_family = 'muon': the plan's lr of a matrix is "
+            "then the wanted ratio of its update's spectral norm to the base's, so the optimizer's own factor must be the same "
+            "at both sizes (switch it off if it has one)."
+        )
+    for name in classes:
+        for family in ("adam", "sgd"):
+            if family in name.lower():
                 return family  # type: ignore[return-value]
     raise ValueError(
         f"optimizer: found {type(optimizer).__name__}; a parameterization is known for Adam-like optimizers (Adam, AdamW), SGD, "

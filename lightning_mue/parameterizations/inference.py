@@ -11,13 +11,14 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from lightning_mue.parameterizations.modules import ParameterInfo, some
+from lightning_mue.parameterizations.modules import ParameterInfo, all_indices, some, split_layer
 from lightning_mue.parameterizations.roles import MATRIX_ROLES, Role
 
 _ATTENTION = re.compile(r"(^|\.)\w*(attn|attention)\w*(\.|$)", re.IGNORECASE)
 _EXPERTS = re.compile(r"(^|\.)\w*experts\b", re.IGNORECASE)
 _SHARED = re.compile(r"(^|\.)shared_(experts?|mlp|ffn)(\.|$)")
-_ROUTER = re.compile(r"(^|\.)(router|gating|gate_network)(\.|$)|\.(gate|wg|shared_expert_gate)$")
+_ROUTER = re.compile(r"(^|\.)(router|gating|gate_network)(\.|$)|(^|\.)(gate|wg|shared_expert_gate)$")
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_layer|unembed\w*|\w*head|classifier|score)$")
 _UP = re.compile(
     r"[._](gate_proj|up_proj|gate_up_proj|w_?gate|w_?up|gate|up|fc_?1|fc_in|w1|w3|w12|w13|linear_?1|lin_?1|wi(_[01])?|c_fc"
     r"|intermediate\.dense|dense_h_to_4h|input_linear)$"
@@ -43,7 +44,8 @@ def name_roles(infos: list[ParameterInfo]) -> list[ParameterInfo]:
     Args:
         infos: All parameters of a module, in order.
     """
-    moes = {_layer_of(info.path) for info in infos if _EXPERTS.search(info.path)}
+    moes = {_moe_of(info.path) for info in infos if _EXPERTS.search(info.path)}
+    widths = residual_widths(infos)
     layers = [i for i, info in enumerate(infos) if info.position[1] >= 0]
     last_layer = layers[-1] if layers else len(infos)
     result = []
@@ -51,6 +53,8 @@ def name_roles(infos: list[ParameterInfo]) -> list[ParameterInfo]:
         role = info.role
         if role is None and len(info.shape) >= 2:
             role = _matrix_role(info, moes)
+            if role is None and layers and i > last_layer and _is_head(info, widths.get("norms")):
+                role = Role.UNEMBEDDING
         elif role is Role.NORM and _QK_NORM.search(info.name):
             role = Role.QK_NORM
         elif role is Role.NORM and i > last_layer and info.form == "norm":
@@ -59,10 +63,28 @@ def name_roles(infos: list[ParameterInfo]) -> list[ParameterInfo]:
     return result
 
 
+def _is_head(info: ParameterInfo, width: int | None) -> bool:
+    """True for a linear layer outside and after the layers that leaves the residual width, or is called a head."""
+    leaves = info.fans[0] == width != info.fans[1]
+    return info.form == "linear" and (leaves or bool(_HEAD.search(info.path)))
+
+
 def _layer_of(path: str) -> str:
-    """A path up to and with its layer index: experts and the router that serves them share it."""
-    match = re.search(r"^(.*?\.)?\d+(?=\.|$)", path)
-    return match[0] if match else ""
+    """A path up to and with its layer index, or the empty path."""
+    template, layer = split_layer(path)
+    return f"{template.split('*')[0]}{layer}" if layer >= 0 else ""
+
+
+def _moe_of(path: str) -> str:
+    """Where the router that serves some experts stands: in their layer, else beside them."""
+    return _layer_of(path) or path[: _EXPERTS.search(path).start()]  # type: ignore[union-attr]
+
+
+def _serves(path: str, moes: set[str]) -> bool:
+    """True for a path in a layer with experts, or beside them."""
+    if layer := _layer_of(path):
+        return layer in moes
+    return any(moe == "" or path.startswith(f"{moe}.") for moe in moes)
 
 
 def _matrix_role(info: ParameterInfo, moes: set[str]) -> Role | None:
@@ -75,7 +97,7 @@ def _matrix_role(info: ParameterInfo, moes: set[str]) -> Role | None:
         if _DOWN.search(path):
             return Role.EXPERT_DOWN
         return Role.EXPERT_UP if _UP.search(path) else None
-    if _ROUTER.search(path) and _layer_of(path) in moes:
+    if _ROUTER.search(path) and _serves(path, moes):
         return Role.ROUTER
     if info.position[1] < 0 and not _SHARED.search(path):
         return None
@@ -127,6 +149,8 @@ def infer_roles(infos: list[ParameterInfo], base: Mapping[str, ParameterInfo]) -
 def _role_by_growth(info: ParameterInfo, old: ParameterInfo | None) -> Role | None:
     if len(info.shape) <= 1:
         return Role.BIAS if info.shape else Role.SCALAR
+    if info.name.endswith(("weight_g", "weight_v")):
+        return None  # weight_norm: the scale of the one does not scale what the layer does
     if old is None or info.form not in ("linear", "conv"):
         return None
     grows_in, grows_out = (new != was for new, was in zip(info.fans, old.fans, strict=True))
@@ -157,6 +181,11 @@ def mark_folds(infos: list[ParameterInfo]) -> list[ParameterInfo]:
 
 def _parent(path: str) -> str:
     return path.rpartition(".")[0]
+
+
+def is_attention(info: ParameterInfo) -> bool:
+    """True for a matrix of an attention layer, judged by its name."""
+    return len(info.shape) == 2 and bool(_ATTENTION.search(info.path))
 
 
 def _folds_of(info: ParameterInfo) -> frozenset[str]:
@@ -204,8 +233,8 @@ def _part(info: ParameterInfo) -> str:
     return "FFN" if ffn else "other"
 
 
-def infer_sizes(infos: list[ParameterInfo], attributes: Mapping[str, int]) -> dict[str, float]:
-    """Sizes of a module that declares none, as far as its parameters and attributes tell them.
+def infer_sizes(infos: list[ParameterInfo], attributes: Mapping[str, float]) -> dict[str, float]:
+    """Sizes that a module does not declare, as far as its parameters and attributes tell them.
 
     Args:
         infos: Its parameters with roles.
@@ -218,8 +247,8 @@ def infer_sizes(infos: list[ParameterInfo], attributes: Mapping[str, int]) -> di
         ValueError: If there are experts, but how many are active is not known.
     """
     sizes: dict[str, float] = {}
-    if (depth := _depth(infos)) > 0:
-        sizes["depth"] = depth
+    if depths := stack_depths(infos):
+        sizes["depth"] = max(depths.values())
     for name, role in (("ffn_width", Role.FFN_DOWN), ("expert_width", Role.EXPERT_DOWN)):
         if widths := [info.fans[0] for info in infos if info.role is role]:
             sizes[name] = widths[0]
@@ -251,15 +280,20 @@ def residual_widths(infos: Iterable[ParameterInfo]) -> dict[str, int]:
     return {where: Counter(found).most_common(1)[0][0] for where, found in seen.items() if found}
 
 
-def _depth(infos: list[ParameterInfo]) -> int:
-    """Layers of the longest run of like layers, numbered 0, 1, 2 and on; 0 if there is none."""
-    layers: dict[str, set[int]] = defaultdict(set)
+def stack_depths(infos: Iterable[ParameterInfo]) -> dict[str, int]:
+    """Name of each stack of like layers (an encoder, a decoder, ...) -> how many layers it has, nested ones multiplied out."""
+    layers: dict[str, set[str]] = defaultdict(set)
     for info in infos:
-        template, layer = info.position
-        if layer >= 0 and info.role in MATRIX_ROLES:
-            layers[template].add(layer)
-    runs = [len(found) for found in layers.values() if found == set(range(len(found)))]
-    return max(runs, default=0)
+        if info.position[1] >= 0 and info.role in MATRIX_ROLES:
+            layers[all_indices(info.name)].add(info.name)
+    depths: dict[str, int] = {}
+    for template, names in layers.items():
+        found = {split_layer(name)[1] for name in names}
+        nested = template.count("*") > 1
+        if nested or found == set(range(len(found))):  # 0, 1, 2 and on: not the linear layers between activations
+            stack = template.rpartition("*")[0]
+            depths[stack] = max(depths.get(stack, 0), len(names))
+    return depths
 
 
 def _n_experts(infos: list[ParameterInfo]) -> int:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from lightning_mue.parameterizations.roles import Role
 
-_LAYER = re.compile(r"(?:^|(?<=\.))(\d+)(?=\.|$)")
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _NORM_TYPES = (
     nn.LayerNorm,
@@ -97,16 +96,34 @@ def clean_name(name: str) -> str:
 
 @lru_cache(maxsize=1 << 17)
 def split_layer(name: str) -> tuple[str, int]:
-    """Splits off the first layer index of a qualified name.
+    """Splits off the first layer index of a qualified name; the index of an expert in a list is none.
 
     Example:
         >>> split_layer("blocks.3.ffn.w_up")
         ('blocks.*.ffn.w_up', 3)
+        >>> split_layer("moe.experts.3.w_up")
+        ('moe.experts.3.w_up', -1)
     """
-    match = _LAYER.search(name)
-    if match is None:
-        return name, -1
-    return f"{name[: match.start()]}*{name[match.end() :]}", int(match[1])
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if part.isdigit() and not (i and "expert" in parts[i - 1].lower()):
+            return ".".join([*parts[:i], "*", *parts[i + 1 :]]), int(part)
+    return name, -1
+
+
+@lru_cache(maxsize=1 << 17)
+def all_indices(name: str) -> str:
+    """A name with every index replaced, and experts of a list taken together.
+
+    Example:
+        >>> all_indices("layers.1.blocks.0.experts.3.w1")
+        'layers.*.blocks.*.experts.each.w1'
+    """
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if part.isdigit():
+            parts[i] = "each" if i and "expert" in parts[i - 1].lower() else "*"
+    return ".".join(parts)
 
 
 def list_parameters(module: nn.Module, roles: Mapping[str, str] | None = None) -> list[ParameterInfo]:
@@ -122,7 +139,7 @@ def list_parameters(module: nn.Module, roles: Mapping[str, str] | None = None) -
     Raises:
         ValueError: For a pattern that matches no parameter or an unknown role name.
     """
-    patterns = [(re.compile(pattern), _role(pattern, role)) for pattern, role in (roles or {}).items()]
+    patterns = role_patterns(roles)
     used: set[str] = set()
     found: dict[int, ParameterInfo] = {}
     for name, tensor, owner, branch in _walk(module):
@@ -133,6 +150,10 @@ def list_parameters(module: nn.Module, roles: Mapping[str, str] | None = None) -
                 role = wanted
                 used.add(pattern.pattern)
                 break
+        if isinstance(tensor, nn.parameter.UninitializedParameter):
+            raise ValueError(
+                f"model: {name} has no shape yet, because it belongs to a lazy layer. Run one batch through the model first."
+            )
         form, first = _form(owner), found.get(id(tensor))
         if first is None:
             fans = _fans(tuple(tensor.shape), owner)
@@ -147,6 +168,21 @@ def list_parameters(module: nn.Module, roles: Mapping[str, str] | None = None) -
             "Correct or remove them."
         )
     return list(found.values())
+
+
+def role_patterns(roles: Mapping[str, str] | None) -> list[tuple[re.Pattern[str], Role]]:
+    """Compiled patterns with their roles.
+
+    Raises:
+        ValueError: For an unreadable pattern or an unknown role.
+    """
+    patterns = []
+    for pattern, role in (roles or {}).items():
+        try:
+            patterns.append((re.compile(pattern), _role(pattern, role)))
+        except re.error as error:
+            raise ValueError(f"roles: {pattern!r} is no regular expression ({error}). Correct it.") from error
+    return patterns
 
 
 def _are_tied(first: ParameterInfo, form: Form, role: Role | None) -> bool:

@@ -89,8 +89,8 @@ def folded_cells(
     """The multipliers that nothing in the target exposes and that are therefore folded into weights.
 
     Returns:
-        Kind -> (the base's own value, cell that multiplies it). The scale of undeclared attention logits is taken to be
-        ``head_dim^-1/2``, as every library's is, so what is folded is the rest.
+        Kind -> (the base's own value, cell that multiplies it). The scale of undeclared attention logits is read from the
+        attention modules, else taken to be ``head_dim^-1/2``; what is folded is the rest.
 
     Raises:
         ValueError: If one other than 1 is needed where it cannot be folded.
@@ -101,8 +101,9 @@ def folded_cells(
         if kind in present:
             continue
         start = next((site.value for site in base.sites if site.kind == kind), 1.0)
-        if kind == "attention":
-            start, cell = 1.0, f"{cell} k^1/2"
+        if kind == "attention":  # what the modules' own scales do not do already
+            scales = [record.inferred.get("attention_scale") for record in (base, target)]
+            start, cell = (scales[0] / scales[1], cell) if all(scales) else (1.0, f"{cell} k^1/2")  # type: ignore[operator]
         value = start * parse(cell).evaluate(ratios, alpha)
         reason = None if kind in _ABSENT or value == 1.0 else why_not_foldable(infos, kind)
         if reason is not None:

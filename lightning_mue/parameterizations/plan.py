@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from torch import nn
 
 from lightning_mue.parameterizations.axes import Axes
 from lightning_mue.parameterizations.base import RUN_KEYS, Base
-from lightning_mue.parameterizations.inference import infer_roles, infer_sizes, mark_folds, orient, residual_widths
+from lightning_mue.parameterizations.inference import (
+    infer_roles,
+    infer_sizes,
+    is_attention,
+    mark_folds,
+    orient,
+    residual_widths,
+    stack_depths,
+)
 from lightning_mue.parameterizations.matching import match_parameters
 from lightning_mue.parameterizations.modules import ParameterInfo, branch_ratios
 from lightning_mue.parameterizations.monomial import parse
@@ -72,6 +81,8 @@ def plan(
     constants = _preset(rule, preset)
     if constants is not None and not base:
         base = dict(constants.base)
+    if unknown := sorted(set(multipliers or {}) - set(KINDS)):
+        raise ValueError(f"multipliers: found the kind(s) {', '.join(unknown)}; expected {', '.join(KINDS)}.")
     is_own_base = base is None or (isinstance(base, Mapping) and set(base) <= set(RUN_KEYS))
     target = describe(model, roles, multipliers)
     # Shapes first, without memory: a base that is the target itself may be too large to make.
@@ -105,7 +116,11 @@ def plan(
         parameters=parameters,
         multipliers={} if same_size else site_values(rule, target, old, scale.ratios, alpha),
         same_size=same_size,
-        notes=(*([reason] if reason else []), *_notes(rule, target, axes, base_axes, alpha, constants)),
+        notes=(
+            *([reason] if reason else []),
+            *sizes.notes,
+            *_notes(rule, target, sizes, axes, base_axes, alpha, constants),
+        ),
         folded={kind: value for kind, value in scale.folded_values(folded).items() if value != 1.0},
     )
 
@@ -138,6 +153,7 @@ class _Sizes:
         matched: Target name -> the base's parameter.
         axes: Sizes of the target.
         base_axes: Sizes of the base.
+        notes: What of this a person should know.
     """
 
     def __init__(self, target: ModelRecord, base: ModelRecord) -> None:
@@ -147,38 +163,71 @@ class _Sizes:
         # What the target's growth tells holds for the base's counterpart.
         by_base = {matched[info.name].name: info.role for info in mine if info.name in matched}
         theirs = [replace(old, role=old.role or by_base.get(old.name)) for old in theirs]
+        self.notes: list[str] = []
         self.axes, mine = self._declared_or_inferred(target, mine)
         self.base_axes, theirs = self._declared_or_inferred(base, theirs)
         self.infos, self.matched = mark_folds(mine), match_parameters(mine, theirs)
         if self.axes.width is None or self.base_axes.width is None:
-            width, base_width = self._widths(theirs)
+            width, base_width = self._widths()
             self.axes, self.base_axes = replace(self.axes, width=width), replace(self.base_axes, width=base_width)
+        if not (target.sizes and base.sizes):
+            self._note_stacks(theirs)
 
     @staticmethod
     def _declared_or_inferred(record: ModelRecord, infos: list[ParameterInfo]) -> tuple[Axes, list[ParameterInfo]]:
         seen = set(residual_widths(infos).values())
         width = record.sizes.get("width") or (seen.pop() if len(seen) == 1 else None)
         infos = orient(infos, width)
-        return Axes(**(record.sizes or infer_sizes(infos, record.inferred))), infos
+        return Axes(**{**infer_sizes(infos, {**record.inferred, **record.sizes}), **record.sizes}), infos
 
-    def _widths(self, base_infos: list[ParameterInfo]) -> tuple[float, float]:
+    def _widths(self) -> tuple[float, float]:
         """(target's, base's) residual width, or their ratio and 1 where only that is known.
 
         Raises:
-            ValueError: If different places tell different ratios.
+            ValueError: If nothing but sides of matrices tells, and they tell different ratios.
         """
-        mine, theirs = residual_widths(self.infos), residual_widths(base_infos)
-        pairs = [(float(mine[where]), float(theirs[where])) for where in mine if where in theirs]
-        if not pairs:  # no place tells: the sides of the matrices do
-            pairs = [(new / old, 1.0) for new, old in self._grown_sides()]
-        ratios = {new / old for new, old in pairs}
-        if len(ratios) > 1:
-            listed = ", ".join(f"{ratio:g}" for ratio in sorted(ratios))
-            raise ValueError(
-                f"base: the sides of the matrices grow by different ratios ({listed}), so the width ratio cannot be inferred. Give "
-                "the module a method `mue_axes()` that returns its sizes, e.g. {'width': ..., 'depth': ..., 'ffn_width': ...}."
+        pairs = self._residual_sides()
+        if not pairs:  # no norm, embedding or head: the sides of the matrices must do
+            ratios = sorted({new / old for new, old in self._grown_sides()})
+            if len(ratios) > 1:
+                raise ValueError(
+                    f"base: the sides of the matrices grow by different ratios ({_listed(ratios)}), so the width ratio cannot be "
+                    "inferred. Give the module a method `mue_axes()` that returns its sizes, e.g. "
+                    "{'width': ..., 'depth': ..., 'ffn_width': ...}."
+                )
+            return (ratios[0], 1.0) if ratios else (1.0, 1.0)
+        grown = [pair for pair in pairs if pair[0] != pair[1]] or pairs  # a part may keep its size, e.g. positions
+        counts = Counter(new / old for new, old in grown)
+        ratio = counts.most_common(1)[0][0]
+        if len(counts) > 1:
+            self.notes.append(
+                f"parts of the model grow by different ratios ({_listed(counts)}); matrices scale by their own fan-in, and the "
+                f"width ratio of what has none is taken as {ratio:g}. mue_axes() of the module can tell another"
             )
-        return pairs[0] if pairs else (1.0, 1.0)
+        return Counter(pair for pair in grown if pair[0] / pair[1] == ratio).most_common(1)[0][0]
+
+    def _residual_sides(self) -> list[tuple[float, float]]:
+        """(target's, base's) size wherever one of the residual stream is seen: norms, else embeddings and heads."""
+        found: dict[str, list[tuple[float, float]]] = {"norm": [], "other": []}
+        for info in self.infos:
+            old = self.matched.get(info.name)
+            if old is None:
+                continue
+            if info.role in (Role.NORM, Role.FINAL_NORM) and len(info.shape) == 1:
+                found["norm"].append((info.shape[0], old.shape[0]))
+            elif info.role in (Role.EMBEDDING, Role.UNEMBEDDING):
+                found["other"].append((_stream_side(info), _stream_side(old)))
+        grown = [pairs for pairs in found.values() if any(new != old for new, old in pairs)]
+        return grown[0] if grown else found["norm"] or found["other"]
+
+    def _note_stacks(self, base_infos: list[ParameterInfo]) -> None:
+        mine, theirs = stack_depths(self.infos), stack_depths(base_infos)
+        ratios = {mine[stack] / theirs[stack] for stack in mine if stack in theirs}
+        if len(ratios) > 1:
+            self.notes.append(
+                f"stacks of layers grow by different ratios ({_listed(ratios)}); the depth ratio is taken as "
+                f"{(self.axes.depth or 1) / (self.base_axes.depth or 1):g}. mue_axes() of the module can tell another"
+            )
 
     def _grown_sides(self) -> list[tuple[int, int]]:
         return [
@@ -191,8 +240,25 @@ class _Sizes:
         ]
 
 
+def _listed(ratios: Iterable[float]) -> str:
+    return ", ".join(f"{ratio:g}" for ratio in sorted(ratios))
+
+
+def _stream_side(info: ParameterInfo) -> int:
+    """The side of an embedding or a head that is the residual width."""
+    if info.role is Role.UNEMBEDDING:
+        return info.fans[0]
+    return info.shape[-1] if info.form in ("embedding", "raw") else info.fans[1]
+
+
 def _notes(
-    rule: Parameterization, model: ModelRecord, axes: Axes, base_axes: Axes, alpha: float, constants: Preset | None
+    rule: Parameterization,
+    model: ModelRecord,
+    sizes: _Sizes,
+    axes: Axes,
+    base_axes: Axes,
+    alpha: float,
+    constants: Preset | None,
 ) -> list[str]:
     """What a person should know: moves, routers and exponents for which the rule makes no claim; what decides the limit."""
     changed, ratios = axes.changed(base_axes), axes.ratios(base_axes)
@@ -209,6 +275,17 @@ def _notes(
     ]
     if rule.alpha is not None and alpha != rule.alpha and "depth" in changed:
         notes.append(f"alpha={alpha:g}, but {rule.name} is derived for alpha={rule.alpha:g}")
+    undeclared = not model.routing and any(info.role is Role.ROUTER for info in sizes.infos)
+    if rule.routing and undeclared and {"n_experts", "top_k"} & set(changed):
+        wanted = "; ".join(f"{setting} {' or '.join(sorted(claimed))}" for setting, claimed in rule.routing.items())
+        notes.append(
+            f"how the router makes its gates is not known; {rule.name} claims transfer over experts for {wanted}"
+        )
+    headless = "attention" in rule.multipliers and "width" in changed and None in (axes.head_dim, base_axes.head_dim)
+    if headless and not model.sizes and any(is_attention(info) for info in sizes.infos):
+        notes.append(
+            "the size of an attention head is not known and taken to be the base's; if it grows, logits need a factor"
+        )
     if {"n_experts", "top_k"} & set(changed):
         for setting, claimed in rule.routing.items():
             if found := set(model.routing.get(setting, ())) - claimed:
@@ -227,6 +304,8 @@ def _notes(
     return notes
 
 
+#: Kinds of forward multipliers.
+KINDS = ("residual", "attention", "ffn", "route", "output")
 #: Roles whose own shape tells the active width of an undeclared dense FFN.
 _DENSE = (Role.FFN_UP, Role.FFN_DOWN)
 
@@ -263,7 +342,8 @@ class _Scale:
         assert role is not None
         family = self._family(info)
         row = self._row(role, info, family)
-        init = inits.get(old.name, Init("keep", 0.0)) if old is not None else self._absent_init(row)
+        tied = row.tied or (role is Role.BIAS and "expert" in info.name and self._ties(family))
+        init = self._measured(inits, old, tied) if old is not None else self._absent_init(info, row)
         self._refuse_ties(info, init)
         ratios = self._local_ratios(info, old)
         cells = {name: parse(getattr(row, name)).evaluate(ratios, self.alpha) for name in ("init", "lr", "wd", "eps")}
@@ -292,9 +372,13 @@ class _Scale:
             eps=cells["eps"],
             kind=kind,
             source=row.source + (" (derived)" if row.status == "derived" else "") + (", tied" if info.tied else ""),
-            base_shape=old.shape if old is not None else (int(self.base_sizes["d"]),) * 2,
-            tied=row.tied,
+            base_shape=old.shape if old is not None else self._hidden_shape(info),
+            tied=tied,
         )
+
+    def _hidden_shape(self, info: ParameterInfo) -> tuple[int, ...] | None:
+        """What a router that the base lacks is compared with."""
+        return None if _is_vector(info) else (int(self.base_sizes["d"]),) * 2
 
     def _refuse_ties(self, info: ParameterInfo, init: Init) -> None:
         """Sparse routing from a zero router: every expert ties, and the same ones always win (theory.md section 4.4)."""
@@ -308,7 +392,10 @@ class _Scale:
 
     def folded_values(self, folded: Mapping[str, tuple[float, str]]) -> dict[str, float]:
         """Kind -> the multiplier over the base's that goes into weights, at the whole model's ratios."""
-        return {kind: parse(cell).evaluate(self.ratios, self.alpha) for kind, (_, cell) in folded.items()}
+        return {
+            kind: parse(cell).evaluate(self.ratios, self.alpha) * (start if kind == "attention" else 1.0)
+            for kind, (start, cell) in folded.items()
+        }
 
     def _family(self, info: ParameterInfo) -> Family:
         if isinstance(self.family, str):
@@ -333,6 +420,8 @@ class _Scale:
 
     def _local_ratios(self, info: ParameterInfo, old: ParameterInfo | None) -> dict[str, float]:
         ratios = dict(self.ratios, fan_in=1.0, fan_out=1.0)
+        if old is None and _is_vector(info):
+            return ratios
         if old is None:
             # A router whose base is dense: it is compared with the base's hidden matrices, d x d.
             ratios.update(zip(("fan_in", "fan_out"), (fan / self.base_sizes["d"] for fan in info.fans), strict=True))
@@ -346,10 +435,27 @@ class _Scale:
             local = {"A": hidden, "H": hidden, "h": hidden, "E": 1.0, "a": 1.0, "kappa": 1.0}
         return {**ratios, **local}
 
-    def _absent_init(self, row: Row) -> Init:
+    def _ties(self, family: Family) -> bool:
+        row = self.rule.table(family).get(Role.EXPERT_UP)
+        return row is not None and row.tied
+
+    @staticmethod
+    def _measured(inits: Mapping[str, Init], old: ParameterInfo, tied: bool) -> Init:
+        """How the base's parameter was drawn; experts of a list that start alike take the first one's."""
+        name = re.sub(r"(experts?\.)\d+", r"\g<1>0", old.name) if tied else old.name
+        return inits.get(name, inits.get(old.name, Init("keep", 0.0)))
+
+    def _absent_init(self, info: ParameterInfo, row: Row) -> Init:
+        if _is_vector(info):
+            return Init("keep", 0.0)  # a vector's initial value does not scale
         if row.absent_init is None or self.base_sizes.get("d", 1.0) == 1.0:  # only the ratio of widths is known
             raise ValueError(
-                f"base: the target has a parameter of the row {row.source!r} that the base lacks, and the rule gives "
-                "no initialization for it. Use a base that has one."
+                f"base: the target has {info.name} {list(info.shape)} (role {info.role}), the base has nothing like it, and the "
+                "rule gives no initialization for that. Use a base that has one, or name another role by pattern (roles: ...)."
             )
         return Init("normal", parse(row.absent_init).evaluate(self.base_sizes, self.alpha))
+
+
+def _is_vector(info: ParameterInfo) -> bool:
+    """True for biases, gains and scalars."""
+    return len(info.shape) <= 1

@@ -23,6 +23,7 @@ from lightning_mue.parameterizations.modules import (
     clean_name,
     full_tensor,
     list_parameters,
+    role_patterns,
 )
 from lightning_mue.parameterizations.roles import Role
 from lightning_mue.parameterizations.scaling import Init
@@ -56,7 +57,7 @@ class ModelRecord:
     Attributes:
         model: Name of its class.
         sizes: Its own declaration, axis -> size; empty if it makes none.
-        inferred: ``head_dim`` and ``top_k`` as its attributes tell them.
+        inferred: ``head_dim``, ``attention_scale`` and ``top_k`` as its attributes tell them.
         parameters: In order.
         sites: Forward multipliers that can be set.
         inits: Parameter name -> how it was drawn; empty if that was not measured.
@@ -68,7 +69,7 @@ class ModelRecord:
     sizes: Mapping[str, float]
     parameters: tuple[ParameterInfo, ...]
     sites: tuple[Site, ...]
-    inferred: Mapping[str, int] = field(default_factory=dict)
+    inferred: Mapping[str, float] = field(default_factory=dict)
     inits: Mapping[str, Init] = field(default_factory=dict)
     routing: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     run: Mapping[str, float] = field(default_factory=dict)
@@ -138,7 +139,7 @@ def describe(
         sizes=declared_sizes(model),
         parameters=tuple(infos),
         sites=tuple(sites(model, multipliers)),
-        inferred=_attributes(model),
+        inferred=_attributes(model, infos),
         inits={name: measure_init(full_tensor(tensor)) for name, tensor in tensors.items() if name in known},
         routing=_routing(model),
     )
@@ -162,7 +163,12 @@ def describe_base(
         measure: Make real weights and measure how they were drawn; otherwise shapes only.
     """
     if isinstance(base, (str, Path)):
-        return load_base(base)
+        record, patterns = load_base(base), role_patterns(roles)
+        named = [
+            replace(info, role=next((role for pattern, role in patterns if pattern.search(info.name)), info.role))
+            for info in record.parameters
+        ]
+        return replace(record, parameters=tuple(named))
     run = {key: base[key] for key in RUN_KEYS if key in base} if isinstance(base, Mapping) else {}
     made = build_base(model, base, device=None if measure else "meta")
     names = [clean_name(name) for name, _ in made.named_parameters(remove_duplicate=False)]
@@ -254,16 +260,28 @@ def _numbers(module: nn.Module) -> dict[str, float]:
     }
 
 
-def _attributes(module: nn.Module) -> dict[str, int]:
-    """What leaves no trace in the shapes: the size of a head, and how many experts a token uses."""
-    wanted = {"head_dim": ("head_dim",), "top_k": ("top_k", "topk", "num_experts_per_tok", "n_activated_experts")}
-    found: dict[str, int] = {}
-    for child in module.modules():
-        for axis, names in wanted.items():
-            value = next((v for name in names if type(v := getattr(child, name, None)) is int), None)
-            if value is not None:
-                found.setdefault(axis, value)
+def _attributes(module: nn.Module, infos: list[ParameterInfo]) -> dict[str, float]:
+    """What leaves no trace in the shapes: the size and scale of an attention head, and how many experts a token uses."""
+    experts = [info.name for info in infos if info.role in (Role.ROUTER, Role.EXPERT_UP, Role.EXPERT_DOWN)]
+    found: dict[str, float] = {}
+    for name, child in module.named_modules():
+        prefix = f"{clean_name(name)}." if name else ""
+        if any(expert.startswith(prefix) for expert in experts) and (top_k := _number(child, _TOP_K, int)):
+            found["top_k"] = top_k  # the innermost comes last
+        if "attention" in type(child).__name__.lower() and (head := _number(child, _HEAD_DIM, int)):
+            found.setdefault("head_dim", head)
+            if (scale := _number(child, _ATTENTION_SCALE, float)) is not None:
+                found.setdefault("attention_scale", scale)
     return found
+
+
+_TOP_K = ("top_k", "topk", "num_experts_per_tok", "n_activated_experts", "moe_top_k")
+_HEAD_DIM = ("head_dim", "attention_head_size", "head_size", "qk_head_dim", "key_value_proj_dim", "d_kv")
+_ATTENTION_SCALE = ("scaling", "scale", "softmax_scale")
+
+
+def _number(module: nn.Module, names: tuple[str, ...], kind: type) -> Any:
+    return next((value for name in names if type(value := getattr(module, name, None)) is kind), None)
 
 
 def _routing(model: nn.Module) -> dict[str, tuple[str, ...]]:

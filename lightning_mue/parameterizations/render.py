@@ -11,6 +11,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from lightning_mue.parameterizations.axes import Axes
 from lightning_mue.parameterizations.modules import split_layer
 
 if TYPE_CHECKING:
@@ -78,11 +79,8 @@ def _sources(plan: ScalingPlan) -> list[str]:
 
 def headline(plan: ScalingPlan) -> str:
     """One line: the rule and what changed since the base."""
-    moved = [
-        f"{axis} {plan.base_axes[axis]:g} -> {size:g}"
-        for axis, size in plan.axes.items()
-        if axis in plan.base_axes and plan.base_axes[axis] != size
-    ]
+    axes, base_axes = Axes(**plan.axes), Axes(**plan.base_axes)
+    moved = [f"{axis} {plan.base_axes[axis]:g} -> {plan.axes[axis]:g}" for axis in axes.changed(base_axes)]
     what = "target = base: nothing is changed" if plan.same_size else (", ".join(moved) or "same sizes")
     total = sum(math.prod(p.shape) for p in plan.parameters)
     return f"{plan.rule} ({plan.family}, alpha={plan.alpha:g}), {human(total)} parameters; {what}"

@@ -150,9 +150,14 @@ class ScalingPlan:
         keys = ("role", "shape", *(["init", "tied"] if init else []), "lr", "weight_decay", "eps", "kind")
         lines = [
             f"{key}: {getattr(self, key)} -> {getattr(other, key)}"
-            for key in ("rule", "family", "alpha", "betas", "axes", "base_axes", "folded")
+            for key in ("rule", "family", "alpha", "betas")
             if getattr(self, key) != getattr(other, key)
         ]
+        for key in ("axes", "base_axes", "folded"):
+            a, b = getattr(self, key), getattr(other, key)
+            lines += [
+                f"{key}.{name}: {a.get(name)} -> {b.get(name)}" for name in {**a, **b} if a.get(name) != b.get(name)
+            ]
         for path in sorted({*self.multipliers, *other.multipliers}):
             mine, theirs = self.multipliers.get(path), other.multipliers.get(path)
             if mine != theirs:

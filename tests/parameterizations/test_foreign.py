@@ -316,3 +316,207 @@ def test_recurrent_layers_scale_by_their_sides():
         "weight_ih_l1": "hidden",
         "bias_ih_l0": "bias",
     }
+
+
+class MLP(nn.Module):
+    """The linear layers of a Sequential: no two ends of it are alike."""
+
+    def __init__(self, width=64, layers=1, norm_inputs=False):
+        super().__init__()
+        self.hparams = {"width": width, "layers": layers, "norm_inputs": norm_inputs}
+        inner = [module for _ in range(layers) for module in (nn.Linear(width, width), nn.ReLU())]
+        first = [nn.BatchNorm1d(8)] if norm_inputs else []
+        self.net = nn.Sequential(*first, nn.Linear(8, width), nn.ReLU(), *inner, nn.Linear(width, 10))
+
+
+@pytest.mark.parametrize("layers", [2, 3, 4])
+def test_depth_of_an_mlp_alone_scales_nothing(layers):
+    scaling = plan(MLP(layers=layers), base={"layers": 1}, rule="mup")
+    assert {p.lr for p in scaling.parameters} == {1.0}
+    weights = [p for p in scaling.parameters if len(p.shape) == 2]
+    assert [p.base for p in weights] == ["net.0.weight", *["net.2.weight"] * layers, "net.4.weight"]
+
+
+def test_shrinking_and_widening_an_mlp_keeps_its_ends():
+    scaling = plan(MLP(128, layers=1), base={"width": 64, "layers": 4}, rule="mup")
+    found = {p.name: (p.role, p.lr) for p in scaling.parameters if len(p.shape) == 2}
+    assert list(found.values()) == [("embedding", 1.0), ("hidden", 0.5), ("unembedding", 0.5)]
+    # Drawn uniform in +-1/sqrt(64): std 64^-1/2 / sqrt(3), times d^-1.
+    assert scaling["net.4.weight"].init.value == pytest.approx(64**-0.5 / 3**0.5 / 2, rel=0.05)
+
+
+def test_part_that_keeps_its_size_tells_no_width():
+    scaling = plan(MLP(256, norm_inputs=True), base={"width": 64}, rule="mup")
+    assert (scaling.axes["width"], scaling.base_axes["width"]) == (256, 64)
+
+
+def test_unembedding_is_known_where_neither_side_grows():
+    for changed in ({"depth": 4}, {"vocabulary": 60}, {}):
+        scaling = plan(
+            CausalLM("Llama", **changed) if "vocabulary" not in changed else CausalLM("Llama"), base={"depth": 2}
+        )
+        assert scaling["model.lm_head.weight"].role == "unembedding"
+
+
+def test_matrix_whose_inputs_do_not_grow_is_not_scaled():
+    """A fixed number of heads of a fixed size: the output projection reads as much as at the base."""
+
+    class FixedHeads(nn.Module):
+        def __init__(self, width=64):
+            super().__init__()
+            self.hparams = {"width": width}
+            config = transformers.LlamaConfig(
+                hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, vocab_size=VOCABULARY, head_dim=16,
+                num_attention_heads=4, num_key_value_heads=4, pad_token_id=0, bos_token_id=1, eos_token_id=1
+            )  # fmt: skip
+            self.model = transformers.LlamaForCausalLM(config)
+
+    for rule in ("mup", "complete-p", "complete-mue"):
+        scaling = plan(FixedHeads(256), base={"width": 64}, rule=rule)
+        q, o = (scaling[f"model.model.layers.0.self_attn.{m}_proj.weight"] for m in "qo")
+        assert (q.lr, o.lr, o.weight_decay) == (0.25, 1.0, 1.0)
+        assert (q.init.value, o.init.value) == (pytest.approx(0.01, rel=0.02), pytest.approx(0.02, rel=0.02))
+
+
+def test_two_towers_scale_by_their_own_widths():
+    class Towers(nn.Module):
+        def __init__(self, text=64, image=32):
+            super().__init__()
+            self.hparams = {"text": text, "image": image}
+            self.text = nn.TransformerEncoder(
+                nn.TransformerEncoderLayer(text, text // 16, 2 * text), 3, enable_nested_tensor=False
+            )
+            self.image = nn.TransformerEncoder(
+                nn.TransformerEncoderLayer(image, image // 16, 2 * image), 2, enable_nested_tensor=False
+            )
+
+    scaling = plan(Towers(256, 64), base={"text": 64, "image": 32}, rule="mup")
+    assert scaling["text.layers.0.linear1.weight"].lr == 0.25
+    assert scaling["image.layers.0.linear1.weight"].lr == 0.5
+    assert any("grow by different ratios (2, 4)" in note for note in scaling.notes)
+
+
+def test_size_and_scale_of_attention_heads_by_other_names():
+    class Bert(nn.Module):
+        def __init__(self, width=64, heads=4):
+            super().__init__()
+            self.hparams = {"width": width, "heads": heads}
+            config = transformers.BertConfig(
+                hidden_size=width, num_attention_heads=heads, intermediate_size=128, num_hidden_layers=2, vocab_size=50
+            )
+            self.bert = transformers.BertModel(config)
+
+    scaling = plan(Bert(128), base={"width": 64}, rule="mup")
+    assert scaling.axes["head_dim"] == 32
+    assert scaling.folded == {"attention": pytest.approx(0.5**0.5)}
+
+
+def test_own_scale_of_the_attention_is_taken_into_account():
+    """Gemma2's logits have a scale of their own that does not follow the head size, so all of k^-1 is folded."""
+    sizes = {"attn_implementation": "eager", "query_pre_attn_scalar": 256}
+    scaling = plan(CausalLM("Gemma2", head_dim=32, **sizes), base={"head_dim": 16}, rule="mup")
+    assert scaling.folded == {"attention": 0.5}
+
+
+def test_declared_sizes_do_not_switch_off_the_others():
+    class Declared(CausalLM):
+        def mue_axes(self):
+            return {"width": self.hparams.width, "depth": 2}
+
+    scaling = plan(Declared("Llama", width=128, head_dim=32), base={"width": 64, "head_dim": 16})
+    assert scaling.folded == {"attention": pytest.approx(0.5**0.5)}
+    assert scaling.axes["ffn_width"] == 256
+
+
+def test_experts_in_a_list_outside_any_layer():
+    class Moe(nn.Module):
+        def __init__(self, width=32, experts=4):
+            super().__init__()
+            self.hparams = {"width": width, "experts": experts}
+            self.embed, self.norm, self.head = nn.Embedding(10, width), nn.LayerNorm(width), nn.Linear(width, 10)
+            self.moe = nn.Module()
+            self.moe.gate, self.moe.top_k = nn.Linear(width, experts, bias=False), 2
+            self.moe.experts = nn.ModuleList(
+                nn.ModuleDict({"fc1": nn.Linear(width, 48), "fc2": nn.Linear(48, width)}) for _ in range(experts)
+            )
+
+    scaling = plan(Moe(64, 8), base={"width": 32, "experts": 4})
+    assert scaling["moe.gate.weight"].role == "router"
+    assert "depth" not in scaling.axes
+    assert (scaling.axes["n_experts"], scaling.base_axes["n_experts"]) == (8, 4)
+    assert scaling["moe.experts.6.fc2.bias"].base == "moe.experts.3.fc2.bias"
+    tied = plan(Moe(64, 8), base={"width": 32, "experts": 4}, rule="mssp-III")
+    model = Moe(64, 8)
+    initialize(model, tied)
+    for part in ("fc1", "fc2"):
+        for leaf in ("weight", "bias"):
+            assert torch.equal(getattr(model.moe.experts[0][part], leaf), getattr(model.moe.experts[7][part], leaf))
+
+
+def test_top_k_of_a_metric_is_not_the_routers():
+    class Measured(CausalLM):
+        def __init__(self, kind, width=64, depth=2, ffn=2, **sizes):
+            super().__init__(kind, width, depth, ffn, **sizes)
+            self.accuracy = nn.Module()
+            self.accuracy.top_k = 5
+
+    scaling = plan(Measured("Mixtral", width=128, **MIXTRAL), base={"width": 64})
+    assert scaling.axes["top_k"] == 2
+
+
+def test_inner_stacks_and_pairs_of_stacks():
+    class Stages(nn.Module):
+        def __init__(self, width=32, blocks=2):
+            super().__init__()
+            self.hparams = {"width": width, "blocks": blocks}
+            self.layers = nn.ModuleList()
+            for n in (2, blocks):
+                stage = nn.Module()
+                stage.blocks = nn.ModuleList(nn.TransformerEncoderLayer(width, 2, 64) for _ in range(n))
+                self.layers.append(stage)
+
+    deep = plan(Stages(blocks=6), base={"blocks": 2})
+    assert (deep.axes["depth"], deep.base_axes["depth"]) == (8, 4)
+    assert deep["layers.1.blocks.5.self_attn.out_proj.bias"].base == "layers.1.blocks.1.self_attn.out_proj.bias"
+
+    class Pair(nn.Module):
+        def __init__(self, encoder=2, decoder=2):
+            super().__init__()
+            self.hparams = {"encoder": encoder, "decoder": decoder}
+            self.model = nn.Transformer(32, 2, encoder, decoder, 64)
+
+    scaling = plan(Pair(decoder=4), base={"decoder": 2}, rule="mup")
+    assert any("stacks of layers grow by different ratios (1, 2)" in note for note in scaling.notes)
+
+
+def test_gates_of_an_undeclared_router_are_not_known():
+    notes = plan(CausalLM("Mixtral", **{**MIXTRAL, "num_local_experts": 8}), base={"num_local_experts": 4}).notes
+    assert any(note.startswith("how the router makes its gates is not known") for note in notes)
+
+
+def test_weight_norm_is_not_scaled_by_mistake():
+    class Normed(nn.Module):
+        def __init__(self, width=32):
+            super().__init__()
+            self.hparams = {"width": width}
+            self.inner = nn.utils.weight_norm(nn.Linear(width, width))
+
+    with pytest.raises(ValueError, match=r"no role is known for inner\.weight_"):
+        plan(Normed(64), base={"width": 32})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"base": {"widht": 32}}, r"base\.widht: .*Did you mean 'width'"),
+        ({"base": [64]}, r"base: found \[64\], expected overrides"),
+        ({"base": {"width": 32}, "roles": {"(": "hidden"}}, r"roles: '\(' is no regular expression"),
+        (
+            {"base": {"width": 32}, "multipliers": {"atention": "scaling"}},
+            r"found the kind\(s\) atention; expected residual",
+        ),
+    ],
+)
+def test_slips_are_told(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        plan(CausalLM("Llama", head_dim=16), **arguments)

@@ -405,3 +405,23 @@ def test_families():
     declared = torch.optim.Adagrad(parameters)
     declared.mue_family = "adam"
     assert family_of(declared) == "adam"
+
+
+def test_only_torchs_muon_is_known_by_its_type():
+    parameters = [nn.Parameter(torch.zeros(1, 1))]
+
+    class Descendant(torch.optim.Muon):
+        """Its factors of the shape are torch's."""
+
+    class NorMuon(AdamW):
+        """Somebody's own: it would pass for Adam by what it inherits from, and for torch's Muon by its name."""
+
+    class Heir(NorMuon):
+        """A name that says nothing."""
+
+    assert family_of(Descendant(parameters)) == "muon"
+    for make in (Heir, NorMuon):
+        with pytest.raises(ValueError, match=r"(NorMuon|Heir), a Muon other.*mue_family = 'muon'.*spectral norm"):
+            family_of(make(parameters))
+        make.mue_family = "muon"
+        assert family_of(make(parameters)) == "muon"

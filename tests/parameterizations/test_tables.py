@@ -227,8 +227,22 @@ def alpha_of(rule):
     return ALPHA if get_rule(rule).alpha is None else get_rule(rule).alpha
 
 
+#: Rules whose theory cells write d for the sides of a matrix between widths, where the code has its own fan-in and fan-out.
+STREAM = {"hidden", "ffn_up", "expert_up", "shared_up", "unembedding"}
+
+
 def cell(rule, family, role, column):
-    ratios = {**TARGET.ratios(BASE), "fan_in": FAN_IN, "fan_out": FAN_OUT}
+    sides = {"fan_in": FAN_IN, "fan_out": FAN_OUT}
+    if (role in STREAM or (rule, role) == ("mup", "router")) and rule in (
+        "mup",
+        "complete-p",
+        "complete-mue",
+        "moe-dmft",
+        "moe-dmft-half",
+        "moe-dmft-fan-in",
+    ):
+        sides = {"fan_in": D, "fan_out": D if role == "hidden" else FAN_OUT}
+    ratios = {**TARGET.ratios(BASE), **sides}
     return parse(getattr(get_rule(rule).table(family)[Role(role)], column)).evaluate(ratios, alpha_of(rule))
 
 
