@@ -42,11 +42,11 @@ def sphere(lr: float, adamw_lr: float) -> Callable[[Any], torch.optim.Optimizer]
 
 
 def unembedding_init(cell: str) -> Parameterization:
-    """``hyperp-output`` with another cell for the unembedding's init std."""
-    rule = get_rule("hyperp-output")
+    """``hyperp`` with another cell for the unembedding's init std."""
+    rule = get_rule("hyperp")
     table = dict(rule.tables["sphere"])
     table[Role.UNEMBEDDING] = replace(table[Role.UNEMBEDDING], init=cell)
-    return replace(rule, name=f"hyperp-output, unembedding {cell}", tables={"sphere": table})
+    return replace(rule, name=f"hyperp, unembedding {cell}", tables={"sphere": table})
 
 
 @dataclass
@@ -165,11 +165,11 @@ EXPERIMENTS = {
         "claimed",
         SIGMOID,
     ),
-    "hyperp, width, MoE": Experiment(
-        "hyperp", NARROW, "claimed", SPHERE, TUNED, 32, 2048, "radii of unembedding and router as printed"
+    "hyperp-paper, width, MoE": Experiment(
+        "hyperp-paper", NARROW, "claimed", SPHERE, TUNED, 32, 2048, "radii of unembedding and router as printed"
     ),
-    "hyperp-output, width, dense": Experiment(
-        "hyperp-output",
+    "hyperp, width, dense": Experiment(
+        "hyperp",
         NARROW,
         "claimed",
         {**SPHERE, "n_experts": 0},
@@ -178,17 +178,17 @@ EXPERIMENTS = {
         2048,
         "these radii fall with the width",
     ),
-    "hyperp-output, width, MoE": Experiment(
-        "hyperp-output", NARROW, "claimed", SPHERE, TUNED, 32, 2048, "these radii fall with the width"
+    "hyperp, width, MoE": Experiment(
+        "hyperp", NARROW, "claimed", SPHERE, TUNED, 32, 2048, "these radii fall with the width"
     ),
-    "hyperp-output, unembedding constant": Experiment(
+    "hyperp, unembedding constant": Experiment(
         unembedding_init("1"), NARROW, "diagnostic", SPHERE, TUNED, 32, 2048, "as printed, the router's radius ours"
     ),
-    "hyperp-output, unembedding d^-1/2": Experiment(
+    "hyperp, unembedding d^-1/2": Experiment(
         unembedding_init("d^-1/2"), NARROW, "diagnostic", SPHERE, TUNED, 32, 2048, "fan-in"
     ),
-    "hyperp-output, width, MoE, bytes": Experiment(
-        "hyperp-output", NARROW, "diagnostic", SPHERE, TUNED, 8, None, "few different tokens: gradients of low rank"
+    "hyperp, width, MoE, bytes": Experiment(
+        "hyperp", NARROW, "diagnostic", SPHERE, TUNED, 8, None, "few different tokens: gradients of low rank"
     ),
 }
 

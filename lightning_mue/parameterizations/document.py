@@ -23,7 +23,7 @@ PAGES: Mapping[str, Sequence[str]] = {
     "complete-p": ("complete-p",),
     "moe-dmft": ("moe-dmft", "moe-dmft-half", "moe-dmft-fan-in"),
     "mssp": ("mssp-I", "mssp-II", "mssp-III"),
-    "hyperp": ("hyperp", "hyperp-output"),
+    "hyperp": ("hyperp", "hyperp-paper"),
     "complete-mue": ("complete-mue",),
 }
 

@@ -1,8 +1,9 @@
 """``hyperp``: Ren, Liu, Shen, Chen, arXiv:2603.28743. Muon on the Frobenius sphere, and the baselines beside it.
 
 A step on the sphere is relative to the radius, so no learning rate carries a width factor, and weight decay is a
-first-order no-op. The initialization only sets the radii: fan-in for matrices, constant for the unembedding. Read
-against the authors' public code (github.com/microsoft/ArchScale, ``pretrain.py`` and ``lit_gpt/``).
+first-order no-op. The initialization only sets the radii: fan-in for matrices; for the unembedding and the router, whose outputs
+do not grow, d^-1 (``hyperp``, ours) or what the paper prints (``hyperp-paper``). Read against the authors' public code
+(github.com/microsoft/ArchScale, ``pretrain.py`` and ``lit_gpt/``).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _VECTORS: Table = {
     **rows(_SOURCE, "derived", scalar=_VECTOR),
 }
 
-_SPHERE: Table = {
+_PRINTED: Table = {
     **rows(
         _SOURCE,
         hidden=_MATRIX,
@@ -35,6 +36,15 @@ _SPHERE: Table = {
         unembedding=_VECTOR,
     ),
     **_VECTORS,
+}
+
+# Outputs with a fixed number of rows. With the printed constant std a step of lr eta moves the logits by eta * d, and Muon's
+# a router's by eta * sqrt(d); the paper never sees it, because on its path d, L and T grow together and L^-1/2 T^-0.32 falls
+# faster. With radii that fall as in muP they do not grow (docs/derivations/hyperp.md).
+_SPHERE: Table = {
+    **_PRINTED,
+    Role.UNEMBEDDING: replace(_PRINTED[Role.UNEMBEDDING], init="d^-1", status="derived"),
+    Role.ROUTER: replace(_PRINTED[Role.ROUTER], init="d^-1", status="derived"),
 }
 
 # Plain Muon, the comparison. lr is the ratio of the update's spectral norm (theory 5.2, `spectral`); wd is against that lr,
@@ -100,21 +110,5 @@ HYPERP = register(
     )
 )
 
-#: Ours: the outputs with a fixed number of rows get radii that fall with the width, as in muP. With the paper's constant
-#: std a step of lr eta moves the logits by eta * d, and Muon's a router's by eta * sqrt(d); the paper never sees it, because
-#: on its path d, L and T grow together and L^-1/2 T^-0.32 falls faster. See docs/derivations/hyperp.md.
-HYPERP_OUTPUT = register(
-    replace(
-        HYPERP,
-        name="hyperp-output",
-        source="arXiv:2603.28743, radii of unembedding and router ours",
-        tables={
-            "sphere": {
-                **_SPHERE,
-                Role.UNEMBEDDING: replace(_SPHERE[Role.UNEMBEDDING], init="d^-1", status="derived"),
-                Role.ROUTER: replace(_SPHERE[Role.ROUTER], init="d^-1", status="derived"),
-            },
-        },
-        presets={},
-    )
-)
+#: The paper's own radii of unembedding and router, right on its path of d, L and T together, not for width alone.
+HYPERP_PAPER = register(replace(HYPERP, name="hyperp-paper", tables={"sphere": _PRINTED}))

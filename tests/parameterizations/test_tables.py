@@ -182,8 +182,9 @@ GOLDEN = {
     "hyperp": {
         "sphere": {
             **dict.fromkeys(_MATRICES, (FAN_IN**-0.5, _HYPERP_LR, 1.0)),
-            "router": (FAN_IN**-0.5, _HYPERP_LR),
-            "unembedding": (1.0, _HYPERP_LR),
+            # Ours, see docs/derivations/hyperp.md; hyperp-paper has the printed cells.
+            "router": (1 / D, _HYPERP_LR),
+            "unembedding": (1 / D, _HYPERP_LR),
             "embedding": (1.0, _HYPERP_LR, 1.0),
             "norm": (1.0, _HYPERP_LR),
             "bias": (1.0, _HYPERP_LR),
@@ -195,7 +196,16 @@ GOLDEN = {
         },
         "adam": {"embedding": (1.0, _HYPERP_LR), "unembedding": (1 / D, _HYPERP_LR / D, D)},
     },
-    "hyperp-output": {"sphere": {"unembedding": (1 / D, _HYPERP_LR), "router": (1 / D, _HYPERP_LR)}},
+    "hyperp-paper": {
+        "sphere": {
+            **dict.fromkeys(_MATRICES, (FAN_IN**-0.5, _HYPERP_LR, 1.0)),
+            "router": (FAN_IN**-0.5, _HYPERP_LR),
+            "unembedding": (1.0, _HYPERP_LR),
+            "embedding": (1.0, _HYPERP_LR, 1.0),
+            "norm": (1.0, _HYPERP_LR),
+            "bias": (1.0, _HYPERP_LR),
+        },
+    },
 }
 
 CELLS = [
