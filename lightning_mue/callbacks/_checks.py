@@ -103,10 +103,34 @@ def refuse_differences(saved: ScalingPlan, plan: ScalingPlan) -> None:
     if differences:
         shown = "\n  ".join(differences[:12])
         more = f"\n  and {len(differences) - 12} more" if len(differences) > 12 else ""
+        old = saved.axes.get("tokens")
+        longer = (
+            f" `tokens` counts in the plan, and follows from the Trainer's max_steps unless given: MuECallback(tokens={old:g}, "
+            "...) goes on with the old run's scaling."
+            if old is not None and old != plan.axes.get("tokens")
+            else ""
+        )
         raise ValueError(
             "MuECallback: the checkpoint was written by a run with another plan, so going on would change the "
             f"hyperparameters in the middle (checkpoint -> now):\n  {shown}{more}\nRestore the old rule, base and sizes, or "
-            "start a new run from the weights alone. The checkpoint was not changed."
+            f"start a new run from the weights alone.{longer} The checkpoint was not changed."
+        )
+
+
+def warn_of_kept_weights(pl_module: LightningModule, last: ScalingPlan | None, plan: ScalingPlan) -> None:
+    """Warns where a module goes on with the weights of its last fit, while this fit's plan would have drawn others.
+
+    Args:
+        pl_module: The module.
+        last: Plan of its last fit, if there was one.
+        plan: Plan of this fit.
+    """
+    if last is None or plan.same_size:
+        return
+    if {entry.name: entry.init for entry in last.parameters} != {entry.name: entry.init for entry in plan.parameters}:
+        rank_zero_warn(
+            f"MuECallback: {type(pl_module).__name__} was fitted before under another plan ({last.rule}; now {plan.rule}). Its "
+            "weights were kept, so the initial stds in the table of the plan do not hold. Make a new module to start anew."
         )
 
 

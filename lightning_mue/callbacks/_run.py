@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -33,37 +32,17 @@ def known_to(base: Base | None) -> dict[str, float]:
     return {key: base[key] for key in RUN_KEYS if key in base} if isinstance(base, Mapping) else {}
 
 
-def infer_run(
-    trainer: Trainer | None, pl_module: object, datamodule: object | None = None
-) -> tuple[float | None, float | None]:
-    """Training length and batch size of a run in tokens.
+def infer_batch_tokens(trainer: Trainer | None, pl_module: object, datamodule: object | None = None) -> float:
+    """Tokens in one optimizer step over all ranks; nothing is loaded or made to find it.
 
-    The batch is ``datamodule.tokens_per_batch`` (of one process), or ``batch_size`` times the length of a sequence (see
-    ``LENGTHS``), found as attributes or hyperparameters of the datamodule, else of the module; times accumulation and the
-    number of data-parallel replicas. The length is that times the number of optimizer steps.
+    That is ``datamodule.tokens_per_batch`` (of one process), or ``batch_size`` times the length of a sequence (see ``LENGTHS``),
+    found as attributes or hyperparameters of the datamodule, else of the module; times accumulation and the number of
+    data-parallel replicas.
 
     Args:
         trainer: The trainer, which need not be set up.
         pl_module: The module.
         datamodule: The datamodule, if there is one.
-
-    Returns:
-        (tokens, batch_tokens), each None where it cannot be told; nothing is loaded or made to find it.
-    """
-    return _or_none(infer_tokens, trainer, pl_module, datamodule), _or_none(
-        infer_batch_tokens, trainer, pl_module, datamodule
-    )
-
-
-def _or_none(infer: Any, *args: object) -> float | None:
-    try:
-        return infer(*args)
-    except LookupError:
-        return None
-
-
-def infer_batch_tokens(trainer: Trainer | None, pl_module: object, datamodule: object | None = None) -> float:
-    """Tokens in one optimizer step over all ranks; see `infer_run`.
 
     Raises:
         LookupError: Saying what was looked for.
@@ -81,24 +60,19 @@ def infer_batch_tokens(trainer: Trainer | None, pl_module: object, datamodule: o
     return tokens * trainer.accumulate_grad_batches * replicas(trainer)
 
 
-def infer_tokens(trainer: Trainer | None, pl_module: object, datamodule: object | None = None) -> float:
-    """Tokens in the whole run; see `infer_run`.
+def steps(trainer: Trainer, optimizers: int | None = None) -> int:
+    """Optimizer steps of the run; where manual optimization steps several optimizers a batch, they count as one.
 
-    Raises:
-        LookupError: Saying what was looked for.
-    """
-    if trainer is None:
-        raise LookupError("there is no trainer")
-    return steps(trainer) * infer_batch_tokens(trainer, pl_module, datamodule)
-
-
-def steps(trainer: Trainer) -> int:
-    """Optimizer steps of the run.
+    Args:
+        trainer: The trainer, which need not be set up.
+        optimizers: Number of optimizers; by default the trainer's, which has none before it is set up.
 
     Raises:
         LookupError: If nothing tells them yet.
     """
-    max_steps, max_epochs = trainer.max_steps, trainer.max_epochs
+    max_epochs, several = trainer.max_epochs, max(1, len(trainer.optimizers) if optimizers is None else optimizers)
+    # Lightning holds global_step, which counts every optimizer's steps, against max_steps after each batch.
+    max_steps = -(-trainer.max_steps // several) if trainer.max_steps > 0 else trainer.max_steps
     if max_epochs is None or max_epochs == -1:
         if max_steps > 0:
             return max_steps
@@ -110,7 +84,7 @@ def steps(trainer: Trainer) -> int:
             f"the Trainer has max_epochs={max_epochs}, and the length of an epoch is not known before the data is loaded; "
             "set max_steps (and max_epochs: -1) instead"
         )
-    return int(estimate)
+    return min(int(estimate), max_steps) if max_steps > 0 else int(estimate)
 
 
 def replicas(trainer: Trainer) -> int:
@@ -131,6 +105,7 @@ def run_sizes(
     datamodule: LightningDataModule | None = None,
     *,
     trains: bool = True,
+    optimizers: int | None = None,
 ) -> dict[str, float | None]:
     """``tokens`` and ``batch_tokens`` for a plan.
 
@@ -141,6 +116,7 @@ def run_sizes(
         pl_module: The module.
         datamodule: The datamodule, if there is one.
         trains: False where no training follows: what cannot be told is then taken as in the base.
+        optimizers: Number of optimizers; see `steps`.
 
     Raises:
         ValueError: For a size that the base holds, the user did not give, and nothing tells.
@@ -154,7 +130,7 @@ def run_sizes(
             continue
         try:
             batch = sizes.get("batch_tokens") or infer_batch_tokens(trainer, pl_module, datamodule)
-            sizes[key] = batch if key == "batch_tokens" or trainer is None else batch * steps(trainer)
+            sizes[key] = batch if key == "batch_tokens" or trainer is None else batch * steps(trainer, optimizers)
         except LookupError as error:
             if not trains:
                 sizes[key] = known[key]

@@ -80,7 +80,7 @@ class Expectation:
             return self._z_factor(role, self.base.at(source, progress))
         if quantity == "rms" and role != "residual" and self.plan is not None:
             # Folded into the branch's last weights, the residual multiplier acts before the branch is measured.
-            return float(getattr(self.plan, "folded", {}).get("residual", 1.0))
+            return self.plan.folded.get("residual", 1.0)
         if quantity == "reach":
             return self.duration(role)
         group = self._groups.get(f"{role}/{place}")

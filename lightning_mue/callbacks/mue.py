@@ -24,6 +24,8 @@ from lightning_mue.parameterizations.render import as_markdown, headline, wide_c
 from lightning_mue.parameterizations.table import Family
 
 _log = logging.getLogger(__name__)
+#: Attribute of a module that holds the plan of its last fit.
+_LAST_PLAN = "_mue_last_plan"
 
 
 class MuECallback(Callback):
@@ -124,7 +126,7 @@ class MuECallback(Callback):
             roles=self.roles,
             multipliers=self.multipliers,
             preset=self.preset,
-            **run_sizes(known, given, trainer, module, datamodule, trains=trains),
+            **run_sizes(known, given, trainer, module, datamodule, trains=trains, optimizers=len(optimizers)),
         )
 
     def _families(self, module: nn.Module, optimizers: list[Optimizer]) -> Family | dict[str, Family]:
@@ -175,7 +177,10 @@ class MuECallback(Callback):
             _checks.copy_to_averages(trainer, pl_module)
         else:  # restored, loaded, or trained before: the weights stay
             set_multipliers(pl_module, self.plan.multipliers)
+            if self.initialize and not (resumed or _checks.resumes(trainer)):
+                _checks.warn_of_kept_weights(pl_module, getattr(pl_module, _LAST_PLAN, None), self.plan)
         keep_weights(pl_module)
+        setattr(pl_module, _LAST_PLAN, self.plan)
         if not self.plan.same_size:
             self._steps = [ScaledStep(optimizer, self.plan, pl_module) for optimizer in trainer.optimizers]
             self._logged = 0

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_mue.callbacks import layout
+from lightning_mue.callbacks._run import steps
 from lightning_mue.callbacks.comparison import Comparison, octaves, warn_of_other_base
 from lightning_mue.callbacks.expectation import Expectation, classes_of
 from lightning_mue.callbacks.fingerprint import Fingerprint, sampled_steps
@@ -267,20 +267,22 @@ class TransferMonitor(SampledMonitor):
             "rule": f"{self._plan.rule} ({self._plan.family})",
             "axes": self._plan.axes,
         }
-        Fingerprint.of_points(self._total, self._points, **about).save(self.record)
+        try:
+            Fingerprint.of_points(self._total, self._points, **about).save(self.record)
+        except OSError as error:  # neither hides the exception that ended the run, nor makes a finished run fail
+            rank_zero_warn(f"TransferMonitor: the fingerprint could not be written to {str(self.record)!r}: {error}")
+            return
         rank_zero_info(f"TransferMonitor: wrote {len(self._points)} points of {self._total} steps to {self.record}.")
 
 
 def _total_steps(trainer: Trainer) -> int:
-    """Optimizer steps of the run; manual optimization may step several optimizers a batch, which count as one."""
-    steps = trainer.estimated_stepping_batches
-    if not 0 < steps < math.inf:
+    try:
+        return steps(trainer)
+    except LookupError:
         raise ValueError(
             f"TransferMonitor: the length of this run is not known (max_steps={trainer.max_steps}, max_epochs="
             f"{trainer.max_epochs}), so nobody can say how far it has come. Set max_steps of the Trainer."
-        )
-    several = max(1, len(trainer.optimizers)) if steps == trainer.max_steps else 1
-    return -(-int(steps) // several)
+        ) from None
 
 
 def _check(record: object, compare: object, **numbers: float) -> None:

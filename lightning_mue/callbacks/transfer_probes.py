@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from lightning_mue.callbacks.probes import Probe, find_modules, first_tensor
 from lightning_mue.diagnostics import even_sample, update_rms, update_summary, weight_rms
 from lightning_mue.diagnostics.updates import UPDATE_SIZE
 from lightning_mue.parameterizations import MATRIX_ROLES, ParameterPlan, Role, ScalingPlan
-from lightning_mue.parameterizations.modules import clean_name
+from lightning_mue.parameterizations.inference import mark_folds
+from lightning_mue.parameterizations.modules import clean_name, list_parameters
 from lightning_mue.parameterizations.record import sites
 
 OUTSIDE = "outside"
@@ -194,14 +196,42 @@ def update_probes(
 ) -> list[UpdateProbe]:
     """One probe a parameter of the plan, in the plan's order."""
     weights = {clean_name(name): p for name, p in module.named_parameters()}
+    passed = folded_residuals(module, plan, layers)
     probes = []
     for entry in plan.parameters:
         if entry.name in weights:
             place = OUTSIDE if Role(entry.role) in _OUTSIDE_ROLES else layers.place(entry.name)
-            reach = reach_factor(entry, layers, multipliers)
+            reach = reach_factor(entry, layers, multipliers) * passed.get(entry.name, 1.0)
             label, relative = f"{entry.role}/{place}/{entry.name}", entry.kind in _RELATIVE
             probes.append(UpdateProbe(label, weights[entry.name], reach, relative, max_elements))
     return probes
+
+
+def folded_residuals(module: nn.Module, plan: ScalingPlan, layers: Layers) -> dict[str, float]:
+    """Name of a parameter inside a block -> the residual multiplier that the plan folded into weights behind it.
+
+    Where no module exposes the multiplier m, the last matrix of each branch carries it (theory.md section 2), so that whatever
+    stands before that matrix reaches the residual stream through m. The matrix's own change has m in it already; on the
+    sphere, where a change is relative to the weight, it has not.
+
+    Args:
+        module: The whole model.
+        plan: The plan in force.
+        layers: The model's layers.
+    """
+    m, entries = plan.folded.get("residual", 1.0), {entry.name: entry for entry in plan.parameters}
+    if m == 1.0:
+        return {}
+    known = [info for info in list_parameters(module, None) if info.name in entries]
+    infos = mark_folds([replace(info, role=Role(entries[info.name].role)) for info in known])
+    carriers = {info.name for info in infos if "residual" in info.folds}
+    return {
+        name: m
+        for name, entry in entries.items()
+        if Role(entry.role) not in _OUTSIDE_ROLES
+        and layers.place(name) != OUTSIDE
+        and (name not in carriers or entry.kind in _RELATIVE)
+    }
 
 
 def reach_factor(entry: ParameterPlan, layers: Layers, multipliers: Mapping[str, list[tuple[str, float]]]) -> float:

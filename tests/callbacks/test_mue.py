@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import ClassVar
 
 import pytest
@@ -189,6 +190,48 @@ def test_second_fit_keeps_what_was_learned():
     assert all(torch.equal(learned[name], start[0][name]) for name in learned)
 
 
+def test_kept_weights_under_another_plan_are_told(tmp_path):
+    """The table's initial stds were not used. Not told: the first fit, the same plan again, no stds, a resumed run."""
+
+    def told(model, **kwargs):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fit(model, [mue(**kwargs)], max_steps=1)
+        return [str(w.message) for w in caught if "weights were kept" in str(w.message)]
+
+    model = make_model()
+    assert told(model) == told(model) == []
+    (message,) = told(model, rule="sp")
+    assert "another plan (complete-mue; now sp)" in message
+    assert "initial stds" in message
+    assert told(model, rule="sp") == []
+    assert told(model, base={"width": 64}) == []
+    assert told(make_model()) == []
+    assert len(told(model, rule="mup", base={**BASE, "n_experts": 4})) == 1
+    assert told(model, initialize=False) == []
+    saver = ModelCheckpoint(dirpath=tmp_path, save_last=True)
+    model = make_model()
+    fit(model, [mue(), saver], max_steps=2, enable_checkpointing=True)
+    model._mue_last_plan = mue(rule="sp").make_plan(model, [])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*weights were kept")
+        fit(model, [mue()], max_steps=3, ckpt_path=tmp_path / "last.ckpt")
+
+
+def test_a_longer_resumed_run_is_told_how_to_go_on(tmp_path):
+    saver = ModelCheckpoint(dirpath=tmp_path, save_last=True)
+    base = {**BASE, "tokens": 64.0, "batch_tokens": 32.0}
+    counted = {"base": base, "batch_tokens": 64.0}
+    fit(make_model(), [mue(**counted), saver], max_steps=2, enable_checkpointing=True)
+    with pytest.raises(ValueError, match=r"MuECallback\(tokens=128, \.\.\.\) goes on"):
+        fit(make_model(), [mue(**counted)], max_steps=4, ckpt_path=tmp_path / "last.ckpt")
+    trainer = fit(make_model(), [mue(**counted, tokens=128.0)], max_steps=4, ckpt_path=tmp_path / "last.ckpt")
+    assert trainer.global_step == 4
+    with pytest.raises(ValueError, match="another plan") as error:  # the length is not what differs
+        fit(make_model(), [mue(**counted, tokens=128.0, rule="sp")], max_steps=4, ckpt_path=tmp_path / "last.ckpt")
+    assert "goes on" not in str(error.value)
+
+
 def test_model_loaded_from_a_checkpoint_keeps_its_weights_and_multipliers(tmp_path):
     model = make_model()
     trainer = fit(model, [mue()], max_steps=3)
@@ -213,7 +256,7 @@ def test_another_plan_on_resume_is_refused_with_the_differences(tmp_path):
     path = tmp_path / "model.ckpt"
     trainer.save_checkpoint(path)
     content = path.read_bytes()
-    with pytest.raises(ValueError, match=r"another plan.*\n.*base_axes: \{'width': 32.*\n") as error:
+    with pytest.raises(ValueError, match=r"another plan.*\n.*base_axes\.width: 32 -> 16\n") as error:
         fit(make_model(), [mue(base={**BASE, "width": 16})], max_steps=4, ckpt_path=path)
     assert "hidden" not in str(error.value) or ".lr: 0.5 -> 0.25" in str(error.value)
     assert path.read_bytes() == content

@@ -95,7 +95,7 @@ def test_second_fit_keeps_the_weights(seen, name):
 def test_another_plan_is_refused_on_every_rank(seen, name, rank):
     run = seen[rank][name]
     assert "another plan" in run["mismatch"]
-    assert "base_axes: {'width': 32" in run["mismatch"]
+    assert "base_axes.width: 32 -> " in run["mismatch"]
     assert "holds no plan" in run["missing"]
     assert run["unchanged"]
 

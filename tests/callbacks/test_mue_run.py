@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.utils.data import DataLoader
 
 from lightning_mue import MoELanguageModel, MuECallback
-from lightning_mue.callbacks._run import infer_run, known_to
+from lightning_mue.callbacks._run import infer_batch_tokens, known_to, run_sizes, steps
 
 BASE = {"width": 32, "n_heads": 2, "n_experts": 0}
 MODULE = SimpleNamespace()
@@ -52,42 +52,48 @@ def make_model():
 )
 def test_batch_counts_accumulation_and_replicas(settings, replicas):
     """On a trainer that is not set up, as `explain` has it."""
-    run = infer_run(trainer(max_steps=10, **settings), MODULE, Data(batch_size=4, context_length=16))
-    assert run == (10 * 4 * 16 * replicas, 4 * 16 * replicas)
+    run = trainer(max_steps=10, **settings), MODULE, Data(batch_size=4, context_length=16)
+    assert infer_batch_tokens(*run) == 4 * 16 * replicas
+    known = {"tokens": 1.0, "batch_tokens": 1.0}
+    assert run_sizes(known, {}, *run) == {"tokens": 10 * 4 * 16 * replicas, "batch_tokens": 4 * 16 * replicas}
 
 
 @pytest.mark.parametrize("length", ["context_length", "sequence_length", "seq_len", "block_size", "max_length"])
 def test_names_of_the_sequence_length(length):
-    assert infer_run(trainer(max_steps=1), MODULE, Data(batch_size=4, **{length: 8}))[1] == 32
+    assert infer_batch_tokens(trainer(max_steps=1), MODULE, Data(batch_size=4, **{length: 8})) == 32
 
 
 def test_where_sizes_are_looked_for():
     # The datamodule's length comes before the model's, which is only the longest that it can take.
     module = LightningModule()
     module.save_hyperparameters({"context_length": 99, "batch_size": 7})
-    assert infer_run(trainer(max_steps=1), module, Data(batch_size=4, context_length=16))[1] == 64
-    assert infer_run(trainer(max_steps=1), module, Data(batch_size=4))[1] == 4 * 99
-    assert infer_run(trainer(max_steps=1), module, None)[1] == 7 * 99
-    assert infer_run(trainer(max_steps=1), MODULE, Data(tokens_per_batch=1000, batch_size=4))[1] == 1000
-    assert infer_run(trainer(max_steps=1), MODULE, Data(batch_size=4)) == (None, None)
-    assert infer_run(None, MODULE, Data(batch_size=4, context_length=16)) == (None, None)
+    assert infer_batch_tokens(trainer(max_steps=1), module, Data(batch_size=4, context_length=16)) == 64
+    assert infer_batch_tokens(trainer(max_steps=1), module, Data(batch_size=4)) == 4 * 99
+    assert infer_batch_tokens(trainer(max_steps=1), module, None) == 7 * 99
+    assert infer_batch_tokens(trainer(max_steps=1), MODULE, Data(tokens_per_batch=1000, batch_size=4)) == 1000
+    with pytest.raises(LookupError, match="no sequence length"):
+        infer_batch_tokens(trainer(max_steps=1), MODULE, Data(batch_size=4))
+    with pytest.raises(LookupError, match="no trainer"):
+        infer_batch_tokens(None, MODULE, Data(batch_size=4, context_length=16))
 
 
 def test_epochs_count_where_the_data_is_loaded():
     data = Data(batch_size=4, context_length=16)
-    assert infer_run(trainer(max_epochs=2), MODULE, data) == (None, 64)
-    assert infer_run(trainer(max_epochs=2, max_steps=100), MODULE, data) == (None, 64)
+    for unknown in (trainer(max_epochs=2), trainer(max_epochs=2, max_steps=100)):
+        assert infer_batch_tokens(unknown, MODULE, data) == 64
+        with pytest.raises(LookupError, match="max_epochs=2"):
+            steps(unknown)
 
     class Loads(MoELanguageModel):
         def configure_optimizers(self):
-            steps.append(self.trainer.estimated_stepping_batches)
+            counted.append(self.trainer.estimated_stepping_batches)
             return super().configure_optimizers()
 
-    steps = []
+    counted = []
     callback = MuECallback(base={**BASE, "tokens": 1024.0}, verbose=False)
     model = Loads(vocab_size=64, context_length=32, width=64, n_heads=4, depth=1, n_experts=2)
     trainer(max_epochs=2, callbacks=[callback], accumulate_grad_batches=2).fit(model, data)
-    assert steps == [16]
+    assert counted == [16]
     assert callback.plan.axes["tokens"] == 16 * 2 * 64
 
 
@@ -101,6 +107,63 @@ def test_a_fit_takes_them(limit):
     if "max_steps" in limit:
         ratio = (64 / 32) / (6 * 64 / 128)
         assert callback.plan["transformer.embedding.weight"].lr == pytest.approx(ratio**0.5)
+
+
+class Several(LightningModule):
+    """Steps some AdamWs in every batch, by hand."""
+
+    batch_size, context_length = 4, 16
+
+    def __init__(self, width=16, optimizers=2):
+        super().__init__()
+        self.save_hyperparameters()
+        self.automatic_optimization = False
+        self.net = torch.nn.Sequential(torch.nn.Linear(16, width), torch.nn.ReLU(), torch.nn.Linear(width, 1))
+        self.batches = 0
+
+    def training_step(self, batch, batch_idx):
+        self.batches += 1
+        optimizers = self.optimizers(use_pl_optimizer=True)
+        self.manual_backward(self.net(batch["tokens"].float()).mean())
+        for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
+            optimizer.step()
+
+    def configure_optimizers(self):
+        parameters, n = list(self.parameters()), self.hparams.optimizers
+        return [torch.optim.AdamW(parameters[i::n]) for i in range(n)]
+
+
+@pytest.mark.parametrize(
+    ("optimizers", "limit", "batches"),
+    [
+        (1, {"max_steps": 12}, 12),
+        (2, {"max_steps": 12}, 6),
+        (3, {"max_steps": 13}, 5),
+        (2, {"max_epochs": 1}, 16),
+        (2, {"max_epochs": 1, "max_steps": 30}, 15),
+        (2, {"max_epochs": 1, "max_steps": 100}, 16),
+    ],
+)
+def test_several_optimizers_count_as_one(optimizers, limit, batches):
+    """Lightning's global_step counts each of them; `batches` of the run itself are what the plan has to say."""
+
+    class Loads(Several):
+        def configure_optimizers(self):
+            self.trainer.estimated_stepping_batches  # noqa: B018  loads the data, so that the length of an epoch is known
+            return super().configure_optimizers()
+
+    model, callback = Loads(optimizers=optimizers), MuECallback(base={"width": 8, "tokens": 64.0}, verbose=False)
+    run = trainer(callbacks=[callback], **limit)
+    run.fit(model, Data().train_dataloader())
+    assert model.batches == batches
+    assert callback.plan.axes["tokens"] == batches * 4 * 16
+    assert steps(run) == batches
+
+
+def test_explain_counts_the_optimizers_that_it_is_given():
+    model, callback = Several(), MuECallback(base={"width": 8, "tokens": 64.0})
+    plan = callback.make_plan(model, model.configure_optimizers(), trainer(max_steps=12), None)
+    assert plan.axes["tokens"] == 6 * 64
 
 
 def test_given_values_win():

@@ -268,6 +268,31 @@ class _Fails(Callback):
         raise RuntimeError("broken batch")
 
 
+class Obstructs(Callback):
+    """Puts a file where the folder of the fingerprint was; may then raise."""
+
+    def __init__(self, folder, error=None):
+        self.folder, self.error = folder, error
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 4:
+            self.folder.rmdir()
+            self.folder.write_text("")
+            if self.error is not None:
+                raise self.error
+
+
+def test_a_fingerprint_that_cannot_be_written_hides_nothing(tmp_path):
+    with pytest.warns(UserWarning, match=r"could not be written to .*one.a\.json.*(exists|directory)"):
+        trainer, _ = record(tmp_path / "one" / "a.json", callbacks=[Obstructs(tmp_path / "one")])
+    assert trainer.state.finished
+    with (
+        pytest.warns(UserWarning, match=r"could not be written to .*two.a\.json"),
+        pytest.raises(RuntimeError, match="broken batch"),
+    ):
+        record(tmp_path / "two" / "a.json", callbacks=[Obstructs(tmp_path / "two", RuntimeError("broken batch"))])
+
+
 def test_fast_dev_run_overwrites_nothing(tmp_path):
     record(tmp_path / "a.json")
     old = (tmp_path / "a.json").read_bytes()
