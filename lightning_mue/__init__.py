@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_mue.callbacks import MuECallback
+    from lightning_mue.callbacks import MuECallback, TransferMonitor
     from lightning_mue.models import MoELanguageModel
     from lightning_mue.moe import MoELayer
     from lightning_mue.optim import HyperSphereOptimizer
@@ -32,6 +32,7 @@ _PUBLIC = {
     "MoELayer": "lightning_mue.moe",
     "MuECallback": "lightning_mue.callbacks",
     "ScalingPlan": "lightning_mue.parameterizations",
+    "TransferMonitor": "lightning_mue.callbacks",
     "initialize": "lightning_mue.parameterizations",
     "param_groups": "lightning_mue.parameterizations",
     "plan": "lightning_mue.parameterizations",
@@ -43,6 +44,7 @@ __all__ = [
     "MoELayer",
     "MuECallback",
     "ScalingPlan",
+    "TransferMonitor",
     "initialize",
     "param_groups",
     "plan",

@@ -6,7 +6,9 @@ This package knows torch, but no Lightning.
 from lightning_mue.parameterizations import complete_mue, complete_p, hyperp, moe_dmft, mssp, mup, sp
 from lightning_mue.parameterizations.apply import ScaledStep, initialize, param_groups
 from lightning_mue.parameterizations.axes import Axes
+from lightning_mue.parameterizations.compare import RuleComparison, compare_rules
 from lightning_mue.parameterizations.plan import plan
+from lightning_mue.parameterizations.record import save_base
 from lightning_mue.parameterizations.roles import MATRIX_ROLES, Role
 from lightning_mue.parameterizations.scaling import Init, ParameterPlan, ScalingPlan
 from lightning_mue.parameterizations.table import RULES, Parameterization, Row, get_rule
@@ -22,10 +24,13 @@ __all__ = [
     "Parameterization",
     "Role",
     "Row",
+    "RuleComparison",
     "ScaledStep",
     "ScalingPlan",
+    "compare_rules",
     "get_rule",
     "initialize",
     "param_groups",
     "plan",
+    "save_base",
 ]

@@ -19,6 +19,8 @@ from lightning_mue.parameterizations.monomial import parse
 from lightning_mue.parameterizations.record import ModelRecord, Site, sites
 from lightning_mue.parameterizations.table import Kind, Parameterization
 
+#: Kinds: of a residual branch, of attention logits, of an FFN's or MoE's output, of its routed part, of the logits.
+KINDS = ("residual", "attention", "ffn", "route", "output")
 #: The value that a kind has in a base without it: a dense FFN is an MoE of one expert with route scale 1.
 _ABSENT = {"route": 1.0, "ffn": 1.0}
 
