@@ -209,6 +209,8 @@ class MuECallback(Callback):
             _log.info("MuECallback: initial weights %s", "drawn by the plan" if drawn else "kept as they are")
         if not self.verbose:
             _log.info("MuECallback: %s", headline(self.plan))
+            for note in self.plan.notes:  # the table has them
+                _log.warning("MuECallback: %s", note)
         else:
             wide_console().print(self.plan)
         for logger in trainer.loggers:

@@ -363,6 +363,11 @@ def test_logs_effective_rates_and_the_table(tmp_path, capsys):
     assert "custom_scalars__config__" in events.Tags()["tensors"]
 
 
+def test_move_that_the_rule_does_not_claim_is_warned_of_without_the_table(caplog):
+    fit(make_model(depth=4, n_experts=0), [MuECallback(rule="mup", base={"depth": 2}, verbose=False)], max_steps=1)
+    assert any("depth differs from the base (2 -> 4), but mup does not claim" in r.message for r in caplog.records)
+
+
 def test_works_with_another_logger(tmp_path):
     fit(make_model(), [mue()], max_steps=2, logger=CSVLogger(tmp_path), log_every_n_steps=1)
     assert "mue/lr/hidden" in next(tmp_path.rglob("metrics.csv")).read_text()
