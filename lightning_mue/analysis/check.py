@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_mue.analysis.slopes import Record, Slope, common_prefix, fit_slopes
+from lightning_mue.parameterizations.render import to_text
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,9 @@ class CoordinateCheck:
         from lightning_mue.analysis.plots import plot_coordinates
 
         plot_coordinates(self, path)
+
+    def __str__(self) -> str:
+        return to_text(self)
 
     def __rich__(self) -> RenderableType:
         table = Table(

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 from torch import nn
 
 from lightning_mue.parameterizations.modules import split_layer
 from lightning_mue.parameterizations.plan import plan
+from lightning_mue.parameterizations.render import to_text
 from lightning_mue.parameterizations.scaling import ParameterPlan, ScalingPlan
 from lightning_mue.parameterizations.table import Family, get_rule
 
@@ -75,10 +75,7 @@ class RuleComparison:
         return Group(*parts)
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=160, color_system=None)
-        console.print(self)
-        assert isinstance(console.file, io.StringIO)
-        return console.file.getvalue()
+        return to_text(self)
 
     def _table(self, quantity: str) -> Table:
         table = Table(title=_QUANTITIES[quantity], title_justify="left", title_style="bold", header_style="bold")

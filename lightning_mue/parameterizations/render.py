@@ -116,10 +116,10 @@ def wide_console() -> Console:
     return console if console.width >= 140 else Console(width=140)
 
 
-def as_text(plan: ScalingPlan, width: int = 160) -> str:
-    """The plan as plain text."""
+def to_text(renderable: RenderableType, width: int = 160) -> str:
+    """What ``rich`` would print, as plain text."""
     console = Console(file=io.StringIO(), width=width, color_system=None)
-    console.print(as_renderable(plan))
+    console.print(renderable)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 

@@ -93,9 +93,9 @@ class ScalingPlan:
         raise KeyError(name)
 
     def __str__(self) -> str:
-        from lightning_mue.parameterizations.render import as_text
+        from lightning_mue.parameterizations.render import to_text
 
-        return as_text(self)
+        return to_text(self)
 
     def __rich__(self) -> Any:
         from lightning_mue.parameterizations.render import as_renderable

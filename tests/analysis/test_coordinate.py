@@ -384,3 +384,14 @@ def test_complete_mue_on_a_mixture_of_experts_at_four_widths():
     updates = [s for s in check.slopes() if s.decides]
     lower, upper = (sum(abs(getattr(s, half)) for s in updates) for half in ("lower", "upper"))
     assert upper < lower
+
+
+def test_prints_as_a_table_without_rich_too():
+    from lightning_mue.analysis import CoordinateCheck
+
+    check = CoordinateCheck(
+        rule="mup", family="adam", axis="width", sizes={1.0: {}, 2.0: {}}, seeds=(0,), measured=(1,), tolerance=0.15,
+        depth_moves=False, records=(), unseen=(), notes=(),
+    )  # fmt: skip
+    assert "Coordinate check: mup (adam)" in str(check)
+    assert "records=" not in f"{check}"
