@@ -19,7 +19,7 @@ demo: $(STAMP)  ## trains a Mixture-of-Experts language model in about two minut
 	$(BIN)/lightning-mue fit --config configs/quickstart.yaml
 
 test: $(STAMP)  ## the fast tests
-	$(BIN)/python -m pytest -q -m 'not slow and not gpu' --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -q -n 2 -m 'not slow and not gpu' --cov --cov-report=term:skip-covered
 
 test-slow: $(STAMP)  ## the tests that are too slow for every change: several processes, large models
 	$(BIN)/python -m pytest -q -m 'slow and not gpu'
