@@ -10,17 +10,11 @@ from dataclasses import dataclass
 from lightning_mue.callbacks.fingerprint import Fingerprint
 from lightning_mue.callbacks.transfer_probes import UpdateProbe
 from lightning_mue.parameterizations import Parameterization, ParameterPlan, Role, Row, ScalingPlan
+from lightning_mue.parameterizations.matching import RELATED
 from lightning_mue.parameterizations.monomial import SYMBOLS, parse
 
 #: Roles that do the same work in a dense FFN, an expert and a shared expert: role -> counterparts, the nearest first.
-COUNTERPARTS: Mapping[str, tuple[str, ...]] = {
-    "expert_up": ("ffn_up", "shared_up"),
-    "expert_down": ("ffn_down", "shared_down"),
-    "shared_up": ("ffn_up", "expert_up"),
-    "shared_down": ("ffn_down", "expert_down"),
-    "ffn_up": ("expert_up", "shared_up"),
-    "ffn_down": ("expert_down", "shared_down"),
-}
+COUNTERPARTS = {role.value: tuple(other.value for other in others) for role, others in RELATED.items()}
 #: Weights that are read as they are drawn, and that therefore have an initial RMS to scale from.
 _DRAWN = ("normal", "uniform", "constant")
 

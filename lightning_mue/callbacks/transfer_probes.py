@@ -21,7 +21,7 @@ from lightning_mue.diagnostics import even_sample, update_rms, update_summary, w
 from lightning_mue.diagnostics.updates import UPDATE_SIZE
 from lightning_mue.parameterizations import MATRIX_ROLES, ParameterPlan, Role, ScalingPlan
 from lightning_mue.parameterizations.inference import mark_folds
-from lightning_mue.parameterizations.modules import clean_name, list_parameters
+from lightning_mue.parameterizations.modules import clean_name, list_parameters, split_layer
 from lightning_mue.parameterizations.record import sites
 
 OUTSIDE = "outside"
@@ -32,7 +32,7 @@ _DOWN = frozenset({Role.FFN_DOWN, Role.EXPERT_DOWN, Role.SHARED_DOWN})
 
 
 class Layers:
-    """Finds the layer of a qualified name: the first number in it, among as many as stand at that place in the model.
+    """Finds the layer of a qualified name: its first layer index, among as many as stand at that place in the model.
 
     Attributes:
         depths: Place ("q1" to "q4") -> mean relative depth of the layers in it, in (0, 1).
@@ -294,9 +294,8 @@ def activation_probes(
 
 
 def _split(name: str) -> tuple[str, int] | None:
-    parts = name.split(".")
-    at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    return None if at is None else (".".join(parts[:at]), int(parts[at]))
+    template, layer = split_layer(name)
+    return None if layer < 0 else (template.partition("*")[0], layer)
 
 
 def _local(weight: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_mue.parameterizations.drawing import draw_, draw_all, generator_for
+from lightning_mue.parameterizations.drawing import draw_all
 from lightning_mue.parameterizations.groups import SCALED, family_of, scale_groups
 from lightning_mue.parameterizations.modules import clean_name
 from lightning_mue.parameterizations.multipliers import set_multipliers
@@ -128,16 +128,12 @@ def param_groups(
 
 
 __all__ = [
-    "SCALED",
     "ScaledStep",
     "check_covers",
-    "draw_",
     "family_of",
-    "generator_for",
     "has_weights",
     "initialize",
     "keep_weights",
     "named_tensors",
     "param_groups",
-    "scale_groups",
 ]

@@ -9,7 +9,7 @@ from lightning_mue.parameterizations.modules import ParameterInfo, all_indices, 
 from lightning_mue.parameterizations.roles import Role
 
 #: Where a role may take its base values from if the base has none of its own, best first.
-_RELATED: Mapping[Role, Sequence[Role]] = {
+RELATED: Mapping[Role, Sequence[Role]] = {
     Role.EXPERT_UP: (Role.FFN_UP, Role.SHARED_UP),
     Role.EXPERT_DOWN: (Role.FFN_DOWN, Role.SHARED_DOWN),
     Role.SHARED_UP: (Role.FFN_UP, Role.EXPERT_UP),
@@ -183,7 +183,7 @@ class _RoleIndex:
         """The parameter of the same role, else of a related one, that is nearest to a layer."""
         if info.role is None or info.role is Role.BIAS:
             return None
-        for role in (info.role, *_RELATED.get(info.role, ())):
+        for role in (info.role, *RELATED.get(info.role, ())):
             found = self._found.get((role, self._leaf(info))) or self._found.get((role, None))
             if found:
                 return found[_nearest(list(found), layer)]  # in order of layers, as they were put in
