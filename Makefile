@@ -37,6 +37,7 @@ bench: $(STAMP)  ## the CPU benchmarks; ratios only
 	$(BIN)/python benchmarks/moe.py
 	$(BIN)/python benchmarks/callback.py
 	$(BIN)/python benchmarks/scale.py
+	$(BIN)/python benchmarks/optimizer.py
 
 docs: $(STAMP)  ## writes the papers' tables into docs/derivations from the code
 	$(BIN)/python -m lightning_mue.parameterizations.document

@@ -19,3 +19,9 @@ def _one_thread():
 def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     """Nothing that a Trainer writes by default lands in the checkout."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def _float32_by_default(monkeypatch):
+    """Newton-Schulz in float32 wherever a test does not name another type: some CPUs would choose bfloat16."""
+    monkeypatch.setattr("lightning_mue.optim.newton_schulz._cpu_has_bfloat16_units", lambda: False)

@@ -18,7 +18,7 @@ _EMBEDDINGS = {"emb", "embed", "embeds", "embedding", "embeddings", "wte", "wpe"
 _VECTORS = {"bias", "biases", "norm", "layernorm", "rmsnorm", "batchnorm", "ln"}
 
 
-def classify(name: str | None, param: Tensor) -> tuple[str, str]:
+def classify(name: str | None, param: Tensor, *, sphere: bool = True) -> tuple[str, str]:
     """Decide the update of one parameter.
 
     The order is: vectors and scalars get `adamw`; then the role in the tensor's `mue_role` attribute, where a layer
@@ -28,6 +28,7 @@ def classify(name: str | None, param: Tensor) -> tuple[str, str]:
     Args:
         name: The parameter's dotted name, or None.
         param: The parameter; three dimensions mean a stack of matrices.
+        sphere: False for Muon without the sphere: matrices get `muon`, the unembedding `adamw`.
 
     Returns:
         The kind, and what decided it: "shape", "role <role>" or "name".
@@ -41,6 +42,11 @@ def classify(name: str | None, param: Tensor) -> tuple[str, str]:
             f"{label(name, param)} is complex, and this optimizer is for real parameters. Hold it as a real tensor "
             "with a last dimension of 2 (torch.view_as_real), or give it to another optimizer."
         )
+    kind, reason = _classify(name, param)
+    return (kind if sphere else {"sphere": "muon", "adam_sphere": "adamw"}.get(kind, kind)), reason
+
+
+def _classify(name: str | None, param: Tensor) -> tuple[str, str]:
     if param.ndim < 2 or not param.is_floating_point():
         return "adamw", "shape"
     if (given := getattr(param, "mue_role", None)) is not None:
@@ -121,12 +127,13 @@ def _listed(params: Iterable[Any]) -> list[Any]:
     return list(params)
 
 
-def split_group(group: Mapping[str, Any], adamw_lr: float | None) -> list[dict[str, Any]]:
+def split_group(group: Mapping[str, Any], adamw_lr: float | None, *, sphere: bool = True) -> list[dict[str, Any]]:
     """Split a group without `kind` into one group a kind; a group with a `kind` comes back alone.
 
     Args:
         group: A param group. Its own `adamw_lr`, where present, comes before the argument, and is consumed.
         adamw_lr: Learning rate of `adamw` groups that do not bring their own; None leaves it to the group's `lr`.
+        sphere: See `classify`.
 
     Returns:
         New groups, in the order of `KINDS`, each with `kind` and `name`; empty ones are left out.
@@ -138,7 +145,7 @@ def split_group(group: Mapping[str, Any], adamw_lr: float | None) -> list[dict[s
         members = {options["kind"]: pairs}
         overrides = {} if adamw_lr is None or "lr" in options else {"lr": adamw_lr}
     else:
-        members = {kind: [pair for pair in pairs if classify(*pair)[0] == kind] for kind in KINDS}
+        members = {kind: [pair for pair in pairs if classify(*pair, sphere=sphere)[0] == kind] for kind in KINDS}
         overrides = {} if adamw_lr is None else {"lr": adamw_lr}
     groups = []
     for kind, chosen in members.items():
@@ -169,7 +176,7 @@ def summarize(groups: Iterable[Mapping[str, Any]]) -> str:
     )
 
 
-def describe(groups: Iterable[Mapping[str, Any]]) -> str:
+def describe(groups: Iterable[Mapping[str, Any]], *, sphere: bool = True) -> str:
     """Say in a few lines which parameter is in which group, and why; numbered blocks share a line."""
     lines = []
     for group in groups:
@@ -178,7 +185,7 @@ def describe(groups: Iterable[Mapping[str, Any]]) -> str:
         lines.append(f"{group['name']}: {group['kind']}, lr {group['lr']:g}, {len(pairs)} parameters, {size:,} values")
         rows: Counter[str] = Counter()
         for name, param in pairs:
-            kind, reason = classify(name, param)
+            kind, reason = classify(name, param, sphere=sphere)
             reason = reason if kind == group["kind"] else "given"
             shown = re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name) if name else "(unnamed)"
             rows[f"  {shown} {list(param.shape)} by {reason}"] += 1

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, overload
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
+from lightning_mue.optim.coefficients import get_preset
 from lightning_mue.optim.grouping import (
     check_loadable,
     classify,
@@ -24,11 +26,31 @@ from lightning_mue.optim.grouping import (
     unique_name,
     warn_of_guesses,
 )
-from lightning_mue.optim.newton_schulz import math_dtype, peak
-from lightning_mue.optim.options import COMPUTE_DTYPES, check_kind, check_number, checked
-from lightning_mue.optim.updates import Spherical, adam_direction, as_matrices, project, radius_of, sphere_update
+from lightning_mue.optim.layouts import Layout, layout_of
+from lightning_mue.optim.newton_schulz import Pool, default_dtype, math_dtype, orthogonalize_chunk, tf32_products
+from lightning_mue.optim.options import COMPUTE_DTYPES, SPHERES, STATE_DTYPES, check_kind, check_number, checked
+from lightning_mue.optim.pieces import as_state, is_sharded, local, local_grad, norms, total, world
+from lightning_mue.optim.sharding import orthogonalize_sharded
+from lightning_mue.optim.updates import (
+    CONVENTIONS,
+    Matrix,
+    Step,
+    accumulate,
+    adam_direction,
+    as_matrices,
+    direction,
+    move,
+    moving,
+    muon_update,
+)
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 logger = logging.getLogger(__name__)
+
+#: Bytes of whole matrices that are communicated and stepped together; what bounds scratch where weights are sharded.
+_ROUND_BYTES = 1 << 30
 
 
 class HyperSphereOptimizer(Optimizer):
@@ -37,20 +59,26 @@ class HyperSphereOptimizer(Optimizer):
     Each param group has a `kind`:
 
     - `sphere`: Muon's orthogonalized momentum, a step of `lr` radii, and back onto the sphere. A tensor of three
-      dimensions is a stack of matrices, each on its own sphere.
+      dimensions is a stack of matrices, each on its own sphere; of more, a convolution, one matrix `[out, rest]`.
     - `adam_sphere`: the same with Adam's direction in place of the orthogonalized one; for the unembedding.
+    - `muon`: Muon without the sphere: `lr` times a factor of the shape, and decoupled weight decay.
     - `adamw`: `torch.optim.AdamW`; for embeddings, norms, biases, scalars.
 
     Groups without a `kind` are split into one group a kind (see `classify` in `grouping.py` for the order of
     decisions), and `describe()` says what went where. Because a step is relative to the matrix, the best `lr` does not
     depend on width, and `weight_decay` on the sphere has no effect to first order.
 
-    Source: arXiv:2603.28743, and theory.md sections 4.7 and 5.1 for the step in full.
+    Weights may be plain, replicated (DDP) or sharded (FSDP2, HSDP, experts over ranks): a step is the same function of
+    the whole weights in every layout, and ranks that hold the same or parts of the same share out the work. All ranks
+    must step the same parameters, in the same order. See docs/optimizer.md.
+
+    Source: arXiv:2603.28743, and theory.md sections 4.7, 5.1 and 5.2 for the step in full.
 
     Args:
-        params: Parameters, (name, parameter) pairs, or group dicts, which may set `kind`, `name`, and any option below.
-            Pairs (`model.named_parameters()`) let embeddings and heads be recognized by name.
-        lr: Step in radii on the sphere (0.01 turns a matrix by about 0.01 rad); AdamW's learning rate otherwise.
+        params: Parameters, (name, parameter) pairs, or group dicts, which may set `kind`, `name`, and any option below
+            but the last two. Pairs (`model.named_parameters()`) let embeddings and heads be recognized by name.
+        lr: Step in radii on the sphere (0.01 turns a matrix by about 0.01 rad); AdamW's learning rate otherwise. With
+            `capturable`, also a tensor of one number.
         adamw_lr: Learning rate of `adamw` groups that do not bring their own; None means `lr`.
         momentum: Muon's momentum, in [0, 1).
         nesterov: Nesterov momentum.
@@ -58,10 +86,24 @@ class HyperSphereOptimizer(Optimizer):
         eps: Adam's epsilon.
         weight_decay: Decoupled weight decay.
         preset: Newton-Schulz schedule, a name in `PRESETS`.
-        compute_dtype: Type of the Newton-Schulz products, a `torch.dtype` or its name. None: bfloat16 on CUDA,
-            float32 elsewhere.
+        compute_dtype: Type of the Newton-Schulz products: "float32", "tf32", "bfloat16", "float16", "float64". None:
+            float16 on CUDA, bfloat16 on a CPU that has matrix units for it (AMX), float32 elsewhere.
+        state_dtype: Type of the momentum, "float32" or "bfloat16". None: the parameter's.
+        retraction: "project" (the paper's: step off, then scale back) or "geodesic" (rotate by exactly `lr` radians).
+        radius: Frobenius norm to keep. None: the one that each matrix has at its first step. Otherwise weights come
+            to it with the first step.
+        lr_convention: For `muon`, what `lr` multiplies, for a matrix [out, in]: "spectral" sqrt(out/in), "rms"
+            0.2 sqrt(max(out, in)), "original" sqrt(max(1, out/in)) as torch.optim.Muon has it, "unit" 1.
+        maximize: Ascend.
+        capturable: Keep Adam's step counts on the device and never read a tensor's value, so that the step can be
+            captured in a CUDA graph (after one step outside of it, which creates the state).
+        compile: Run Newton-Schulz through `torch.compile`.
+        sphere: Where groups are split by kind: False gives hidden matrices `muon` and the unembedding `adamw`.
+        process_group: Which ranks hold copies of the plain parameters and synchronize their gradients, so that they
+            may share out the work. "auto": all ranks, for those parameters whose weights and gradients agree on all of
+            them at the first step. None: nothing is shared.
 
-    State of a parameter: `momentum` (its dtype) and `radius` (float32, or float64 with float64 parameters; `[]`, or
+    State of a parameter: `momentum` (`state_dtype`) and `radius` (float32, or float64 with float64 parameters; `[]`, or
     `[E]` for a stack) on the sphere; `exp_avg`, `exp_avg_sq`, `step` for Adam's kinds, and `radius` for `adam_sphere`.
     It is created at the first step with a gradient, so weights may be initialized anew until then: the radius is the
     norm at that step. Options and kinds are read from `param_groups` at every step.
@@ -77,13 +119,10 @@ class HyperSphereOptimizer(Optimizer):
         ['sphere', 'adamw']
     """
 
-    #: In which table of a parameterization this optimizer's factors stand.
-    mue_family = "sphere"
-
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]],
-        lr: float = 0.01,
+        lr: float | Tensor = 0.01,
         *,
         adamw_lr: float | None = None,
         momentum: float = 0.95,
@@ -93,6 +132,15 @@ class HyperSphereOptimizer(Optimizer):
         weight_decay: float = 0.0,
         preset: str = "scheduled",
         compute_dtype: str | torch.dtype | None = None,
+        state_dtype: str | torch.dtype | None = None,
+        retraction: str = "project",
+        radius: float | None = None,
+        lr_convention: str = "spectral",
+        maximize: bool = False,
+        capturable: bool = False,
+        compile: bool = False,
+        sphere: bool = True,
+        process_group: ProcessGroup | str | None = "auto",
     ) -> None:
         defaults = {
             "lr": lr,
@@ -103,16 +151,40 @@ class HyperSphereOptimizer(Optimizer):
             "weight_decay": weight_decay,
             "preset": preset,
             "compute_dtype": compute_dtype,
+            "state_dtype": state_dtype,
+            "retraction": retraction,
+            "radius": radius,
+            "lr_convention": lr_convention,
+            "maximize": maximize,
+            "capturable": capturable,
+            "compile": compile,
         }
         if adamw_lr is not None:
             check_number("adamw_lr", adamw_lr)
+        if isinstance(process_group, str) and process_group != "auto":
+            raise ValueError(f"process_group must be a process group, 'auto' or None; found {process_group!r}.")
         groups = to_groups(params)
         if not any(group["params"] for group in groups):
             raise ValueError("params is empty: there is nothing to optimize. Are the model's layers made yet?")
-        # adamw_lr is among the defaults because they are all that a pickle keeps beside groups and state.
-        super().__init__(groups, {**checked(defaults), "adamw_lr": adamw_lr})
+        self._start(process_group)
+        # The last two are among the defaults because they are all that a pickle keeps beside groups and state.
+        super().__init__(groups, {**checked(defaults), "adamw_lr": adamw_lr, "sphere": sphere})
         warn_of_guesses(groups)
         logger.info("HyperSphereOptimizer: %s", summarize(self.param_groups))
+
+    def _start(self, process_group: ProcessGroup | str | None) -> None:
+        """Set what is not saved."""
+        self._process_group = process_group
+        #: The plain parameters that the ranks of the process group hold copies of; None before the first step.
+        self._copies: set[Tensor] | None = None
+        self._layouts: dict[Tensor, Layout] = {}
+        self._scratch_bytes = 0
+
+    @property
+    def mue_family(self) -> str:
+        """In which table of a parameterization this optimizer's factors stand: "sphere", or "muon" off the sphere."""
+        kinds = {group["kind"] for group in self.param_groups}
+        return "muon" if "muon" in kinds and not kinds & set(SPHERES) else "sphere"
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, split by kind if it does not set `kind` (so more than one group may be added).
@@ -126,19 +198,29 @@ class HyperSphereOptimizer(Optimizer):
             check_kind(param_group)
         start = sum(len(group["params"]) for group in self.param_groups)
         for index, (name, param) in enumerate(named(param_group), start):
-            kind = param_group.get("kind", classify(name, param)[0])
+            kind = param_group.get("kind", classify(name, param, sphere=self.defaults["sphere"])[0])
             if kind != "adamw" and param.requires_grad:
-                radius_of(param, label(name, param, f"number {index}"))
-        options = {key: value for key, value in self.defaults.items() if key != "adamw_lr"}
-        for group in split_group(param_group, self.defaults["adamw_lr"]):
+                _check_matrix(param, label(name, param, f"number {index}"), kind)
+        options = {key: value for key, value in self.defaults.items() if key not in ("adamw_lr", "sphere")}
+        for group in split_group(param_group, self.defaults["adamw_lr"], sphere=self.defaults["sphere"]):
             group = checked({**options, **group})
             group["name"] = unique_name(group["name"], (other["name"] for other in self.param_groups))
             super().add_param_group(group)
-            self.param_groups[-1].pop("adamw_lr")  # put there by the base class; only the defaults should hold it
+            for key in ("adamw_lr", "sphere"):  # put there by the base class; only the defaults should hold them
+                self.param_groups[-1].pop(key, None)
 
     def describe(self) -> str:
         """Return which parameter is in which group, and what decided it."""
-        return describe(self.param_groups)
+        return describe(self.param_groups, sphere=self.defaults["sphere"])
+
+    def memory(self) -> dict[str, int]:
+        """Return the bytes of this rank's state and of the scratch that the last step took, by name."""
+        found: dict[str, int] = defaultdict(int)
+        for state in self.state.values():
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    found[key] += local(value).nbytes
+        return {**found, "scratch": self._scratch_bytes}
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -162,7 +244,8 @@ class HyperSphereOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        updates = {"sphere": self._sphere, "adam_sphere": self._adam_sphere, "adamw": self._adamw}
+        updates = {"sphere": self._muon, "muon": self._muon, "adam_sphere": self._adam_sphere, "adamw": self._adamw}
+        self._scratch_bytes = 0
         for group in self.param_groups:
             kind = check_kind(group)
             if params := self._prepare(group):
@@ -171,68 +254,136 @@ class HyperSphereOptimizer(Optimizer):
 
     def _prepare(self, group: Mapping[str, Any]) -> list[Tensor]:
         """Return the group's parameters with a gradient, each with the state that its kind needs."""
-        params = []
+        params, new = [], []
         for index, (name, param) in enumerate(named(group)):
             if param.grad is None:
                 continue
-            place = (name, param, f"number {index} of group '{group.get('name', group['kind'])}'")
+            what = label(name, param, f"number {index} of group '{group.get('name', group['kind'])}'")
             if param.grad.is_sparse:
                 raise RuntimeError(
-                    f"{label(*place)} has a sparse gradient, which this optimizer does not take. Build "
+                    f"{what} has a sparse gradient, which this optimizer does not take. Build "
                     "its embedding with sparse=False, or give it to torch.optim.SparseAdam."
                 )
-            state = self.state[param]
-            if group["kind"] != "adamw" and "radius" not in state:
-                state["radius"] = radius_of(param, label(*place))
-            _add_missing(state, param, group["kind"])
+            if group["kind"] in SPHERES and "radius" not in self.state[param]:
+                new.append((param, what))
+            _add_missing(self.state[param], param, group)
             params.append(param)
+        self._add_radii(new, group)
         return params
 
-    def _sphere(self, group: Mapping[str, Any], params: Sequence[Tensor]) -> None:
-        buckets: dict[Any, list[Spherical]] = defaultdict(list)
+    def _add_radii(self, new: Sequence[tuple[Tensor, str]], group: Mapping[str, Any]) -> None:
+        params = [param for param, _ in new]
+        for (param, what), norm_E in zip(new, norms(params, [self._layout(param) for param in params]), strict=True):
+            _check_radius(param, norm_E, what)
+            radius_E = norm_E if group["radius"] is None else torch.full_like(norm_E, group["radius"])
+            self.state[param]["radius"] = as_state(radius_E, param)
+
+    def _layout(self, param: Tensor) -> Layout:
+        if param not in self._layouts:
+            group = self._process_group if self._copies and param in self._copies else None
+            if group == "auto":
+                group = torch.distributed.group.WORLD
+            self._layouts[param] = layout_of(param, group)  # type: ignore[arg-type]
+        return self._layouts[param]
+
+    def _find_copies(self) -> None:
+        """Find out, once, which plain parameters are held by all ranks; a collective."""
+        groups = [group for group in self.param_groups if group["kind"] in ("sphere", "muon")]
+        params = [param for group in groups for param in group["params"] if not is_sharded(param)]
+        self._copies = set()
+        if world() > 1 and self._process_group is not None:
+            self._copies = set(params)
+            if self._process_group == "auto":
+                from lightning_mue.optim.copies import find_copies
+
+                self._copies = {p for p, copied in zip(params, find_copies(params), strict=True) if copied}
+                counts = len(self._copies), len(params), world()
+                logger.info("HyperSphereOptimizer: %d of %d plain matrices are shared out over %d ranks.", *counts)
+        self._layouts = {}
+
+    def _muon(self, group: Mapping[str, Any], params: Sequence[Tensor]) -> None:
+        step = _step_of(group)
+        if self._copies is None and (isinstance(step.lr, Tensor) or step.lr != 0):
+            self._find_copies()
+        whole: list[Tensor] = []
+        spread: list[Tensor] = []
         for param in params:
-            state = self.state[param]
-            item = Spherical(param, _grad(param), state["momentum"], state["radius"])
-            buckets[as_matrices(param).shape[1:], param.dtype, param.device].append(item)
-        for items in buckets.values():
-            sphere_update(
-                items,
-                lr=group["lr"],
-                momentum=group["momentum"],
-                nesterov=group["nesterov"],
-                weight_decay=group["weight_decay"],
-                preset=group["preset"],
-                dtype=COMPUTE_DTYPES.get(group["compute_dtype"]),
-            )
+            layout = self._layout(param)
+            (spread if layout.sum_groups or layout.copy_group or layout.gather else whole).append(param)
+        buckets: dict[Any, list[Tensor]] = defaultdict(list)
+        for param in whole:
+            buckets[as_matrices(local(param)).shape[1:], param.dtype, param.device].append(param)
+        pool = Pool()
+        with tf32_products(group["compute_dtype"] == "tf32"):
+            for members in buckets.values():
+                items = [self._matrix(param, group) for param in members]
+                factor = CONVENTIONS[group["lr_convention"]](*self._layout(members[0]).matrix)
+                muon_update(items, replace(step, factor=factor), pool)
+            for members in _rounds(spread):
+                self._muon_spread(group, members, step, pool)
+        self._scratch_bytes = max(self._scratch_bytes, pool.nbytes)
+
+    def _matrix(self, param: Tensor, group: Mapping[str, Any]) -> Matrix:
+        state = self.state[param]
+        radius = local(state["radius"]) if group["kind"] in SPHERES else None
+        buffer = local(state["momentum"]) if "momentum" in state else local(param)
+        return Matrix(local(param), local_grad(param), buffer, radius)
+
+    def _muon_spread(self, group: Mapping[str, Any], params: Sequence[Tensor], step: Step, pool: Pool) -> None:
+        """Step parameters that other ranks hold too, or parts of; a collective."""
+        layouts = [self._layout(param) for param in params]
+        items = [self._matrix(param, group) for param in params]
+        for item in items:
+            accumulate([item.momentum], [item.grad], step)
+        if not isinstance(step.lr, Tensor) and step.lr == 0:
+            return
+        schedule = get_preset(step.preset)
+        dtype = step.dtype or default_dtype(items[0].weight)
+
+        def orthogonalize(u_Boi: Tensor) -> Tensor:
+            return orthogonalize_chunk(u_Boi, schedule, dtype, pool, compile=step.compile)
+
+        wide = [torch.empty_like(item.weight, dtype=math_dtype(item.weight.dtype)) for item in items]
+        for item, u in zip(items, wide, strict=True):
+            direction(item.momentum, item.grad, step, out=u)
+        for done in orthogonalize_sharded(layouts, wide, orthogonalize, dtype=dtype):
+            for index, result in done:
+                wide[index].copy_(result)  # all of it has been sent
+        self._scratch_bytes = max(self._scratch_bytes, sum(u.nbytes for u in wide))
+        if group["kind"] == "sphere":
+            _move(items, layouts, wide, step)
+            return
+        for item, layout, u in zip(items, layouts, wide, strict=True):
+            _move([item], [layout], [u], replace(step, factor=CONVENTIONS[group["lr_convention"]](*layout.matrix)))
 
     def _adam_sphere(self, group: Mapping[str, Any], params: Sequence[Tensor]) -> None:
+        step = _step_of(group)
         for param in params:
-            state, grad = self.state[param], _grad(param)
-            moments = state["exp_avg"], state["exp_avg_sq"], state["step"]
-            direction = adam_direction(grad, *moments, betas=group["betas"], eps=group["eps"])
-            if group["lr"] == 0:
-                continue
-            items = [Spherical(param, grad, direction, state["radius"])]
-            moves_E11 = peak(as_matrices(grad)) != 0
-            project(items, as_matrices(direction), moves_E11, lr=group["lr"], weight_decay=group["weight_decay"])
+            state, item = self.state[param], self._matrix(param, group)
+            options = {key: group[key] for key in ("betas", "eps", "maximize")}
+            moments = local(state["exp_avg"]), local(state["exp_avg_sq"])
+            wide = adam_direction(item.grad, *moments, state["step"], **options)
+            if isinstance(step.lr, Tensor) or step.lr != 0:
+                _move([item], [self._layout(param)], [wide], step)
 
     def _adamw(self, group: Mapping[str, Any], params: Sequence[Tensor]) -> None:
         states = [self.state[param] for param in params]
         adamw(
-            list(params),
-            [_grad(param) for param in params],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            [local(param) for param in params],
+            [local_grad(param) for param in params],
+            [local(state["exp_avg"]) for state in states],
+            [local(state["exp_avg_sq"]) for state in states],
             [],
             [state["step"] for state in states],
             foreach=True,
+            capturable=group["capturable"] and all(param.device.type != "cpu" for param in params),
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
             lr=group["lr"],
             weight_decay=group["weight_decay"],
             eps=group["eps"],
-            maximize=False,
+            maximize=group["maximize"],
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -246,31 +397,92 @@ class HyperSphereOptimizer(Optimizer):
         check_loadable(state_dict["param_groups"], saved, pairs)
         super().load_state_dict(state_dict)
         for state, (_, param) in zip(saved, pairs, strict=True):
-            if "radius" in state:
-                # torch has cast it to the parameter's dtype; a radius in bfloat16 would move the sphere.
-                dtype = math_dtype(param.dtype)
-                self.state[param]["radius"] = state["radius"].to(device=param.device, dtype=dtype, copy=True)
+            # torch has cast these to the parameter's dtype; a radius in bfloat16 would move the sphere.
+            for key in ("radius", "momentum"):
+                if key in state:
+                    self.state[param][key] = state[key].to(device=param.device, copy=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle or a state dict; options that an older version did not save get their defaults."""
         super().__setstate__(state)
+        if not hasattr(self, "_layouts"):
+            self._start("auto")
+        self.defaults.setdefault("sphere", True)
         for group in self.param_groups:
             for key, value in self.defaults.items():
-                if key not in ("adamw_lr", "differentiable"):
+                if key not in ("adamw_lr", "sphere", "differentiable"):
                     group.setdefault(key, value)
 
 
-def _add_missing(state: dict[str, Any], param: Tensor, kind: str) -> None:
-    """Create the buffers that `kind` needs, where missing; those of another kind stay."""
-    if kind == "sphere":
+def _step_of(group: Mapping[str, Any]) -> Step:
+    keys = ("lr", "momentum", "nesterov", "weight_decay", "preset", "retraction", "maximize", "compile")
+    return Step(**{key: group[key] for key in keys}, dtype=COMPUTE_DTYPES.get(group["compute_dtype"]))
+
+
+def _move(items: Sequence[Matrix], layouts: Sequence[Layout], wide: Sequence[Tensor], step: Step) -> None:
+    """Step parameters, or this rank's parts of them, along directions that are overwritten."""
+    weights = [as_matrices(item.weight) for item in items]
+    counts = total(layouts, [moving(as_matrices(item.grad)).to(torch.float64) for item in items])
+    move(
+        weights,
+        [as_matrices(u) for u in wide],
+        [item.radius.reshape(-1) for item in items if item.radius is not None],
+        [count_E > 0 for count_E in counts],
+        step,
+        lambda sums: total(layouts, sums),
+    )
+    for item, w_Eoi in zip(items, weights, strict=True):
+        if w_Eoi.data_ptr() != item.weight.data_ptr():
+            item.weight.copy_(w_Eoi.reshape(item.weight.shape))
+
+
+def _rounds(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Cut a list into rounds of about `_ROUND_BYTES`, the same on all ranks."""
+    batch: list[Tensor] = []
+    size = 0
+    for param in params:
+        if batch and size + param.nbytes > _ROUND_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch.append(param)
+        size += param.numel() * math_dtype(param.dtype).itemsize
+    if batch:
+        yield batch
+
+
+def _check_matrix(param: Tensor, what: str, kind: str) -> None:
+    """Check that a parameter can live on a sphere; a sharded one is asked at its first step only.
+
+    Raises:
+        ValueError: If it is a vector or scalar, or one of its matrices is zero.
+    """
+    if param.ndim < 2:
+        raise ValueError(
+            f"{what} is not a matrix, so it cannot be in a group of kind '{kind}'. Give it to a "
+            "group of kind 'adamw', or leave `kind` out."
+        )
+    if kind in SPHERES and not is_sharded(param) and not param.is_meta:
+        with torch.no_grad():
+            _check_radius(param, norms([param], [layout_of(param)])[0], what)
+
+
+def _check_radius(param: Tensor, norm_E: Tensor, what: str) -> None:
+    if not param.is_meta and bool((norm_E == 0).any()):
+        which = f", matrix {int((norm_E == 0).nonzero()[0])} of the stack," if param.ndim == 3 else ""
+        raise ValueError(
+            f"{what}{which} is zero (its Frobenius norm is 0), so it has no direction to keep on a sphere. Initialize "
+            "it with random values, or put it in a group of kind 'adamw'."
+        )
+
+
+def _add_missing(state: dict[str, Any], param: Tensor, group: Mapping[str, Any]) -> None:
+    """Create the buffers that the group's kind needs, where missing; those of another kind stay."""
+    if group["kind"] in ("sphere", "muon"):
         if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            dtype = STATE_DTYPES.get(group["state_dtype"], param.dtype)
+            state["momentum"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
     elif "step" not in state:
-        state["step"] = torch.tensor(0.0)
+        on_device = group["capturable"] and param.device.type != "cpu"
+        state["step"] = torch.tensor(0.0, device=param.device if on_device else "cpu")
         state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
         state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-
-
-def _grad(param: Tensor) -> Tensor:
-    assert param.grad is not None
-    return param.grad

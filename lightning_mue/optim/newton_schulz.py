@@ -1,5 +1,19 @@
 """Orthogonalization of batches of matrices by Newton-Schulz iterations.
 
+Two forms of the same polynomials. The standard form multiplies the matrix X by a polynomial of its Gram matrix at every
+step. The Gram form keeps to the small side: it iterates on the Gram matrix, gathers the polynomials' product there, and
+multiplies X only at the end of a segment of steps. Rounding grows within a segment, so each type has its longest one.
+
+A step `a X + (b G + c G^2) X`, `G = XX^T`, is computed as `a P X` with the square completed: with `K = -(b/a) G` and
+`rho = a c / b^2`,
+
+    P = I - K + rho K^2 = rho (K - I / (2 rho))^2 + (1 - 1 / (4 rho)) I,
+
+which leaves nothing but products and diagonals. The factors a are put into the scale of X beforehand, the others into
+the products' coefficients, which are applied to float32 accumulators. (The obvious way adds matrices with coefficients,
+which costs a CPU a fifth of the time, and torch rounds a coefficient of an addition to bfloat16 where the operands have
+that type: singular values then settle 1.5% too high.)
+
 Shape legend:
     B  matrices in a batch            n  smaller side of a matrix
     out, in  rows and columns         m  larger side of a matrix
@@ -7,52 +21,22 @@ Shape legend:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from lightning_mue.kernels.symmetric import symmetric_matmul, triton_available
+from lightning_mue.optim.coefficients import Coefficients, get_preset
 
-@dataclass(frozen=True)
-class Coefficients:
-    """A schedule of odd quintic polynomials `X <- a X + (b XX^T + c (XX^T)^2) X`, one step each.
-
-    Attributes:
-        steps: `(a, b, c)` of each step, in order.
-        source: Where the numbers come from.
-        floor: Smallest singular value, as a fraction of the matrix's Frobenius norm, that reaches the band.
-        band: Lowest and highest value, in exact arithmetic, of the result's singular values that started at or above
-            the floor. Those that started below it end between 0 and the upper edge.
-    """
-
-    steps: tuple[tuple[float, float, float], ...]
-    source: str
-    floor: float
-    band: tuple[float, float]
-
-
-#: The named schedules. The bands are the extrema of the composed polynomial on [floor, 1.01], rounded outwards; the
-#: 1% of headroom covers a norm that was rounded down. `tests/optim/test_newton_schulz.py` recomputes them.
-PRESETS: dict[str, Coefficients] = {
-    "classic": Coefficients(
-        steps=((3.4445, -4.7750, 2.0315),) * 5,
-        source="Jordan et al., Muon (kellerjordan.github.io/posts/muon), 2024",
-        floor=2e-3,
-        band=(0.68, 1.21),
-    ),
-    "scheduled": Coefficients(
-        steps=(
-            (4.0848, -6.8946, 2.9270),
-            (3.9505, -6.3029, 2.6377),
-            (3.7418, -5.5913, 2.3037),
-            (2.8769, -3.1427, 1.2046),
-            (2.8366, -3.0525, 1.2012),
-        ),
-        source="five-step schedule optimized step by step, published with the Muon speed runs (modded-nanogpt), 2025",
-        floor=2.5e-3,
-        band=(0.97, 1.15),
-    ),
-}
+#: How many steps the Gram form gathers before it goes back to X: in the first segment, and in the later ones, where
+#: rounding has less to grow by. So the largest singular value stays under 1.17 and the error under 1.2 times the
+#: standard form's, which `tests/optim/test_newton_schulz.py` holds every type to. Not options: (2, 3) in bfloat16 reaches
+#: 1.25, and all five steps in float32 are off by 1% on a matrix of rank one.
+_SEGMENTS = {"bfloat16": (2, 2)}
+_SEGMENTS_ELSEWHERE = (2, 3)
 
 
 def math_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -62,35 +46,55 @@ def math_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def chunk_bytes(device: torch.device) -> int:
     """Return how many bytes of matrices to work on at once: a cache's worth on CPU, a GPU's worth elsewhere."""
-    return 8 << 20 if device.type == "cpu" else 256 << 20
+    return 12 << 20 if device.type == "cpu" else 256 << 20
 
 
 def default_dtype(g: Tensor) -> torch.dtype:
-    """Return the type to iterate in: bfloat16 on CUDA, else float32; float64 input stays float64 everywhere."""
+    """Return the type that multiplies fastest on `g`'s device and is exact enough; float64 input stays float64.
+
+    On CUDA float16, as fast as bfloat16 and more exact (the iteration keeps within its range); on a CPU with bfloat16
+    matrix units (AMX) bfloat16; else float32.
+    """
     if g.dtype == torch.float64:
         return torch.float64
-    return torch.bfloat16 if g.is_cuda else torch.float32
+    if g.is_cuda:
+        return torch.float16
+    return torch.bfloat16 if g.device.type == "cpu" and _cpu_has_bfloat16_units() else torch.float32
 
 
-def peak(x_Bnm: Tensor) -> Tensor:
+def _cpu_has_bfloat16_units() -> bool:
+    capabilities = getattr(torch.cpu, "get_capabilities", None)  # not in torch 2.11
+    return bool(capabilities and capabilities().get("amx_bf16", False))
+
+
+def peak(x_Boi: Tensor) -> Tensor:
     """Return each matrix's largest magnitude, `[B, 1, 1]`: zero for a zero matrix only, NaN if it holds a NaN."""
     # Several times faster on CPU than the infinity norm or `abs().amax()`, and without a temporary.
-    return torch.maximum(x_Bnm.amax((-2, -1), keepdim=True), -x_Bnm.amin((-2, -1), keepdim=True))
+    return torch.maximum(x_Boi.amax((-2, -1), keepdim=True), -x_Boi.amin((-2, -1), keepdim=True))
 
 
 @torch.no_grad()
-def orthogonalize(g: Tensor, preset: str | Coefficients = "scheduled", dtype: torch.dtype | None = None) -> Tensor:
+def orthogonalize(
+    g: Tensor,
+    preset: str | Coefficients = "scheduled",
+    dtype: torch.dtype | str | None = None,
+    *,
+    compile: bool = False,
+) -> Tensor:
     """Replace each matrix by (nearly) its polar factor: same singular vectors, singular values moved to about 1.
 
-    Each matrix is scaled to Frobenius norm 1 (any finite entries, from subnormal to the largest, are safe) and then
-    taken through the schedule's polynomials on its smaller side. How close the singular values come to 1, and from
-    how small a start, is the schedule's `band` and `floor`. A zero matrix gives exactly zero. A matrix with a NaN or
-    an infinity gives NaN and leaves the others of its batch alone.
+    Each matrix is scaled to one Frobenius norm (any finite entries, from subnormal to the largest, are safe) and then
+    taken through the schedule's polynomials on its smaller side, in the standard or the Gram form, whichever takes
+    fewer operations. How close the singular values come to 1, and from how small a start, is the schedule's `band` and
+    `floor`. A zero matrix gives exactly zero. A matrix with a NaN or an infinity gives NaN and leaves the others of its
+    batch alone.
 
     Args:
         g: `[out, in]` or a batch `[B, out, in]`, any real floating dtype, any strides.
         preset: A name in `PRESETS`, or a schedule of your own.
-        dtype: Type of the matrix products. None chooses bfloat16 on CUDA, float64 for float64 input, else float32.
+        dtype: Type of the matrix products: a `torch.dtype`, or "tf32" for float32 with tf32 products on CUDA. None
+            chooses by device (see `default_dtype`).
+        compile: Run the iteration through `torch.compile`, once a shape.
 
     Returns:
         The direction, contiguous, of `g`'s shape, in float32 (float64 if `g` is float64). It carries no gradient.
@@ -100,53 +104,208 @@ def orthogonalize(g: Tensor, preset: str | Coefficients = "scheduled", dtype: to
         TypeError: If `g` or `dtype` is not real floating point.
     """
     schedule = get_preset(preset) if isinstance(preset, str) else preset
-    dtype = dtype or default_dtype(g)
     if g.ndim not in (2, 3):
         raise ValueError(f"g must be a matrix [out, in] or a batch [B, out, in], found shape {list(g.shape)}.")
-    if not (g.is_floating_point() and dtype.is_floating_point):
+    compute = (
+        default_dtype(g) if dtype is None else torch.float32 if isinstance(dtype, str) and dtype == "tf32" else dtype
+    )
+    if not (g.is_floating_point() and isinstance(compute, torch.dtype) and compute.is_floating_point):
         raise TypeError(f"g and dtype must be real floating point, found g of {g.dtype} and dtype {dtype}.")
-
     result = torch.empty(g.shape, dtype=math_dtype(g.dtype), device=g.device)
     if not result.numel():
         return result
-    g_Bnm, result_Bnm = (t if t.ndim == 3 else t.unsqueeze(0) for t in (g, result))
-    if g.shape[-2] > g.shape[-1]:
-        g_Bnm, result_Bnm = g_Bnm.mT, result_Bnm.mT
-    matrix_bytes = g_Bnm[0].numel() * dtype.itemsize
-    count = max(1, chunk_bytes(g.device) // matrix_bytes)
-    for part_Bnm, out_Bnm in zip(g_Bnm.split(count), result_Bnm.split(count), strict=True):
-        out_Bnm.copy_(_iterate(_normalize(part_Bnm).to(dtype), schedule))
+    g_Boi, result_Boi = (t if t.ndim == 3 else t.unsqueeze(0) for t in (g, result))
+    count, pool = chunk_count(g_Boi), Pool()
+    with tf32_products(dtype == "tf32"):
+        for part_Boi, out_Boi in zip(g_Boi.split(count), result_Boi.split(count), strict=True):
+            o_Boi = orthogonalize_chunk(part_Boi.to(math_dtype(g.dtype)), schedule, compute, pool, compile=compile)
+            out_Boi.copy_(o_Boi)
+            pool.give(o_Boi)
     return result
 
 
-def get_preset(name: str) -> Coefficients:
-    """Return the schedule called `name`.
+def chunk_count(g_Boi: Tensor) -> int:
+    """Return how many of these matrices to work on at once; a multiple of the threads, which share a batch out."""
+    size = g_Boi.shape[1] * g_Boi.shape[2] * math_dtype(g_Boi.dtype).itemsize
+    count = chunk_bytes(g_Boi.device) // max(1, size)
+    threads = torch.get_num_threads() if g_Boi.device.type == "cpu" else 1
+    return max(1, count // threads * threads)
 
-    Raises:
-        ValueError: If there is none.
+
+def orthogonalize_chunk(
+    u_Boi: Tensor, schedule: Coefficients, dtype: torch.dtype, pool: Pool, *, compile: bool = False
+) -> Tensor:
+    """Orthogonalize one batch of matrices in the math type.
+
+    Args:
+        u_Boi: The matrices.
+        schedule: The polynomials.
+        dtype: Type of the products.
+        pool: Where scratch comes from, and the result; give it back there.
+        compile: Run the iteration through `torch.compile`.
+
+    Returns:
+        `[B, out, in]` in `dtype`, as the iteration left it.
     """
-    if name not in PRESETS:
-        raise ValueError(f"preset must name a Newton-Schulz schedule, one of {sorted(PRESETS)}; found {name!r}.")
-    return PRESETS[name]
+    x_Boi = _normalize(u_Boi, schedule.gain, pool.take(u_Boi.shape, u_Boi, dtype))
+    segments = _segments(x_Boi, schedule)
+    return _compiled(x_Boi, schedule, segments) if compile else _iterate(x_Boi, schedule, segments, pool)
 
 
-def _normalize(g_Bnm: Tensor) -> Tensor:
-    """Scale every matrix to Frobenius norm 1; contiguous, in the math type. Zero matrices stay zero."""
-    x_Bnm = g_Bnm.to(math_dtype(g_Bnm.dtype), memory_format=torch.contiguous_format, copy=True)
-    # Largest entry first: the squares of 1e-30 and of 1e30 do not fit float32. Then the norm is 1 or more, unless 0.
-    peak_B11 = peak(x_Bnm)
-    x_Bnm.div_(peak_B11 + (peak_B11 == 0))
-    return x_Bnm.div_(torch.linalg.vector_norm(x_Bnm, dim=(-2, -1), keepdim=True).clamp_min_(1))
+def _compiled(x_Boi: Tensor, schedule: Coefficients, segments: tuple[int, ...]) -> Tensor:
+    return _compile()(x_Boi, schedule, segments, Pool())  # the compiler plans its own memory
 
 
-def _iterate(x_Bnm: Tensor, schedule: Coefficients) -> Tensor:
-    """Run the schedule on matrices of Frobenius norm at most 1, n <= m; may overwrite `x_Bnm`."""
-    gram_Bnn = x_Bnm.new_empty(x_Bnm.shape[0], x_Bnm.shape[1], x_Bnm.shape[1])
-    poly_Bnn, next_Bnm = torch.empty_like(gram_Bnn), torch.empty_like(x_Bnm)
-    for a, b, c in schedule.steps:
-        # out= keeps scratch at one set of buffers, and keeps autocast from lowering the products' type.
-        torch.bmm(x_Bnm, x_Bnm.mT, out=gram_Bnn)
-        torch.baddbmm(gram_Bnn, gram_Bnn, gram_Bnn, beta=b, alpha=c, out=poly_Bnn)
-        torch.baddbmm(x_Bnm, poly_Bnn, x_Bnm, beta=a, out=next_Bnm)
-        x_Bnm, next_Bnm = next_Bnm, x_Bnm
-    return x_Bnm
+@functools.cache
+def _compile() -> Callable[[Tensor, Coefficients, tuple[int, ...], Pool], Tensor]:
+    return torch.compile(_iterate, dynamic=False)
+
+
+def _normalize(u_Boi: Tensor, size: float, out: Tensor) -> Tensor:
+    """Write every matrix scaled to the Frobenius norm `size` to `out`; zero matrices stay zero."""
+    if u_Boi.device.type == "cpu":
+        # The plain way where no square can have left the range of float32; asking costs a GPU a synchronization.
+        norm_B11 = torch.linalg.vector_norm(u_Boi, dim=(-2, -1), keepdim=True)
+        if bool(((norm_B11 > 1e-15) & (norm_B11 < 1e15)).all()):
+            return torch.mul(u_Boi, size / norm_B11, out=out)
+    peak_B11 = peak(u_Boi)
+    scaled_Boi = u_Boi / (peak_B11 + (peak_B11 == 0))
+    # The largest entry is 1 now, so the norm is 1 or more unless the matrix is zero.
+    norm_B11 = torch.linalg.vector_norm(scaled_Boi, dim=(-2, -1), keepdim=True).clamp_min_(1)
+    return torch.mul(scaled_Boi, size / norm_B11, out=out)
+
+
+def flops(n: int, m: int, segments: tuple[int, ...], *, symmetric: bool = False) -> int:
+    """Floating-point operations of the products for one matrix with sides n <= m.
+
+    Args:
+        n: Smaller side.
+        m: Larger side.
+        segments: Steps between two products with X; all ones is the standard form, in which nothing is gathered.
+        symmetric: Whether products known to be symmetric cost half (the Triton kernel on CUDA).
+    """
+    inner = sum(segments) - len(segments)  # steps that do not start a segment
+    half = 1 if symmetric else 2
+    small = (
+        half * sum(segments) + half * inner + 2 * half * inner
+    )  # K^2; the product of polynomials; the next Gram matrix
+    return len(segments) * (half + 2) * n * n * m + small * n**3
+
+
+def _segments(x_Boi: Tensor, schedule: Coefficients) -> tuple[int, ...]:
+    """Choose the form by counted operations: the lengths of the segments, all ones for the standard form."""
+    n, m = sorted(x_Boi.shape[1:])
+    steps = len(schedule.steps)
+    standard = (1,) * steps
+    first, others = _SEGMENTS.get(_precision(x_Boi), _SEGMENTS_ELSEWHERE)
+    gram = [min(first, steps)]
+    while (left := steps - sum(gram)) > 0:
+        gram.append(min(others, left))
+    symmetric = x_Boi.is_cuda and triton_available()
+    forms = (standard, tuple(gram))
+    return min(forms, key=lambda segments: flops(n, m, segments, symmetric=symmetric))
+
+
+def _precision(x: Tensor) -> str:
+    """Name the precision that products of this tensor really have."""
+    if x.dtype != torch.float32:
+        return str(x.dtype).removeprefix("torch.")
+    if x.is_cuda:
+        return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "float32"
+    # On CPU the same setting may allow bfloat16 products of float32 matrices.
+    return {"highest": "float32", "high": "tf32"}.get(torch.get_float32_matmul_precision(), "bfloat16")
+
+
+@contextlib.contextmanager
+def tf32_products(wanted: bool) -> Iterator[None]:
+    """Let CUDA multiply float32 matrices in tf32 for a while."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    if not wanted or before:
+        yield
+        return
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+class Pool:
+    """Scratch tensors that are used again: fresh memory costs a CPU a tenth of an orthogonalization in page faults."""
+
+    def __init__(self) -> None:
+        self._free: dict[tuple[object, ...], list[Tensor]] = {}
+        #: Bytes of all that was ever taken new.
+        self.nbytes = 0
+
+    def take(self, shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Return an uninitialized contiguous tensor."""
+        dtype = dtype or like.dtype
+        if free := self._free.get((*shape, dtype, like.device)):
+            return free.pop()
+        x = torch.empty(*shape, dtype=dtype, device=like.device)
+        self.nbytes += x.nbytes
+        return x
+
+    def give(self, *tensors: Tensor) -> None:
+        """Take back tensors that nobody needs any more."""
+        for x in tensors:
+            self._free.setdefault((*x.shape, x.dtype, x.device), []).append(x)
+
+
+def _iterate(x_Boi: Tensor, schedule: Coefficients, segments: tuple[int, ...], pool: Pool) -> Tensor:
+    """Run the schedule on matrices of Frobenius norm at most `schedule.gain`; takes `x_Boi` from its owner.
+
+    The true X is `scale * x_Boi`: the factors a of the steps are in the norm that the matrices start with.
+    """
+    tall = x_Boi.shape[1] > x_Boi.shape[2]
+    small = (len(x_Boi), *[min(x_Boi.shape[1:])] * 2)
+    steps = iter(schedule.steps)
+    scale = 1 / schedule.gain
+    for length in segments:
+        segment = [next(steps) for _ in range(length)]
+        a, b, _ = segment[0]
+        left_Bnm, right_Bmn = (x_Boi.mT, x_Boi) if tall else (x_Boi, x_Boi.mT)
+        k_Bnn = symmetric_matmul(left_Bnm, right_Bmn, alpha=-b / a * scale**2, out=pool.take(small, x_Boi))
+        p_Bnn = _gather(k_Bnn, segment, pool)
+        next_Boi = pool.take(x_Boi.shape, x_Boi)
+        torch.bmm(*((x_Boi, p_Bnn) if tall else (p_Bnn, x_Boi)), out=next_Boi)
+        pool.give(p_Bnn, x_Boi)
+        x_Boi = next_Boi
+        for a, _, _ in segment:
+            scale *= a
+    return x_Boi
+
+
+def _gather(k_Bnn: Tensor, segment: Sequence[tuple[float, float, float]], pool: Pool) -> Tensor:
+    """Return the product of the polynomials P of one segment's steps.
+
+    Args:
+        k_Bnn: K of the first step; goes to the pool.
+        segment: `(a, b, c)` of each step.
+        pool: Where scratch comes from.
+    """
+    gathered_Bnn = None
+    for (a, b, c), after in zip(segment, [*segment[1:], None], strict=True):
+        rho = a * c / b**2
+        shifted_Bnn = k_Bnn if after is None else pool.take(k_Bnn.shape, k_Bnn).copy_(k_Bnn)
+        _add_to_diagonal(shifted_Bnn, -1 / (2 * rho))
+        p_Bnn = symmetric_matmul(shifted_Bnn, shifted_Bnn, alpha=rho, out=pool.take(k_Bnn.shape, k_Bnn))
+        _add_to_diagonal(p_Bnn, 1 - 1 / (4 * rho))
+        if after is not None:
+            # All of these are polynomials of one Gram matrix: they commute, so that their products are symmetric.
+            half_Bnn = symmetric_matmul(p_Bnn, k_Bnn, out=shifted_Bnn)
+            k_Bnn = symmetric_matmul(half_Bnn, p_Bnn, alpha=a * a * (after[1] / after[0]) / (b / a), out=k_Bnn)
+        pool.give(shifted_Bnn)
+        if gathered_Bnn is None:
+            gathered_Bnn = p_Bnn
+        else:
+            both_Bnn = symmetric_matmul(p_Bnn, gathered_Bnn, out=pool.take(k_Bnn.shape, k_Bnn))
+            pool.give(gathered_Bnn, p_Bnn)
+            gathered_Bnn = both_Bnn
+    assert gathered_Bnn is not None
+    return gathered_Bnn
+
+
+def _add_to_diagonal(x_Bnn: Tensor, value: float) -> None:
+    x_Bnn.diagonal(dim1=-2, dim2=-1).add_(value)

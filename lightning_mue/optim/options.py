@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from lightning_mue.optim.newton_schulz import get_preset
+from lightning_mue.optim.coefficients import get_preset
+from lightning_mue.optim.updates import CONVENTIONS
 
-#: The updates, in the order in which a group is split. `sphere`: Muon on the Frobenius sphere. `adam_sphere`: Adam's
-#: direction on the same sphere. `adamw`: AdamW.
-KINDS = ("sphere", "adam_sphere", "adamw")
+#: The updates, in the order in which a group is split. `sphere`: Muon on the Frobenius sphere. `muon`: Muon without
+#: it. `adam_sphere`: Adam's direction on the sphere. `adamw`: AdamW.
+KINDS = ("sphere", "muon", "adam_sphere", "adamw")
+
+#: The updates that keep a radius.
+SPHERES = ("sphere", "adam_sphere")
 
 #: Types of the Newton-Schulz products, under the names that a YAML file or a state dict can hold.
 COMPUTE_DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
+    "tf32": torch.float32,
     "float32": torch.float32,
     "float64": torch.float64,
 }
+
+#: Types of the momentum.
+STATE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+#: Ways back onto the sphere. `project`: along the radius, as the paper does. `geodesic`: the step is a rotation by
+#: exactly `lr` radians.
+RETRACTIONS = ("project", "geodesic")
 
 
 def check_kind(group: Mapping[str, Any]) -> str:
@@ -56,11 +69,16 @@ def checked(group: Mapping[str, Any]) -> dict[str, Any]:
         TypeError: If an option has the wrong type.
     """
     group = dict(group)
-    for key in ("lr", "eps", "weight_decay"):
+    if not (isinstance(group["lr"], Tensor) and group["capturable"]):
+        check_number("lr", group["lr"])
+    elif group["lr"].numel() != 1:
+        raise ValueError(f"lr must be a number or a tensor of one; found shape {list(group['lr'].shape)}.")
+    for key in ("eps", "weight_decay"):
         check_number(key, group[key])
     check_number("momentum", group["momentum"], below=1)
-    if not isinstance(group["nesterov"], bool):
-        raise TypeError(f"nesterov must be true or false; found {group['nesterov']!r}.")
+    for key in ("nesterov", "maximize", "capturable", "compile"):
+        if not isinstance(group[key], bool):
+            raise TypeError(f"{key} must be true or false; found {group[key]!r}.")
     betas = group["betas"]
     if not isinstance(betas, Sequence) or len(betas) != 2:
         raise ValueError(f"betas must be two numbers in [0, 1); found {betas!r}.")
@@ -68,11 +86,21 @@ def checked(group: Mapping[str, Any]) -> dict[str, Any]:
         check_number("betas", beta, below=1)
     group["betas"] = tuple(betas)
     get_preset(group["preset"])
-    if group["compute_dtype"] is not None:
-        group["compute_dtype"] = str(group["compute_dtype"]).removeprefix("torch.")
-        if group["compute_dtype"] not in COMPUTE_DTYPES:
-            known = ", ".join(COMPUTE_DTYPES)
-            raise ValueError(f"compute_dtype must be None or one of {known}; found {group['compute_dtype']!r}.")
+    for key, known in (("compute_dtype", COMPUTE_DTYPES), ("state_dtype", STATE_DTYPES)):
+        if group[key] is not None:
+            group[key] = str(group[key]).removeprefix("torch.")
+            _check_choice(key, group[key], known, "None or ")
+    _check_choice("retraction", group["retraction"], RETRACTIONS)
+    _check_choice("lr_convention", group["lr_convention"], CONVENTIONS)
+    if group["radius"] is not None:
+        check_number("radius", group["radius"])
+        if group["radius"] == 0:
+            raise ValueError("radius must be None or a number > 0; found 0, a sphere without directions.")
     if "kind" in group:
         check_kind(group)
     return group
+
+
+def _check_choice(key: str, value: object, known: Collection[Any], also: str = "") -> None:
+    if value not in known:
+        raise ValueError(f"{key} must be {also}one of {', '.join(map(str, known))}; found {value!r}.")

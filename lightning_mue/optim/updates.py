@@ -1,4 +1,4 @@
-"""The arithmetic of one optimizer step, on plain lists of tensors: no state, no groups.
+"""The arithmetic of one optimizer step, on plain lists of tensors: no state, no groups, no processes.
 
 Shape legend:
     B  matrices in a batch            E  matrices (experts) in one stacked parameter
@@ -8,32 +8,67 @@ Shape legend:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_mue.optim.newton_schulz import chunk_bytes, math_dtype, orthogonalize, peak
+from lightning_mue.optim.coefficients import get_preset
+from lightning_mue.optim.newton_schulz import Pool, chunk_count, default_dtype, math_dtype, orthogonalize_chunk, peak
 
 #: Longest row that a float32 sum of squares handles to about 1e-8 relative.
 _LONGEST_ROW = 1 << 14
 
+#: From an update's spectral norm 1 to the step of Muon without the sphere, for a matrix [out, in] (theory.md, 5.2).
+CONVENTIONS: dict[str, Callable[[int, int], float]] = {
+    "spectral": lambda out, fan_in: math.sqrt(out / fan_in),
+    "rms": lambda out, fan_in: 0.2 * math.sqrt(max(out, fan_in)),
+    "original": lambda out, fan_in: math.sqrt(max(1.0, out / fan_in)),
+    "unit": lambda out, fan_in: 1.0,
+}
 
-class Spherical(NamedTuple):
-    """One parameter on the sphere, or some of the matrices of a stacked one (views of it).
+
+class Matrix(NamedTuple):
+    """One parameter of matrices, or some of the matrices of a stacked one (views of it), or a rank's part of it.
 
     Attributes:
         weight: The parameter, changed in place.
         grad: Its gradient.
-        buffer: What the direction is made of: the momentum, in the step of Muon; the direction itself, in Adam's.
-        radius: Frobenius norm that each matrix keeps, `[]` or `[E]`.
+        momentum: Its momentum.
+        radius: Frobenius norm that each matrix keeps, `[]` or `[E]`; None off the sphere.
     """
 
     weight: Tensor
     grad: Tensor
-    buffer: Tensor
-    radius: Tensor
+    momentum: Tensor
+    radius: Tensor | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a group of matrices is stepped with; the options of `HyperSphereOptimizer` under the same names.
+
+    Attributes:
+        factor: Muon's factor on `lr` for these matrices, from `CONVENTIONS`; on the sphere 1.
+    """
+
+    lr: float | Tensor
+    momentum: float
+    nesterov: bool
+    weight_decay: float
+    preset: str
+    dtype: torch.dtype | None
+    retraction: str
+    maximize: bool
+    compile: bool
+    factor: float = 1.0
+
+    @property
+    def sign(self) -> int:
+        """Sign of the gradient."""
+        return -1 if self.maximize else 1
 
 
 def as_matrices(x: Tensor) -> Tensor:
@@ -44,151 +79,323 @@ def as_matrices(x: Tensor) -> Tensor:
     """
     if x.ndim < 2:
         raise ValueError(f"A matrix needs at least two dimensions, found shape {list(x.shape)}.")
-    return x if x.ndim == 3 else x.reshape(1, x.shape[0], -1)
+    return x if x.ndim == 3 else x.unsqueeze(0) if x.ndim == 2 else x.reshape(1, x.shape[0], -1)
 
 
-def matrix_norm(x_Boi: Tensor) -> Tensor:
-    """Return each matrix's Frobenius norm, `[B]`, to about 1e-8 relative even for float32 matrices of any size.
+def sum_squares(x_Boi: Tensor) -> Tensor:
+    """Return each matrix's sum of squares, `[B]`, in float64, to about 1e-8 even for float32 matrices of any size.
 
     A plain float32 sum over millions of entries is off by 1e-4 on CPU, which would move the sphere at every step; so
     rows are summed in float32, which is fast, and the row norms in float64.
     """
+    wide = torch.float32 if x_Boi.device.type == "mps" else torch.float64  # MPS has no float64
+    if not x_Boi.numel():
+        return torch.zeros(x_Boi.shape[0], dtype=wide, device=x_Boi.device)
     if x_Boi.shape[-1] > _LONGEST_ROW:
         x_Boi = x_Boi.reshape(x_Boi.shape[0], -1, math.gcd(x_Boi[0].numel(), _LONGEST_ROW))
-    row_Bo = torch.linalg.vector_norm(x_Boi, dim=-1)
-    wide = torch.float32 if x_Boi.device.type == "mps" else torch.float64  # MPS has no float64
-    return torch.linalg.vector_norm(row_Bo, dim=-1, dtype=wide).to(x_Boi.dtype)
+    return torch.linalg.vector_norm(x_Boi, dim=-1).to(wide).square_().sum(-1)
 
 
-def radius_of(param: Tensor, what: str) -> Tensor:
-    """Return the norm of the parameter's matrices in the math type: `[]`, or `[E]` for a stack.
-
-    Args:
-        param: The parameter.
-        what: How to call it in an error.
-
-    Raises:
-        ValueError: If it is a vector or scalar, or one of its matrices is zero (not asked of meta tensors).
-    """
-    if param.ndim < 2:
-        raise ValueError(
-            f"{what} is not a matrix, so it cannot be in a group of kind 'sphere' or 'adam_sphere'. Give it to a "
-            "group of kind 'adamw', or leave `kind` out."
-        )
-    with torch.no_grad():
-        norm_E = matrix_norm(as_matrices(param).to(math_dtype(param.dtype)))
-    if not param.is_meta and bool((norm_E == 0).any()):
-        which = f", matrix {int((norm_E == 0).nonzero()[0])} of the stack," if param.ndim == 3 else ""
-        raise ValueError(
-            f"{what}{which} is zero (its Frobenius norm is 0), so it has no direction to keep on a sphere. Initialize "
-            "it with random values, or put it in a group of kind 'adamw'."
-        )
-    return norm_E if param.ndim == 3 else norm_E[0]
+def dot(x_Boi: Tensor, y_Boi: Tensor) -> Tensor:
+    """Return each pair's inner product, `[B]`, in float64."""
+    wide = torch.float32 if x_Boi.device.type == "mps" else torch.float64
+    return torch.linalg.vecdot(x_Boi, y_Boi).to(wide).sum(-1)
 
 
-def sphere_update(
-    items: Sequence[Spherical],
-    *,
-    lr: float,
-    momentum: float,
-    nesterov: bool,
-    weight_decay: float,
-    preset: str,
-    dtype: torch.dtype | None,
-) -> None:
-    """Take one step of Muon on the Frobenius sphere (arXiv:2603.28743; theory.md section 5.1), in place.
+def moving(g_Boi: Tensor) -> Tensor:
+    """Return which matrices have a gradient, `[B]` boolean: False where it is exactly zero."""
+    if not g_Boi.numel():
+        return torch.zeros(g_Boi.shape[0], dtype=torch.bool, device=g_Boi.device)
+    if g_Boi.device.type == "cpu" and g_Boi.dtype == torch.float32:
+        # A third of the exact test's time. The squares of very small entries vanish: then ask exactly.
+        some_B = torch.linalg.vector_norm(g_Boi, dim=(-2, -1)) != 0
+        if bool(some_B.all()):
+            return some_B
+    return (peak(g_Boi) != 0).reshape(-1)
+
+
+def muon_update(matrices: Sequence[Matrix], step: Step, pool: Pool) -> None:
+    """Take one step of Muon, on the Frobenius sphere where a radius is given, in place.
 
     Per matrix, with gradient G, momentum M, weight W and radius R::
 
-        M <- mu M + G            U = mu M + G (Nesterov), else M
-        O = orthogonalize(U)     W <- W - lr R O / ||O||         W <- R W / ||W||
+        M <- mu M + G            U = mu M + G (Nesterov), else M         O = orthogonalize(U)
+        sphere (arXiv:2603.28743; theory.md section 5.1)    W <- W - lr R O / ||O||      W <- R W / ||W||
+        without                                             W <- (1 - lr decay) W - lr factor O
 
     A matrix whose gradient is exactly zero is not touched; its momentum still decays.
 
     Args:
-        items: Parameters of one device and dtype, whose matrices all have one shape.
-        lr: Relative size of the step: the angle in radians, to first order, if O is orthogonal to W.
-        momentum: mu, in [0, 1).
-        nesterov: Whether to look one step ahead.
-        weight_decay: Subtracts `lr * weight_decay * W` before the projection, which undoes it to first order.
-        preset: Name of the Newton-Schulz schedule.
-        dtype: Type of the Newton-Schulz products; None chooses by device.
+        matrices: Parameters of one device and dtype, whole on this rank, whose matrices all have one shape.
+        step: How to step.
+        pool: Where scratch comes from; at most a few times `chunk_bytes` whatever the number of matrices.
     """
-    momenta = [item.buffer for item in items]
-    torch._foreach_mul_(momenta, momentum)
-    torch._foreach_add_(momenta, [item.grad for item in items])
-    if lr == 0:
+    schedule = get_preset(step.preset)
+    for chunk in chunks(matrices):
+        dtype = step.dtype or default_dtype(chunk[0].weight)
+        u_Boi = directions(chunk, step, pool)
+        o_Boi = orthogonalize_chunk(u_Boi, schedule, dtype, pool, compile=step.compile)
+        if not _is_zero(step.lr):
+            u_Boi.copy_(o_Boi)  # elementwise work on mixed types is slower than one conversion
+            _apply(chunk, u_Boi, step)
+        pool.give(u_Boi, o_Boi)
+
+
+def directions(chunk: Sequence[Matrix], step: Step, pool: Pool) -> Tensor:
+    """Update the momenta of a few matrices and return the directions to orthogonalize, `[B, out, in]`, from the pool."""
+    weights = [as_matrices(item.weight) for item in chunk]
+    shape = (sum(map(len, weights)), *weights[0].shape[1:])
+    u_Boi = pool.take(shape, weights[0], math_dtype(weights[0].dtype))
+    parts = u_Boi.split([len(w) for w in weights])
+    if u_Boi.device.type != "cpu":  # few launches
+        accumulate([item.momentum for item in chunk], [item.grad for item in chunk], step)
+    for part_Eoi, item in zip(parts, chunk, strict=True):
+        if u_Boi.device.type == "cpu":  # few passes over memory
+            accumulate([item.momentum], [item.grad], step)
+            direction(item.momentum, item.grad, step, out=part_Eoi)
+    if u_Boi.device.type != "cpu":
+        torch._foreach_copy_(list(parts), [as_matrices(item.momentum) for item in chunk])
+        if step.nesterov:
+            u_Boi.mul_(step.momentum)
+            torch._foreach_add_(list(parts), [as_matrices(item.grad) for item in chunk], alpha=step.sign)
+    return u_Boi
+
+
+def accumulate(momenta: Sequence[Tensor], grads: Sequence[Tensor], step: Step) -> None:
+    """`M <- mu M + G` for every matrix, in place."""
+    m, g = momenta[0], grads[0]
+    if m.device.type == "cpu" and m.dtype == g.dtype == torch.float32 and not step.maximize:
+        for m, g in zip(momenta, grads, strict=True):
+            torch.add(g, m, alpha=step.momentum, out=m)  # one pass; in bfloat16 it would round mu
         return
-    for chunk in chunks(items):
-        g_Boi = _batch([item.grad for item in chunk])
-        m_Boi = _batch([item.buffer for item in chunk])
-        u_Boi = torch.add(g_Boi, m_Boi, alpha=momentum) if nesterov else m_Boi
-        project(chunk, orthogonalize(u_Boi, preset, dtype), peak(g_Boi) != 0, lr=lr, weight_decay=weight_decay)
+    torch._foreach_mul_(list(momenta), step.momentum)
+    torch._foreach_add_(list(momenta), list(grads), alpha=step.sign)
+
+
+def direction(momentum: Tensor, grad: Tensor, step: Step, *, out: Tensor) -> Tensor:
+    """Write the direction before orthogonalization, `mu M + G` or `M`, to `out` in the math type.
+
+    Args:
+        momentum: The momentum, updated already.
+        grad: The gradient.
+        step: How to step.
+        out: As many entries, of any shape.
+    """
+    out_like = out.view(momentum.shape)
+    if not step.nesterov:
+        return out_like.copy_(momentum)
+    if momentum.dtype == grad.dtype == out.dtype and not step.maximize:
+        return torch.add(grad, momentum, alpha=step.momentum, out=out_like)
+    return out_like.copy_(momentum).mul_(step.momentum).add_(grad, alpha=step.sign)
+
+
+def _apply(chunk: Sequence[Matrix], o_Boi: Tensor, step: Step) -> None:
+    """Step whole matrices of one shape along their orthogonalized directions; `o_Boi` is overwritten."""
+    weights = [as_matrices(item.weight) for item in chunk]
+    radii = [item.radius.reshape(-1) for item in chunk if item.radius is not None]
+    moves = [moving(as_matrices(item.grad)) for item in chunk]
+    if o_Boi.device.type == "cpu":  # matrix by matrix, straight into the weights
+        move(weights, o_Boi.split([len(w) for w in weights]), radii, moves, step)
+        copies = [(item.weight, w) for item, w in zip(chunk, weights, strict=True) if not _is_view(w, item.weight)]
+        for weight, w_Eoi in copies:
+            weight.copy_(w_Eoi.reshape(weight.shape))
+        return
+    w_Boi = torch.cat(weights)  # one launch for all of them
+    move([w_Boi], [o_Boi], [torch.cat(radii)] if radii else [], [torch.cat(moves)], step)
+    parts = w_Boi.split([len(w) for w in weights])
+    torch._foreach_copy_(
+        [item.weight for item in chunk], [p.reshape(i.weight.shape) for p, i in zip(parts, chunk, strict=True)]
+    )
+
+
+def _is_view(w_Eoi: Tensor, weight: Tensor) -> bool:
+    return w_Eoi.data_ptr() == weight.data_ptr()
+
+
+#: Adds up, matrix by matrix, what the ranks that hold parts of the same matrices have; nothing to do for whole ones.
+Total = Callable[[list[Tensor]], list[Tensor]]
+
+
+def move(
+    weights: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    radii: Sequence[Tensor],
+    moves: Sequence[Tensor],
+    step: Step,
+    total: Total = list,
+) -> None:
+    """Step matrices, or a rank's parts of them, along their directions, in place.
+
+    Args:
+        weights: Each `[E, out, in]`.
+        directions: Of the weights' shapes, in the math type, of any scale on the sphere; overwritten. Where one is
+            zero, the step is zero.
+        radii: Each `[E]`; empty off the sphere.
+        moves: Each `[E]`, boolean; matrices where it is False stay as they are, bit for bit.
+        step: How to step.
+        total: Adds up `[E]` sums, one tensor a weight, over the ranks that hold parts of the same matrices.
+    """
+    if isinstance(step.lr, Tensor):
+        moves = [moves_E & (step.lr != 0).to(moves_E.device) for moves_E in moves]
+    if not radii:
+        for w_Eoi, o_Eoi, moves_E in zip(weights, directions, moves, strict=True):
+            _move_freely(w_Eoi, o_Eoi, moves_E, step)
+        return
+    radii = [radius_E.to(_wide(radius_E)) for radius_E in radii]
+    moved = _step_off(weights, directions, radii, step, total)
+    norms = [square_E.sqrt() for square_E in total([sum_squares(x_Eoi) for x_Eoi in moved])]
+    for w_Eoi, x_Eoi, radius_E, norm_E, moves_E in zip(weights, moved, radii, norms, moves, strict=True):
+        # A step of one radius straight to the center (lr = 1) has no direction to come back from: stay.
+        _write(w_Eoi, x_Eoi, (radius_E / norm_E).to(x_Eoi.dtype), moves_E & (norm_E != 0))
+
+
+def _step_off(
+    weights: Sequence[Tensor], directions: Sequence[Tensor], radii: Sequence[Tensor], step: Step, total: Total
+) -> list[Tensor]:
+    """Take the step before the retraction; the results overwrite the directions."""
+    lengths = [square_E.sqrt() for square_E in total([sum_squares(o_Eoi) for o_Eoi in directions])]
+    lengths = [length_E + (length_E == 0) for length_E in lengths]
+    keep = 1 - step.lr * step.weight_decay
+    if step.retraction == "geodesic":
+        rotations = _rotations(weights, directions, radii, lengths, step, total)
+        return [
+            o_Eoi.mul_(_per_matrix(pace_E, o_Eoi)).addcmul_(w_Eoi.to(o_Eoi.dtype), _per_matrix(stay_E * keep, o_Eoi))
+            for w_Eoi, o_Eoi, (stay_E, pace_E) in zip(weights, directions, rotations, strict=True)
+        ]
+    for w_Eoi, o_Eoi, radius_E, length_E in zip(weights, directions, radii, lengths, strict=True):
+        pace_E11 = _per_matrix(-step.lr * radius_E / length_E, o_Eoi)
+        if step.weight_decay == 0:
+            torch.addcmul(w_Eoi.to(o_Eoi.dtype), o_Eoi, pace_E11, out=o_Eoi)
+        elif isinstance(keep, Tensor):
+            o_Eoi.mul_(pace_E11).addcmul_(w_Eoi.to(o_Eoi.dtype), keep.to(o_Eoi))
+        else:
+            o_Eoi.mul_(pace_E11).add_(w_Eoi, alpha=keep)
+    return list(directions)
+
+
+def _rotations(
+    weights: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    radii: Sequence[Tensor],
+    lengths: Sequence[Tensor],
+    step: Step,
+    total: Total,
+) -> list[tuple[Tensor, Tensor]]:
+    """Return, a weight, the factors `[E]` of W and of O in the rotation by the angle `lr` towards -O.
+
+    With `w = W / ||W||`, `o = O / ||O||` and `c = <w, o>`, the rotation turns w in the plane of w and o, against the unit
+    tangent `t = (o - c w) / sqrt(1 - c^2)`::
+
+        W <- R (cos(lr) w - sin(lr) t)
+
+    A direction along W has no tangent: that matrix stays.
+    """
+    squares = total([sum_squares(w_Eoi.to(o_Eoi.dtype)) for w_Eoi, o_Eoi in zip(weights, directions, strict=True)])
+    dots = total([dot(w_Eoi.to(o_Eoi.dtype), o_Eoi) for w_Eoi, o_Eoi in zip(weights, directions, strict=True)])
+    rotations = []
+    for square_E, dot_E, length_E, radius_E in zip(squares, dots, lengths, radii, strict=True):
+        norm_E = square_E.sqrt()
+        cosine_E = dot_E / (norm_E * length_E)
+        sine_E = (1 - cosine_E.square()).clamp_min(0).sqrt()
+        turns_E = sine_E > 1e-6  # below, the sine is rounding
+        angle = torch.as_tensor(step.lr, dtype=sine_E.dtype, device=sine_E.device)
+        tilt_E = torch.where(turns_E, angle.sin() / sine_E, 0.0)
+        stay_E = torch.where(turns_E, angle.cos() + tilt_E * cosine_E, 1.0)
+        rotations.append((radius_E / norm_E * stay_E, -radius_E / length_E * tilt_E))
+    return rotations
+
+
+def _move_freely(w_Eoi: Tensor, o_Eoi: Tensor, moves_E: Tensor, step: Step) -> None:
+    """`W <- (1 - lr decay) W - lr factor O` without a sphere; `o_Eoi` is overwritten."""
+    keep, pace = 1 - step.lr * step.weight_decay, -step.lr * step.factor
+    if (
+        w_Eoi.device.type == "cpu"
+        and w_Eoi.dtype == o_Eoi.dtype
+        and not isinstance(pace, Tensor)
+        and bool(moves_E.all())
+    ):
+        if keep != 1:
+            w_Eoi.mul_(keep)
+        w_Eoi.add_(o_Eoi, alpha=pace)
+        return
+    o_Eoi.mul_(pace).add_(w_Eoi.to(o_Eoi.dtype) * keep)
+    _write(w_Eoi, o_Eoi, None, moves_E)
+
+
+def _write(w_Eoi: Tensor, new_Eoi: Tensor, scale_E: Tensor | None, moves_E: Tensor) -> None:
+    """Write `scale * new` to the matrices that move; `new_Eoi` is overwritten."""
+    on_cpu = w_Eoi.device.type == "cpu"
+    if on_cpu and scale_E is not None and bool(moves_E.all()):
+        torch.mul(new_Eoi, scale_E[:, None, None], out=w_Eoi)
+        return
+    if scale_E is not None:
+        new_Eoi.mul_(scale_E[:, None, None])
+    w_Eoi.copy_(torch.where(moves_E[:, None, None], new_Eoi, w_Eoi.to(new_Eoi.dtype)))
+
+
+def _per_matrix(x_E: Tensor, like: Tensor) -> Tensor:
+    return x_E.to(like.dtype)[:, None, None]
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
+def _is_zero(lr: float | Tensor) -> bool:
+    """Whether a learning rate is known to be zero; of a tensor it is not asked, which would wait for the device."""
+    return not isinstance(lr, Tensor) and lr == 0
 
 
 def adam_direction(
-    grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, *, betas: tuple[float, float], eps: float
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    maximize: bool = False,
 ) -> Tensor:
     """Update Adam's moments and step count in place and return the bias-corrected direction, in the math type."""
     beta1, beta2 = betas
     step += 1
-    exp_avg.lerp_(grad, 1 - beta1)
+    if maximize:
+        grad = -grad
+    exp_avg.lerp_(grad.to(exp_avg.dtype), 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    t = step.item()  # the count lives on the CPU: no wait for the device
+    # On the CPU the count is read without a wait; on a device (capturable) it stays a tensor.
+    t = step.item() if step.device.type == "cpu" else step
     dtype = math_dtype(grad.dtype)
     scale = exp_avg_sq.to(dtype).div(1 - beta2**t).sqrt_().add_(eps)
     return exp_avg.to(dtype).div(1 - beta1**t).div_(scale)
 
 
-def project(items: Sequence[Spherical], o_Boi: Tensor, moves_B11: Tensor, *, lr: float, weight_decay: float) -> None:
-    """Step every matrix along `-o_Boi` by `lr` radii and scale it back to its radius, in place.
-
-    Args:
-        items: Parameters whose matrices, in order, are the B of the batch.
-        o_Boi: Directions in the math type, of any scale; overwritten. Where zero, the step is zero.
-        moves_B11: Boolean; the matrices where it is False stay as they are, bit for bit.
-        lr: Length of the step, in radii.
-        weight_decay: See `sphere_update`.
-    """
-    w_Boi = _batch([item.weight for item in items])
-    radius_B = torch.cat([item.radius.reshape(-1) for item in items])
-    norm_B = matrix_norm(o_Boi)
-    pace_B = -lr * radius_B / (norm_B + (norm_B == 0))
-    moved_Boi = o_Boi.mul_(pace_B[:, None, None]).add_(w_Boi, alpha=1 - lr * weight_decay)
-    norm_B = matrix_norm(moved_Boi)
-    # A step of one radius straight to the center (lr = 1) has no direction to come back from: stay.
-    moves_B11 = moves_B11 & (norm_B != 0)[:, None, None]
-    moved_Boi.mul_((radius_B / norm_B)[:, None, None])
-    parts = torch.where(moves_B11, moved_Boi, w_Boi).split([len(as_matrices(item.weight)) for item in items])
-    weights = [item.weight for item in items]
-    torch._foreach_copy_(weights, [part.reshape(w.shape) for w, part in zip(weights, parts, strict=True)])
-
-
-def chunks(items: Sequence[Spherical]) -> Iterator[list[Spherical]]:
+def chunks(matrices: Sequence[Matrix]) -> Iterator[list[Matrix]]:
     """Cut equal matrices into batches of about a cache's size; stacks too large for one are sliced by expert.
 
     The batches are what bounds the step's scratch memory: a few times `chunk_bytes`.
     """
-    weight = items[0].weight
-    size = as_matrices(weight)[0].numel() * math_dtype(weight.dtype).itemsize
-    limit = max(1, chunk_bytes(weight.device) // max(1, size))
-    batch: list[Spherical] = []
+    limit = chunk_count(as_matrices(matrices[0].weight))
+    batch: list[Matrix] = []
     room = limit
-    for item in items:
-        stacked = item.weight.ndim == 3
-        for piece in zip(*(t.split(limit) for t in item), strict=True) if stacked else [item]:
-            count = len(piece[0]) if stacked else 1
+    for item in matrices:
+        for piece in _slices(item, limit):
+            count = len(as_matrices(piece.weight))
             if count > room:
                 yield batch
                 batch, room = [], limit
-            batch.append(Spherical(*piece))
+            batch.append(piece)
             room -= count
     if batch:
         yield batch
 
 
-def _batch(tensors: Sequence[Tensor]) -> Tensor:
-    """Join parameters' matrices to `[B, out, in]` in the math type; may share memory with a single parameter."""
-    matrices = [as_matrices(t) for t in tensors]
-    batch_Boi = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
-    return batch_Boi.to(math_dtype(batch_Boi.dtype))
+def _slices(item: Matrix, limit: int) -> Iterator[Matrix]:
+    """Slice a stack so that no slice holds more than `limit` matrices."""
+    if item.weight.ndim != 3 or len(item.weight) <= limit:
+        yield item
+        return
+    for start in range(0, len(item.weight), limit):
+        part = slice(start, start + limit)
+        radius = None if item.radius is None else item.radius[part]
+        yield Matrix(item.weight[part], item.grad[part], item.momentum[part], radius)

@@ -193,7 +193,7 @@ ZERO_EXPERT[1] = 0
         ([("lm_head.weight", nn.Parameter(torch.zeros(3, 3)))], "'lm_head.weight'.*Initialize it"),
         ([param(3), nn.Parameter(torch.zeros(3, 3))], "parameter number 1 of shape"),
         ([{"params": [param(3)], "kind": "sphere"}], r"number 0 of shape \[3\] is not a matrix"),
-        ([{"params": [param(3)], "kind": "muon"}], "kind.*sphere, adam_sphere, adamw; found 'muon'"),
+        ([{"params": [param(3)], "kind": "lion"}], "kind.*sphere, muon, adam_sphere, adamw; found 'lion'"),
         ([{"weights": [param(3)]}], "needs the key params.*weights"),
         ([], "^params is empty"),
         ([{"params": []}], "^params is empty"),

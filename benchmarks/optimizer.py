@@ -1,0 +1,84 @@
+"""HyperSphereOptimizer's step on CPU against the peers' Muon: the same matrices, the same gradients, one process.
+
+torch.optim.Muon takes no stacks, so it gets the experts as single matrices, which is how its users have to hold them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+
+import pytorch_optimizer
+import torch
+from common import alternate, ratio, save
+
+from lightning_mue.optim import HyperSphereOptimizer
+
+SETS = {
+    "12 layers (512, SwiGLU 1408)": [(512, 512)] * 48 + [(1408, 512)] * 24 + [(512, 1408)] * 12,
+    "experts 2x3x(64, 256, 512)": [(64, 256, 512)] * 6,
+    "tiny experts 2x3x(64, 64, 256)": [(64, 64, 256)] * 6,
+}
+
+
+def tensors(shapes: Iterable[tuple[int, ...]], stacks: bool) -> list[torch.nn.Parameter]:
+    """Weights with gradients, the same at every call; without stacks every expert is a parameter."""
+    torch.manual_seed(0)
+    params = []
+    for shape in shapes:
+        weight, grad = torch.randn(shape) * 0.02, torch.randn(shape)
+        pairs = [(t,) if stacks else t.view(-1, *shape[-2:]) for t in (weight, grad)]
+        for w, g in zip(*pairs, strict=True):
+            params.append(torch.nn.Parameter(w.clone()))
+            params[-1].grad = g.clone()
+    return params
+
+
+def contenders(shapes: list[tuple[int, ...]]) -> dict[str, torch.optim.Optimizer]:
+    """The optimizers, each on weights of its own; a rate so small that the weights keep their size."""
+    rate = 1e-6
+
+    def ours(**options: object) -> torch.optim.Optimizer:
+        kind = "sphere" if options.pop("sphere", True) else "muon"
+        return HyperSphereOptimizer([{"params": tensors(shapes, True), "kind": kind}], lr=rate, **options)
+
+    def peer(**options: object) -> torch.optim.Optimizer:
+        groups = [{"params": tensors(shapes, False), "use_muon": True}]
+        return pytorch_optimizer.Muon(groups, lr=rate, **options)
+
+    return {
+        "sphere": ours(),
+        "muon": ours(sphere=False),
+        "sphere float32": ours(compute_dtype="float32"),
+        "torch.optim.Muon": torch.optim.Muon(tensors(shapes, False), lr=rate, weight_decay=0.0),
+        "pytorch_optimizer.Muon": peer(),
+        "AdamW": torch.optim.AdamW(tensors(shapes, True), lr=rate, fused=True),
+    }
+
+
+def main() -> None:
+    """Runs all sets; an argument sets the number of rounds."""
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 15
+    rows = []
+    for name, shapes in SETS.items():
+        optimizers = contenders(shapes)
+        steps: dict[str, Callable[[], object]] = {key: value.step for key, value in optimizers.items()}
+        seconds = alternate(steps, rounds)
+        memory = optimizers["sphere"].memory()
+        rows.append(
+            {
+                "set": name,
+                "speed-up over torch.optim.Muon": ratio(seconds, "torch.optim.Muon", "sphere"),
+                "over pytorch_optimizer.Muon": ratio(seconds, "pytorch_optimizer.Muon", "sphere"),
+                "sphere / muon": ratio(seconds, "sphere", "muon"),
+                "float32 / bfloat16": ratio(seconds, "sphere float32", "sphere"),
+                "step / AdamW's": ratio(seconds, "sphere", "AdamW"),
+                "momentum bytes / weights": memory["momentum"] / sum(4 * torch.Size(s).numel() for s in shapes),
+                "scratch MiB": memory["scratch"] / 2**20,
+            }
+        )
+    save("optimizer_cpu", rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""The named Newton-Schulz schedules, each with its source and with what it promises."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """A schedule of odd quintic polynomials `X <- a X + (b XX^T + c (XX^T)^2) X`, one step each.
+
+    Attributes:
+        steps: `(a, b, c)` of each step, in order; a and c positive, b negative.
+        source: Where the numbers come from.
+        floor: Smallest singular value, as a fraction of the matrix's Frobenius norm, that reaches the band.
+        band: Lowest and highest value, in exact arithmetic, of the result's singular values that started at or above
+            the floor. Those that started below it end between 0 and the upper edge.
+    """
+
+    steps: tuple[tuple[float, float, float], ...]
+    source: str
+    floor: float
+    band: tuple[float, float]
+
+    def __post_init__(self) -> None:
+        if not self.steps or any(a <= 0 or b >= 0 or c <= 0 for a, b, c in self.steps):
+            raise ValueError(
+                f"steps must hold one (a, b, c) or more, with a > 0, b < 0 and c > 0; found {self.steps}. Only such "
+                "a polynomial raises small singular values and turns large ones back."
+            )
+
+    @property
+    def gain(self) -> float:
+        """By how much a very small singular value grows: the product of the a."""
+        gain = 1.0
+        for a, _, _ in self.steps:
+            gain *= a
+        return gain
+
+
+#: The named schedules. The bands are the extrema of the composed polynomial on [floor, 1.01], rounded outwards; the
+#: 1% of headroom covers a norm that was rounded down. `tests/optim/test_newton_schulz.py` recomputes them.
+PRESETS: dict[str, Coefficients] = {
+    "classic": Coefficients(
+        steps=((3.4445, -4.7750, 2.0315),) * 5,
+        source="Jordan et al., Muon (kellerjordan.github.io/posts/muon), 2024",
+        floor=2e-3,
+        band=(0.68, 1.21),
+    ),
+    "scheduled": Coefficients(
+        steps=(
+            (4.0848, -6.8946, 2.9270),
+            (3.9505, -6.3029, 2.6377),
+            (3.7418, -5.5913, 2.3037),
+            (2.8769, -3.1427, 1.2046),
+            (2.8366, -3.0525, 1.2012),
+        ),
+        source="five-step schedule optimized step by step, published with the Muon speed runs (modded-nanogpt), 2025",
+        floor=2.5e-3,
+        band=(0.97, 1.15),
+    ),
+}
+
+
+def get_preset(name: str) -> Coefficients:
+    """Return the schedule called `name`.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"preset must name a Newton-Schulz schedule, one of {sorted(PRESETS)}; found {name!r}.")
+    return PRESETS[name]
