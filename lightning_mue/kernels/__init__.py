@@ -1,1 +1,5 @@
-"""lightning_mue."""
+"""Triton kernels, each beside its twin in plain PyTorch; importing them needs neither Triton nor a GPU."""
+
+from lightning_mue.kernels.symmetric import symmetric_matmul, symmetric_matmul_torch
+
+__all__ = ["symmetric_matmul", "symmetric_matmul_torch"]

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lightning_mue.kernels.symmetric import symmetric_matmul, triton_available
+from lightning_mue.kernels.symmetric import kernel_fits, symmetric_matmul
 from lightning_mue.optim.coefficients import Coefficients, get_preset
 
 #: How many steps the Gram form gathers before it goes back to X: in the first segment, and in the later ones, where
@@ -201,7 +201,7 @@ def _segments(x_Boi: Tensor, schedule: Coefficients) -> tuple[int, ...]:
     gram = [min(first, steps)]
     while (left := steps - sum(gram)) > 0:
         gram.append(min(others, left))
-    symmetric = x_Boi.is_cuda and triton_available()
+    symmetric = kernel_fits(x_Boi)
     forms = (standard, tuple(gram))
     return min(forms, key=lambda segments: flops(n, m, segments, symmetric=symmetric))
 
@@ -211,7 +211,7 @@ def _precision(x: Tensor) -> str:
     if x.dtype != torch.float32:
         return str(x.dtype).removeprefix("torch.")
     if x.is_cuda:
-        return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "float32"
+        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "float32"
     # On CPU the same setting may allow bfloat16 products of float32 matrices.
     return {"highest": "float32", "high": "tf32"}.get(torch.get_float32_matmul_precision(), "bfloat16")
 
@@ -219,15 +219,14 @@ def _precision(x: Tensor) -> str:
 @contextlib.contextmanager
 def tf32_products(wanted: bool) -> Iterator[None]:
     """Let CUDA multiply float32 matrices in tf32 for a while."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    if not wanted or before:
-        yield
-        return
-    torch.backends.cuda.matmul.allow_tf32 = True
+    before = torch.backends.cuda.matmul.fp32_precision
+    if wanted:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        if wanted:
+            torch.backends.cuda.matmul.fp32_precision = before
 
 
 class Pool:
@@ -267,7 +266,7 @@ def _iterate(x_Boi: Tensor, schedule: Coefficients, segments: tuple[int, ...], p
         a, b, _ = segment[0]
         left_Bnm, right_Bmn = (x_Boi.mT, x_Boi) if tall else (x_Boi, x_Boi.mT)
         k_Bnn = symmetric_matmul(left_Bnm, right_Bmn, alpha=-b / a * scale**2, out=pool.take(small, x_Boi))
-        p_Bnn = _gather(k_Bnn, segment, pool)
+        p_Bnn = _gather(k_Bnn, segment, pool, tall)
         next_Boi = pool.take(x_Boi.shape, x_Boi)
         torch.bmm(*((x_Boi, p_Bnn) if tall else (p_Bnn, x_Boi)), out=next_Boi)
         pool.give(p_Bnn, x_Boi)
@@ -277,13 +276,15 @@ def _iterate(x_Boi: Tensor, schedule: Coefficients, segments: tuple[int, ...], p
     return x_Boi
 
 
-def _gather(k_Bnn: Tensor, segment: Sequence[tuple[float, float, float]], pool: Pool) -> Tensor:
+def _gather(k_Bnn: Tensor, segment: Sequence[tuple[float, float, float]], pool: Pool, tall: bool) -> Tensor:
     """Return the product of the polynomials P of one segment's steps.
 
     Args:
         k_Bnn: K of the first step; goes to the pool.
         segment: `(a, b, c)` of each step.
         pool: Where scratch comes from.
+        tall: Whether X comes before the product, not after it. The polynomials commute only up to rounding, and the
+            first must be the one next to X: in the other order the rounding errors double.
     """
     gathered_Bnn = None
     for (a, b, c), after in zip(segment, [*segment[1:], None], strict=True):
@@ -300,7 +301,8 @@ def _gather(k_Bnn: Tensor, segment: Sequence[tuple[float, float, float]], pool: 
         if gathered_Bnn is None:
             gathered_Bnn = p_Bnn
         else:
-            both_Bnn = symmetric_matmul(p_Bnn, gathered_Bnn, out=pool.take(k_Bnn.shape, k_Bnn))
+            factors = (gathered_Bnn, p_Bnn) if tall else (p_Bnn, gathered_Bnn)
+            both_Bnn = symmetric_matmul(*factors, out=pool.take(k_Bnn.shape, k_Bnn))
             pool.give(gathered_Bnn, p_Bnn)
             gathered_Bnn = both_Bnn
     assert gathered_Bnn is not None
