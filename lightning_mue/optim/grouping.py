@@ -15,6 +15,8 @@ from lightning_mue.parameterizations.roles import MATRIX_ROLES, Role
 
 _HEADS = {"embed_out", "output", "output_layer", "classifier", "readout"}  # and whatever ends in "head"
 _EMBEDDINGS = {"emb", "embed", "embeds", "embedding", "embeddings", "wte", "wpe"}
+_FOREIGN_OPTIONS = {"amsgrad", "fused", "ns_steps", "dampening"}  # of torch's optimizers, not of this one
+_STATE = {"momentum", "radius", "exp_avg", "exp_avg_sq", "step"}
 _VECTORS = {"bias", "biases", "norm", "layernorm", "rmsnorm", "batchnorm", "ln"}
 
 
@@ -167,22 +169,14 @@ def unique_name(name: str, taken: Iterable[str]) -> str:
     return next(candidate for candidate in numbered if candidate not in taken)
 
 
-def summarize(groups: Iterable[Mapping[str, Any]]) -> str:
-    """Say in a line what each group is; `describe` lists its parameters."""
-    return "; ".join(
-        f"{group['kind']}: {len(group['params'])} parameters, "
-        f"{sum(param.numel() for param in group['params']):,} values, lr {group['lr']:g}"
-        for group in groups
-    )
-
-
 def describe(groups: Iterable[Mapping[str, Any]], *, sphere: bool = True) -> str:
     """Say in a few lines which parameter is in which group, and why; numbered blocks share a line."""
     lines = []
     for group in groups:
         pairs = named(group)
         size = sum(param.numel() for _, param in pairs)
-        lines.append(f"{group['name']}: {group['kind']}, lr {group['lr']:g}, {len(pairs)} parameters, {size:,} values")
+        lr = float(group["lr"])
+        lines.append(f"{group['name']}: {group['kind']}, lr {lr:g}, {len(pairs)} parameters, {size:,} values")
         rows: Counter[str] = Counter()
         for name, param in pairs:
             kind, reason = classify(name, param, sphere=sphere)
@@ -220,12 +214,16 @@ def check_loadable(
     Raises:
         ValueError: If they do not.
     """
+    states = list(states)
     for index, group in enumerate(groups):
-        if group.get("kind") not in KINDS:
+        # torch.distributed.checkpoint's full state dicts merge what was saved into this optimizer's own groups.
+        foreign = sorted((_FOREIGN_OPTIONS & set(group)) | set().union(*states) - _STATE)
+        if group.get("kind") not in KINDS or foreign:
+            found = f"has {', '.join(foreign)}" if foreign else f"has no kind among {', '.join(KINDS)}"
             raise ValueError(
-                f"state_dict is not a HyperSphereOptimizer's: its param group {index} has no kind among {KINDS}, only "
-                f"{sorted(set(group) - {'params'})}, as torch.optim.AdamW or Muon would save. Their state holds no "
-                "radii; load the model's weights only and start this optimizer afresh."
+                f"state_dict is not a HyperSphereOptimizer's: its param group {index} {found}, as torch.optim.AdamW or "
+                "Muon would save. Their state holds no radii; load the model's weights only and start this optimizer "
+                "afresh."
             )
     for state, (name, param) in zip(states, pairs, strict=False):  # torch compares how many there are
         for key in ("momentum", "exp_avg"):

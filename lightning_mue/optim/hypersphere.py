@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
+from lightning_mue.optim.announcement import announce
 from lightning_mue.optim.coefficients import get_preset
 from lightning_mue.optim.grouping import (
     check_loadable,
@@ -21,7 +22,6 @@ from lightning_mue.optim.grouping import (
     label,
     named,
     split_group,
-    summarize,
     to_groups,
     unique_name,
     warn_of_guesses,
@@ -33,6 +33,7 @@ from lightning_mue.optim.pieces import as_state, is_sharded, local, local_grad, 
 from lightning_mue.optim.sharding import orthogonalize_sharded
 from lightning_mue.optim.updates import (
     CONVENTIONS,
+    Batch,
     Matrix,
     Step,
     accumulate,
@@ -42,6 +43,7 @@ from lightning_mue.optim.updates import (
     move,
     moving,
     muon_update,
+    write_back,
 )
 
 if TYPE_CHECKING:
@@ -170,7 +172,7 @@ class HyperSphereOptimizer(Optimizer):
         # The last two are among the defaults because they are all that a pickle keeps beside groups and state.
         super().__init__(groups, {**checked(defaults), "adamw_lr": adamw_lr, "sphere": sphere})
         warn_of_guesses(groups)
-        logger.info("HyperSphereOptimizer: %s", summarize(self.param_groups))
+        announce(self.param_groups, sphere=sphere)
 
     def _start(self, process_group: ProcessGroup | str | None) -> None:
         """Set what is not saved."""
@@ -303,7 +305,7 @@ class HyperSphereOptimizer(Optimizer):
 
     def _muon(self, group: Mapping[str, Any], params: Sequence[Tensor]) -> None:
         step = _step_of(group)
-        if self._copies is None and (isinstance(step.lr, Tensor) or step.lr != 0):
+        if self._copies is None and not step.stands:
             self._find_copies()
         whole: list[Tensor] = []
         spread: list[Tensor] = []
@@ -335,7 +337,7 @@ class HyperSphereOptimizer(Optimizer):
         items = [self._matrix(param, group) for param in params]
         for item in items:
             accumulate([item.momentum], [item.grad], step)
-        if not isinstance(step.lr, Tensor) and step.lr == 0:
+        if step.stands:
             return
         schedule = get_preset(step.preset)
         dtype = step.dtype or default_dtype(items[0].weight)
@@ -363,11 +365,15 @@ class HyperSphereOptimizer(Optimizer):
             options = {key: group[key] for key in ("betas", "eps", "maximize")}
             moments = local(state["exp_avg"]), local(state["exp_avg_sq"])
             wide = adam_direction(item.grad, *moments, state["step"], **options)
-            if isinstance(step.lr, Tensor) or step.lr != 0:
+            if not step.stands:
                 _move([item], [self._layout(param)], [wide], step)
 
     def _adamw(self, group: Mapping[str, Any], params: Sequence[Tensor]) -> None:
         states = [self.state[param] for param in params]
+        capturable = group["capturable"] and all(param.device.type != "cpu" for param in params)
+        lr = group["lr"]
+        if isinstance(lr, Tensor) and not capturable:
+            lr = lr.item()  # torch refuses a tensor here
         adamw(
             [local(param) for param in params],
             [local_grad(param) for param in params],
@@ -376,11 +382,11 @@ class HyperSphereOptimizer(Optimizer):
             [],
             [state["step"] for state in states],
             foreach=True,
-            capturable=group["capturable"] and all(param.device.type != "cpu" for param in params),
+            capturable=capturable,
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
-            lr=group["lr"],
+            lr=lr,
             weight_decay=group["weight_decay"],
             eps=group["eps"],
             maximize=group["maximize"],
@@ -423,17 +429,13 @@ def _move(items: Sequence[Matrix], layouts: Sequence[Layout], wide: Sequence[Ten
     """Step parameters, or this rank's parts of them, along directions that are overwritten."""
     weights = [as_matrices(item.weight) for item in items]
     counts = total(layouts, [moving(as_matrices(item.grad)).to(torch.float64) for item in items])
-    move(
-        weights,
-        [as_matrices(u) for u in wide],
-        [item.radius.reshape(-1) for item in items if item.radius is not None],
-        [count_E > 0 for count_E in counts],
-        step,
-        lambda sums: total(layouts, sums),
-    )
-    for item, w_Eoi in zip(items, weights, strict=True):
-        if w_Eoi.data_ptr() != item.weight.data_ptr():
-            item.weight.copy_(w_Eoi.reshape(item.weight.shape))
+    radii = [None if item.radius is None else item.radius.reshape(-1) for item in items]
+    batches = [
+        Batch([w_Eoi], as_matrices(u), radius_E, count_E > 0)
+        for w_Eoi, u, radius_E, count_E in zip(weights, wide, radii, counts, strict=True)
+    ]
+    move(batches, step, lambda sums: total(layouts, sums))
+    write_back([item.weight for item in items], weights)
 
 
 def _rounds(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:

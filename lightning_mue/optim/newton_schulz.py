@@ -210,10 +210,10 @@ def _precision(x: Tensor) -> str:
     """Name the precision that products of this tensor really have."""
     if x.dtype != torch.float32:
         return str(x.dtype).removeprefix("torch.")
-    if x.is_cuda:
-        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "float32"
-    # On CPU the same setting may allow bfloat16 products of float32 matrices.
-    return {"highest": "float32", "high": "tf32"}.get(torch.get_float32_matmul_precision(), "bfloat16")
+    # `set_float32_matmul_precision("medium")` makes a CPU multiply in bfloat16. Read here, because the function that reads
+    # it back raises once this newer switch differs between backends.
+    backend = torch.backends.cuda.matmul if x.is_cuda else torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    return {"tf32": "tf32", "bf16": "bfloat16"}.get(backend.fp32_precision, "float32")
 
 
 @contextlib.contextmanager

@@ -66,6 +66,11 @@ class Step:
     factor: float = 1.0
 
     @property
+    def stands(self) -> bool:
+        """Whether the rate is known to be zero; of a tensor it is not asked, which would wait for the device."""
+        return not isinstance(self.lr, Tensor) and self.lr == 0
+
+    @property
     def sign(self) -> int:
         """Sign of the gradient."""
         return -1 if self.maximize else 1
@@ -79,7 +84,7 @@ def as_matrices(x: Tensor) -> Tensor:
     """
     if x.ndim < 2:
         raise ValueError(f"A matrix needs at least two dimensions, found shape {list(x.shape)}.")
-    return x if x.ndim == 3 else x.unsqueeze(0) if x.ndim == 2 else x.reshape(1, x.shape[0], -1)
+    return x if x.ndim == 3 else x.flatten(1).unsqueeze(0)
 
 
 def sum_squares(x_Boi: Tensor) -> Tensor:
@@ -106,9 +111,9 @@ def moving(g_Boi: Tensor) -> Tensor:
     """Return which matrices have a gradient, `[B]` boolean: False where it is exactly zero."""
     if not g_Boi.numel():
         return torch.zeros(g_Boi.shape[0], dtype=torch.bool, device=g_Boi.device)
-    if g_Boi.device.type == "cpu" and g_Boi.dtype == torch.float32:
-        # A third of the exact test's time. The squares of very small entries vanish: then ask exactly.
-        some_B = torch.linalg.vector_norm(g_Boi, dim=(-2, -1)) != 0
+    if g_Boi.device.type == "cpu":
+        # A row in the middle shows nearly always that there is one, at no cost; asking a GPU would wait for it.
+        some_B = g_Boi[:, g_Boi.shape[1] // 2].any(-1)
         if bool(some_B.all()):
             return some_B
     return (peak(g_Boi) != 0).reshape(-1)
@@ -130,14 +135,16 @@ def muon_update(matrices: Sequence[Matrix], step: Step, pool: Pool) -> None:
         step: How to step.
         pool: Where scratch comes from; at most a few times `chunk_bytes` whatever the number of matrices.
     """
+    if step.stands:
+        accumulate([item.momentum for item in matrices], [item.grad for item in matrices], step)
+        return
     schedule = get_preset(step.preset)
+    dtype = step.dtype or default_dtype(matrices[0].weight)
     for chunk in chunks(matrices):
-        dtype = step.dtype or default_dtype(chunk[0].weight)
         u_Boi = directions(chunk, step, pool)
         o_Boi = orthogonalize_chunk(u_Boi, schedule, dtype, pool, compile=step.compile)
-        if not _is_zero(step.lr):
-            u_Boi.copy_(o_Boi)  # elementwise work on mixed types is slower than one conversion
-            _apply(chunk, u_Boi, step)
+        # Elementwise work on mixed types is slower than one conversion.
+        _apply(chunk, u_Boi.copy_(o_Boi), step)
         pool.give(u_Boi, o_Boi)
 
 
@@ -189,99 +196,102 @@ def direction(momentum: Tensor, grad: Tensor, step: Step, *, out: Tensor) -> Ten
     return out_like.copy_(momentum).mul_(step.momentum).add_(grad, alpha=step.sign)
 
 
-def _apply(chunk: Sequence[Matrix], o_Boi: Tensor, step: Step) -> None:
-    """Step whole matrices of one shape along their orthogonalized directions; `o_Boi` is overwritten."""
-    weights = [as_matrices(item.weight) for item in chunk]
-    radii = [item.radius.reshape(-1) for item in chunk if item.radius is not None]
-    moves = [moving(as_matrices(item.grad)) for item in chunk]
-    if o_Boi.device.type == "cpu":  # matrix by matrix, straight into the weights
-        move(weights, o_Boi.split([len(w) for w in weights]), radii, moves, step)
-        copies = [(item.weight, w) for item, w in zip(chunk, weights, strict=True) if not _is_view(w, item.weight)]
-        for weight, w_Eoi in copies:
-            weight.copy_(w_Eoi.reshape(weight.shape))
-        return
-    w_Boi = torch.cat(weights)  # one launch for all of them
-    move([w_Boi], [o_Boi], [torch.cat(radii)] if radii else [], [torch.cat(moves)], step)
-    parts = w_Boi.split([len(w) for w in weights])
-    torch._foreach_copy_(
-        [item.weight for item in chunk], [p.reshape(i.weight.shape) for p, i in zip(parts, chunk, strict=True)]
-    )
+class Batch(NamedTuple):
+    """Matrices of one shape about to be stepped, or a rank's parts of them; B in all.
 
+    Attributes:
+        weights: Each `[E, out, in]`, changed in place.
+        directions: `[B, out, in]` in the math type, of any scale on the sphere; overwritten. Where one is zero, the
+            step is zero.
+        radius: `[B]`, or None off the sphere.
+        moves: `[B]` boolean; matrices where it is False stay as they are, bit for bit.
+    """
 
-def _is_view(w_Eoi: Tensor, weight: Tensor) -> bool:
-    return w_Eoi.data_ptr() == weight.data_ptr()
+    weights: Sequence[Tensor]
+    directions: Tensor
+    radius: Tensor | None
+    moves: Tensor
+
+    def pairs(self, *per_matrix: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Iterate over the weights, their directions, and per-matrix numbers `[E, 1, 1]` in the math type."""
+        counts = [len(w_Eoi) for w_Eoi in self.weights]
+        numbers = [x_B.to(self.directions.dtype)[:, None, None].split(counts) for x_B in per_matrix]
+        return zip(self.weights, self.directions.split(counts), *numbers, strict=True)
 
 
 #: Adds up, matrix by matrix, what the ranks that hold parts of the same matrices have; nothing to do for whole ones.
 Total = Callable[[list[Tensor]], list[Tensor]]
 
 
-def move(
-    weights: Sequence[Tensor],
-    directions: Sequence[Tensor],
-    radii: Sequence[Tensor],
-    moves: Sequence[Tensor],
-    step: Step,
-    total: Total = list,
-) -> None:
+def _apply(chunk: Sequence[Matrix], directions_Boi: Tensor, step: Step) -> None:
+    """Step whole matrices of one shape along their directions, which are overwritten."""
+    weights = [as_matrices(item.weight) for item in chunk]
+    radii = [item.radius.reshape(-1) for item in chunk if item.radius is not None]
+    moves = [moving(as_matrices(item.grad)) for item in chunk]
+    on_cpu = directions_Boi.device.type == "cpu"
+    # On CPU matrix by matrix, straight into the weights; elsewhere all at once, which takes few launches.
+    taken = weights if on_cpu else [torch.cat(weights)]
+    move([Batch(taken, directions_Boi, torch.cat(radii) if radii else None, torch.cat(moves))], step)
+    parts = weights if on_cpu else taken[0].split([len(w_Eoi) for w_Eoi in weights])
+    write_back([item.weight for item in chunk], parts)
+
+
+def write_back(weights: Sequence[Tensor], matrices: Sequence[Tensor]) -> None:
+    """Copy matrices to the weights that they are not views of."""
+    pairs = [(w, x_Eoi.reshape(w.shape)) for w, x_Eoi in zip(weights, matrices, strict=True)]
+    copies = [(w, x) for w, x in pairs if w.data_ptr() != x.data_ptr() or w.stride() != x.stride()]
+    if copies:
+        torch._foreach_copy_([w for w, _ in copies], [x for _, x in copies])
+
+
+def move(batches: Sequence[Batch], step: Step, total: Total = list) -> None:
     """Step matrices, or a rank's parts of them, along their directions, in place.
 
     Args:
-        weights: Each `[E, out, in]`.
-        directions: Of the weights' shapes, in the math type, of any scale on the sphere; overwritten. Where one is
-            zero, the step is zero.
-        radii: Each `[E]`; empty off the sphere.
-        moves: Each `[E]`, boolean; matrices where it is False stay as they are, bit for bit.
+        batches: The matrices.
         step: How to step.
-        total: Adds up `[E]` sums, one tensor a weight, over the ranks that hold parts of the same matrices.
+        total: Adds up `[B]` sums, one tensor a batch, over the ranks that hold parts of the same matrices.
     """
     if isinstance(step.lr, Tensor):
-        moves = [moves_E & (step.lr != 0).to(moves_E.device) for moves_E in moves]
-    if not radii:
-        for w_Eoi, o_Eoi, moves_E in zip(weights, directions, moves, strict=True):
-            _move_freely(w_Eoi, o_Eoi, moves_E, step)
+        batches = [batch._replace(moves=batch.moves & (step.lr != 0).to(batch.moves.device)) for batch in batches]
+    on_sphere = [batch for batch in batches if batch.radius is not None]
+    for batch in batches:
+        if batch.radius is None:
+            _step_freely(batch, step)
+    if not on_sphere:
         return
-    radii = [radius_E.to(_wide(radius_E)) for radius_E in radii]
-    moved = _step_off(weights, directions, radii, step, total)
-    norms = [square_E.sqrt() for square_E in total([sum_squares(x_Eoi) for x_Eoi in moved])]
-    for w_Eoi, x_Eoi, radius_E, norm_E, moves_E in zip(weights, moved, radii, norms, moves, strict=True):
+    _step_off(on_sphere, step, total)
+    squares = total([sum_squares(batch.directions) for batch in on_sphere])
+    for batch, square_B in zip(on_sphere, squares, strict=True):
+        assert batch.radius is not None
         # A step of one radius straight to the center (lr = 1) has no direction to come back from: stay.
-        _write(w_Eoi, x_Eoi, (radius_E / norm_E).to(x_Eoi.dtype), moves_E & (norm_E != 0))
+        moves_B = batch.moves & (square_B != 0)
+        _write(batch._replace(moves=moves_B), batch.radius.to(square_B.dtype) / square_B.sqrt())
 
 
-def _step_off(
-    weights: Sequence[Tensor], directions: Sequence[Tensor], radii: Sequence[Tensor], step: Step, total: Total
-) -> list[Tensor]:
-    """Take the step before the retraction; the results overwrite the directions."""
-    lengths = [square_E.sqrt() for square_E in total([sum_squares(o_Eoi) for o_Eoi in directions])]
-    lengths = [length_E + (length_E == 0) for length_E in lengths]
+def _step_off(batches: Sequence[Batch], step: Step, total: Total) -> None:
+    """Write the matrices after the step and before the retraction to the directions."""
+    lengths = [square_B.sqrt() for square_B in total([sum_squares(batch.directions) for batch in batches])]
+    lengths = [length_B + (length_B == 0) for length_B in lengths]
     keep = 1 - step.lr * step.weight_decay
     if step.retraction == "geodesic":
-        rotations = _rotations(weights, directions, radii, lengths, step, total)
-        return [
-            o_Eoi.mul_(_per_matrix(pace_E, o_Eoi)).addcmul_(w_Eoi.to(o_Eoi.dtype), _per_matrix(stay_E * keep, o_Eoi))
-            for w_Eoi, o_Eoi, (stay_E, pace_E) in zip(weights, directions, rotations, strict=True)
-        ]
-    for w_Eoi, o_Eoi, radius_E, length_E in zip(weights, directions, radii, lengths, strict=True):
-        pace_E11 = _per_matrix(-step.lr * radius_E / length_E, o_Eoi)
-        if step.weight_decay == 0:
-            torch.addcmul(w_Eoi.to(o_Eoi.dtype), o_Eoi, pace_E11, out=o_Eoi)
-        elif isinstance(keep, Tensor):
-            o_Eoi.mul_(pace_E11).addcmul_(w_Eoi.to(o_Eoi.dtype), keep.to(o_Eoi))
-        else:
-            o_Eoi.mul_(pace_E11).add_(w_Eoi, alpha=keep)
-    return list(directions)
+        for batch, (stay_B, pace_B) in zip(batches, _rotations(batches, lengths, step, total), strict=True):
+            for w_Eoi, o_Eoi, stay_E11, pace_E11 in batch.pairs(stay_B * keep, pace_B):
+                o_Eoi.mul_(pace_E11).addcmul_(w_Eoi.to(o_Eoi.dtype), stay_E11)
+        return
+    for batch, length_B in zip(batches, lengths, strict=True):
+        assert batch.radius is not None
+        for w_Eoi, o_Eoi, pace_E11 in batch.pairs(-step.lr * batch.radius.to(length_B.dtype) / length_B):
+            if step.weight_decay == 0:
+                torch.addcmul(w_Eoi.to(o_Eoi.dtype), o_Eoi, pace_E11, out=o_Eoi)
+            else:
+                o_Eoi.mul_(pace_E11).add_(w_Eoi * keep)
 
 
 def _rotations(
-    weights: Sequence[Tensor],
-    directions: Sequence[Tensor],
-    radii: Sequence[Tensor],
-    lengths: Sequence[Tensor],
-    step: Step,
-    total: Total,
+    batches: Sequence[Batch], lengths: Sequence[Tensor], step: Step, total: Total
 ) -> list[tuple[Tensor, Tensor]]:
-    """Return, a weight, the factors `[E]` of W and of O in the rotation by the angle `lr` towards -O.
+    """Return, a batch, the factors `[B]` of W and of O in the rotation by the angle `lr` towards -O.
 
     With `w = W / ||W||`, `o = O / ||O||` and `c = <w, o>`, the rotation turns w in the plane of w and o, against the unit
     tangent `t = (o - c w) / sqrt(1 - c^2)`::
@@ -290,60 +300,52 @@ def _rotations(
 
     A direction along W has no tangent: that matrix stays.
     """
-    squares = total([sum_squares(w_Eoi.to(o_Eoi.dtype)) for w_Eoi, o_Eoi in zip(weights, directions, strict=True)])
-    dots = total([dot(w_Eoi.to(o_Eoi.dtype), o_Eoi) for w_Eoi, o_Eoi in zip(weights, directions, strict=True)])
+    squares = total([torch.cat([sum_squares(w_Eoi.to(o_Eoi.dtype)) for w_Eoi, o_Eoi in b.pairs()]) for b in batches])
+    dots = total([torch.cat([dot(w_Eoi.to(o_Eoi.dtype), o_Eoi) for w_Eoi, o_Eoi in b.pairs()]) for b in batches])
     rotations = []
-    for square_E, dot_E, length_E, radius_E in zip(squares, dots, lengths, radii, strict=True):
-        norm_E = square_E.sqrt()
-        cosine_E = dot_E / (norm_E * length_E)
-        sine_E = (1 - cosine_E.square()).clamp_min(0).sqrt()
-        turns_E = sine_E > 1e-6  # below, the sine is rounding
-        angle = torch.as_tensor(step.lr, dtype=sine_E.dtype, device=sine_E.device)
-        tilt_E = torch.where(turns_E, angle.sin() / sine_E, 0.0)
-        stay_E = torch.where(turns_E, angle.cos() + tilt_E * cosine_E, 1.0)
-        rotations.append((radius_E / norm_E * stay_E, -radius_E / length_E * tilt_E))
+    for batch, square_B, dot_B, length_B in zip(batches, squares, dots, lengths, strict=True):
+        assert batch.radius is not None
+        norm_B, radius_B = square_B.sqrt(), batch.radius.to(square_B.dtype)
+        cosine_B = dot_B / (norm_B * length_B)
+        sine_B = (1 - cosine_B.square()).clamp_min(0).sqrt()
+        turns_B = sine_B > 1e-6  # below, the sine is rounding
+        angle = torch.as_tensor(step.lr, dtype=sine_B.dtype, device=sine_B.device)
+        tilt_B = torch.where(turns_B, angle.sin() / sine_B, 0.0)
+        stay_B = torch.where(turns_B, angle.cos() + tilt_B * cosine_B, 1.0)
+        rotations.append((radius_B / norm_B * stay_B, -radius_B / length_B * tilt_B))
     return rotations
 
 
-def _move_freely(w_Eoi: Tensor, o_Eoi: Tensor, moves_E: Tensor, step: Step) -> None:
-    """`W <- (1 - lr decay) W - lr factor O` without a sphere; `o_Eoi` is overwritten."""
+def _step_freely(batch: Batch, step: Step) -> None:
+    """`W <- (1 - lr decay) W - lr factor O` without a sphere."""
     keep, pace = 1 - step.lr * step.weight_decay, -step.lr * step.factor
-    if (
-        w_Eoi.device.type == "cpu"
-        and w_Eoi.dtype == o_Eoi.dtype
-        and not isinstance(pace, Tensor)
-        and bool(moves_E.all())
-    ):
-        if keep != 1:
-            w_Eoi.mul_(keep)
-        w_Eoi.add_(o_Eoi, alpha=pace)
+    if _all_move(batch) and not isinstance(pace, Tensor) and batch.weights[0].dtype == batch.directions.dtype:
+        for w_Eoi, o_Eoi in batch.pairs():
+            if keep != 1:
+                w_Eoi.mul_(keep)
+            w_Eoi.add_(o_Eoi, alpha=pace)
         return
-    o_Eoi.mul_(pace).add_(w_Eoi.to(o_Eoi.dtype) * keep)
-    _write(w_Eoi, o_Eoi, None, moves_E)
+    for w_Eoi, o_Eoi in batch.pairs():
+        o_Eoi.mul_(pace).add_(w_Eoi.to(o_Eoi.dtype) * keep)
+    _write(batch, None)
 
 
-def _write(w_Eoi: Tensor, new_Eoi: Tensor, scale_E: Tensor | None, moves_E: Tensor) -> None:
-    """Write `scale * new` to the matrices that move; `new_Eoi` is overwritten."""
-    on_cpu = w_Eoi.device.type == "cpu"
-    if on_cpu and scale_E is not None and bool(moves_E.all()):
-        torch.mul(new_Eoi, scale_E[:, None, None], out=w_Eoi)
+def _write(batch: Batch, scale_B: Tensor | None) -> None:
+    """Write `scale * directions` to the matrices that move."""
+    if scale_B is not None and _all_move(batch):
+        for w_Eoi, x_Eoi, scale_E11 in batch.pairs(scale_B):
+            torch.mul(x_Eoi, scale_E11, out=w_Eoi)
         return
-    if scale_E is not None:
-        new_Eoi.mul_(scale_E[:, None, None])
-    w_Eoi.copy_(torch.where(moves_E[:, None, None], new_Eoi, w_Eoi.to(new_Eoi.dtype)))
+    if scale_B is not None:
+        batch.directions.mul_(scale_B.to(batch.directions.dtype)[:, None, None])
+    moves = batch.moves.split([len(w_Eoi) for w_Eoi in batch.weights])
+    for (w_Eoi, x_Eoi), moves_E in zip(batch.pairs(), moves, strict=True):
+        w_Eoi.copy_(torch.where(moves_E[:, None, None], x_Eoi, w_Eoi.to(x_Eoi.dtype)))
 
 
-def _per_matrix(x_E: Tensor, like: Tensor) -> Tensor:
-    return x_E.to(like.dtype)[:, None, None]
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float32 if x.device.type == "mps" else torch.float64
-
-
-def _is_zero(lr: float | Tensor) -> bool:
-    """Whether a learning rate is known to be zero; of a tensor it is not asked, which would wait for the device."""
-    return not isinstance(lr, Tensor) and lr == 0
+def _all_move(batch: Batch) -> bool:
+    """Whether all matrices are known to move; a GPU is not asked, which would wait for it."""
+    return batch.moves.device.type == "cpu" and bool(batch.moves.all())
 
 
 def adam_direction(
