@@ -243,6 +243,6 @@ def _optimizers(model: LightningModule, family: Family | None) -> list[Optimizer
     except Exception as error:
         raise ValueError(
             f"explain: {type(model).__name__}.configure_optimizers cannot run without a trainer ({error}). Name the optimizer's "
-            "family: --family adam, sgd or sphere."
+            "family: --family adam, sgd, sphere or muon."
         ) from error
     return flatten_optimizers(configured)

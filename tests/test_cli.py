@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lightning_mue import HyperSphereOptimizer
 from lightning_mue.cli import MuECLI, main
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -76,6 +78,12 @@ def test_explain_for_a_trillion_parameters_takes_seconds_and_little_memory(tmp_p
     assert seconds < 20
 
 
+def losses(folder, tag="train/loss"):
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return [event.value for event in events.Scalars(tag)]
+
+
 def test_fit_validate_test_predict(capsys, corpus, tmp_path):
     status, out = run(capsys, "fit", *debug(corpus))
     assert status == 0
@@ -115,9 +123,7 @@ def test_fit_validate_test_predict(capsys, corpus, tmp_path):
 def test_validation_of_a_checkpoint_gives_the_loss_of_the_run(capsys, corpus, tmp_path):
     """The multipliers must come back with the weights."""
     run(capsys, "fit", *debug(corpus, "--trainer.max_steps", 6))
-    events = EventAccumulator(str(tmp_path / "logs" / "debug" / "version_0"))
-    events.Reload()
-    trained = events.Scalars("val/loss")[-1].value
+    trained = losses(tmp_path / "logs" / "debug" / "version_0", "val/loss")[-1]
     args = debug(corpus, "--ckpt_path", next(tmp_path.rglob("*.ckpt")), "--trainer.logger", "false")
     cli = MuECLI(["validate", *map(str, args)])
     assert float(cli.trainer.callback_metrics["val/loss"]) == pytest.approx(trained, rel=1e-5)
@@ -194,6 +200,15 @@ BAD = {
     "learning rate": (optimizer_args(lr=-1.0), "lr.*-1"),
     "preset": (optimizer_args(preset="fast"), "preset.*fast"),
     "momentum": (optimizer_args(momentum=1.0), "momentum"),
+    "retraction": (optimizer_args(retraction="polar"), "retraction must be one of project, geodesic; found 'polar'"),
+    "convention": (optimizer_args(lr_convention="mup"), "lr_convention must be one of spectral, rms, .*found 'mup'"),
+    "compute type": (optimizer_args(compute_dtype="int8"), "compute_dtype must be None or one of .*found 'int8'"),
+    "state type": (optimizer_args(state_dtype="float8"), "state_dtype must be None or one of .*found 'float8'"),
+    "radius": (optimizer_args(radius=-1.0), "radius must be .*found -1"),
+    "radius at another size": (optimizer_args(radius=2.0), "radius=2 .*Leave radius out"),
+    "process group": (optimizer_args(process_group="some"), "process_group must be .*'some'"),
+    "optimizer flag": (optimizer_args(capturable="maybe"), "capturable"),
+    "unknown key of the optimizer": (optimizer_args(adam_lr=0.1), "adam_lr"),
     "val_fraction": (data_args(val_fraction=1.5), "val_fraction"),
     "batch size": (data_args(batch_size=0), "batch_size"),
     "context longer than the model's": (data_args(context_length=64), r"context_length.*32.*64"),
@@ -215,6 +230,88 @@ def test_bad_input_is_told_in_a_paragraph_before_step_0(capsys, corpus, tmp_path
     assert re.search(message, out), out
     assert "Traceback" not in out
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+#: Every option of HyperSphereOptimizer, each with another value than its default.
+OPTIONS = {
+    "lr": 0.03,
+    "adamw_lr": 0.02,
+    "momentum": 0.9,
+    "nesterov": False,
+    "betas": [0.8, 0.9],
+    "eps": 1e-7,
+    "weight_decay": 0.05,
+    "preset": "classic",
+    "compute_dtype": "float64",
+    "state_dtype": "bfloat16",
+    "retraction": "geodesic",
+    "radius": 5.0,
+    "lr_convention": "rms",
+    "maximize": True,
+    "capturable": True,
+    "compile": True,
+    "sphere": False,
+    "process_group": None,
+}
+
+
+def test_every_option_of_the_optimizer_is_set_from_yaml(corpus, tmp_path):
+    parameters = inspect.signature(HyperSphereOptimizer).parameters
+    assert set(OPTIONS) == set(parameters) - {"params"}
+    assert all(value != parameters[key].default for key, value in OPTIONS.items())
+    cli = MuECLI(["--config", str(change(corpus, tmp_path, optimizer_args(**OPTIONS)))], run=False)
+    optimizer = cli.model.optimizer(list(cli.model.named_parameters()))
+    for group in optimizer.param_groups:
+        expected = {
+            **OPTIONS,
+            "lr": OPTIONS["adamw_lr"] if group["kind"] == "adamw" else OPTIONS["lr"],
+            "betas": (0.8, 0.9),
+        }
+        assert {key: group[key] for key in expected if key in group} == {
+            key: value for key, value in expected.items() if key not in ("adamw_lr", "sphere", "process_group")
+        }
+    assert {group["kind"] for group in optimizer.param_groups} == {"muon", "adamw"}  # sphere
+    assert optimizer._process_group is None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lr": 0.05, "adamw_lr": 0.02},
+        {"lr": 0.05, "adamw_lr": 0.02, "sphere": False, "weight_decay": 0.1},
+        {"lr": 0.2, "adamw_lr": 0.02, "sphere": False, "lr_convention": "rms", "state_dtype": "bfloat16"},
+    ],
+    ids=["sphere", "muon", "muon, rms"],
+)
+def test_sphere_and_muon_learn_from_yaml(capsys, corpus, tmp_path, options):
+    # The sphere keeps the unembedding's norm for good: with the model's default std, logits would stay small.
+    edit = lambda c: (optimizer_args(**options)(c), model_args(unembedding_std=0.25)(c))  # noqa: E731
+    config = change(corpus, tmp_path, edit)
+    few = ("--trainer.max_steps", 40, "--trainer.val_check_interval", 40, "--trainer.log_every_n_steps", 1)
+    status, out = run(capsys, "fit", "--config", config, *few)
+    assert status == 0, out
+    assert f"hyperp ({'sphere' if options.get('sphere', True) else 'muon'}" in out
+    loss = losses(tmp_path / "logs" / "debug" / "version_0")
+    assert len(loss) == 40
+    # Of 256 bytes, 5.5 nats; the corpus repeats one sentence, which is learned in tens of steps.
+    assert sum(loss[-5:]) / 5 < 0.6 * loss[0], loss
+
+
+def test_muon_baseline_is_the_quickstart_but_for_the_optimizer(capsys, corpus):
+    """A baseline compares optimizers only if nothing else differs; and it trains."""
+    sphere, muon = (yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) for name in ("quickstart", "muon_baseline"))
+    options = muon["model"]["init_args"].pop("optimizer")["init_args"]
+    assert options["sphere"] is False
+    assert sphere["model"]["init_args"].pop("optimizer")["init_args"].keys() <= options.keys()
+    for config in (sphere, muon):
+        config["trainer"]["logger"]["init_args"].pop("name")
+    assert sphere == muon
+    small = ("--data.context_length", 32, "--model.init_args.context_length", 32, "--data.batch_size", 2)
+    steps = ("--trainer.max_steps", 3, "--trainer.val_check_interval", 3, "--trainer.limit_val_batches", 1)
+    status, out = run(capsys, "fit", "--config", CONFIGS / "muon_baseline.yaml", "--data.path", corpus, *small, *steps)
+    assert status == 0, out
+    assert "steps: 3" in out
+    assert "hyperp (muon" in out
 
 
 def test_empty_corpus(capsys, tmp_path, monkeypatch):

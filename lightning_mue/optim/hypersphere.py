@@ -103,7 +103,7 @@ class HyperSphereOptimizer(Optimizer):
         sphere: Where groups are split by kind: False gives hidden matrices `muon` and the unembedding `adamw`.
         process_group: Which ranks hold copies of the plain parameters and synchronize their gradients, so that they
             may share out the work. "auto": all ranks, for those parameters whose weights and gradients agree on all of
-            them at the first step. None: nothing is shared.
+            them at one of the first steps (1, 2, 4, ... 64). None: nothing is shared.
 
     State of a parameter: `momentum` (`state_dtype`) and `radius` (float32, or float64 with float64 parameters; `[]`, or
     `[E]` for a stack) on the sphere; `exp_avg`, `exp_avg_sq`, `step` for Adam's kinds, and `radius` for `adam_sphere`.
@@ -177,8 +177,10 @@ class HyperSphereOptimizer(Optimizer):
     def _start(self, process_group: ProcessGroup | str | None) -> None:
         """Set what is not saved."""
         self._process_group = process_group
-        #: The plain parameters that the ranks of the process group hold copies of; None before the first step.
-        self._copies: set[Tensor] | None = None
+        #: The plain parameters that the ranks of the process group hold copies of.
+        self._copies: set[Tensor] = set()
+        self._asked = 0  # how often they were looked for
+        self._ask = True  # whether to look for them in this step
         self._layouts: dict[Tensor, Layout] = {}
         self._scratch_bytes = 0
 
@@ -248,6 +250,7 @@ class HyperSphereOptimizer(Optimizer):
                 loss = closure()
         updates = {"sphere": self._muon, "muon": self._muon, "adam_sphere": self._adam_sphere, "adamw": self._adamw}
         self._scratch_bytes = 0
+        self._ask = True
         for group in self.param_groups:
             kind = check_kind(group)
             if params := self._prepare(group):
@@ -282,30 +285,41 @@ class HyperSphereOptimizer(Optimizer):
 
     def _layout(self, param: Tensor) -> Layout:
         if param not in self._layouts:
-            group = self._process_group if self._copies and param in self._copies else None
+            group = self._process_group if param in self._copies else None
             if group == "auto":
                 group = torch.distributed.group.WORLD
             self._layouts[param] = layout_of(param, group)  # type: ignore[arg-type]
         return self._layouts[param]
 
     def _find_copies(self) -> None:
-        """Find out, once, which plain parameters are held by all ranks; a collective."""
-        groups = [group for group in self.param_groups if group["kind"] in ("sphere", "muon")]
-        params = [param for group in groups for param in group["params"] if not is_sharded(param)]
-        self._copies = set()
-        if world() > 1 and self._process_group is not None:
-            self._copies = set(params)
-            if self._process_group == "auto":
-                from lightning_mue.optim.copies import find_copies
+        """Find out which plain parameters are held by all ranks; a collective, at steps 1, 2, 4, ... 64.
 
-                self._copies = {p for p, copied in zip(params, find_copies(params), strict=True) if copied}
-                counts = len(self._copies), len(params), world()
-                logger.info("HyperSphereOptimizer: %d of %d plain matrices are shared out over %d ranks.", *counts)
-        self._layouts = {}
+        More than once, because a gradient that is still zero (behind a projection that starts at zero) or missing tells
+        nothing. The steps depend on nothing that could differ between ranks.
+        """
+        self._ask = False
+        self._asked += 1
+        if world() == 1 or self._process_group is None or self._asked > 64 or self._asked.bit_count() > 1:
+            return
+        groups = [group for group in self.param_groups if group["kind"] in ("sphere", "muon")]
+        plain = [param for group in groups for param in group["params"] if not is_sharded(param)]
+        params = [param for param in plain if param not in self._copies]
+        copies = set(params)
+        if self._process_group == "auto":
+            from lightning_mue.optim.copies import find_copies
+
+            copies = {p for p, copied in zip(params, find_copies(params), strict=True) if copied}
+        if copies:
+            self._copies |= copies
+            self._layouts = {}
+            # Not by the launcher's environment, which spawned processes do not have.
+            log = logger.info if torch.distributed.get_rank() == 0 else logger.debug
+            counts = len(self._copies), len(plain), world()
+            log("HyperSphereOptimizer: %d of %d plain matrices are shared out over %d ranks.", *counts)
 
     def _muon(self, group: Mapping[str, Any], params: Sequence[Tensor]) -> None:
         step = _step_of(group)
-        if self._copies is None and not step.stands:
+        if self._ask and not step.stands:
             self._find_copies()
         whole: list[Tensor] = []
         spread: list[Tensor] = []
@@ -315,15 +329,15 @@ class HyperSphereOptimizer(Optimizer):
         buckets: dict[Any, list[Tensor]] = defaultdict(list)
         for param in whole:
             buckets[as_matrices(local(param)).shape[1:], param.dtype, param.device].append(param)
-        pool = Pool()
         with tf32_products(group["compute_dtype"] == "tf32"):
             for members in buckets.values():
+                pool = Pool()  # of one shape, lest it keep what the others need no more
                 items = [self._matrix(param, group) for param in members]
                 factor = CONVENTIONS[group["lr_convention"]](*self._layout(members[0]).matrix)
                 muon_update(items, replace(step, factor=factor), pool)
+                self._scratch_bytes = max(self._scratch_bytes, pool.nbytes)
             for members in _rounds(spread):
-                self._muon_spread(group, members, step, pool)
-        self._scratch_bytes = max(self._scratch_bytes, pool.nbytes)
+                self._muon_spread(group, members, step)
 
     def _matrix(self, param: Tensor, group: Mapping[str, Any]) -> Matrix:
         state = self.state[param]
@@ -331,7 +345,7 @@ class HyperSphereOptimizer(Optimizer):
         buffer = local(state["momentum"]) if "momentum" in state else local(param)
         return Matrix(local(param), local_grad(param), buffer, radius)
 
-    def _muon_spread(self, group: Mapping[str, Any], params: Sequence[Tensor], step: Step, pool: Pool) -> None:
+    def _muon_spread(self, group: Mapping[str, Any], params: Sequence[Tensor], step: Step) -> None:
         """Step parameters that other ranks hold too, or parts of; a collective."""
         layouts = [self._layout(param) for param in params]
         items = [self._matrix(param, group) for param in params]
@@ -343,7 +357,7 @@ class HyperSphereOptimizer(Optimizer):
         dtype = step.dtype or default_dtype(items[0].weight)
 
         def orthogonalize(u_Boi: Tensor) -> Tensor:
-            return orthogonalize_chunk(u_Boi, schedule, dtype, pool, compile=step.compile)
+            return orthogonalize_chunk(u_Boi, schedule, dtype, Pool(), compile=step.compile)
 
         wide = [torch.empty_like(item.weight, dtype=math_dtype(item.weight.dtype)) for item in items]
         for item, u in zip(items, wide, strict=True):

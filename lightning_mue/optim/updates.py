@@ -21,6 +21,9 @@ from lightning_mue.optim.newton_schulz import Pool, chunk_count, default_dtype, 
 #: Longest row that a float32 sum of squares handles to about 1e-8 relative.
 _LONGEST_ROW = 1 << 14
 
+#: Bytes of matrices that one core's cache holds beside their weights, about.
+_CACHE_BYTES = 2 << 20
+
 #: From an update's spectral norm 1 to the step of Muon without the sphere, for a matrix [out, in] (theory.md, 5.2).
 CONVENTIONS: dict[str, Callable[[int, int], float]] = {
     "spectral": lambda out, fan_in: math.sqrt(out / fan_in),
@@ -143,8 +146,7 @@ def muon_update(matrices: Sequence[Matrix], step: Step, pool: Pool) -> None:
     for chunk in chunks(matrices):
         u_Boi = directions(chunk, step, pool)
         o_Boi = orthogonalize_chunk(u_Boi, schedule, dtype, pool, compile=step.compile)
-        # Elementwise work on mixed types is slower than one conversion.
-        _apply(chunk, u_Boi.copy_(o_Boi), step)
+        _apply(chunk, o_Boi, u_Boi, step)
         pool.give(u_Boi, o_Boi)
 
 
@@ -223,17 +225,30 @@ class Batch(NamedTuple):
 Total = Callable[[list[Tensor]], list[Tensor]]
 
 
-def _apply(chunk: Sequence[Matrix], directions_Boi: Tensor, step: Step) -> None:
-    """Step whole matrices of one shape along their directions, which are overwritten."""
-    weights = [as_matrices(item.weight) for item in chunk]
-    radii = [item.radius.reshape(-1) for item in chunk if item.radius is not None]
-    moves = [moving(as_matrices(item.grad)) for item in chunk]
-    on_cpu = directions_Boi.device.type == "cpu"
-    # On CPU matrix by matrix, straight into the weights; elsewhere all at once, which takes few launches.
-    taken = weights if on_cpu else [torch.cat(weights)]
-    move([Batch(taken, directions_Boi, torch.cat(radii) if radii else None, torch.cat(moves))], step)
-    parts = weights if on_cpu else taken[0].split([len(w_Eoi) for w_Eoi in weights])
-    write_back([item.weight for item in chunk], parts)
+def _apply(chunk: Sequence[Matrix], o_Boi: Tensor, wide_Boi: Tensor, step: Step) -> None:
+    """Step whole matrices of one shape along orthogonalized directions; `wide_Boi` is scratch in the math type."""
+    # Converted first, because elementwise work on mixed types is slower.
+    if o_Boi.device.type == "cpu":  # some after the other, for as long as they are in the cache
+        count = _CACHE_BYTES // wide_Boi[0].nbytes
+        start = 0
+        for part in _cut(chunk, count):
+            stop = start + sum(len(as_matrices(item.weight)) for item in part)
+            weights, batch = _batch(part, wide_Boi[start:stop].copy_(o_Boi[start:stop]))
+            move([batch], step)
+            write_back([item.weight for item in part], weights)
+            start = stop
+        return
+    weights, batch = _batch(chunk, wide_Boi.copy_(o_Boi))  # all at once: few launches
+    w_Boi = torch.cat(weights)
+    move([batch._replace(weights=[w_Boi])], step)
+    write_back([item.weight for item in chunk], w_Boi.split([len(w_Eoi) for w_Eoi in weights]))
+
+
+def _batch(items: Sequence[Matrix], directions_Boi: Tensor) -> tuple[list[Tensor], Batch]:
+    weights = [as_matrices(item.weight) for item in items]
+    radii = [item.radius.reshape(-1) for item in items if item.radius is not None]
+    moves_B = torch.cat([moving(as_matrices(item.grad)) for item in items])
+    return weights, Batch(weights, directions_Boi, torch.cat(radii) if radii else None, moves_B)
 
 
 def write_back(weights: Sequence[Tensor], matrices: Sequence[Tensor]) -> None:
@@ -308,7 +323,8 @@ def _rotations(
         norm_B, radius_B = square_B.sqrt(), batch.radius.to(square_B.dtype)
         cosine_B = dot_B / (norm_B * length_B)
         sine_B = (1 - cosine_B.square()).clamp_min(0).sqrt()
-        turns_B = sine_B > 1e-6  # below, the sine is rounding
+        # The sine comes from 1 - c^2, which is rounding closer to W; to divide by it would turn by any angle.
+        turns_B = sine_B > (1e-6 if batch.directions.dtype == torch.float64 else 3e-3)
         angle = torch.as_tensor(step.lr, dtype=sine_B.dtype, device=sine_B.device)
         tilt_B = torch.where(turns_B, angle.sin() / sine_B, 0.0)
         stay_B = torch.where(turns_B, angle.cos() + tilt_B * cosine_B, 1.0)
@@ -377,7 +393,12 @@ def chunks(matrices: Sequence[Matrix]) -> Iterator[list[Matrix]]:
 
     The batches are what bounds the step's scratch memory: a few times `chunk_bytes`.
     """
-    limit = chunk_count(as_matrices(matrices[0].weight))
+    yield from _cut(matrices, chunk_count(as_matrices(matrices[0].weight)))
+
+
+def _cut(matrices: Sequence[Matrix], limit: int) -> Iterator[list[Matrix]]:
+    """Cut into batches of at most `limit` matrices, and at least one."""
+    limit = max(1, limit)
     batch: list[Matrix] = []
     room = limit
     for item in matrices:

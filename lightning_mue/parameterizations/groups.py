@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,18 +16,23 @@ from lightning_mue.parameterizations.table import Family
 
 #: Marks a parameter group whose factors are already in it.
 SCALED = "mue_scaled"
-#: How torch.optim.Muon turns its `lr` into the spectral norm of the update of an [out, in] matrix (`adjust_lr_fn`).
-_MUON_ADJUSTMENTS = {
+#: How a Muon turns its `lr` into the spectral norm of the update of an [out, in] matrix: torch.optim.Muon's `adjust_lr_fn`, and
+#: HyperSphereOptimizer's `lr_convention` for groups of kind `muon`.
+_MUON_FACTORS: dict[str, Callable[[int, int], float]] = {
     "original": lambda out, fan_in: math.sqrt(max(1.0, out / fan_in)),
     "match_rms_adamw": lambda out, fan_in: 0.2 * math.sqrt(max(out, fan_in)),
+    "spectral": lambda out, fan_in: math.sqrt(out / fan_in),
+    "rms": lambda out, fan_in: 0.2 * math.sqrt(max(out, fan_in)),
+    "unit": lambda out, fan_in: 1.0,
 }
 
 
 def family_of(optimizer: torch.optim.Optimizer) -> Family:
     """The family in whose table an optimizer's factors stand.
 
-    Of the Muons only torch.optim.Muon is known by its type, because only of it are the factors of the matrix shape known, for
-    which `split` makes up; another one has to say that it is one, with ``mue_family = "muon"``.
+    HyperSphereOptimizer says itself whether it is on the sphere or a Muon. Of the others only torch.optim.Muon is known by its
+    type, because only of it are the factors of the matrix shape known, for which `split` makes up; another one has to say that
+    it is one, with ``mue_family = "muon"``.
 
     Raises:
         ValueError: For an optimizer that no table covers.
@@ -63,7 +69,7 @@ class Part:
         group: Index of the group that holds them.
         source: Index of the group whose settings they take.
         entry: The plan of one of them; None for frozen parameters outside the plan.
-        muon: Factor on the learning rate that makes up for torch.optim.Muon's own dependence on the shape.
+        muon: Factor on the learning rate that makes up for a Muon's own dependence on the shape.
         params: The parameters.
         roles: Their roles.
     """
@@ -97,11 +103,13 @@ def split(
         first group of that kind, if there is one.
 
     Raises:
-        ValueError: For a parameter that the plan does not know or knows for another optimizer, or groups that are scaled already.
+        ValueError: For a parameter that the plan does not know or knows for another optimizer, groups that are scaled already, or
+            a given `radius`, for which a plan that changes sizes has no factor.
     """
     entries = {entry.name: entry for entry in plan.parameters}
     by_kind = {group["kind"]: i for i, group in reversed(list(enumerate(groups))) if "kind" in group}
     parts: dict[tuple[Any, ...], Part] = {}
+    changed: list[str] = []
     for i, group in enumerate(groups):
         _refuse_scaled(group)
         for parameter in group["params"]:
@@ -112,7 +120,11 @@ def split(
                     raise _unknown(parameter, name)
                 parts.setdefault((i,), Part(i, i, None, 1.0)).params.append(parameter)
                 continue
-            source = i if group.get("kind") in (None, entry.kind) else by_kind.get(entry.kind, i)
+            source = i
+            if group.get("kind") not in (None, entry.kind):
+                source = by_kind.get(entry.kind, i)
+                changed.append(f"{name} ({entry.role}): {group['kind']} -> {entry.kind}")
+            _refuse_radius(groups[source], entry, plan)
             muon = _muon_correction(groups[source], entry)
             key = (
                 i,
@@ -125,6 +137,7 @@ def split(
             part = parts.setdefault(key, Part(i, source, entry, muon))
             part.params.append(parameter)
             part.roles[entry.role] = None
+    _warn_of_kinds(changed)
     return list(parts.values())
 
 
@@ -203,22 +216,53 @@ def _qualities(part: Part, groups: Sequence[Mapping[str, Any]]) -> tuple[str, st
 
 
 def _muon_correction(group: Mapping[str, Any], entry: ParameterPlan) -> float:
-    """adjust(base shape) / adjust(shape): the plan's factor for ``muon`` is the wanted ratio of the updates' spectral norms.
+    """factor(base shape) / factor(shape): the plan's factor for ``muon`` is the wanted ratio of the updates' spectral norms.
 
     Raises:
         ValueError: For a parameter in torch.optim.Muon whose row is for another update.
     """
-    if "adjust_lr_fn" not in group:
+    if "adjust_lr_fn" in group:
+        if entry.kind != "muon":
+            raise ValueError(
+                f"optimizer: {entry.name} ({entry.role}) is in torch.optim.Muon, but the plan gives it the update {entry.kind!r}. "
+                "Give Muon the hidden matrices only, and the rest (embedding, unembedding, norms, biases) to AdamW; or train all "
+                "of them with HyperSphereOptimizer(sphere=False)."
+            )
+        convention = group["adjust_lr_fn"] or "original"
+    else:
+        convention = group.get("lr_convention")
+    if entry.kind != "muon" or entry.base_shape is None:
         return 1.0
-    if entry.kind != "muon":
-        raise ValueError(
-            f"optimizer: {entry.name} ({entry.role}) is in torch.optim.Muon, but the plan gives it the update {entry.kind!r}. "
-            "Give Muon the hidden matrices only, and the rest (embedding, unembedding, norms, biases) to AdamW."
+    factor = _MUON_FACTORS.get(convention)  # None, or one of an optimizer that is not known here: as it is
+    return 1.0 if factor is None else factor(*_matrix(entry.base_shape)) / factor(*_matrix(entry.shape))
+
+
+def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """[out, in] of a matrix, of each matrix of a stack, or of a convolution."""
+    return (shape[0], math.prod(shape[1:])) if len(shape) != 3 else (shape[1], shape[2])
+
+
+def _refuse_radius(group: Mapping[str, Any], entry: ParameterPlan, plan: ScalingPlan) -> None:
+    if group.get("radius") is None or plan.same_size or entry.kind not in ("sphere", "adam_sphere"):
+        return
+    raise ValueError(
+        f"optimizer: radius={group['radius']:g} is one Frobenius norm for every matrix, but the radii of another size follow from "
+        f"its initial weights, which the plan scales ({entry.name}: std {entry.init.value:.4g}). Leave radius out (None keeps the "
+        "norms of the initial weights), and set the base's initial std instead: a matrix [out, in] has the radius "
+        "std * sqrt(out * in)."
+    )
+
+
+def _warn_of_kinds(changed: Sequence[str]) -> None:
+    """Says which parameters get another update than their groups have, as they do not at the base, where no plan is applied."""
+    if changed:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        warnings.warn(
+            f"optimizer: {len(changed)} parameter(s) get the update of the plan's row instead of their group's kind, and the "
+            f"settings of the first group of that kind: {'; '.join(changed[:3])}{more}. A run at the base keeps the group's kind; "
+            "so that both train alike, pass named parameters, or set the kind or the role that is meant.",
+            stacklevel=3,
         )
-    if entry.base_shape is None:
-        return 1.0
-    adjust = _MUON_ADJUSTMENTS.get(group["adjust_lr_fn"] or "original")
-    return 1.0 if adjust is None else adjust(*entry.base_shape[-2:]) / adjust(*entry.shape[-2:])
 
 
 def _refuse_scaled(group: Mapping[str, Any]) -> None:

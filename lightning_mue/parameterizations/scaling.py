@@ -36,7 +36,7 @@ class ParameterPlan:
         lr: Factor on the group's learning rate.
         weight_decay: Factor on the group's weight decay.
         eps: Factor on Adam's epsilon.
-        kind: The update it gets (``adamw``, ``sgd``, ``sphere``, ``adam_sphere``).
+        kind: The update it gets (``adamw``, ``sgd``, ``sphere``, ``adam_sphere``, ``muon``).
         source: The row it came from.
         base_shape: Shape of the base's parameter; of its hidden matrices for one that the base lacks.
         tied: Every expert of the layer starts from the same draw.
@@ -62,7 +62,7 @@ class ScalingPlan:
 
     Attributes:
         rule: Name of the rule.
-        family: Optimizer family, ``adam``, ``sgd`` or ``sphere``.
+        family: Optimizer family, ``adam``, ``sgd``, ``sphere`` or ``muon``.
         alpha: Depth exponent.
         axes: Sizes of the target.
         base_axes: Sizes of the base.

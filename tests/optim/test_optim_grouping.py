@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import warnings
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_mue.optim import HyperSphereOptimizer
+from lightning_mue.optim import HyperSphereOptimizer, announcement
 from lightning_mue.optim.grouping import classify
 from lightning_mue.parameterizations.roles import Role
 
@@ -130,21 +131,55 @@ def test_adamw_lr_goes_to_the_adamw_side_only():
     assert [group["lr"] for group in plain.param_groups] == [0.02, 0.02]
 
 
-def test_description_is_logged_once_and_names_every_group(caplog):
+def test_description_names_every_group():
     weight = param(4, 4)
     weight.mue_role = Role.ROUTER
-    with caplog.at_level(logging.INFO, logger="lightning_mue"):
-        optimizer = HyperSphereOptimizer([*Network().named_parameters(), ("router", weight)])
-    assert len(caplog.records) == 1
-    message = caplog.records[0].getMessage()
-    assert all(f"{group['kind']}: {len(group['params'])} parameters" in message for group in optimizer.param_groups)
+    optimizer = HyperSphereOptimizer([*Network().named_parameters(), ("router", weight)])
     lines = optimizer.describe().splitlines()
     assert "  blocks.*.weight [4, 4] by shape (x3)" in lines
     assert "  lm_head.weight [11, 4] by name" in lines
     assert "  router [4, 4] by role router" in lines
-    assert sum(not line.startswith(" ") for line in lines) == 3
+    heads = [line for line in lines if not line.startswith(" ")]
+    for head, group in zip(heads, optimizer.param_groups, strict=True):
+        values = sum(p.numel() for p in group["params"])
+        assert head == f"{group['kind']}: {group['kind']}, lr 0.01, {len(group['params'])} parameters, {values} values"
     given = HyperSphereOptimizer([{"params": [("blocks.0.weight", weight)], "kind": "adamw"}])
     assert given.describe().splitlines()[1] == "  blocks.*.weight [4, 4] by given"
+    rate = torch.tensor([0.25])
+    assert ", lr 0.25, " in HyperSphereOptimizer([("w", param(4, 4))], lr=rate, capturable=True).describe()
+
+
+def test_it_is_said_once_where_parameters_went_and_by_the_first_rank_only(caplog, monkeypatch):
+    monkeypatch.setattr(announcement, "_told", set())
+    weights = [(f"blocks.{i}.weight", param(4, 4)) for i in range(3)]
+    with caplog.at_level(logging.INFO, logger="lightning_mue"):
+        optimizer = HyperSphereOptimizer(weights)
+        (record,) = caplog.records
+        assert optimizer.describe() in record.getMessage()
+        HyperSphereOptimizer(weights[:2])  # the same names
+        assert len(caplog.records) == 1
+        HyperSphereOptimizer([*weights, ("head.weight", param(4, 4))])
+        HyperSphereOptimizer(weights, sphere=False)
+        assert len(caplog.records) == 3
+        for rank in (1, 0):
+            monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+            monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+            HyperSphereOptimizer([("other.weight", param(4, 4))])
+            assert len(caplog.records) == (3 if rank else 4)
+
+
+def test_it_is_seen_without_setting_up_logging(monkeypatch):
+    """The package's own handler, which stands back where a program (or pytest) has handlers on the root."""
+    monkeypatch.setattr(announcement, "_told", set())
+    (handler,) = logging.getLogger("lightning_mue").handlers
+    for root_handlers, expected in (([], 1), ([logging.NullHandler()], 0)):
+        monkeypatch.setattr(logging.root, "handlers", root_handlers)
+        seen = io.StringIO()
+        before = handler.setStream(seen)
+        for rows in (3, 5):
+            HyperSphereOptimizer([("some.weight", param(rows, 4))])
+        handler.setStream(before)
+        assert seen.getvalue().count("  some.weight [3, 4] by shape") == expected
 
 
 def test_guesses_are_warned_of_once_and_only_when_they_are_guesses():
