@@ -21,9 +21,6 @@ from lightning_mue.optim.newton_schulz import Pool, chunk_count, default_dtype, 
 #: Longest row that a float32 sum of squares handles to about 1e-8 relative.
 _LONGEST_ROW = 1 << 14
 
-#: Bytes of matrices that one core's cache holds beside their weights, about.
-_CACHE_BYTES = 2 << 20
-
 #: From an update's spectral norm 1 to the step of Muon without the sphere, for a matrix [out, in] (theory.md, 5.2).
 CONVENTIONS: dict[str, Callable[[int, int], float]] = {
     "spectral": lambda out, fan_in: math.sqrt(out / fan_in),
@@ -90,24 +87,35 @@ def as_matrices(x: Tensor) -> Tensor:
     return x if x.ndim == 3 else x.flatten(1).unsqueeze(0)
 
 
-def sum_squares(x_Boi: Tensor) -> Tensor:
+def sum_squares(*parts: Tensor) -> Tensor:
     """Return each matrix's sum of squares, `[B]`, in float64, to about 1e-8 even for float32 matrices of any size.
 
     A plain float32 sum over millions of entries is off by 1e-4 on CPU, which would move the sphere at every step; so
     rows are summed in float32, which is fast, and the row norms in float64.
+
+    Args:
+        parts: `[E, out, in]`, all of one shape but for E; B is the sum of the E.
     """
-    wide = torch.float32 if x_Boi.device.type == "mps" else torch.float64  # MPS has no float64
-    if not x_Boi.numel():
-        return torch.zeros(x_Boi.shape[0], dtype=wide, device=x_Boi.device)
-    if x_Boi.shape[-1] > _LONGEST_ROW:
-        x_Boi = x_Boi.reshape(x_Boi.shape[0], -1, math.gcd(x_Boi[0].numel(), _LONGEST_ROW))
-    return torch.linalg.vector_norm(x_Boi, dim=-1).to(wide).square_().sum(-1)
+    norms = [torch.linalg.vector_norm(_rows(x_Eoi), dim=-1) for x_Eoi in parts]
+    return torch.cat(norms).to(_wide(parts[0])).square_().sum(-1)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
+
+
+def _rows(x_Eoi: Tensor) -> Tensor:
+    """Reshape `[E, out, in]` so that no row is too long for a float32 sum."""
+    if not x_Eoi.numel():
+        return x_Eoi.new_zeros(x_Eoi.shape[0], 1, 1)
+    if x_Eoi.shape[-1] <= _LONGEST_ROW:
+        return x_Eoi
+    return x_Eoi.reshape(x_Eoi.shape[0], -1, math.gcd(x_Eoi[0].numel(), _LONGEST_ROW))
 
 
 def dot(x_Boi: Tensor, y_Boi: Tensor) -> Tensor:
     """Return each pair's inner product, `[B]`, in float64."""
-    wide = torch.float32 if x_Boi.device.type == "mps" else torch.float64
-    return torch.linalg.vecdot(x_Boi, y_Boi).to(wide).sum(-1)
+    return torch.linalg.vecdot(x_Boi, y_Boi).to(_wide(x_Boi)).sum(-1)
 
 
 def moving(g_Boi: Tensor) -> Tensor:
@@ -146,7 +154,7 @@ def muon_update(matrices: Sequence[Matrix], step: Step, pool: Pool) -> None:
     for chunk in chunks(matrices):
         u_Boi = directions(chunk, step, pool)
         o_Boi = orthogonalize_chunk(u_Boi, schedule, dtype, pool, compile=step.compile)
-        _apply(chunk, o_Boi, u_Boi, step)
+        _apply(chunk, u_Boi.copy_(o_Boi), step)  # converted, because elementwise work on mixed types is slower
         pool.give(u_Boi, o_Boi)
 
 
@@ -225,30 +233,17 @@ class Batch(NamedTuple):
 Total = Callable[[list[Tensor]], list[Tensor]]
 
 
-def _apply(chunk: Sequence[Matrix], o_Boi: Tensor, wide_Boi: Tensor, step: Step) -> None:
-    """Step whole matrices of one shape along orthogonalized directions; `wide_Boi` is scratch in the math type."""
-    # Converted first, because elementwise work on mixed types is slower.
-    if o_Boi.device.type == "cpu":  # some after the other, for as long as they are in the cache
-        count = _CACHE_BYTES // wide_Boi[0].nbytes
-        start = 0
-        for part in _cut(chunk, count):
-            stop = start + sum(len(as_matrices(item.weight)) for item in part)
-            weights, batch = _batch(part, wide_Boi[start:stop].copy_(o_Boi[start:stop]))
-            move([batch], step)
-            write_back([item.weight for item in part], weights)
-            start = stop
-        return
-    weights, batch = _batch(chunk, wide_Boi.copy_(o_Boi))  # all at once: few launches
-    w_Boi = torch.cat(weights)
-    move([batch._replace(weights=[w_Boi])], step)
-    write_back([item.weight for item in chunk], w_Boi.split([len(w_Eoi) for w_Eoi in weights]))
-
-
-def _batch(items: Sequence[Matrix], directions_Boi: Tensor) -> tuple[list[Tensor], Batch]:
-    weights = [as_matrices(item.weight) for item in items]
-    radii = [item.radius.reshape(-1) for item in items if item.radius is not None]
-    moves_B = torch.cat([moving(as_matrices(item.grad)) for item in items])
-    return weights, Batch(weights, directions_Boi, torch.cat(radii) if radii else None, moves_B)
+def _apply(chunk: Sequence[Matrix], directions_Boi: Tensor, step: Step) -> None:
+    """Step whole matrices of one shape along their directions, which are overwritten."""
+    weights = [as_matrices(item.weight) for item in chunk]
+    radii = [item.radius.reshape(-1) for item in chunk if item.radius is not None]
+    moves_B = torch.cat([moving(as_matrices(item.grad)) for item in chunk])
+    on_cpu = directions_Boi.device.type == "cpu"
+    # On CPU matrix by matrix, straight into the weights; elsewhere all at once, which takes few launches.
+    taken = weights if on_cpu else [torch.cat(weights)]
+    move([Batch(taken, directions_Boi, torch.cat(radii) if radii else None, moves_B)], step)
+    parts = weights if on_cpu else taken[0].split([len(w_Eoi) for w_Eoi in weights])
+    write_back([item.weight for item in chunk], parts)
 
 
 def write_back(weights: Sequence[Tensor], matrices: Sequence[Tensor]) -> None:
@@ -275,7 +270,12 @@ def move(batches: Sequence[Batch], step: Step, total: Total = list) -> None:
             _step_freely(batch, step)
     if not on_sphere:
         return
-    _step_off(on_sphere, step, total)
+    lengths = [square_B.sqrt() for square_B in total([sum_squares(batch.directions) for batch in on_sphere])]
+    lengths = [length_B + (length_B == 0) for length_B in lengths]
+    if step.retraction == "project" and all(_in_place(batch) for batch in on_sphere):
+        _project_in_place(on_sphere, lengths, step, total)
+        return
+    _step_off(on_sphere, lengths, step, total)
     squares = total([sum_squares(batch.directions) for batch in on_sphere])
     for batch, square_B in zip(on_sphere, squares, strict=True):
         assert batch.radius is not None
@@ -284,10 +284,41 @@ def move(batches: Sequence[Batch], step: Step, total: Total = list) -> None:
         _write(batch._replace(moves=moves_B), batch.radius.to(square_B.dtype) / square_B.sqrt())
 
 
-def _step_off(batches: Sequence[Batch], step: Step, total: Total) -> None:
+def _in_place(batch: Batch) -> bool:
+    """Whether the weights can be stepped where they are: all are known to move, in the math type."""
+    return _all_move(batch) and all(w_Eoi.dtype == batch.directions.dtype for w_Eoi in batch.weights)
+
+
+def _project_in_place(batches: Sequence[Batch], lengths: Sequence[Tensor], step: Step, total: Total) -> None:
+    """Step off and scale back; half the traffic to memory of the way that leaves the weights until the end."""
+    keep = 1 - step.lr * step.weight_decay
+    paces = [_pace(batch, length_B, step) for batch, length_B in zip(batches, lengths, strict=True)]
+    for batch, pace_B in zip(batches, paces, strict=True):
+        for w_Eoi, o_Eoi, pace_E11 in batch.pairs(pace_B):
+            if step.weight_decay:
+                w_Eoi.mul_(keep)
+            w_Eoi.addcmul_(o_Eoi, pace_E11)
+    squares = total([sum_squares(*batch.weights) for batch in batches])
+    for batch, pace_B, square_B in zip(batches, paces, squares, strict=True):
+        assert batch.radius is not None
+        # A step of one radius straight to the center (lr = 1) has no direction to come back from: back to where it was.
+        stuck_B = square_B == 0
+        if bool(stuck_B.any()):
+            for w_Eoi, o_Eoi, back_E11 in batch.pairs(-pace_B * stuck_B):
+                w_Eoi.addcmul_(o_Eoi, back_E11)
+        scale_B = torch.where(stuck_B, 1 / keep, batch.radius.to(square_B.dtype) / square_B.sqrt())
+        for w_Eoi, _, scale_E11 in batch.pairs(scale_B):
+            w_Eoi.mul_(scale_E11)
+
+
+def _pace(batch: Batch, length_B: Tensor, step: Step) -> Tensor:
+    """Return the factors `[B]` of the directions in a step of `lr` radii."""
+    assert batch.radius is not None
+    return -step.lr * batch.radius.to(length_B.dtype) / length_B
+
+
+def _step_off(batches: Sequence[Batch], lengths: Sequence[Tensor], step: Step, total: Total) -> None:
     """Write the matrices after the step and before the retraction to the directions."""
-    lengths = [square_B.sqrt() for square_B in total([sum_squares(batch.directions) for batch in batches])]
-    lengths = [length_B + (length_B == 0) for length_B in lengths]
     keep = 1 - step.lr * step.weight_decay
     if step.retraction == "geodesic":
         for batch, (stay_B, pace_B) in zip(batches, _rotations(batches, lengths, step, total), strict=True):
@@ -295,8 +326,7 @@ def _step_off(batches: Sequence[Batch], step: Step, total: Total) -> None:
                 o_Eoi.mul_(pace_E11).addcmul_(w_Eoi.to(o_Eoi.dtype), stay_E11)
         return
     for batch, length_B in zip(batches, lengths, strict=True):
-        assert batch.radius is not None
-        for w_Eoi, o_Eoi, pace_E11 in batch.pairs(-step.lr * batch.radius.to(length_B.dtype) / length_B):
+        for w_Eoi, o_Eoi, pace_E11 in batch.pairs(_pace(batch, length_B, step)):
             if step.weight_decay == 0:
                 torch.addcmul(w_Eoi.to(o_Eoi.dtype), o_Eoi, pace_E11, out=o_Eoi)
             else:
@@ -393,12 +423,7 @@ def chunks(matrices: Sequence[Matrix]) -> Iterator[list[Matrix]]:
 
     The batches are what bounds the step's scratch memory: a few times `chunk_bytes`.
     """
-    yield from _cut(matrices, chunk_count(as_matrices(matrices[0].weight)))
-
-
-def _cut(matrices: Sequence[Matrix], limit: int) -> Iterator[list[Matrix]]:
-    """Cut into batches of at most `limit` matrices, and at least one."""
-    limit = max(1, limit)
+    limit = chunk_count(as_matrices(matrices[0].weight))
     batch: list[Matrix] = []
     room = limit
     for item in matrices:
