@@ -128,7 +128,8 @@ def _prepare(a: Tensor, b: Tensor, c: Tensor | None, beta: float, out: Tensor | 
     if not torch.compiler.is_compiling():  # no addresses while tracing
         storage = out.untyped_storage().data_ptr()
         for name, t in (("a", a), ("b", b), ("c", c if beta else None)):
-            if t is not None and t.untyped_storage().data_ptr() == storage and _spans_meet(t, out):
+            # Address 0: a tensor without memory (meta, fake).
+            if t is not None and storage and t.untyped_storage().data_ptr() == storage and _spans_meet(t, out):
                 raise ValueError(f"out shares memory with {name}. Pass another buffer, or out=None for a new one.")
     return out
 

@@ -91,7 +91,8 @@ class HyperSphereOptimizer(Optimizer):
         compute_dtype: Type of the Newton-Schulz products: "float32", "tf32", "bfloat16", "float16", "float64". None:
             float16 on CUDA, bfloat16 on a CPU that has matrix units for it (AMX), float32 elsewhere.
         state_dtype: Type of the momentum, "float32" or "bfloat16". None: the parameter's.
-        retraction: "project" (the paper's: step off, then scale back) or "geodesic" (rotate by exactly `lr` radians).
+        retraction: "project" (the paper's: step off, then scale back) or "geodesic" (rotate by exactly `lr` radians,
+            but for weight decay).
         radius: Frobenius norm to keep. None: the one that each matrix has at its first step. Otherwise weights come
             to it with the first step.
         lr_convention: For `muon`, what `lr` multiplies, for a matrix [out, in]: "spectral" sqrt(out/in), "rms"

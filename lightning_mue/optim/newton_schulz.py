@@ -46,7 +46,7 @@ def math_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def chunk_bytes(device: torch.device) -> int:
     """Return how many bytes of matrices to work on at once: a cache's worth on CPU, a GPU's worth elsewhere."""
-    return 12 << 20 if device.type == "cpu" else 256 << 20
+    return 8 << 20 if device.type == "cpu" else 256 << 20
 
 
 def default_dtype(g: Tensor) -> torch.dtype:
@@ -186,9 +186,8 @@ def flops(n: int, m: int, segments: tuple[int, ...], *, symmetric: bool = False)
     """
     inner = sum(segments) - len(segments)  # steps that do not start a segment
     half = 1 if symmetric else 2
-    small = (
-        half * sum(segments) + half * inner + 2 * half * inner
-    )  # K^2; the product of polynomials; the next Gram matrix
+    # K^2 of every step; the next Gram matrix, two products; the product of polynomials, which is taken in full.
+    small = half * sum(segments) + 2 * half * inner + 2 * inner
     return len(segments) * (half + 2) * n * n * m + small * n**3
 
 
@@ -302,7 +301,7 @@ def _gather(k_Bnn: Tensor, segment: Sequence[tuple[float, float, float]], pool: 
             gathered_Bnn = p_Bnn
         else:
             factors = (gathered_Bnn, p_Bnn) if tall else (p_Bnn, gathered_Bnn)
-            both_Bnn = symmetric_matmul(*factors, out=pool.take(k_Bnn.shape, k_Bnn))
+            both_Bnn = torch.bmm(*factors, out=pool.take(k_Bnn.shape, k_Bnn))  # half of it would be in the other order
             pool.give(gathered_Bnn, p_Bnn)
             gathered_Bnn = both_Bnn
     assert gathered_Bnn is not None

@@ -105,12 +105,13 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _rows(x_Eoi: Tensor) -> Tensor:
-    """Reshape `[E, out, in]` so that no row is too long for a float32 sum."""
+    """Reshape `[E, out, in]` to rows that are long, for speed, but not too long for a float32 sum."""
     if not x_Eoi.numel():
         return x_Eoi.new_zeros(x_Eoi.shape[0], 1, 1)
-    if x_Eoi.shape[-1] <= _LONGEST_ROW:
-        return x_Eoi
-    return x_Eoi.reshape(x_Eoi.shape[0], -1, math.gcd(x_Eoi[0].numel(), _LONGEST_ROW))
+    length = math.gcd(x_Eoi[0].numel(), _LONGEST_ROW)
+    if x_Eoi.shape[-1] > _LONGEST_ROW or (x_Eoi.is_contiguous() and length > x_Eoi.shape[-1]):
+        return x_Eoi.reshape(x_Eoi.shape[0], -1, length)
+    return x_Eoi
 
 
 def dot(x_Boi: Tensor, y_Boi: Tensor) -> Tensor:

