@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 # An application that configures no logging shall still see what was done to its parameters; one that does gets the records.
 _logger = logging.getLogger(__name__)
-_logger.setLevel(
-    logging.INFO if os.environ.get("RANK", os.environ.get("LOCAL_RANK")) in (None, "", "0") else logging.WARNING
-)
+if _logger.level == logging.NOTSET:  # the program may have set it already
+    _logger.setLevel(
+        logging.INFO if os.environ.get("RANK", os.environ.get("LOCAL_RANK")) in (None, "", "0") else logging.WARNING
+    )
 _handler = logging.StreamHandler()
 _handler.addFilter(lambda record: not logging.root.handlers)
 _logger.addHandler(_handler)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+#: Scripts that tests start in processes of their own: doctest would import them.
+collect_ignore_glob = ["*/_hypersphere_*.py"]
+
 
 @pytest.fixture(autouse=True)
 def _one_thread():

@@ -5,15 +5,26 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_mue.optim.options import KINDS
 from lightning_mue.parameterizations.roles import MATRIX_ROLES, Role
 
-_HEADS = {"embed_out", "output", "output_layer", "classifier", "readout"}  # and whatever ends in "head"
+_HEADS = {  # and whatever ends in "head"
+    "classifier",
+    "embed_out",
+    "generator",
+    "output",
+    "output_layer",
+    "output_projection",
+    "proj_out",
+    "readout",
+    "score",
+}
 _EMBEDDINGS = {"emb", "embed", "embeds", "embedding", "embeddings", "wte", "wpe"}
 _FOREIGN_OPTIONS = {"amsgrad", "fused", "ns_steps", "dampening"}  # of torch's optimizers, not of this one
 _STATE = {"momentum", "radius", "exp_avg", "exp_avg_sq", "step"}
@@ -49,7 +60,7 @@ def classify(name: str | None, param: Tensor, *, sphere: bool = True) -> tuple[s
 
 
 def _classify(name: str | None, param: Tensor) -> tuple[str, str]:
-    if param.ndim < 2 or not param.is_floating_point():
+    if param.ndim < 2 or not param.is_floating_point() or _is_vector(param):
         return "adamw", "shape"
     if (given := getattr(param, "mue_role", None)) is not None:
         role = _role(given, name, param)
@@ -68,6 +79,11 @@ def _role(given: object, name: str | None, param: Tensor) -> Role:
         raise ValueError(f"mue_role of {label(name, param)} must be one of {roles}; found {given!r}.") from None
 
 
+def _is_vector(param: Tensor) -> bool:
+    """Whether a tensor of more dimensions holds a vector or a number (a layer scale [C, 1, 1], a class token [1, 1, d])."""
+    return sum(size != 1 for size in param.shape) < 2 and (param.ndim > 2 or param.numel() == 1)
+
+
 def _kind_by_name(name: str) -> str | None:
     """Recognize what shape cannot tell: a head or a look-up table from a hidden matrix."""
     path = name.replace("_orig_mod.", "").lower().split(".")
@@ -78,6 +94,8 @@ def _kind_by_name(name: str) -> str | None:
         return "adamw"
     if not in_block and (owner in _HEADS or owner.endswith("head") or "unembed" in owner):
         return "adam_sphere"
+    if not in_block and owner == "shared":  # T5's table
+        return "adamw"
     return "adamw" if words & _EMBEDDINGS and not owner.endswith("proj") else None
 
 
@@ -182,7 +200,9 @@ def describe(groups: Iterable[Mapping[str, Any]], *, sphere: bool = True) -> str
             kind, reason = classify(name, param, sphere=sphere)
             reason = reason if kind == group["kind"] else "given"
             shown = re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name) if name else "(unnamed)"
-            rows[f"  {shown} {list(param.shape)} by {reason}"] += 1
+            stack = param.ndim == 3 and group["kind"] != "adamw"
+            shape = f"{param.shape[0]} matrices {list(param.shape[1:])}" if stack else list(param.shape)
+            rows[f"  {shown} {shape} by {reason}"] += 1
         lines += [row + (f" (x{count})" if count > 1 else "") for row, count in rows.items()]
     return "\n".join(lines)
 
@@ -202,10 +222,22 @@ def warn_of_guesses(groups: Iterable[Mapping[str, Any]]) -> None:
             "an output head does not belong. Pass model.named_parameters(), or groups with a `kind`.",
             stacklevel=3,
         )
+    convolutions = [
+        name
+        for name, param, decided in pairs
+        if not decided and name and param.ndim == 3 and "conv" in name.lower() and classify(name, param)[1] == "shape"
+    ]
+    if convolutions:
+        warnings.warn(
+            f"{', '.join(convolutions)}: three dimensions are a stack of matrices, but the names say convolution (over one "
+            "dimension), whose weight [out, in, k] would be taken for `out` matrices [in, k]. Put them in a group of kind "
+            "'adamw', or make them Conv2d with a side of 1.",
+            stacklevel=3,
+        )
 
 
 def check_loadable(
-    groups: Iterable[Mapping[str, Any]],
+    groups: Sequence[Mapping[str, Any]],
     states: Iterable[Mapping[str, Any]],
     pairs: Iterable[tuple[str | None, Tensor]],
 ) -> None:
@@ -225,9 +257,18 @@ def check_loadable(
                 "Muon would save. Their state holds no radii; load the model's weights only and start this optimizer "
                 "afresh."
             )
-    for state, (name, param) in zip(states, pairs, strict=False):  # torch compares how many there are
-        for key in ("momentum", "exp_avg"):
-            if key in state and state[key].shape != param.shape:
+    pairs = list(pairs)
+    saved = [name for group in groups for name in group.get("param_names") or [None] * len(group["params"])]
+    for before, (name, _) in zip(saved, pairs, strict=False):  # torch compares how many there are
+        if before and name and before != name:
+            raise ValueError(
+                f"state_dict holds the state of {before!r} where this optimizer has {name!r}: parameters are matched by "
+                "their order. Build the optimizer from the same parameters in the same order and groups."
+            )
+    for state, (name, param) in zip(states, pairs, strict=False):
+        radius = param.shape[:1] if param.ndim == 3 else torch.Size([])
+        for key, shape in (("momentum", param.shape), ("exp_avg", param.shape), ("radius", radius)):
+            if key in state and state[key].shape != shape:
                 raise ValueError(
                     f"state_dict holds {key} of shape {list(state[key].shape)} for {label(name, param)}: it was saved "
                     "from another model, or from parameters grouped in another order."

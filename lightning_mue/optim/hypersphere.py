@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,7 +29,15 @@ from lightning_mue.optim.grouping import (
 )
 from lightning_mue.optim.layouts import Layout, layout_of
 from lightning_mue.optim.newton_schulz import Pool, default_dtype, math_dtype, orthogonalize_chunk, tf32_products
-from lightning_mue.optim.options import COMPUTE_DTYPES, SPHERES, STATE_DTYPES, check_kind, check_number, checked
+from lightning_mue.optim.options import (
+    COMPUTE_DTYPES,
+    SPHERES,
+    STATE_DTYPES,
+    check_choices,
+    check_kind,
+    check_number,
+    checked,
+)
 from lightning_mue.optim.pieces import as_state, is_sharded, local, local_grad, norms, total, world
 from lightning_mue.optim.sharding import orthogonalize_sharded
 from lightning_mue.optim.updates import (
@@ -50,6 +59,9 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 logger = logging.getLogger(__name__)
+
+#: Options of the optimizer, not of a group.
+_OWN = ("adamw_lr", "sphere", "process_group")
 
 #: Bytes of whole matrices that are communicated and stepped together; what bounds scratch where weights are sharded.
 _ROUND_BYTES = 1 << 30
@@ -94,7 +106,7 @@ class HyperSphereOptimizer(Optimizer):
         retraction: "project" (the paper's: step off, then scale back) or "geodesic" (rotate by exactly `lr` radians,
             but for weight decay).
         radius: Frobenius norm to keep. None: the one that each matrix has at its first step. Otherwise weights come
-            to it with the first step.
+            to it with the first step that moves them.
         lr_convention: For `muon`, what `lr` multiplies, for a matrix [out, in]: "spectral" sqrt(out/in), "rms"
             0.2 sqrt(max(out, in)), "original" sqrt(max(1, out/in)) as torch.optim.Muon has it, "unit" 1.
         maximize: Ascend.
@@ -170,8 +182,11 @@ class HyperSphereOptimizer(Optimizer):
         if not any(group["params"] for group in groups):
             raise ValueError("params is empty: there is nothing to optimize. Are the model's layers made yet?")
         self._start(process_group)
-        # The last two are among the defaults because they are all that a pickle keeps beside groups and state.
-        super().__init__(groups, {**checked(defaults), "adamw_lr": adamw_lr, "sphere": sphere})
+        # The last three are among the defaults because they are all that a pickle keeps beside groups and state. A
+        # process group cannot be pickled: a copy shares nothing out, rather than to wait for ranks that have no copy.
+        kept = process_group if process_group == "auto" else None
+        own = {"adamw_lr": adamw_lr, "sphere": sphere, "process_group": kept}
+        super().__init__(groups, {**checked(defaults), **own})
         warn_of_guesses(groups)
         announce(self.param_groups, sphere=sphere)
 
@@ -206,12 +221,13 @@ class HyperSphereOptimizer(Optimizer):
             kind = param_group.get("kind", classify(name, param, sphere=self.defaults["sphere"])[0])
             if kind != "adamw" and param.requires_grad:
                 _check_matrix(param, label(name, param, f"number {index}"), kind)
-        options = {key: value for key, value in self.defaults.items() if key not in ("adamw_lr", "sphere")}
+        _check_unique(param_group, self.param_groups)
+        options = {key: value for key, value in self.defaults.items() if key not in _OWN}
         for group in split_group(param_group, self.defaults["adamw_lr"], sphere=self.defaults["sphere"]):
             group = checked({**options, **group})
             group["name"] = unique_name(group["name"], (other["name"] for other in self.param_groups))
             super().add_param_group(group)
-            for key in ("adamw_lr", "sphere"):  # put there by the base class; only the defaults should hold them
+            for key in _OWN:  # put there by the base class; only the defaults should hold them
                 self.param_groups[-1].pop(key, None)
 
     def describe(self) -> str:
@@ -262,7 +278,7 @@ class HyperSphereOptimizer(Optimizer):
         """Return the group's parameters with a gradient, each with the state that its kind needs."""
         params, new = [], []
         for index, (name, param) in enumerate(named(group)):
-            if param.grad is None:
+            if param.grad is None or (param.numel() == 0 and not is_sharded(param)):
                 continue
             what = label(name, param, f"number {index} of group '{group.get('name', group['kind'])}'")
             if param.grad.is_sparse:
@@ -427,15 +443,18 @@ class HyperSphereOptimizer(Optimizer):
         """Restore from a pickle or a state dict; options that an older version did not save get their defaults."""
         super().__setstate__(state)
         if not hasattr(self, "_layouts"):
-            self._start("auto")
-        self.defaults.setdefault("sphere", True)
+            self._start(self.defaults.get("process_group", "auto"))
+        signature = inspect.signature(type(self).__init__).parameters
+        for key in (key for key, option in signature.items() if option.kind is option.KEYWORD_ONLY):
+            self.defaults.setdefault(key, signature[key].default)
         for group in self.param_groups:
             for key, value in self.defaults.items():
-                if key not in ("adamw_lr", "sphere", "differentiable"):
+                if key not in (*_OWN, "differentiable"):
                     group.setdefault(key, value)
 
 
 def _step_of(group: Mapping[str, Any]) -> Step:
+    check_choices(group)  # they may have been changed in the group
     keys = ("lr", "momentum", "nesterov", "weight_decay", "preset", "retraction", "maximize", "compile")
     return Step(**{key: group[key] for key in keys}, dtype=COMPUTE_DTYPES.get(group["compute_dtype"]))
 
@@ -467,6 +486,19 @@ def _rounds(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         yield batch
 
 
+def _check_unique(group: Mapping[str, Any], groups: Iterable[Mapping[str, Any]]) -> None:
+    """Check that no parameter comes twice, before anything is changed.
+
+    Raises:
+        ValueError: If one does.
+    """
+    seen = {param for other in groups for param in other["params"]}
+    for name, param in named(group):
+        if param in seen:
+            raise ValueError(f"{label(name, param)} is given twice. Give each parameter once, in one group.")
+        seen.add(param)
+
+
 def _check_matrix(param: Tensor, what: str, kind: str) -> None:
     """Check that a parameter can live on a sphere; a sharded one is asked at its first step only.
 
@@ -478,7 +510,7 @@ def _check_matrix(param: Tensor, what: str, kind: str) -> None:
             f"{what} is not a matrix, so it cannot be in a group of kind '{kind}'. Give it to a "
             "group of kind 'adamw', or leave `kind` out."
         )
-    if kind in SPHERES and not is_sharded(param) and not param.is_meta:
+    if kind in SPHERES and not is_sharded(param) and not param.is_meta and param.numel():
         with torch.no_grad():
             _check_radius(param, norms([param], [layout_of(param)])[0], what)
 

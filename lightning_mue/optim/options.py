@@ -71,7 +71,7 @@ def checked(group: Mapping[str, Any]) -> dict[str, Any]:
     group = dict(group)
     if not (isinstance(group["lr"], Tensor) and group["capturable"]):
         check_number("lr", group["lr"])
-    elif group["lr"].numel() != 1:
+    elif group["lr"].numel() != 1 or group["lr"].ndim > 1:
         raise ValueError(f"lr must be a number or a tensor of one; found shape {list(group['lr'].shape)}.")
     for key in ("eps", "weight_decay"):
         check_number(key, group[key])
@@ -85,13 +85,10 @@ def checked(group: Mapping[str, Any]) -> dict[str, Any]:
     for beta in betas:
         check_number("betas", beta, below=1)
     group["betas"] = tuple(betas)
-    get_preset(group["preset"])
-    for key, known in (("compute_dtype", COMPUTE_DTYPES), ("state_dtype", STATE_DTYPES)):
+    for key in ("compute_dtype", "state_dtype"):
         if group[key] is not None:
             group[key] = str(group[key]).removeprefix("torch.")
-            _check_choice(key, group[key], known, "None or ")
-    _check_choice("retraction", group["retraction"], RETRACTIONS)
-    _check_choice("lr_convention", group["lr_convention"], CONVENTIONS)
+    check_choices(group)
     if group["radius"] is not None:
         check_number("radius", group["radius"])
         if group["radius"] == 0:
@@ -101,6 +98,19 @@ def checked(group: Mapping[str, Any]) -> dict[str, Any]:
     return group
 
 
-def _check_choice(key: str, value: object, known: Collection[Any], also: str = "") -> None:
+def check_choices(group: Mapping[str, Any]) -> None:
+    """Check the options that are names.
+
+    Raises:
+        ValueError: If one is unknown.
+    """
+    get_preset(group["preset"])
+    _check_choice("compute_dtype", group["compute_dtype"], [None, *COMPUTE_DTYPES])
+    _check_choice("state_dtype", group["state_dtype"], [None, *STATE_DTYPES])
+    _check_choice("retraction", group["retraction"], RETRACTIONS)
+    _check_choice("lr_convention", group["lr_convention"], CONVENTIONS)
+
+
+def _check_choice(key: str, value: object, known: Collection[Any]) -> None:
     if value not in known:
-        raise ValueError(f"{key} must be {also}one of {', '.join(map(str, known))}; found {value!r}.")
+        raise ValueError(f"{key} must be one of {', '.join(map(str, known))}; found {value!r}.")

@@ -96,7 +96,9 @@ def sum_squares(*parts: Tensor) -> Tensor:
     Args:
         parts: `[E, out, in]`, all of one shape but for E; B is the sum of the E.
     """
-    norms = [torch.linalg.vector_norm(_rows(x_Eoi), dim=-1) for x_Eoi in parts]
+    # A rank may hold none of a stack's matrices; at least one part is kept for its type.
+    held = [x_Eoi for x_Eoi in parts if len(x_Eoi)] or parts[:1]
+    norms = [torch.linalg.vector_norm(_rows(x_Eoi), dim=-1) for x_Eoi in held]
     return torch.cat(norms).to(_wide(parts[0])).square_().sum(-1)
 
 
@@ -273,7 +275,8 @@ def move(batches: Sequence[Batch], step: Step, total: Total = list) -> None:
         return
     lengths = [square_B.sqrt() for square_B in total([sum_squares(batch.directions) for batch in on_sphere])]
     lengths = [length_B + (length_B == 0) for length_B in lengths]
-    if step.retraction == "project" and all(_in_place(batch) for batch in on_sphere):
+    known = step.retraction == "project" and not isinstance(step.lr, Tensor) and step.lr * step.weight_decay != 1
+    if known and all(_in_place(batch) for batch in on_sphere):
         _project_in_place(on_sphere, lengths, step, total)
         return
     _step_off(on_sphere, lengths, step, total)
@@ -304,10 +307,11 @@ def _project_in_place(batches: Sequence[Batch], lengths: Sequence[Tensor], step:
         assert batch.radius is not None
         # A step of one radius straight to the center (lr = 1) has no direction to come back from: back to where it was.
         stuck_B = square_B == 0
+        scale_B = batch.radius.to(square_B.dtype) / square_B.sqrt()
         if bool(stuck_B.any()):
             for w_Eoi, o_Eoi, back_E11 in batch.pairs(-pace_B * stuck_B):
                 w_Eoi.addcmul_(o_Eoi, back_E11)
-        scale_B = torch.where(stuck_B, 1 / keep, batch.radius.to(square_B.dtype) / square_B.sqrt())
+            scale_B = torch.where(stuck_B, 1 / keep, scale_B)
         for w_Eoi, _, scale_E11 in batch.pairs(scale_B):
             w_Eoi.mul_(scale_E11)
 
@@ -354,8 +358,11 @@ def _rotations(
         norm_B, radius_B = square_B.sqrt(), batch.radius.to(square_B.dtype)
         cosine_B = dot_B / (norm_B * length_B)
         sine_B = (1 - cosine_B.square()).clamp_min(0).sqrt()
-        # The sine comes from 1 - c^2, which is rounding closer to W; to divide by it would turn by any angle.
-        turns_B = sine_B > (1e-6 if batch.directions.dtype == torch.float64 else 3e-3)
+        # The sine comes from 1 - c^2, and the direction from rounded products: closer to W it is noise, which to divide
+        # by would turn by any angle.
+        products = step.dtype or default_dtype(batch.weights[0])
+        noise = 1e-6 if batch.directions.dtype == torch.float64 else 2e-2 if products == torch.bfloat16 else 3e-3
+        turns_B = sine_B > noise
         angle = torch.as_tensor(step.lr, dtype=sine_B.dtype, device=sine_B.device)
         tilt_B = torch.where(turns_B, angle.sin() / sine_B, 0.0)
         stay_B = torch.where(turns_B, angle.cos() + tilt_B * cosine_B, 1.0)

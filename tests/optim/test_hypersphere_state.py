@@ -236,3 +236,52 @@ def test_sparse_gradients_are_refused():
     table(torch.tensor([1, 2])).sum().backward()
     with pytest.raises(RuntimeError, match=r"'embed.weight'.*sparse=False"):
         optimizer.step()
+
+
+def test_state_in_another_order_and_truncated_radii_are_refused():
+    pairs = [(name, nn.Parameter(torch.randn(4, 4))) for name in ("a", "b")]
+    optimizer = HyperSphereOptimizer(pairs)
+    for _, weight in pairs:
+        weight.grad = torch.randn(4, 4)
+    optimizer.step()
+    with pytest.raises(ValueError, match="state of 'a' where this optimizer has 'b'"):
+        HyperSphereOptimizer(pairs[::-1]).load_state_dict(optimizer.state_dict())
+    state = optimizer.state_dict()
+    state["state"][0]["radius"] = torch.ones(3)
+    with pytest.raises(ValueError, match=r"radius of shape \[3\]"):
+        HyperSphereOptimizer(pairs).load_state_dict(state)
+
+
+def test_a_copy_shares_out_as_the_original_and_an_old_pickle_gets_the_new_options():
+    weight = nn.Parameter(torch.randn(4, 4))
+    optimizer = HyperSphereOptimizer([("w", weight)], process_group=None)
+    assert copy.deepcopy(optimizer)._process_group is None
+    assert copy.deepcopy(HyperSphereOptimizer([("w", weight)]))._process_group == "auto"
+    old = optimizer.__getstate__()
+    new = ("retraction", "radius", "state_dtype", "lr_convention", "maximize", "capturable", "compile", "sphere")
+    old["defaults"] = {key: value for key, value in old["defaults"].items() if key not in new}
+    old["param_groups"] = [{k: v for k, v in group.items() if k not in new} for group in old["param_groups"]]
+    restored = HyperSphereOptimizer.__new__(HyperSphereOptimizer)
+    restored.__setstate__(old)
+    weight.grad = torch.randn(4, 4)
+    restored.step()
+
+
+@pytest.mark.parametrize("kind", ["sphere", "muon"])
+def test_parameters_without_entries_and_decay_by_the_whole_weight(kind):
+    weight = nn.Parameter(torch.randn(4, 4))
+    groups = [{"params": [nn.Parameter(torch.zeros(0, 5)), weight], "kind": kind, "lr": 0.5, "weight_decay": 2.0}]
+    optimizer = HyperSphereOptimizer(groups)
+    for param in groups[0]["params"]:
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    assert weight.isfinite().all()
+
+
+def test_an_option_changed_to_nonsense_is_named_at_the_step():
+    weight = nn.Parameter(torch.randn(4, 4))
+    optimizer = HyperSphereOptimizer([("w", weight)])
+    optimizer.param_groups[0]["retraction"] = "geodetic"
+    weight.grad = torch.randn(4, 4)
+    with pytest.raises(ValueError, match="retraction must be one of project, geodesic; found 'geodetic'"):
+        optimizer.step()

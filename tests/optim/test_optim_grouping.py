@@ -323,3 +323,29 @@ def test_options_are_held_as_plain_types():
     optimizer = HyperSphereOptimizer([("w", param(3, 3))], betas=[0.8, 0.9], compute_dtype=torch.bfloat16)
     assert optimizer.param_groups[0]["betas"] == (0.8, 0.9)
     assert optimizer.param_groups[0]["compute_dtype"] == "bfloat16"
+
+
+def test_vectors_in_disguise_get_adamw_and_convolutions_over_one_dimension_are_named():
+    shapes = {
+        "gamma": (16, 1, 1),
+        "class_token": (1, 1, 8),
+        "scale": (1, 1),
+        "conv1.weight": (6, 4, 3),
+        "row.weight": (1, 8),
+    }
+    params = [(name, nn.Parameter(torch.ones(shape))) for name, shape in shapes.items()]
+    with pytest.warns(UserWarning, match=r"conv1\.weight: three dimensions.*kind 'adamw'"):
+        optimizer = HyperSphereOptimizer(params)
+    kinds = {name: group["kind"] for group in optimizer.param_groups for name in group["param_names"]}
+    assert kinds == {**dict.fromkeys(shapes, "adamw"), "conv1.weight": "sphere", "row.weight": "sphere"}
+    assert "conv1.weight 6 matrices [4, 3] by shape" in optimizer.describe()
+
+
+def test_a_parameter_given_twice_is_refused_before_anything_changes():
+    weight = param(3, 3)
+    with pytest.raises(ValueError, match=r"'w'.*given twice"):
+        HyperSphereOptimizer([{"params": [("w", weight), ("w", weight)], "kind": "sphere"}])
+    optimizer = HyperSphereOptimizer([("w", weight)])
+    with pytest.raises(ValueError, match="given twice"):
+        optimizer.add_param_group({"params": [("bias", param(3)), ("w", weight)]})
+    assert len(optimizer.param_groups) == 1

@@ -220,6 +220,7 @@ def test_all_options_survive_the_swap(sphere):
         "eps",
         "weight_decay",
         "sphere",
+        "process_group",
     }
     scaling = plan(model, base=BASE, rule="hyperp", family=family_of(optimizer))
     own = [dict(group) for group in optimizer.param_groups]
