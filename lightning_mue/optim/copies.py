@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_mue.optim.layouts import is_sharded
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -61,7 +63,7 @@ def _kinds(prints: Sequence[_Print]) -> list[tuple[Any, ...]]:
 
 def _fingerprint(param: Tensor) -> _Print:
     missing = (math.nan,) * 3
-    if hasattr(param, "device_mesh"):
+    if is_sharded(param):
         return tuple(param.shape), str(param.dtype), missing, missing
     grad = missing if param.grad is None or param.grad.is_sparse else _sums(param.grad)
     return tuple(param.shape), str(param.dtype), _sums(param), grad

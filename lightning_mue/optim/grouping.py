@@ -247,9 +247,10 @@ def check_loadable(
         ValueError: If they do not.
     """
     states = list(states)
+    foreign_state = set().union(*states) - _STATE
     for index, group in enumerate(groups):
         # torch.distributed.checkpoint's full state dicts merge what was saved into this optimizer's own groups.
-        foreign = sorted((_FOREIGN_OPTIONS & set(group)) | set().union(*states) - _STATE)
+        foreign = sorted((_FOREIGN_OPTIONS & set(group)) | foreign_state)
         if group.get("kind") not in KINDS or foreign:
             found = f"has {', '.join(foreign)}" if foreign else f"has no kind among {', '.join(KINDS)}"
             raise ValueError(

@@ -27,7 +27,7 @@ from lightning_mue.optim.grouping import (
     unique_name,
     warn_of_guesses,
 )
-from lightning_mue.optim.layouts import Layout, layout_of
+from lightning_mue.optim.layouts import Layout, is_sharded, layout_of
 from lightning_mue.optim.newton_schulz import Pool, default_dtype, math_dtype, orthogonalize_chunk, tf32_products
 from lightning_mue.optim.options import (
     COMPUTE_DTYPES,
@@ -38,10 +38,9 @@ from lightning_mue.optim.options import (
     check_number,
     checked,
 )
-from lightning_mue.optim.pieces import as_state, is_sharded, local, local_grad, norms, total, world
+from lightning_mue.optim.pieces import as_state, local, local_grad, norms, total, world
 from lightning_mue.optim.sharding import orthogonalize_sharded
 from lightning_mue.optim.updates import (
-    CONVENTIONS,
     Batch,
     Matrix,
     Step,
@@ -54,6 +53,7 @@ from lightning_mue.optim.updates import (
     muon_update,
     write_back,
 )
+from lightning_mue.parameterizations.matrices import CONVENTIONS
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -121,7 +121,8 @@ class HyperSphereOptimizer(Optimizer):
     State of a parameter: `momentum` (`state_dtype`) and `radius` (float32, or float64 with float64 parameters; `[]`, or
     `[E]` for a stack) on the sphere; `exp_avg`, `exp_avg_sq`, `step` for Adam's kinds, and `radius` for `adam_sphere`.
     It is created at the first step with a gradient, so weights may be initialized anew until then: the radius is the
-    norm at that step. Options and kinds are read from `param_groups` at every step.
+    norm at that step. Options and kinds are read from `param_groups` at every step, but `radius` and `state_dtype` (and
+    `capturable`, for the device of Adam's step counts) only when the state is made.
 
     Raises:
         ValueError: If an option is out of range, a `kind` or `preset` is unknown, or a trainable matrix is zero.
@@ -277,17 +278,16 @@ class HyperSphereOptimizer(Optimizer):
     def _prepare(self, group: Mapping[str, Any]) -> list[Tensor]:
         """Return the group's parameters with a gradient, each with the state that its kind needs."""
         params, new = [], []
-        for index, (name, param) in enumerate(named(group)):
+        for index, param in enumerate(group["params"]):
             if param.grad is None or (param.numel() == 0 and not is_sharded(param)):
                 continue
-            what = label(name, param, f"number {index} of group '{group.get('name', group['kind'])}'")
             if param.grad.is_sparse:
                 raise RuntimeError(
-                    f"{what} has a sparse gradient, which this optimizer does not take. Build "
+                    f"{_label_in(group, index)} has a sparse gradient, which this optimizer does not take. Build "
                     "its embedding with sparse=False, or give it to torch.optim.SparseAdam."
                 )
             if group["kind"] in SPHERES and "radius" not in self.state[param]:
-                new.append((param, what))
+                new.append((param, _label_in(group, index)))
             _add_missing(self.state[param], param, group)
             params.append(param)
         self._add_radii(new, group)
@@ -359,8 +359,8 @@ class HyperSphereOptimizer(Optimizer):
     def _matrix(self, param: Tensor, group: Mapping[str, Any]) -> Matrix:
         state = self.state[param]
         radius = local(state["radius"]) if group["kind"] in SPHERES else None
-        buffer = local(state["momentum"]) if "momentum" in state else local(param)
-        return Matrix(local(param), local_grad(param), buffer, radius)
+        momentum = local(state["exp_avg" if group["kind"] == "adam_sphere" else "momentum"])
+        return Matrix(local(param), local_grad(param), momentum, radius)
 
     def _muon_spread(self, group: Mapping[str, Any], params: Sequence[Tensor], step: Step) -> None:
         """Step parameters that other ranks hold too, or parts of; a collective."""
@@ -394,8 +394,7 @@ class HyperSphereOptimizer(Optimizer):
         for param in params:
             state, item = self.state[param], self._matrix(param, group)
             options = {key: group[key] for key in ("betas", "eps", "maximize")}
-            moments = local(state["exp_avg"]), local(state["exp_avg_sq"])
-            wide = adam_direction(item.grad, *moments, state["step"], **options)
+            wide = adam_direction(item.grad, item.momentum, local(state["exp_avg_sq"]), state["step"], **options)
             if not step.stands:
                 _move([item], [self._layout(param)], [wide], step)
 
@@ -473,17 +472,27 @@ def _move(items: Sequence[Matrix], layouts: Sequence[Layout], wide: Sequence[Ten
 
 
 def _rounds(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Cut a list into rounds of about `_ROUND_BYTES`, the same on all ranks."""
+    """Cut a list into rounds of one dtype and of `_ROUND_BYTES` at most in the math type, the same on all ranks.
+
+    A parameter that is larger has a round of its own. The dtype decides on the type of a round's products.
+    """
     batch: list[Tensor] = []
     size = 0
     for param in params:
-        if batch and size + param.nbytes > _ROUND_BYTES:
+        more = param.numel() * math_dtype(param.dtype).itemsize  # of the whole parameter, wherever its pieces are
+        if batch and (size + more > _ROUND_BYTES or param.dtype != batch[0].dtype):
             yield batch
             batch, size = [], 0
         batch.append(param)
-        size += param.numel() * math_dtype(param.dtype).itemsize
+        size += more
     if batch:
         yield batch
+
+
+def _label_in(group: Mapping[str, Any], index: int) -> str:
+    """Say in a message which parameter of an optimizer's group is meant."""
+    names, place = group.get("param_names"), f"number {index} of group '{group.get('name', group['kind'])}'"
+    return label(names[index] if names else None, group["params"][index], place)
 
 
 def _check_unique(group: Mapping[str, Any], groups: Iterable[Mapping[str, Any]]) -> None:

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_mue.parameterizations.matrices import matrix_sides
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
@@ -65,6 +67,18 @@ class Layout:
         return len(self.indices)
 
 
+def is_sharded(x: Tensor) -> bool:
+    """Whether a tensor is a DTensor, asked without importing what builds without distributed lack."""
+    return hasattr(x, "device_mesh") and hasattr(x, "placements")
+
+
+def by_expert(placements: Sequence[Placement]) -> list[Placement]:
+    """Return the placements of a stack that is cut as these cut it by expert, and in no other way."""
+    from torch.distributed.tensor import Replicate
+
+    return [p if getattr(p, "dim", None) == 0 else Replicate() for p in placements]
+
+
 def layout_of(param: Tensor, copies: ProcessGroup | None = None) -> Layout:
     """Find out how a parameter lies over the ranks.
 
@@ -82,15 +96,11 @@ def layout_of(param: Tensor, copies: ProcessGroup | None = None) -> Layout:
     """
     if param.ndim < 2:
         raise ValueError(f"param must have at least two dimensions to hold matrices, found shape {list(param.shape)}.")
-    if hasattr(param, "device_mesh"):
+    if is_sharded(param):
         return _sharded(param)
     shape = tuple(param.shape)
-    layout = Layout(shape, shape, _matrix(shape), tuple(range(_stacked(shape))))
+    layout = Layout(shape, shape, matrix_sides(shape), tuple(range(_stacked(shape))))
     return _with_copies(layout, copies) if copies is not None else layout
-
-
-def _matrix(shape: Sequence[int]) -> tuple[int, int]:
-    return (shape[1], shape[2]) if len(shape) == 3 else (shape[0], math.prod(shape[1:]))
 
 
 def _stacked(shape: Sequence[int]) -> int:
@@ -109,7 +119,7 @@ def _sharded(param: Any) -> Layout:
     mesh, placements, shape = param.device_mesh, tuple(param.placements), tuple(param.shape)
     local_shape = tuple(param._local_tensor.shape)  # to_local would record a node of the graph
     if mesh.get_coordinate() is None:
-        return Layout(shape, local_shape, _matrix(shape), ())
+        return Layout(shape, local_shape, matrix_sides(shape), ())
     copied, cut = [], []
     for dim, placement in enumerate(placements):
         if mesh.size(dim) == 1:
@@ -123,7 +133,7 @@ def _sharded(param: Any) -> Layout:
             )
         elif len(shape) != 3 or placement.dim != 0:
             cut.append(dim)
-    layout = Layout(shape, local_shape, _matrix(shape), _indices(shape, mesh, placements))
+    layout = Layout(shape, local_shape, matrix_sides(shape), _indices(shape, mesh, placements))
     if cut:
         layout = _cut(layout, mesh, placements, cut)
     if copied and not layout.gather:
@@ -136,11 +146,11 @@ def _indices(shape: tuple[int, ...], mesh: DeviceMesh, placements: Sequence[Plac
     """Which matrices of a stack are here, by torch's own split of their numbers (no communication)."""
     if len(shape) != 3:
         return (0,)
-    from torch.distributed.tensor import Replicate, distribute_tensor
+    from torch.distributed.tensor import distribute_tensor
 
-    by_expert = [p if getattr(p, "dim", None) == 0 else Replicate() for p in placements]
     numbers_E = torch.arange(shape[0], device=mesh.device_type)
-    return tuple(distribute_tensor(numbers_E, mesh, by_expert, src_data_rank=None).to_local().tolist())
+    placed_E = distribute_tensor(numbers_E, mesh, by_expert(placements), src_data_rank=None)
+    return tuple(placed_E.to_local().tolist())
 
 
 def _cut(layout: Layout, mesh: DeviceMesh, placements: tuple[Placement, ...], dims: list[int]) -> Layout:
@@ -193,7 +203,7 @@ def _check_local(layout: Layout, placements: Sequence[Placement]) -> None:
         return
     size = layout.split_sizes[layout.split_rank] if layout.split_sizes else 0
     expected = (layout.count, *piece_shape(layout.matrix, layout.split_dim, size))
-    local = (_stacked(layout.local_shape), *_matrix(layout.local_shape))
+    local = (_stacked(layout.local_shape), *matrix_sides(layout.local_shape))
     if local != expected:
         raise ValueError(
             f"This rank's part of the parameter of shape {list(layout.shape)} has shape {list(layout.local_shape)}; "

@@ -149,15 +149,13 @@ def orthogonalize_chunk(
     """
     x_Boi = _normalize(u_Boi, schedule.gain, pool.take(u_Boi.shape, u_Boi, dtype))
     segments = _segments(x_Boi, schedule)
-    return _compiled(x_Boi, schedule, segments) if compile else _iterate(x_Boi, schedule, segments, pool)
-
-
-def _compiled(x_Boi: Tensor, schedule: Coefficients, segments: tuple[int, ...]) -> Tensor:
-    return _compile()(x_Boi, schedule, segments, Pool())  # the compiler plans its own memory
+    if compile:
+        return _compiled()(x_Boi, schedule, segments, Pool())  # the compiler plans its own memory
+    return _iterate(x_Boi, schedule, segments, pool)
 
 
 @functools.cache
-def _compile() -> Callable[[Tensor, Coefficients, tuple[int, ...], Pool], Tensor]:
+def _compiled() -> Callable[[Tensor, Coefficients, tuple[int, ...], Pool], Tensor]:
     return torch.compile(_iterate, dynamic=False)
 
 

@@ -8,15 +8,10 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_mue.optim.layouts import Layout
+from lightning_mue.optim.layouts import Layout, by_expert, is_sharded
 from lightning_mue.optim.newton_schulz import math_dtype
 from lightning_mue.optim.sharding import reduce_sums
 from lightning_mue.optim.updates import as_matrices, sum_squares
-
-
-def is_sharded(x: Tensor) -> bool:
-    """Whether a tensor is a DTensor, asked without importing what builds without distributed lack."""
-    return hasattr(x, "device_mesh") and hasattr(x, "placements")
 
 
 def local(x: Tensor) -> Tensor:
@@ -56,19 +51,15 @@ def norms(params: Sequence[Tensor], layouts: Sequence[Layout]) -> list[Tensor]:
 def as_state(radius_E: Tensor, param: Tensor) -> Tensor:
     """Bring norms to the form that the state keeps: `[]` for a matrix, `[E]` for a stack, sharded as its experts are."""
     if param.ndim != 3:
-        return radius_E.sum() if len(radius_E) else radius_E.new_zeros(())
+        return radius_E.reshape(())
     if not is_sharded(param):
         return radius_E
-    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor import DTensor
 
     placed: Any = param
-    placements = [p if _shards_experts(p) else Replicate() for p in placed.placements]
+    placements = by_expert(placed.placements)
     mesh = placed.device_mesh
     return DTensor.from_local(radius_E, mesh, placements, run_check=False, shape=param.shape[:1], stride=(1,))
-
-
-def _shards_experts(placement: Any) -> bool:
-    return placement.is_shard(0) or getattr(placement, "dim", None) == 0
 
 
 def world() -> int:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_mue.optim.dealing import Batch, Bucket, Run
+from lightning_mue.optim.layouts import by_expert
 
 #: Orthogonalizes a batch `[B, out, in]` without changing it; the results may have any floating dtype.
 Orthogonalizer = Callable[[Tensor], Tensor]
@@ -169,17 +170,17 @@ class GatheredTransfer(Transfer):
         whole_shape = torch.Size(self.layout.shape)
         stride = torch.empty(whole_shape, device="meta").stride()
         # Stacks stay cut by expert: only what cuts a matrix is undone.
-        by_expert = [p if len(whole_shape) == 3 and getattr(p, "dim", None) == 0 else Replicate() for p in placements]
+        uncut = by_expert(placements) if len(whole_shape) == 3 else [Replicate()] * len(placements)
 
         def moved(local: Tensor, here: Sequence[Any], there: Sequence[Any]) -> Tensor:
             whole = DTensor.from_local(local, mesh, here, run_check=False, shape=whole_shape, stride=stride)
             return whole.redistribute(placements=there).to_local()
 
         (run,) = (run for batch in self.hand for run in batch.runs)
-        whole = moved(self.directions[run.param].contiguous(), placements, by_expert)
+        whole = moved(self.directions[run.param].contiguous(), placements, uncut)
         batch_Eoi = whole.reshape(self.layout.count, *self.layout.matrix)
         done = _apply(self.fn, batch_Eoi.contiguous(), self.dtype)
-        self.done = [moved(done.reshape(whole.shape), by_expert, placements)]
+        self.done = [moved(done.reshape(whole.shape), uncut, placements)]
 
     def results(self) -> Iterator[Piece]:
         """Give out this rank's pieces."""

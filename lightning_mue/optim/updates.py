@@ -21,14 +21,6 @@ from lightning_mue.optim.newton_schulz import Pool, chunk_count, default_dtype, 
 #: Longest row that a float32 sum of squares handles to about 1e-8 relative.
 _LONGEST_ROW = 1 << 14
 
-#: From an update's spectral norm 1 to the step of Muon without the sphere, for a matrix [out, in] (theory.md, 5.2).
-CONVENTIONS: dict[str, Callable[[int, int], float]] = {
-    "spectral": lambda out, fan_in: math.sqrt(out / fan_in),
-    "rms": lambda out, fan_in: 0.2 * math.sqrt(max(out, fan_in)),
-    "original": lambda out, fan_in: math.sqrt(max(1.0, out / fan_in)),
-    "unit": lambda out, fan_in: 1.0,
-}
-
 
 class Matrix(NamedTuple):
     """One parameter of matrices, or some of the matrices of a stacked one (views of it), or a rank's part of it.
@@ -36,7 +28,7 @@ class Matrix(NamedTuple):
     Attributes:
         weight: The parameter, changed in place.
         grad: Its gradient.
-        momentum: Its momentum.
+        momentum: Its momentum; Adam's first moment where the direction is Adam's.
         radius: Frobenius norm that each matrix keeps, `[]` or `[E]`; None off the sphere.
     """
 
@@ -167,17 +159,16 @@ def directions(chunk: Sequence[Matrix], step: Step, pool: Pool) -> Tensor:
     shape = (sum(map(len, weights)), *weights[0].shape[1:])
     u_Boi = pool.take(shape, weights[0], math_dtype(weights[0].dtype))
     parts = u_Boi.split([len(w) for w in weights])
-    if u_Boi.device.type != "cpu":  # few launches
-        accumulate([item.momentum for item in chunk], [item.grad for item in chunk], step)
-    for part_Eoi, item in zip(parts, chunk, strict=True):
-        if u_Boi.device.type == "cpu":  # few passes over memory
+    if u_Boi.device.type == "cpu":  # few passes over memory
+        for part_Eoi, item in zip(parts, chunk, strict=True):
             accumulate([item.momentum], [item.grad], step)
             direction(item.momentum, item.grad, step, out=part_Eoi)
-    if u_Boi.device.type != "cpu":
-        torch._foreach_copy_(list(parts), [as_matrices(item.momentum) for item in chunk])
-        if step.nesterov:
-            u_Boi.mul_(step.momentum)
-            torch._foreach_add_(list(parts), [as_matrices(item.grad) for item in chunk], alpha=step.sign)
+        return u_Boi
+    accumulate([item.momentum for item in chunk], [item.grad for item in chunk], step)  # few launches
+    torch._foreach_copy_(list(parts), [as_matrices(item.momentum) for item in chunk])
+    if step.nesterov:
+        u_Boi.mul_(step.momentum)
+        torch._foreach_add_(list(parts), [as_matrices(item.grad) for item in chunk], alpha=step.sign)
     return u_Boi
 
 

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_mue.parameterizations.matrices import CONVENTIONS, matrix_sides
 from lightning_mue.parameterizations.scaling import ParameterPlan, ScalingPlan
 from lightning_mue.parameterizations.table import Family
 
 #: Marks a parameter group whose factors are already in it.
 SCALED = "mue_scaled"
-#: How a Muon turns its `lr` into the spectral norm of the update of an [out, in] matrix: torch.optim.Muon's `adjust_lr_fn`, and
-#: HyperSphereOptimizer's `lr_convention` for groups of kind `muon`.
-_MUON_FACTORS: dict[str, Callable[[int, int], float]] = {
-    "original": lambda out, fan_in: math.sqrt(max(1.0, out / fan_in)),
-    "match_rms_adamw": lambda out, fan_in: 0.2 * math.sqrt(max(out, fan_in)),
-    "spectral": lambda out, fan_in: math.sqrt(out / fan_in),
-    "rms": lambda out, fan_in: 0.2 * math.sqrt(max(out, fan_in)),
-    "unit": lambda out, fan_in: 1.0,
-}
+#: `CONVENTIONS` under the names of HyperSphereOptimizer's `lr_convention` and of torch.optim.Muon's `adjust_lr_fn`.
+_MUON_FACTORS = {**CONVENTIONS, "match_rms_adamw": CONVENTIONS["rms"]}
 
 
 def family_of(optimizer: torch.optim.Optimizer) -> Family:
@@ -234,12 +227,7 @@ def _muon_correction(group: Mapping[str, Any], entry: ParameterPlan) -> float:
     if entry.kind != "muon" or entry.base_shape is None:
         return 1.0
     factor = _MUON_FACTORS.get(convention)  # None, or one of an optimizer that is not known here: as it is
-    return 1.0 if factor is None else factor(*_matrix(entry.base_shape)) / factor(*_matrix(entry.shape))
-
-
-def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """[out, in] of a matrix, of each matrix of a stack, or of a convolution."""
-    return (shape[0], math.prod(shape[1:])) if len(shape) != 3 else (shape[1], shape[2])
+    return 1.0 if factor is None else factor(*matrix_sides(entry.base_shape)) / factor(*matrix_sides(entry.shape))
 
 
 def _refuse_radius(group: Mapping[str, Any], entry: ParameterPlan, plan: ScalingPlan) -> None:

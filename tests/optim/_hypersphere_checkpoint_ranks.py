@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from _hypersphere_models import Model, fit, optimizer_of, shard
-from _hypersphere_ranks import main, whole, wholes
+from _hypersphere_ranks import whole, wholes
+from _processes import main
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,

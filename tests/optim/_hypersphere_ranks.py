@@ -6,14 +6,12 @@ The tests import this file too, and run the same trainings in one process.
 from __future__ import annotations
 
 import contextlib
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from _hypersphere_models import Model, fit, optimizer_of, shard
+from _processes import main
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -356,33 +354,6 @@ def four(rank, folder):
 
 
 PARTS = {"two": two, "four": four}
-
-
-def launch(part, world, folder, script=__file__):
-    """Run a part of a script on so many processes and return the ranks' reports."""
-    logs = [Path(folder) / f"log-{part}-{rank}" for rank in range(world)]
-    processes = []
-    for rank, log in enumerate(logs):
-        with log.open("w") as file:
-            command = [sys.executable, script, part, str(rank), str(world), str(folder)]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            processes.append(subprocess.Popen(command, cwd=folder, env=environment, stdout=file, stderr=file))
-    try:
-        codes = [process.wait(timeout=900) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0] * world, "\n".join(log.read_text()[-3000:] for log in logs)
-    return [torch.load(Path(folder) / f"{part}{rank}.pt", weights_only=True) for rank in range(world)]
-
-
-def main(parts, part, rank, world, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store-{part}", rank=int(rank), world_size=int(world))
-    report = parts[part](int(rank), Path(folder))
-    torch.save(report, Path(folder) / f"{part}{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

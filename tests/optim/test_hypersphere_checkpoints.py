@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # as the script has it, which th
 
 import _hypersphere_checkpoint_ranks as checkpoints
 import _hypersphere_models as models
-import _hypersphere_ranks as ranks
+from _processes import launch
 
 RUNS = [(layout, rank) for layout in checkpoints.LAYOUTS for rank in (0, 1)]
 FOREIGN = r"not a HyperSphereOptimizer's.*start this optimizer afresh"
@@ -53,7 +53,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two(folder):
     """Two ranks train, save, resume."""
-    return ranks.launch("two", 2, folder, checkpoints.__file__)
+    return launch(checkpoints.__file__, "two", 2, folder)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def one(two, folder):
 
 @pytest.fixture(scope="module")
 def two_again(one, folder):
-    return ranks.launch("two_again", 2, folder, checkpoints.__file__)
+    return launch(checkpoints.__file__, "two_again", 2, folder)
 
 
 @pytest.mark.parametrize(("layout", "rank"), RUNS)

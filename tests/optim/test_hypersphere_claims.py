@@ -14,7 +14,7 @@ from torch import nn
 from lightning_mue.optim import HyperSphereOptimizer, orthogonalize
 from lightning_mue.optim.coefficients import PRESETS
 from lightning_mue.optim.newton_schulz import flops
-from lightning_mue.optim.updates import CONVENTIONS
+from lightning_mue.parameterizations.matrices import CONVENTIONS
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "from-torch-muon.md").read_text(encoding="utf-8")
 

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # as the script has it, which th
 
 import _hypersphere_models as models
 import _hypersphere_ranks as ranks
+from _processes import launch
 
 #: Relative, after 20 steps (6 of some options). Given gradients agree to 2e-7 (sums over ranks add in another order), a
 #: model's own to 2e-6: their round-off is enlarged by Newton-Schulz.
@@ -46,12 +47,12 @@ def model_alone():
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    return ranks.launch("two", 2, tmp_path_factory.mktemp("two"))
+    return launch(ranks.__file__, "two", 2, tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
-    return ranks.launch("four", 4, tmp_path_factory.mktemp("four"))
+    return launch(ranks.__file__, "four", 4, tmp_path_factory.mktemp("four"))
 
 
 @pytest.fixture

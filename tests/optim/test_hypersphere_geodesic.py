@@ -3,60 +3,22 @@
 from __future__ import annotations
 
 import copy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_mue.optim import PRESETS, HyperSphereOptimizer
+sys.path.insert(0, str(Path(__file__).parent))  # the helpers lie beside this file
 
-SHAPES = [(16, 16), (12, 40), (40, 12), (5, 12, 20), (8, 3, 3, 3)]
-
-
-def normal(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
-    return [nn.Parameter(normal(shape, seed, dtype)) for seed, shape in enumerate(SHAPES)]
-
-
-def train(params: list[nn.Parameter], optimizer: torch.optim.Optimizer, steps: range = range(3), sign: int = 1) -> None:
-    for step in steps:
-        for i, param in enumerate(params):
-            param.grad = sign * normal(tuple(param.shape), 100 * (step + 1) + i, param.dtype)
-        optimizer.step()
-
-
-def build(params: list[nn.Parameter], kind: str, **options) -> HyperSphereOptimizer:
-    return HyperSphereOptimizer([{"params": params, "kind": kind}], **{"lr": 0.05, **options})
-
-
-def matrices(x: Tensor) -> Tensor:
-    """`[E, out, in]` in float64."""
-    x = x.detach().double().clone()
-    return x if x.ndim == 3 else x.reshape(1, x.shape[0], -1)
+from _hypersphere_steps import build, furthest, matrices, normal, orth, parameters, train
 
 
 def turned(before: Tensor, after: Tensor) -> Tensor:
     """Angle between matrices, `[E]`; by the chord, since an arccosine has no digits for small angles."""
     a, b = (x / x.norm(dim=(1, 2), keepdim=True) for x in (matrices(before), matrices(after)))
     return 2 * torch.asin((a - b).norm(dim=(1, 2)) / 2)
-
-
-def furthest(a: list[nn.Parameter], b: list[nn.Parameter]) -> float:
-    """Largest distance of an entry, over the parameter's root mean square."""
-    return max(
-        float((x - y).detach().abs().max() / y.detach().square().mean().sqrt()) for x, y in zip(a, b, strict=True)
-    )
-
-
-def orth(u: Tensor, preset: str) -> Tensor:
-    x = u / u.norm()
-    for a, b, c in PRESETS[preset].steps:
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x
 
 
 @pytest.mark.parametrize("kind", ["sphere", "adam_sphere"])

@@ -2,47 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-SCRIPT = Path(__file__).parent / "_sharding_ranks.py"
-_SPEC = importlib.util.spec_from_file_location("_sharding_ranks", SCRIPT)
-RANKS = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(RANKS)
+sys.path.insert(0, str(Path(__file__).parent))  # as the script has it, which the ranks run
 
-
-def run(world, folder):
-    """Run the script on `world` processes and return their reports."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    logs = [folder / f"log{rank}" for rank in range(world)]
-    processes = []
-    for rank, log in enumerate(logs):
-        with log.open("w") as file:
-            command = [sys.executable, str(SCRIPT), str(rank), str(world), str(folder)]
-            processes.append(subprocess.Popen(command, cwd=folder, env=env, stdout=file, stderr=file))
-    try:
-        codes = [process.wait(timeout=200) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0] * world, "\n".join(log.read_text()[-2000:] for log in logs)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
+import _sharding_ranks as ranks
+from _processes import launch
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    return run(2, tmp_path_factory.mktemp("two"))
+    return launch(ranks.__file__, "report", 2, tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
-    return run(4, tmp_path_factory.mktemp("four"))
+    return launch(ranks.__file__, "report", 4, tmp_path_factory.mktemp("four"))
 
 
 VARIANTS = ["small buckets", "bf16 results", "bf16"]
@@ -58,19 +36,19 @@ def check(reports, name, pairs):
         assert "blocking" not in report[name]["events"]
     matrices = sum(shape[0] if len(shape) == 3 else 1 for shape, _ in pairs)
     done = sum(report[name]["matrices"] for report in reports)
-    alone = any(how == RANKS.ALONE for _, how in pairs) or any(reports[0][name]["gathers"])
+    alone = any(how == ranks.ALONE for _, how in pairs) or any(reports[0][name]["gathers"])
     assert done > matrices if alone else done == matrices  # each once, but for what no one else can do
 
 
-@pytest.mark.parametrize("name", [*RANKS.CASES[2], *VARIANTS])
+@pytest.mark.parametrize("name", [*ranks.CASES[2], *VARIANTS])
 def test_two_ranks_get_their_pieces_of_the_whole_result(two, name):
-    check(two, name, RANKS.CASES[2].get(name, RANKS.CASES[2]["mixed"])[1])
+    check(two, name, ranks.CASES[2].get(name, ranks.CASES[2]["mixed"])[1])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*RANKS.CASES[4], *VARIANTS])
+@pytest.mark.parametrize("name", [*ranks.CASES[4], *VARIANTS])
 def test_four_ranks_get_their_pieces_of_the_whole_result(four, name):
-    check(four, name, RANKS.CASES[4].get(name, RANKS.CASES[4]["all"])[1])
+    check(four, name, ranks.CASES[4].get(name, ranks.CASES[4]["all"])[1])
 
 
 def test_what_needs_no_communication_has_none(two):
@@ -111,7 +89,7 @@ def test_the_next_bucket_is_sent_before_the_present_one_is_worked_on(two):
 
 
 def test_ranks_issue_the_same_collectives(two):
-    for name in (*RANKS.CASES[2], *VARIANTS):
+    for name in (*ranks.CASES[2], *VARIANTS):
         first, second = ([event for event in report[name]["events"] if event != "fn"] for report in two)
         assert first == second, name
 

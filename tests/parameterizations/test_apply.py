@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,10 @@ from torch.optim import SGD, AdamW
 from lightning_mue import MoELanguageModel, initialize, param_groups, plan
 from lightning_mue.parameterizations.apply import ScaledStep, family_of
 from lightning_mue.parameterizations.multipliers import fold, read_multipliers, set_multipliers
+
+sys.path.insert(0, str(Path(__file__).parent))  # the helpers lie beside this file
+
+from _layers import Layers
 
 BASE = {"width": 32, "n_heads": 2, "n_experts": 0}
 
@@ -89,17 +95,6 @@ def test_swapped_step_equals_explicit_groups():
         step(swapped, other)
     for (name, a), b in zip(explicit.named_parameters(), swapped.parameters(), strict=True):
         assert torch.equal(a, b), name
-
-
-class Layers(nn.Module):
-    """Wide, tall and square matrices."""
-
-    def __init__(self, width=32):
-        super().__init__()
-        self.hparams = {"width": width}
-        sides = {"stem": (8, width), "up": (width, 3 * width), "down": (3 * width, width), "head": (width, 8)}
-        for name, (fan_in, fan_out) in sides.items():
-            setattr(self, name, nn.Linear(fan_in, fan_out))
 
 
 @pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +12,14 @@ from torch import nn
 from torch.optim import AdamW
 
 from lightning_mue import HyperSphereOptimizer, MoELanguageModel, param_groups, plan
-from lightning_mue.optim.updates import CONVENTIONS, as_matrices
+from lightning_mue.optim.updates import as_matrices
 from lightning_mue.parameterizations import Init, ParameterPlan, ScaledStep, ScalingPlan
 from lightning_mue.parameterizations.groups import _MUON_FACTORS, family_of
+from lightning_mue.parameterizations.matrices import CONVENTIONS
+
+sys.path.insert(0, str(Path(__file__).parent))  # the helpers lie beside this file
+
+from _layers import Layers
 
 BASE = {"width": 32, "n_heads": 2, "n_experts": 0}
 
@@ -125,17 +132,6 @@ def test_every_form_of_matrix_moves_and_decays_as_the_plan_says(convention, shap
         found.append((norm, group["lr"] * group["weight_decay"]))
     assert found[1][0] / found[0][0] == pytest.approx(factor, rel=1e-5)
     assert found[1][1] / found[0][1] == pytest.approx(2.0 * factor, rel=1e-12)
-
-
-class Layers(nn.Module):
-    """Wide, tall and square matrices beside vectors."""
-
-    def __init__(self, width=32):
-        super().__init__()
-        self.hparams = {"width": width}
-        sides = {"stem": (8, width), "up": (width, 3 * width), "down": (3 * width, width), "head": (width, 8)}
-        for name, (fan_in, fan_out) in sides.items():
-            setattr(self, name, nn.Linear(fan_in, fan_out))
 
 
 @pytest.mark.parametrize(("convention", "adjust"), [("original", "original"), ("rms", "match_rms_adamw")])
