@@ -9,7 +9,9 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -69,6 +71,31 @@ def spread(seconds: Sequence[float]) -> float:
     return (high - low) / statistics.median(seconds)
 
 
+@contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """Set how float32 matrices are multiplied: "ieee" or "tf32"."""
+    # The older of torch's two settings: readers of either understand it.
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fill memory that torch hands out with NaN, and with huge indices: what nobody writes then shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
 def matmul_peak(dtype: torch.dtype, device: torch.device, size: int, rounds: int) -> float:
     """FLOP/s of a large square product through the library, on random data; float32 as torch is set."""
     inputs = [torch.randn(2, size, size, device=device).to(dtype) for _ in range(3)]
@@ -118,15 +145,34 @@ def markdown(title: str, context: Mapping[str, str], sections: Mapping[str, Sequ
 
 
 def _cell(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|")
 
 
 def write(name: str, title: str, device: torch.device, sections: Mapping[str, Sequence[Row]], folder: Path) -> None:
-    """Write `name`.json and `name`.md to a folder; called after every section, so that a stopped run leaves some."""
+    """Save the report and show its last section; called after every section, so that a stopped run leaves some."""
+    save_report(name, title, device, sections, folder)
+    last = list(sections)[-1]
+    show(last, sections[last])
+
+
+def save_report(
+    name: str, title: str, device: torch.device, sections: Mapping[str, Sequence[Row]], folder: Path
+) -> None:
+    """Write `name`.json and `name`.md to a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     context = where(device)
-    text = json.dumps({"machine": context, "sections": sections}, indent=1)
-    (folder / f"{name}.json").write_text(text + "\n")
-    (folder / f"{name}.md").write_text(markdown(title, context, sections))
-    last = list(sections)[-1]
-    print(markdown(title, {}, {last: sections[last]}).split("\n", 3)[3], flush=True, file=sys.stdout)
+    texts = {
+        "json": json.dumps({"machine": context, "sections": sections}, indent=1) + "\n",
+        "md": markdown(title, context, sections),
+    }
+    for suffix, text in texts.items():
+        # A run that is killed while it writes leaves the report before.
+        draft = folder / f".{name}.{suffix}"
+        draft.write_text(text)
+        draft.replace(folder / f"{name}.{suffix}")
+
+
+def show(name: str, rows: Sequence[Row]) -> None:
+    """Print one section."""
+    print(markdown("", {}, {name: rows}).split("\n", 3)[3], flush=True, file=sys.stdout)

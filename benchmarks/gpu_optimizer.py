@@ -14,14 +14,24 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
 from common import RESULTS, ratio
-from gpu_common import Row, alternate_on, copy_bandwidth, matmul_peak, median_ms, relative_error, spread, write
+from gpu_common import (
+    Row,
+    alternate_on,
+    copy_bandwidth,
+    float32_products,
+    matmul_peak,
+    median_ms,
+    relative_error,
+    spread,
+    write,
+)
 from torch import Tensor
 from torch.optim._muon import _zeropower_via_newtonschulz
 
@@ -54,16 +64,6 @@ class Sizes:
             f"3 stacks of {'x'.join(map(str, expert))}": [expert] * 3,
         }
         self.captured = (4, 16, 16) if smoke else (48, 512, 512)
-
-
-@contextmanager
-def float32_products(precision: str) -> Iterator[None]:
-    """Set how float32 matrices are multiplied: "ieee" or "tf32"."""
-    # The older of torch's two settings: readers of either understand it.
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def without_kernel() -> AbstractContextManager[object]:

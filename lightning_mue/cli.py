@@ -114,6 +114,8 @@ def summarize(trainer: Trainer, model: LightningModule, datamodule: LightningDat
 def _sample(model: LightningModule, datamodule: LightningDataModule | None) -> tuple[str, str] | None:
     """(prompt from the validation data, the model's continuation), for models of bytes that can generate."""
     generate = getattr(model, "generate", None)
+    if any(hasattr(p, "placements") for p in model.parameters()):
+        return None  # the other ranks are not here to run their shards
     if (
         not isinstance(datamodule, LanguageDataModule)
         or not callable(generate)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-#: Scripts that tests start in processes of their own: doctest would import them.
-collect_ignore_glob = ["*/_hypersphere_*.py"]
+#: Helpers, and scripts that tests start in processes of their own: doctest would import them.
+collect_ignore_glob = ["*/_[a-z]*.py"]
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_mue.callbacks.probes import Probe, find_modules, first_tensor, layer_labels, over_layers
+from lightning_mue.callbacks.probes import Probe, counted_logits, find_modules, first_tensor, layer_labels, over_layers
 from lightning_mue.callbacks.sampling import SampledMonitor
 from lightning_mue.diagnostics import attention_z_value, z_value
 from lightning_mue.parameterizations.roles import Role
@@ -23,7 +23,7 @@ class _ZProbe(Probe):
     size = 2
 
     def measure(self, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
-        logits = first_tensor(getattr(output, "logits", output))
+        logits = first_tensor(counted_logits(output, output))
         if logits is None or logits.ndim < 2:  # a scalar is a loss
             return None
         return _weighted(z_value(logits), logits.numel() // max(1, logits.shape[-1]))

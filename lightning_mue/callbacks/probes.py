@@ -119,5 +119,11 @@ def first_tensor(output: Any) -> Tensor | None:
     return output.full_tensor() if hasattr(output, "full_tensor") else output
 
 
+def counted_logits(output: Any, default: Any = None) -> Any:
+    """The `logits` [T, E] of a router's output, without the tokens that its `mask` leaves out; `default` if it has none."""
+    logits, mask = getattr(output, "logits", default), getattr(output, "mask", None)
+    return logits if mask is None else logits[mask]
+
+
 def _sanitized(name: str) -> str:
     return re.sub(r"[^\w.\-]+", "_", name) or "root"

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_mue.callbacks.probes import Probe, find_modules, layer_labels, over_layers
+from lightning_mue.callbacks.probes import Probe, counted_logits, find_modules, layer_labels, over_layers
 from lightning_mue.callbacks.sampling import SampledMonitor
 from lightning_mue.diagnostics import dead_experts, load_entropy, load_max_fraction, max_violation, router_entropy
 
@@ -22,7 +22,7 @@ class _RouterProbe(Probe):
         self.size = 2 + _n_experts(module, label)
 
     def measure(self, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
-        logits_TE, counts_E = getattr(output, "logits", None), getattr(output, "counts", None)
+        logits_TE, counts_E = counted_logits(output), getattr(output, "counts", None)
         if logits_TE is None or counts_E is None:
             return None
         if counts_E.numel() != self.size - 2:

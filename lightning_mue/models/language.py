@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from lightning_mue.models.transformer import Attention, Block, RotaryEmbedding, Transformer
-from lightning_mue.moe import LossFreeBalance, MoELayer, SwiGLU
+from lightning_mue.moe import FeedForward, LossFreeBalance, MoELayer, clip_grad_norm, parallelize_experts
 from lightning_mue.moe.router import require_groups
 from lightning_mue.parameterizations.apply import keep_weights
 from lightning_mue.parameterizations.modules import tag_roles
@@ -31,7 +31,7 @@ def _default_optimizer(params: Iterable[Any]) -> torch.optim.Optimizer:
 
 
 class MoELanguageModel(LightningModule):
-    """Pre-norm transformer language model: RMSNorm, RoPE, QK-norm, grouped-query attention, SwiGLU or MoE.
+    """Pre-norm transformer language model: RMSNorm, RoPE, QK-norm, grouped-query attention, FFN or MoE.
 
     Batches are dicts ``{"tokens": int64 [B, S], "targets": int64 [B, S]}``. Logs ``train/loss`` (nats per token, the
     auxiliary losses not in it), ``train/bits_per_byte``, ``train/tokens_per_second`` and the same for ``val``.
@@ -49,13 +49,16 @@ class MoELanguageModel(LightningModule):
         n_experts: Routed experts per MoE block; 0 makes every block dense.
         top_k: Experts active per token.
         expert_width: Hidden width of one expert; ``None``: ``ffn_width / top_k``, so that the active width is the dense one's.
+        activation: Of every FFN and expert: ``swiglu``, ``geglu``, ``geglu-tanh``, ``gelu``, ``gelu-tanh`` or ``relu2``.
         shared_width: Hidden width of an expert that sees every token; 0 for none.
         n_expert_groups: Groups of experts, equally many active in each; divides ``n_experts`` and ``top_k``. 1: free choice.
         moe_every: Every how manieth block is an MoE block (the last one of each group).
         scoring: Router: ``softmax-topk``, ``topk-softmax``, ``sigmoid``, ``sigmoid-normalized``.
         gate: ``linear`` or ``sqrt`` (HyperP's SqrtGate).
         route_scale: Factor on the routed sum.
+        jitter: Noise on the router's input in training: factors from ``[1 - jitter, 1 + jitter]``.
         balance: ``none``, ``switch`` (auxiliary loss) or ``bias`` (loss-free).
+        balance_scope: Of the switch loss: ``local``, ``global`` or ``sequence``, as for ``MoELayer``.
         aux_loss_coef: Weight of the switch loss.
         z_loss_coef: Weight of the router z-loss.
         bias_update_rate: Step of the loss-free balance bias.
@@ -69,6 +72,7 @@ class MoELanguageModel(LightningModule):
         output_multiplier: Factor on the logits.
         rope_base: Base of the rotary wavelengths.
         bytes_per_token: Mean bytes a token stands for, to report bits per byte.
+        backend: Of the expert kernels: ``auto``, ``triton``, ``grouped_mm`` or ``torch``.
         optimizer: From parameters to an optimizer.
         scheduler: From an optimizer to a scheduler, stepped every optimizer step; one whose ``total_steps`` is ``None`` is
             told the trainer's number of steps.
@@ -111,6 +115,10 @@ class MoELanguageModel(LightningModule):
         rope_base: float = 10_000.0,
         bytes_per_token: float = 1.0,
         n_expert_groups: int = 1,
+        activation: str = "swiglu",
+        jitter: float = 0.0,
+        balance_scope: str = "local",
+        backend: str = "auto",
         optimizer: OptimizerCallable = _default_optimizer,
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -150,9 +158,13 @@ class MoELanguageModel(LightningModule):
                     bias_update_rate=bias_update_rate,
                     init_std=init_std,
                     n_groups=n_expert_groups,
+                    activation=activation,
+                    jitter=jitter,
+                    balance_scope=balance_scope,
+                    backend=backend,
                 )
             else:
-                made = SwiGLU(width, self.ffn_width, init_std=init_std)
+                made = FeedForward(width, self.ffn_width, activation=activation, init_std=init_std)
             made.output_multiplier = ffn_multiplier  # type: ignore[assignment]
             return made
 
@@ -234,7 +246,8 @@ class MoELanguageModel(LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Logs the throughput since the last logged step, over all ranks."""
-        now, tokens = time.perf_counter(), batch["tokens"].numel() * self.trainer.world_size
+        sampler = self.trainer.distributed_sampler_kwargs  # tensor-parallel ranks see the same tokens
+        now, tokens = time.perf_counter(), batch["tokens"].numel() * (sampler["num_replicas"] if sampler else 1)
         if self._clock is None:
             self._clock = (now, 0)  # the first batch pays for warm-up: it is not counted
             return
@@ -328,8 +341,40 @@ class MoELanguageModel(LightningModule):
         self.train(was_training)
         return tokens if prompt.dim() == 2 else tokens[0]
 
+    def configure_model(self) -> None:
+        """Under ModelParallelStrategy: experts over its tensor-parallel dimension, FSDP2 over its data-parallel one."""
+        mesh = self.device_mesh
+        if mesh is None:
+            return
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+
+        if isinstance(self.transformer, FSDPModule):  # a second fit
+            return
+        if mesh["tensor_parallel"].size() > 1 or mesh["data_parallel"].size() == 1:  # Lightning restores DTensors only
+            parallelize_experts(self, mesh["tensor_parallel"])
+        if mesh["data_parallel"].size() > 1:
+            for module in (*self.transformer.blocks, self.transformer):
+                fully_shard(module, mesh=mesh["data_parallel"])
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips as Lightning does; by norm also where parameters lie on several meshes, which torch refuses."""
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        several = len({getattr(p, "device_mesh", None) for p in params}) > 1
+        if several and gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+            clip_grad_norm(params, gradient_clip_val)
+        else:
+            self.clip_gradients(
+                optimizer, gradient_clip_val=gradient_clip_val, gradient_clip_algorithm=gradient_clip_algorithm
+            )
+
     def configure_optimizers(self) -> Any:
         """Builds the optimizer from named parameters, and the scheduler, stepped every optimizer step."""
+        tag_roles(self)  # sharding a parameter, and moving a DTensor to its device, lose what was noted on it
         optimizer = self.optimizer(list(self.named_parameters()))
         if self.scheduler is None:
             return optimizer

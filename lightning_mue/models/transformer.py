@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_mue.moe import SwiGLU
+from lightning_mue.moe import FeedForward
 from lightning_mue.parameterizations.roles import Role
 
 
@@ -139,7 +139,7 @@ class Block(nn.Module):
     Args:
         width: Residual width d.
         attention: The attention branch.
-        ffn: The FFN branch: ``SwiGLU`` or ``MoELayer``.
+        ffn: The FFN branch: ``FeedForward`` or ``MoELayer``.
         residual_multiplier: Factor m on both branches.
     """
 
@@ -228,4 +228,13 @@ class Transformer(nn.Module):
         return self.unembedding(self.final_norm(x_BSd))
 
 
-__all__ = ["Attention", "AttentionCore", "Block", "RMSNorm", "RotaryEmbedding", "SwiGLU", "Transformer", "Unembedding"]
+__all__ = [
+    "Attention",
+    "AttentionCore",
+    "Block",
+    "FeedForward",
+    "RMSNorm",
+    "RotaryEmbedding",
+    "Transformer",
+    "Unembedding",
+]

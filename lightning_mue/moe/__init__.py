@@ -2,20 +2,44 @@
 
 from __future__ import annotations
 
-from lightning_mue.moe.balance import LossFreeBalance, router_z_loss, switch_loss, update_balance_bias
+from lightning_mue.moe.balance import (
+    GlobalBatchBalance,
+    LossFreeBalance,
+    load_balancing_loss,
+    router_z_loss,
+    switch_loss,
+    update_balance_bias,
+)
 from lightning_mue.moe.experts import Experts
-from lightning_mue.moe.ffn import SwiGLU
+from lightning_mue.moe.ffn import FeedForward, SwiGLU
 from lightning_mue.moe.layer import MoELayer
+from lightning_mue.moe.parallel import ExpertParallel, clip_grad_norm, parallelize_experts
+from lightning_mue.moe.pretrained import moe_from_transformers
+from lightning_mue.moe.replacing import replace_moe_blocks, transformers_state_dict
 from lightning_mue.moe.router import Router, RoutingInfo
+from lightning_mue.moe.transformers_state import state_dict_from_transformers, state_dict_to_transformers
+from lightning_mue.moe.upcycling import moe_from_ffn
 
 __all__ = [
+    "ExpertParallel",
     "Experts",
+    "FeedForward",
+    "GlobalBatchBalance",
     "LossFreeBalance",
     "MoELayer",
     "Router",
     "RoutingInfo",
     "SwiGLU",
+    "clip_grad_norm",
+    "load_balancing_loss",
+    "moe_from_ffn",
+    "moe_from_transformers",
+    "parallelize_experts",
+    "replace_moe_blocks",
     "router_z_loss",
+    "state_dict_from_transformers",
+    "state_dict_to_transformers",
     "switch_loss",
+    "transformers_state_dict",
     "update_balance_bias",
 ]

@@ -1,6 +1,6 @@
 """Keeping the load even over experts: auxiliary losses, and the loss-free bias update.
 
-Shape legend: T tokens, E experts, K experts per token (top-k).
+Shape legend: T tokens, E experts, K experts per token (top-k), N sequences.
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from lightning_mue.moe.layer import MoELayer
+
+
+#: Over which tokens the switch loss takes the load: see `MoELayer`.
+SCOPES = ("local", "global", "sequence")
 
 
 def switch_loss(logits_TE: Tensor, counts_E: Tensor, top_k: int) -> Tensor:
@@ -29,10 +33,51 @@ def switch_loss(logits_TE: Tensor, counts_E: Tensor, top_k: int) -> Tensor:
     Returns:
         0-dim float32 with a graph to the logits; 0 for no tokens.
     """
-    tokens, n_experts = logits_TE.shape
-    mean_probability_E = logits_TE.float().softmax(-1).sum(0) / max(tokens, 1)
-    fraction_E = counts_E / max(tokens * top_k, 1)
-    return n_experts * (fraction_E * mean_probability_E).sum()
+    probability_sum_1E = logits_TE.float().softmax(-1).sum(0, keepdim=True)
+    return load_balancing_loss(probability_sum_1E, counts_E[None], counts_E.sum(0, keepdim=True) / top_k)
+
+
+def load_balancing_loss(probability_sum_NE: Tensor, counts_NE: Tensor, tokens_N: Tensor) -> Tensor:
+    """The switch loss of each of N sets of tokens, then their mean.
+
+    Args:
+        probability_sum_NE: float32 [N, E], sum over a set's tokens of the softmax of their logits.
+        counts_NE: Assignments of each expert, int64 [N, E]; of these tokens, or of a larger set that f is to describe.
+        tokens_N: How many tokens are summed in `probability_sum_NE`, [N].
+
+    Returns:
+        0-dim float32 with a graph to the probabilities; a set without tokens adds zero.
+    """
+    fraction_NE = counts_NE / counts_NE.sum(-1, keepdim=True).clamp(min=1)
+    mean_probability_NE = probability_sum_NE / tokens_N.clamp(min=1)[:, None]
+    n_sets, n_experts = probability_sum_NE.shape
+    return n_experts * (fraction_NE * mean_probability_NE).sum() / max(n_sets, 1)
+
+
+def global_load(counts_E: Tensor, earlier_E: Tensor | None, top_k: int) -> tuple[Tensor, Tensor]:
+    """The load over all ranks, for the global form of the switch loss (theory.md, 5.4).
+
+    With these as arguments of `load_balancing_loss`, the mean of the ranks' losses is the loss of all their tokens as one
+    batch, in value and gradient.
+
+    Args:
+        counts_E: Assignments of this rank's micro-batch, int64 [E].
+        earlier_E: Of this rank's earlier micro-batches of the optimizer step, or None.
+        top_k: K.
+
+    Returns:
+        Counts over all ranks, [1, E], and the mean over ranks of the tokens of this micro-batch, [1].
+    """
+    stacked_2E = torch.stack([counts_E, counts_E if earlier_E is None else counts_E + earlier_E])
+    ranks = 1
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from torch.distributed._functional_collectives import all_reduce
+
+        group = torch.distributed.group.WORLD
+        assert group is not None
+        ranks = group.size()
+        stacked_2E = all_reduce(stacked_2E, "sum", group)
+    return stacked_2E[1:], stacked_2E[0].sum(0, keepdim=True) / (top_k * ranks)
 
 
 def router_z_loss(logits_TE: Tensor) -> Tensor:
@@ -64,7 +109,74 @@ def update_balance_bias(bias_E: Tensor, counts_E: Tensor, top_k: int, rate: floa
     bias_E.sub_(torch.where(tokens > 0, rate * (load_E - top_k / len(counts_E)), 0.0))
 
 
-class LossFreeBalance(Callback):
+class _PerStep(Callback):
+    """Follows the routing of some of the model's MoE layers from micro-batch to micro-batch of an optimizer step."""
+
+    def __init__(self) -> None:
+        self._layers: dict[str, MoELayer] = {}
+        self._step_before = 0
+
+    def wants(self, layer: MoELayer) -> bool:
+        """Whether a layer is one of them."""
+        raise NotImplementedError
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the layers; their names no longer change."""
+        from lightning_mue.moe.layer import MoELayer
+
+        self._layers = {
+            name: module
+            for name, module in pl_module.named_modules()
+            if isinstance(module, MoELayer) and self.wants(module)
+        }
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Forget earlier routings, so that a layer which this micro-batch skips is not counted twice."""
+        self._step_before = trainer.global_step
+        for layer in self._layers.values():
+            layer.last_routing = None
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let go of the model."""
+        self._layers = {}
+
+
+class GlobalBatchBalance(_PerStep):
+    """Let the switch loss of layers with ``balance_scope="global"`` see all micro-batches of an optimizer step so far.
+
+    Without this callback, and without gradient accumulation, the load is that of the current micro-batch of all ranks.
+    Counts of an unfinished accumulation are not saved.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(
+        ...     callbacks=[GlobalBatchBalance()], accumulate_grad_batches=4, logger=False, enable_checkpointing=False
+        ... )
+    """
+
+    def wants(self, layer: MoELayer) -> bool:
+        """Those whose switch loss is global."""
+        return layer.balance == "switch" and layer.balance_scope == "global"
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Hand this micro-batch's counts to the next one, or begin anew if the optimizer stepped."""
+        for layer in self._layers.values():
+            if trainer.global_step > self._step_before:
+                layer.earlier_counts = None
+            elif layer.last_routing is not None:
+                counts_E, earlier_E = layer.last_routing.counts, layer.earlier_counts
+                layer.earlier_counts = counts_E if earlier_E is None else earlier_E + counts_E
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the counts of an unfinished accumulation."""
+        for layer in self._layers.values():
+            layer.earlier_counts = None
+        super().on_train_end(trainer, pl_module)
+
+
+class LossFreeBalance(_PerStep):
     """Update the balance bias of every `MoELayer` with ``balance="bias"`` after each optimizer step.
 
     Counts add up over the micro-batches of a step and over ranks, with one collective a step for all layers together.
@@ -77,25 +189,12 @@ class LossFreeBalance(Callback):
     """
 
     def __init__(self) -> None:
-        self._layers: dict[str, MoELayer] = {}
+        super().__init__()
         self._pending: dict[str, Tensor] = {}
-        self._step_before = 0
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the layers; their names no longer change."""
-        from lightning_mue.moe.layer import MoELayer
-
-        self._layers = {
-            name: module
-            for name, module in pl_module.named_modules()
-            if isinstance(module, MoELayer) and module.balance == "bias"
-        }
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Forget earlier routings, so that a layer which this micro-batch skips is not counted twice."""
-        self._step_before = trainer.global_step
-        for layer in self._layers.values():
-            layer.last_routing = None
+    def wants(self, layer: MoELayer) -> bool:
+        """Those that are balanced by their bias."""
+        return layer.balance == "bias"
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -107,10 +206,6 @@ class LossFreeBalance(Callback):
             self._pending[name] = pending if layer.last_routing is None else pending + layer.last_routing.counts
         if self._layers and trainer.global_step > self._step_before:
             self._update(trainer)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let go of the model."""
-        self._layers = {}
 
     def state_dict(self) -> dict[str, Any]:
         """The counts not yet applied, by layer name, as plain tensors."""

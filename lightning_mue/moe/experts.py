@@ -1,68 +1,96 @@
-"""The routed experts: E SwiGLU networks held as three stacked weights, dropless.
+"""The routed experts: E feed-forward networks held as stacked weights, dropless.
 
-Shape legend: T tokens, d width, h expert hidden width, E experts, K experts per token (top-k).
+Shape legend: T tokens, d width, h expert hidden width, E experts, K experts per token (top-k), S assignments.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_mue.kernels.activations import ACTIVATIONS
+from lightning_mue.kernels.backends import BACKENDS
+from lightning_mue.kernels.dispatch import DispatchPlan
+from lightning_mue.kernels.grouped_ffn import activation_memory, grouped_ffn
 from lightning_mue.moe import _autocast
-from lightning_mue.moe._checks import require_non_negative, require_positive
-from lightning_mue.moe.dispatch import plan_dispatch
-from lightning_mue.moe.grouped import grouped_swiglu
+from lightning_mue.moe._checks import require_choice, require_non_negative, require_positive
+from lightning_mue.moe.ffn import make_parameters, reset_parameters
 from lightning_mue.moe.router import RoutingInfo
 from lightning_mue.parameterizations.roles import Role
 
+if TYPE_CHECKING:
+    from lightning_mue.moe.parallel import ExpertParallel
+
 
 class Experts(nn.Module):
-    """E SwiGLU experts; every token gets all of the experts it was routed to, no token is dropped.
+    """E experts; every token gets all of the experts it was routed to, no token is dropped.
 
-    ``y_t = sum_k gates[t, k] * E_i(x_t)`` with ``i = expert_ids[t, k]`` and
-    ``E_i(x) = (silu(x w_gate_i^T) * (x w_up_i^T)) w_down_i^T``. GEMMs run in x's dtype (under autocast, in
-    autocast's); the sum over k is taken in float32. Repeating a call on as many
-    threads gives the same bits.
+    ``y_t = sum_k gates[t, k] * E_i(x_t)`` with ``i = expert_ids[t, k]`` and each E_i as `FeedForward`. GEMMs run in x's
+    dtype (under autocast, in autocast's); the sum over k is taken in float32. Repeating a call on as many threads gives
+    the same bits.
 
     Args:
         width: d, size of the input and of the output.
         expert_width: h, hidden width of one expert.
         n_experts: E.
+        activation: As for `FeedForward`.
+        bias: Whether each expert has biases, zero at first.
+        backend: "auto", "triton", "grouped_mm" or "torch": see `lightning_mue.kernels.backends`. Equal up to rounding.
         init_std: Standard deviation of the initial weights; None: ``fan_in^-1/2`` of each.
 
+    Attributes:
+        parallel: How the experts are shared out over ranks, or None (`parallelize_experts` sets it).
+
     Raises:
-        ValueError: A size is below 1, or `init_std` is negative.
+        ValueError: A size is below 1, `init_std` is negative, or the activation or backend is unknown.
     """
 
-    mue_roles: ClassVar[dict[str, Role]] = {
-        "w_gate": Role.EXPERT_UP,
-        "w_up": Role.EXPERT_UP,
-        "w_down": Role.EXPERT_DOWN,
-    }
+    w_gate: nn.Parameter | None
+    w_up: nn.Parameter
+    w_down: nn.Parameter
+    b_gate: nn.Parameter | None
+    b_up: nn.Parameter | None
+    b_down: nn.Parameter | None
 
-    def __init__(self, width: int, expert_width: int, n_experts: int, *, init_std: float | None = 0.02) -> None:
+    def __init__(
+        self,
+        width: int,
+        expert_width: int,
+        n_experts: int,
+        *,
+        activation: str = "swiglu",
+        bias: bool = False,
+        backend: str = "auto",
+        init_std: float | None = 0.02,
+    ) -> None:
         super().__init__()
         require_positive(width=width, expert_width=expert_width, n_experts=n_experts)
         require_non_negative(init_std=init_std or 0.0)
+        require_choice("activation", activation, tuple(ACTIVATIONS))
+        require_choice("backend", backend, BACKENDS)
         self.width, self.expert_width, self.n_experts, self.init_std = width, expert_width, n_experts, init_std
-        self.w_gate = nn.Parameter(torch.empty(n_experts, expert_width, width))
-        self.w_up = nn.Parameter(torch.empty(n_experts, expert_width, width))
-        self.w_down = nn.Parameter(torch.empty(n_experts, width, expert_width))
+        self.activation, self.bias, self.backend = activation, bias, backend
+        self.parallel: ExpertParallel | None = None
+        self.mue_roles = make_parameters(
+            self, (n_experts,), width, expert_width, activation, bias=bias, up=Role.EXPERT_UP, down=Role.EXPERT_DOWN
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights anew."""
-        for weight in self.parameters(recurse=False):
-            nn.init.normal_(weight, std=weight.shape[-1] ** -0.5 if self.init_std is None else self.init_std)
+        """Draw the weights anew and clear the biases."""
+        reset_parameters(self, self.init_std)
 
-    def forward(self, x_Td: Tensor, routing: RoutingInfo) -> Tensor:
+    def forward(self, x_Td: Tensor, routing: RoutingInfo, overlap: Callable[[], Tensor] | None = None) -> Tensor:
         """Apply to each token the experts it was routed to.
 
         Args:
             x_Td: [T, d], of the weights' dtype unless autocast is on.
             routing: As `Router` returns it. Gradients flow to its gates.
+            overlap: Makes a tensor [T, d] that is added to the output; under expert parallelism while the tokens travel.
 
         Returns:
             [T, d], of x's dtype. An expert without tokens gets a zero gradient.
@@ -70,18 +98,87 @@ class Experts(nn.Module):
         Raises:
             TypeError: x and the weights differ in dtype and autocast is off.
         """
-        dtype = _autocast.compute_dtype(x_Td) or x_Td.dtype
-        if dtype != self.w_gate.dtype and _autocast.compute_dtype(x_Td) is None:
-            raise TypeError(
-                f"x is {dtype}, but the experts' weights are {self.w_gate.dtype}. Convert one of them, or run under "
-                "torch.autocast (Lightning: Trainer(precision='bf16-mixed'))."
-            )
-        plan = plan_dispatch(routing.expert_ids, routing.counts)
-        weights = [w.to(dtype) for w in (self.w_gate, self.w_up, self.w_down)]
-        gates_TK = routing.gates.to(torch.promote_types(dtype, torch.float32))
-        y_Td: Tensor = grouped_swiglu(x_Td.to(dtype), gates_TK, *weights, plan.order, plan.inverse, routing.counts)[0]
+        if self.parallel is not None:
+            return self.parallel.forward(self, x_Td, routing, overlap)
+        plan = routing.plan(self.backend)
+        y_Td = self.compute(x_Td, routing.assignment_gates(plan), plan)
+        return y_Td if overlap is None else (y_Td + overlap()).to(x_Td.dtype)
+
+    def compute(self, x_Td: Tensor, gates: Tensor, plan: DispatchPlan) -> Tensor:
+        """The gate-weighted sum of this module's experts under a plan.
+
+        Args:
+            x_Td: [T, d].
+            gates: Of `plan.inverse`'s shape, float32 or float64.
+            plan: Whose experts are those that this module holds.
+
+        Returns:
+            [T, d], of x's dtype.
+
+        Raises:
+            TypeError: x and the weights differ in dtype and autocast is off.
+        """
+        dtype = self._compute_dtype(x_Td)
+        gates = gates.to(torch.promote_types(dtype, torch.float32))
+        w_gate, w_up, w_down, b_gate, b_up, b_down = (
+            self._own(weight, dtype)
+            for weight in (self.w_gate, self.w_up, self.w_down, self.b_gate, self.b_up, self.b_down)
+        )
+        y_Td = grouped_ffn(
+            x_Td.to(dtype),
+            gates,
+            w_up,
+            w_down,
+            plan,
+            w_gate=w_gate,
+            b_gate=b_gate,
+            b_up=b_up,
+            activation=self.activation,
+            backend=self.backend,
+        )
+        if b_down is not None:
+            y_Td = y_Td + _mixed_biases(b_down, gates, plan).to(dtype)
         return y_Td.to(x_Td.dtype)
 
+    def activation_memory(self, top_k: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:
+        """Bytes per token that a training step keeps for the backward pass, by what they are for.
+
+        Args:
+            top_k: K.
+            dtype: Type of the GEMMs.
+        """
+        parts = activation_memory(self.width, self.expert_width, top_k, self.activation, dtype)
+        if self.parallel is not None:  # the rows that were received are kept, K copies of d in place of x
+            parts["total"] += parts["input"] * (top_k - 1)
+            parts["input"] *= top_k
+        return parts
+
     def extra_repr(self) -> str:
-        """The sizes, for `print(module)`."""
-        return f"{self.width}, expert_width={self.expert_width}, n_experts={self.n_experts}"
+        """The settings, for `print(module)`."""
+        settings = f"{self.width}, expert_width={self.expert_width}, n_experts={self.n_experts}, {self.activation}"
+        return f"{settings}{', bias' if self.bias else ''}, backend={self.backend}"
+
+    def _own(self, weight: Tensor | None, dtype: torch.dtype) -> Any:
+        """This rank's experts, where they are shared out over ranks, in the type of the GEMMs; None stays None."""
+        if weight is None:
+            return None
+        return (weight if self.parallel is None else self.parallel.local(weight)).to(dtype)
+
+    def _compute_dtype(self, x_Td: Tensor) -> torch.dtype:
+        dtype = _autocast.compute_dtype(x_Td)
+        if dtype is None and x_Td.dtype != self.w_up.dtype:
+            raise TypeError(
+                f"x is {x_Td.dtype}, but the experts' weights are {self.w_up.dtype}. Convert one of them, or run under "
+                "torch.autocast (Lightning: Trainer(precision='bf16-mixed'))."
+            )
+        return dtype or x_Td.dtype
+
+
+def _mixed_biases(b_down_Ed: Tensor, gates: Tensor, plan: DispatchPlan) -> Tensor:
+    """``sum_k gates[t, k] b_down[expert of (t, k)]``: [T, d], of the gates' dtype."""
+    expert_S = torch.searchsorted(plan.offsets[1:], plan.inverse.flatten(), right=True, out_int32=True)
+    # Assignments to no expert read a row of zeros, as the last row.
+    table = F.pad(b_down_Ed.to(gates.dtype), (0, 0, 0, 1))
+    if plan.bags is None:
+        return F.embedding_bag(expert_S.view_as(gates), table, mode="sum", per_sample_weights=gates)
+    return F.embedding_bag(expert_S, table, plan.bags, mode="sum", per_sample_weights=gates, include_last_offset=True)

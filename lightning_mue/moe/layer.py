@@ -1,12 +1,13 @@
 """The Mixture-of-Experts layer: router, routed experts, optional shared expert, balance.
 
-Shape legend: T tokens, d width, E experts, K experts per token (top-k).
+Shape legend: T tokens, d width, h expert hidden width, E experts, K experts per token (top-k).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -16,10 +17,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_mue.moe._checks import require_choice, require_non_negative, require_positive
-from lightning_mue.moe.balance import LossFreeBalance, router_z_loss, switch_loss
+from lightning_mue.moe.balance import (
+    SCOPES,
+    GlobalBatchBalance,
+    LossFreeBalance,
+    global_load,
+    load_balancing_loss,
+)
 from lightning_mue.moe.experts import Experts
-from lightning_mue.moe.ffn import SwiGLU
+from lightning_mue.moe.ffn import FeedForward
 from lightning_mue.moe.router import Router, RoutingInfo
+from lightning_mue.parameterizations.modules import tag_roles
+from lightning_mue.parameterizations.roles import Role
 
 BALANCES = ("none", "switch", "bias")
 
@@ -33,21 +42,31 @@ class MoELayer(LightningModule):
 
     Args:
         width: d, size of the input and of the output.
-        expert_width: Hidden width of one routed expert.
+        expert_width: h, hidden width of one routed expert.
         n_experts: E, routed experts.
-        top_k: K, routed experts per token.
-        shared_width: Hidden width of the shared expert that every token passes; 0 for none.
+        top_k: K, routed experts per token (in expert choice: on average).
+        activation: Of every expert, shared ones too; as for `FeedForward`.
+        bias: Whether every expert has biases.
+        shared_width: Hidden width of the shared expert that every token passes; 0 for none. Several shared experts are
+            one of their total width.
+        shared_gate: Whether the shared expert's output is multiplied by ``sigmoid(x w^T)`` (Qwen2-MoE).
         scoring: As for `Router`.
         gate: As for `Router`, "linear" or "sqrt".
+        choice: As for `Router`, "token" or "expert".
+        jitter: As for `Router`.
         route_scale: Constant multiplier of the routed sum.
         balance: "switch" (auxiliary loss), "bias" (loss-free: needs the callback `LossFreeBalance`, which a layer
             trained alone brings along) or "none".
+        balance_scope: Over which tokens the switch loss takes the load: "local" (this rank's micro-batch), "global" (all
+            ranks' micro-batches; all micro-batches of an optimizer step with the callback `GlobalBatchBalance`) or
+            "sequence" (each sequence by itself, then the mean: arXiv:2412.19437).
         aux_loss_coef: Weight of the Switch loss, used when `balance` is "switch".
         z_loss_coef: Weight of the router z-loss.
         bias_update_rate: Step size of the balance bias, used when `balance` is "bias".
         init_std: Standard deviation of the initial weights; None: ``fan_in^-1/2`` of each.
         router_init_std: The router's; `init_std` if None.
         n_groups: Groups of experts with equally many active experts each, as for `Router`; 1: free choice.
+        backend: Of the kernels: "auto", "triton", "grouped_mm" or "torch"; equal up to rounding.
         optimizer: For training alone: from parameters to an optimizer; AdamW with learning rate 1e-3 if None.
 
     Attributes:
@@ -77,21 +96,29 @@ class MoELayer(LightningModule):
         n_experts: int,
         top_k: int = 2,
         *,
+        activation: str = "swiglu",
+        bias: bool = False,
         shared_width: int = 0,
+        shared_gate: bool = False,
         scoring: str = "topk-softmax",
         gate: str = "linear",
+        choice: str = "token",
+        jitter: float = 0.0,
         route_scale: float = 1.0,
         balance: str = "switch",
+        balance_scope: str = "local",
         aux_loss_coef: float = 0.01,
         z_loss_coef: float = 0.0,
         bias_update_rate: float = 0.001,
         init_std: float | None = 0.02,
         router_init_std: float | None = None,
         n_groups: int = 1,
+        backend: str = "auto",
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
     ) -> None:
         super().__init__()
         require_choice("balance", balance, BALANCES)
+        require_choice("balance_scope", balance_scope, SCOPES)
         require_non_negative(
             shared_width=shared_width,
             aux_loss_coef=aux_loss_coef,
@@ -99,44 +126,78 @@ class MoELayer(LightningModule):
             bias_update_rate=bias_update_rate,
         )
         require_positive(width=width, expert_width=expert_width)
+        _require_consistent(choice, balance, shared_width, shared_gate=shared_gate)
         self.save_hyperparameters(ignore=["optimizer"])
-        router_std = init_std if router_init_std is None else router_init_std
         self.router = Router(
-            width, n_experts, top_k, scoring=scoring, gate=gate, init_std=router_std, n_groups=n_groups
+            width,
+            n_experts,
+            top_k,
+            scoring=scoring,
+            gate=gate,
+            init_std=init_std if router_init_std is None else router_init_std,
+            n_groups=n_groups,
+            choice=choice,
+            jitter=jitter,
+            backend=backend,
         )
-        self.experts = Experts(width, expert_width, n_experts, init_std=init_std)
-        self.shared = SwiGLU(width, shared_width, shared=True, init_std=init_std) if shared_width else None
+        network: dict[str, Any] = {"activation": activation, "bias": bias, "init_std": init_std}
+        self.experts = Experts(width, expert_width, n_experts, backend=backend, **network)
+        self.shared = FeedForward(width, shared_width, shared=True, **network) if shared_width else None
+        self.shared_gate = nn.Linear(width, 1, bias=False) if shared_gate else None
+        if self.shared_gate is not None:
+            self.shared_gate.mue_roles = {"weight": Role.ROUTER}  # type: ignore[assignment]
         self.width, self.route_scale, self.output_multiplier = width, float(route_scale), 1.0
-        self.balance, self.bias_update_rate = balance, bias_update_rate
+        self.balance, self.balance_scope, self.bias_update_rate = balance, balance_scope, bias_update_rate
         self.aux_loss_coef, self.z_loss_coef = (aux_loss_coef if balance == "switch" else 0.0), z_loss_coef
+        self.earlier_counts: Tensor | None = None
         self.last_routing: RoutingInfo | None = None
         self.aux_loss = torch.zeros(())
         self._make_optimizer = optimizer
+        tag_roles(self)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Map [..., d] to [..., d], in x's dtype.
 
+        Args:
+            x: Tokens.
+            mask: bool [...], False for padding: such a token passes no routed expert (its output is the shared expert's,
+                else zero) and does not count in the load or in `aux_loss`. None: all tokens count.
+
         Raises:
-            ValueError: The last dimension of x is not `width`.
+            ValueError: The last dimension of x is not `width`, or the mask has another shape than x's tokens.
+            TypeError: The mask is not boolean.
         """
         if x.shape[-1] != self.width:
             raise ValueError(f"x has shape {tuple(x.shape)}, but its last dimension must be width={self.width}.")
         x_Td = x.reshape(-1, self.width)
-        routing = self.router(x_Td)
+        sequences = math.prod(x.shape[:-2]) if self.balance_scope == "sequence" else 1
+        routing = self.router(x_Td, _flat(mask, x), n_sequences=sequences)
         scale = self.output_multiplier
         if self.router.gate == "sqrt" and self.shared is not None:
             scale *= math.sqrt(0.5)
         # Scaling the K gates of a token costs nothing beside scaling its d outputs.
-        scaled = RoutingInfo(
-            routing.expert_ids, routing.gates * (scale * self.route_scale), routing.logits, routing.counts
-        )
-        y_Td = self.experts(x_Td, scaled)
-        if self.shared is not None:
-            y_Td = (y_Td + scale * self.shared(x_Td)).to(x.dtype)
+        scaled = replace(routing, gates=routing.gates * (scale * self.route_scale))
+        y_Td = self.experts(x_Td, scaled, None if self.shared is None else lambda: scale * self._shared_output(x_Td))
         self.aux_loss = self._auxiliary_loss(routing)
         self.last_routing = routing.detach()
         y: Tensor = y_Td.view_as(x)
         return y
+
+    @classmethod
+    def from_ffn(
+        cls, module: nn.Module | Sequence[nn.Module], n_experts: int, top_k: int = 2, **arguments: Any
+    ) -> MoELayer:
+        """Upcycle a dense feed-forward network: see `lightning_mue.moe.upcycling.moe_from_ffn` for the arguments."""
+        from lightning_mue.moe.upcycling import moe_from_ffn
+
+        return moe_from_ffn(module, n_experts, top_k, layer_class=cls, **arguments)
+
+    @classmethod
+    def from_pretrained_block(cls, block: nn.Module, **arguments: Any) -> MoELayer:
+        """A layer equal to a transformers MoE block: see `lightning_mue.moe.pretrained.moe_from_transformers`."""
+        from lightning_mue.moe.pretrained import moe_from_transformers
+
+        return moe_from_transformers(block, layer_class=cls, **arguments)
 
     @property
     def n_experts(self) -> int:
@@ -164,6 +225,22 @@ class MoELayer(LightningModule):
         shared_width = 0 if self.shared is None else self.shared.hidden_width
         return self.router.top_k * self.experts.expert_width + shared_width
 
+    def activation_memory(self, dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:
+        """Bytes per token that a training step keeps for the backward pass, by what they are for.
+
+        "input", "pre_activations" and "routing" are the experts' (`grouped_ffn`): the least that a backward pass can do
+        with is 2d + 4Kh in bfloat16 for gated experts. "router" are its float32 logits with their logsumexp, the chosen ids
+        and their gates, "shared" the shared expert's activations, "total" all of them.
+
+        Args:
+            dtype: Type of the GEMMs.
+        """
+        parts = self.experts.activation_memory(self.top_k, dtype)
+        parts["router"] = 4 * (self.n_experts + 1) + 12 * self.top_k
+        if self.shared is not None:
+            parts["shared"] = (4 if self.shared.w_gate is not None else 2) * self.shared.hidden_width * dtype.itemsize
+        return {**parts, "total": sum(value for name, value in parts.items() if name != "total")}
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Mean squared error to the target, plus the auxiliary loss."""
         x, target = batch
@@ -179,16 +256,54 @@ class MoELayer(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """The balance update, where the layer needs it."""
+        if self.balance == "switch" and self.balance_scope == "global":
+            return [GlobalBatchBalance()]
         return [LossFreeBalance()] if self.balance == "bias" else []
+
+    def _shared_output(self, x_Td: Tensor) -> Tensor:
+        assert self.shared is not None
+        y_Td: Tensor = self.shared(x_Td)
+        return y_Td if self.shared_gate is None else torch.sigmoid(self.shared_gate(x_Td)) * y_Td
 
     def _auxiliary_loss(self, routing: RoutingInfo) -> Tensor:
         loss = routing.logits.new_zeros(())
         if self.training and self.aux_loss_coef:
-            loss = loss + self.aux_loss_coef * switch_loss(routing.logits, routing.counts, self.router.top_k)
+            loss = loss + self.aux_loss_coef * self._switch_loss(routing)
         if self.training and self.z_loss_coef:
-            loss = loss + self.z_loss_coef * router_z_loss(routing.logits)
+            loss = loss + self.z_loss_coef * routing.mean_z()
         return loss
+
+    def _switch_loss(self, routing: RoutingInfo) -> Tensor:
+        counts_NE, probability_sum_NE = routing.sequence_counts, routing.probability_sum
+        assert counts_NE is not None
+        assert probability_sum_NE is not None
+        if self.balance_scope == "global":
+            return load_balancing_loss(
+                probability_sum_NE, *global_load(routing.counts, self.earlier_counts, self.top_k)
+            )
+        return load_balancing_loss(probability_sum_NE, counts_NE, counts_NE.sum(-1) / self.top_k)
 
     def __getstate__(self) -> dict[str, Any]:
         # A tensor with a graph can be neither copied nor pickled, and a copy has not run anything yet.
-        return {**super().__getstate__(), "last_routing": None, "aux_loss": torch.zeros(())}
+        return {**super().__getstate__(), "last_routing": None, "earlier_counts": None, "aux_loss": torch.zeros(())}
+
+
+def _require_consistent(choice: str, balance: str, shared_width: int, *, shared_gate: bool) -> None:
+    if choice == "expert" and balance != "none":
+        raise ValueError(
+            f"balance is {balance!r}, but with choice='expert' every expert takes equally many tokens anyway. Set "
+            "balance='none'."
+        )
+    if shared_gate and not shared_width:
+        raise ValueError("shared_gate is true, but shared_width is 0: there is no shared expert. Give it a width.")
+
+
+def _flat(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """The mask of x's tokens as [T]."""
+    if mask is None:
+        return None
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be boolean, True for tokens that count; found {mask.dtype}. Use mask.bool().")
+    if mask.shape != x.shape[:-1]:
+        raise ValueError(f"mask has shape {tuple(mask.shape)}, but x has tokens of shape {tuple(x.shape[:-1])}.")
+    return mask.reshape(-1)

@@ -1,23 +1,26 @@
 """Routing: which experts each token goes to, and with what weight.
 
-Shape legend: T tokens, d width, E experts, K experts per token (top-k), G groups of experts, e = E / G, c = K / G.
+Shape legend: T tokens, d width, E experts, K experts per token (top-k), C tokens per expert (expert choice), N sequences.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_mue.kernels.backends import BACKENDS
+from lightning_mue.kernels.dispatch import DispatchPlan, plan_dispatch, plan_expert_choice
+from lightning_mue.kernels.routing import GATES, SCORINGS, route, router_logits
 from lightning_mue.moe import _autocast
 from lightning_mue.moe._checks import require_choice, require_non_negative, require_positive
+from lightning_mue.moe._mesh import normal_
 from lightning_mue.parameterizations.roles import Role
 
-SCORINGS = ("softmax-topk", "topk-softmax", "sigmoid", "sigmoid-normalized")
-GATES = ("linear", "sqrt")
+CHOICES = ("token", "expert")
 
 
 @dataclass(frozen=True)
@@ -25,20 +28,57 @@ class RoutingInfo:
     """One routing decision for T tokens.
 
     Attributes:
-        expert_ids: int64 [T, K], the chosen experts, all different, by descending selection score.
-        gates: float32 [T, K], the weight of each chosen expert.
+        expert_ids: int64 [T, K], the chosen experts, all different, by descending selection score; E for a masked token.
+            In expert choice int64 [E, C]: row e is e everywhere.
+        gates: float32 [T, K] (or [E, C]), the weight of each assignment; 0 for a masked token.
         logits: float32 [T, E], the router's raw scores.
-        counts: int64 [E], how many of the T * K assignments went to each expert.
+        counts: int64 [E], how many assignments went to each expert; masked tokens are not counted.
+        mask: bool [T], False for tokens that take no part; None: all do.
+        token_ids: In expert choice int64 [E, C], the tokens that each expert chose; else None.
+        sequence_counts: int64 [N, E], `counts` by sequence; None in expert choice, as are the next two.
+        probability_sum: float32 [N, E], sum of the softmax of the logits over a sequence's tokens.
+        z_sum: float32 [N], sum of ``logsumexp(logits)^2`` over a sequence's tokens.
     """
 
     expert_ids: Tensor
     gates: Tensor
     logits: Tensor
     counts: Tensor
+    mask: Tensor | None = None
+    token_ids: Tensor | None = None
+    sequence_counts: Tensor | None = None
+    probability_sum: Tensor | None = None
+    z_sum: Tensor | None = None
 
     def detach(self) -> RoutingInfo:
         """The same decision without its graph."""
-        return RoutingInfo(self.expert_ids, self.gates.detach(), self.logits.detach(), self.counts)
+        return replace(
+            self,
+            gates=self.gates.detach(),
+            logits=self.logits.detach(),
+            probability_sum=None if self.probability_sum is None else self.probability_sum.detach(),
+            z_sum=None if self.z_sum is None else self.z_sum.detach(),
+        )
+
+    def mean_z(self) -> Tensor:
+        """The mean over tokens of ``logsumexp(logits)^2``, 0-dim float32 with a graph; 0 for no tokens."""
+        if self.z_sum is not None:
+            total = self.z_sum.sum()
+        else:
+            z_T = self.logits.logsumexp(-1).square()
+            total = (z_T if self.mask is None else z_T.masked_fill(~self.mask, 0)).sum()
+        return total / (max(len(self.logits), 1) if self.mask is None else self.mask.sum().clamp(min=1))
+
+    def plan(self, backend: str = "auto") -> DispatchPlan:
+        """The order in which the experts' rows lie. No host synchronization."""
+        if self.token_ids is not None:
+            return plan_expert_choice(self.token_ids, len(self.logits))
+        return plan_dispatch(self.expert_ids, self.counts, backend=backend)
+
+    def assignment_gates(self, plan: DispatchPlan) -> Tensor:
+        """The gates in the order of the plan's assignments: of `plan.inverse`'s shape."""
+        # In expert choice they are given in the order of rows.
+        return self.gates if self.token_ids is None else self.gates.flatten()[plan.inverse]
 
 
 def require_groups(n_groups: int, n_experts: int, top_k: int, name: str = "n_groups") -> None:
@@ -66,7 +106,8 @@ def require_groups(n_groups: int, n_experts: int, top_k: int, name: str = "n_gro
 class Router(nn.Module):
     """Linear router with top-k selection. Everything is computed in float32, under autocast too.
 
-    With logits ``g = x W^T`` and the chosen set A, the k experts of highest ``score + balance_bias``:
+    With logits ``g = x W^T`` and the chosen set A, the k experts of highest ``score + balance_bias`` (of equal ones, the
+    one with the lower index):
 
     | scoring              | score for selection | gate of i in A                  |
     |----------------------|---------------------|---------------------------------|
@@ -83,14 +124,22 @@ class Router(nn.Module):
     With ``n_groups`` G > 1 the chosen set is group-balanced (arXiv:2605.23893): experts ``g E/G`` to ``(g+1) E/G`` form
     group g, and of each group the K/G experts of highest score are chosen. Gates are normalized over the whole set.
 
+    With ``choice="expert"`` every expert chooses its ``ceil(T K / E)`` tokens of highest score instead (arXiv:2202.09368):
+    balanced by construction, a token gets K experts on average. A token's route then depends on the other tokens of
+    the batch, those that come later in its sequence included: not for models that generate token by token.
+
     Args:
         width: d, size of a token.
         n_experts: E.
         top_k: K, experts per token, 1 to E.
-        scoring: A row of the table above.
+        scoring: A row of the table above. Expert choice: "softmax-topk" or "sigmoid".
         gate: "linear" or "sqrt".
         init_std: Standard deviation of the initial weight; None: ``width^-1/2``. Zero is accepted only if every expert is active.
         n_groups: G, groups of equal size with equally many active experts each; divides E and K. 1: free choice.
+        choice: "token" or "expert".
+        jitter: In training, each entry of the input is multiplied by a uniform draw from ``[1 - jitter, 1 + jitter]``
+            (arXiv:2101.03961); 0 for none, below 1.
+        backend: As for `Experts`.
 
     Raises:
         ValueError: An argument is out of range; the message names it.
@@ -110,18 +159,27 @@ class Router(nn.Module):
         gate: str = "linear",
         init_std: float | None = 0.02,
         n_groups: int = 1,
+        choice: str = "token",
+        jitter: float = 0.0,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         require_positive(width=width, n_experts=n_experts, top_k=top_k, n_groups=n_groups)
-        require_non_negative(init_std=init_std or 0.0)
+        require_non_negative(init_std=init_std or 0.0, jitter=jitter)
         require_choice("scoring", scoring, SCORINGS)
         require_choice("gate", gate, GATES)
+        require_choice("choice", choice, CHOICES)
+        require_choice("backend", backend, BACKENDS)
         if top_k > n_experts:
             raise ValueError(
                 f"top_k is {top_k}, but n_experts is {n_experts}: a token cannot choose more experts than there are. "
                 f"Lower top_k to at most {n_experts}, or add experts."
             )
+        if jitter >= 1:
+            raise ValueError(f"jitter is {jitter}, but it must be below 1 (0.01 is usual).")
         require_groups(n_groups, n_experts, top_k)
+        if choice == "expert":
+            _require_expert_choice(scoring, n_groups)
         if init_std == 0 and top_k < n_experts:
             raise ValueError(
                 f"The router's init_std (router_init_std of MoELayer) is 0 with top_k={top_k} of n_experts={n_experts}: "
@@ -130,60 +188,84 @@ class Router(nn.Module):
             )
         self.width, self.n_experts, self.top_k = width, n_experts, top_k
         self.scoring, self.gate, self.init_std, self.n_groups = scoring, gate, init_std, n_groups
+        self.choice, self.jitter, self.backend = choice, jitter, backend
         self.weight = nn.Parameter(torch.empty(n_experts, width))
         self.register_buffer("balance_bias", torch.empty(n_experts, dtype=torch.float32))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw the weight anew and clear the balance bias."""
-        nn.init.normal_(self.weight, std=self.width**-0.5 if self.init_std is None else self.init_std)
+        normal_(self.weight, self.width**-0.5 if self.init_std is None else self.init_std)
         nn.init.zeros_(self.balance_bias)
 
-    def forward(self, x_Td: Tensor) -> RoutingInfo:
+    def forward(self, x_Td: Tensor, mask_T: Tensor | None = None, *, n_sequences: int = 1) -> RoutingInfo:
         """Route each token.
 
         Args:
             x_Td: [T, d], any floating dtype; T may be zero.
+            mask_T: bool [T], False for tokens that take no part (padding): they are sent to no expert and count nowhere.
+            n_sequences: N; the tokens are N sequences of T / N tokens, one after the other.
 
         Returns:
-            The routing. `gates` and `logits` carry gradients.
+            The routing. `gates`, `logits`, `probability_sum` and `z_sum` carry gradients.
         """
+        if self.jitter and self.training:
+            x_Td = x_Td * torch.empty_like(x_Td).uniform_(1 - self.jitter, 1 + self.jitter)
         with _autocast.disabled(x_Td.device.type):
-            logits_TE = F.linear(x_Td.float(), self.weight.float())
-            expert_ids_TK = self._select(logits_TE.detach())
-            log_gates_TK = self._log_gates(logits_TE, expert_ids_TK)
-            # In log space the square root has a finite gradient even where the gate underflows to zero.
-            gates_TK = torch.exp(log_gates_TK if self.gate == "linear" else 0.5 * log_gates_TK)
-            ids = expert_ids_TK.flatten()
-            # What bincount does, but of a shape that is known before it runs: compiles without a graph break.
-            counts_E = ids.new_zeros(self.n_experts).scatter_add_(0, ids, torch.ones_like(ids))
-        return RoutingInfo(expert_ids_TK, gates_TK, logits_TE, counts_E)
+            logits_TE = router_logits(x_Td, self.weight)
+            if self.choice == "expert":
+                return self._route_by_expert(logits_TE, mask_T)
+            routed = route(
+                logits_TE,
+                self.balance_bias,
+                top_k=self.top_k,
+                scoring=self.scoring,
+                gate=self.gate,
+                n_groups=self.n_groups,
+                mask_T=mask_T,
+                n_sequences=n_sequences,
+                backend=self.backend,
+            )
+        return RoutingInfo(
+            routed.expert_ids,
+            routed.gates,
+            logits_TE,
+            routed.counts.sum(0),
+            mask=mask_T,
+            sequence_counts=routed.counts,
+            probability_sum=routed.probability_sum,
+            z_sum=routed.z_sum,
+        )
 
     def extra_repr(self) -> str:
         """The settings, for `print(module)`."""
         groups = f", n_groups={self.n_groups}" if self.n_groups > 1 else ""
-        return f"{self.width}, n_experts={self.n_experts}, top_k={self.top_k}, {self.scoring}, gate={self.gate}{groups}"
+        choice = ", choice=expert" if self.choice == "expert" else ""
+        return (
+            f"{self.width}, n_experts={self.n_experts}, top_k={self.top_k}, {self.scoring}, gate={self.gate}"
+            f"{groups}{choice}"
+        )
 
-    def _select(self, logits_TE: Tensor) -> Tensor:
-        scores_TE = logits_TE.sigmoid() if self.scoring.startswith("sigmoid") else logits_TE.softmax(-1)
-        scores_TE = scores_TE + self.balance_bias
-        if self.n_groups == 1:
-            return torch.topk(scores_TE, self.top_k).indices
-        size = self.n_experts // self.n_groups
-        best_TGc = torch.topk(scores_TE.unflatten(-1, (self.n_groups, size)), self.top_k // self.n_groups)
-        first_G1 = size * torch.arange(self.n_groups, device=scores_TE.device)[:, None]
-        # The whole set by descending score, as without groups; stable, so that ties do not depend on the device.
-        order_TK = best_TGc.values.flatten(1).argsort(dim=-1, descending=True, stable=True)
-        return (best_TGc.indices + first_G1).flatten(1).gather(1, order_TK)
-
-    def _log_gates(self, logits_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
-        chosen_TK = logits_TE.gather(1, expert_ids_TK)
-        if self.scoring == "softmax-topk":
-            return chosen_TK - logits_TE.logsumexp(-1, keepdim=True)
-        if self.scoring == "topk-softmax":
-            return chosen_TK.log_softmax(-1)
-        log_sigmoid_TK = F.logsigmoid(chosen_TK)
-        return log_sigmoid_TK if self.scoring == "sigmoid" else log_sigmoid_TK.log_softmax(-1)
+    def _route_by_expert(self, logits_TE: Tensor, mask_T: Tensor | None) -> RoutingInfo:
+        """Every expert takes its best tokens (arXiv:2202.09368). The balance bias cannot change an expert's ranking."""
+        tokens = len(logits_TE)
+        log_scores_TE = F.logsigmoid(logits_TE) if self.scoring == "sigmoid" else logits_TE.log_softmax(-1)
+        if mask_T is not None:  # chosen last, and with gates of zero
+            log_scores_TE = log_scores_TE.masked_fill(~mask_T[:, None], -torch.inf)
+        capacity = min(tokens, -(-tokens * self.top_k // self.n_experts))
+        # Stable, so that of equal tokens the first is taken, on every device.
+        token_ids_EC = (
+            log_scores_TE.detach().sort(dim=0, descending=True, stable=True).indices[:capacity].T.contiguous()
+        )
+        log_gates_EC = log_scores_TE.T.gather(1, token_ids_EC)
+        gates_EC = torch.exp(log_gates_EC if self.gate == "linear" else 0.5 * log_gates_EC)
+        experts_E1 = torch.arange(self.n_experts, device=logits_TE.device)[:, None]
+        counts_E = torch.full_like(experts_E1[:, 0], capacity)
+        if mask_T is not None:
+            counts_E = mask_T[token_ids_EC].sum(1)
+        return RoutingInfo(
+            experts_E1.expand_as(token_ids_EC), gates_EC, logits_TE, counts_E, mask=mask_T, token_ids=token_ids_EC
+        )
 
     def _apply(self, fn: object, recurse: bool = True) -> Router:
         """Keep the bias in float32 when the module is cast: its updates (about 1e-3) vanish in bfloat16."""
@@ -192,3 +274,13 @@ class Router(nn.Module):
         if self.balance_bias.dtype != torch.float32:
             self.balance_bias = bias_E.to(self.balance_bias.device)
         return self
+
+
+def _require_expert_choice(scoring: str, n_groups: int) -> None:
+    if scoring not in ("softmax-topk", "sigmoid"):
+        raise ValueError(
+            f"scoring is {scoring!r}, but choice='expert' has no set of experts to normalize a token's gates over. Use "
+            "scoring='softmax-topk' or 'sigmoid'."
+        )
+    if n_groups > 1:
+        raise ValueError(f"n_groups is {n_groups}, but choice='expert' balances every expert already. Use n_groups=1.")

@@ -90,7 +90,7 @@ def _kind_by_name(name: str) -> str | None:
     owner = path[-2] if len(path) > 1 and path[-1] in ("weight", "bias") else path[-1]
     words = set(owner.split("_"))
     in_block = any(part.isdigit() for part in path)  # a head or a table is outside the numbered blocks
-    if words & _VECTORS or path[-1].endswith("bias"):
+    if words & _VECTORS or path[-1].endswith("bias") or path[-1].startswith("b_"):  # b_up: of all experts, [E, h]
         return "adamw"
     if not in_block and (owner in _HEADS or owner.endswith("head") or "unembed" in owner):
         return "adam_sphere"

@@ -17,7 +17,7 @@ from lightning_mue.parameterizations.roles import MATRIX_ROLES, Role
 _ATTENTION = re.compile(r"(^|\.)\w*(attn|attention)\w*(\.|$)", re.IGNORECASE)
 _EXPERTS = re.compile(r"(^|\.)\w*experts\b", re.IGNORECASE)
 _SHARED = re.compile(r"(^|\.)shared_(experts?|mlp|ffn)(\.|$)")
-_ROUTER = re.compile(r"(^|\.)(router|gating|gate_network)(\.|$)|(^|\.)(gate|wg|shared_expert_gate)$")
+_ROUTER = re.compile(r"(^|\.)(router|gating|gate_network)(\.|$)|(^|\.)(gate|wg|shared_expert_gate|shared_gate)$")
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_layer|unembed\w*|\w*head|classifier|score)$")
 _UP = re.compile(
     r"[._](gate_proj|up_proj|gate_up_proj|w_?gate|w_?up|gate|up|fc_?1|fc_in|w1|w3|w12|w13|linear_?1|lin_?1|wi(_[01])?|c_fc"

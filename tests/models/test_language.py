@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from lightning_mue import MoELanguageModel, MoELayer
 from lightning_mue.models.transformer import RMSNorm, RotaryEmbedding
-from lightning_mue.moe import SwiGLU
+from lightning_mue.moe import FeedForward
 from lightning_mue.optim.schedule import WarmupDecay
 
 
@@ -105,7 +105,7 @@ def test_batch_rows_do_not_mix():
 )
 def test_which_blocks_are_moe(n_experts, moe_every, kinds):
     model = make_model(depth=4, n_experts=n_experts, moe_every=moe_every)
-    types = {SwiGLU: "d", MoELayer: "m"}
+    types = {FeedForward: "d", MoELayer: "m"}
     assert "".join(types[type(block.ffn)] for block in model.transformer.blocks) == kinds
     assert len(model.moe_layers) == kinds.count("m")
 

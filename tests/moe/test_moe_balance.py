@@ -9,7 +9,15 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_mue.moe import LossFreeBalance, MoELayer, Router, router_z_loss, switch_loss, update_balance_bias
+from lightning_mue.moe import (
+    GlobalBatchBalance,
+    LossFreeBalance,
+    MoELayer,
+    Router,
+    router_z_loss,
+    switch_loss,
+    update_balance_bias,
+)
 
 
 def test_switch_loss_is_one_when_uniform_and_top_k_does_not_matter():
@@ -175,3 +183,46 @@ def test_pending_counts_survive_a_checkpoint(tmp_path):
     update_balance_bias(expected, torch.tensor([8, 0, 0, 0, 0, 0]), 1, 0.1)
     torch.testing.assert_close(change, expected)
     assert restored.state_dict() == {"pending": {}}
+
+
+class Recorder(LightningModule):
+    """Two micro-batches an optimizer step; keeps what the layer's loss was, and what it should have been."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.found, self.expected, self.seen = layer, [], [], None
+
+    def training_step(self, batch, batch_idx):
+        (x,) = batch
+        y = self.layer(x)
+        logits = (x @ self.layer.router.weight.T).detach()
+        counts = torch.bincount(logits.topk(2).indices.flatten(), minlength=6)
+        self.seen = counts if batch_idx % 2 == 0 else self.seen + counts
+        self.expected.append(6 * (self.seen / self.seen.sum() * logits.softmax(-1).mean(0)).sum().item())
+        self.found.append(self.layer.aux_loss.item())
+        return y.sum() + self.layer.aux_loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+@pytest.mark.parametrize("with_callback", [True, False])
+def test_the_global_load_adds_up_over_micro_batches(with_callback):
+    model = Recorder(MoELayer(8, 4, 6, 2, balance_scope="global", aux_loss_coef=1.0, router_init_std=1.0))
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        accumulate_grad_batches=2,
+        callbacks=[GlobalBatchBalance()] if with_callback else [],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    trainer.fit(model, DataLoader(TensorDataset(torch.randn(24, 8)), batch_size=4))
+    assert model.layer.earlier_counts is None
+    if with_callback:
+        assert model.found == pytest.approx(model.expected, rel=1e-5)
+    else:  # negative control: the second micro-batch of a step then sees its own load
+        assert model.found[0::2] == pytest.approx(model.expected[0::2], rel=1e-5)
+        assert model.found[1::2] != pytest.approx(model.expected[1::2], rel=1e-3)

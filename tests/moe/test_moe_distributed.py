@@ -1,4 +1,4 @@
-"""LossFreeBalance on two ranks, each with half of the batch, against one process with all of it."""
+"""Balance on two ranks, each with half of the batch, against one process with all of it."""
 
 from __future__ import annotations
 
@@ -40,5 +40,55 @@ assert torch.equal(alone, together), (alone, together)
 def test_counts_are_summed_over_ranks(tmp_path):
     done = subprocess.run(  # a fresh process: forking one whose OpenMP threads run is not safe
         [sys.executable, "-c", SCRIPT], cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+GLOBAL = """
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from lightning_mue.moe import MoELayer
+
+def layer():
+    torch.manual_seed(1)
+    return MoELayer(8, 4, 6, 2, balance_scope="global", aux_loss_coef=1.0, router_init_std=1.0).double()
+
+x = torch.randn(2, 20, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+x[1] += 1  # the halves differ
+mask = torch.arange(20).expand(2, 20) < torch.tensor([[20], [5]])  # and so do their lengths
+
+def rank_main(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    mine = layer()
+    mine(x[rank], mask[rank])
+    mine.aux_loss.backward()
+    result = torch.cat([mine.aux_loss.detach()[None], mine.router.weight.grad.flatten()])
+    dist.all_reduce(result)
+    if rank == 0:
+        torch.save(result / 2, f"{folder}/mean.pt")
+    dist.destroy_process_group()
+
+if __name__ == "__main__":
+    mp.spawn(rank_main, (".",), nprocs=2)
+    alone = layer()
+    alone(x, mask)
+    alone.aux_loss.backward()
+    expected = torch.cat([alone.aux_loss.detach()[None], alone.router.weight.grad.flatten()])
+    torch.testing.assert_close(torch.load("mean.pt"), expected, rtol=1e-12, atol=1e-14)
+    local = [layer() for _ in x]  # negative control: each rank's own load gives another loss
+    for one, x_rank, mask_rank in zip(local, x, mask):
+        one.balance_scope = "local"
+        one(x_rank, mask_rank)
+    assert abs(sum(one.aux_loss for one in local) / 2 - expected[0]) > 1e-3
+"""
+
+
+@pytest.mark.slow
+def test_global_switch_loss_is_that_of_all_tokens(tmp_path):
+    (tmp_path / "script.py").write_text(GLOBAL)
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]

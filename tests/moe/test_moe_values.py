@@ -104,13 +104,13 @@ def test_the_check_bites(reference, dtype, monkeypatch):
     """Negative control: the same comparison fails when one expert of nine is off by ten per cent in the reference."""
     layer, x = make_layer(5, n_experts=9, top_k=3, dtype=dtype, tokens=40)
     assert worst_error(reference, layer, x)[0] <= TOLERANCE[dtype]
-    right = reference.swiglu
+    right = reference.ffn
 
-    def wrong(x_d, w_gate, w_up, w_down):
-        scale = 1.1 if torch.equal(w_up, layer.experts.w_up[4].double()) else 1.0
-        return scale * right(x_d, w_gate, w_up, w_down)
+    def wrong(x_d, p, activation):
+        scale = 1.1 if torch.equal(p["w_up"], layer.experts.w_up[4].double()) else 1.0
+        return scale * right(x_d, p, activation)
 
-    monkeypatch.setattr(reference, "swiglu", wrong)
+    monkeypatch.setattr(reference, "ffn", wrong)
     assert worst_error(reference, layer, x)[0] > TOLERANCE[dtype]
 
 
