@@ -1,0 +1,1 @@
+"""Implementations on torch's grouped GEMM (`torch.nn.functional.grouped_mm`)."""

@@ -1,0 +1,55 @@
+"""Which implementation of an operator runs: chosen by name, or by where the tensors lie."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from lightning_mue.kernels.symmetric import kernel_fits, triton_available
+
+#: What a user may ask for. "triton": our kernels, on CUDA. "grouped_mm": torch's grouped GEMM, on CUDA and CPU. "torch":
+#: plain PyTorch on every device, parallel over experts on the CPU.
+BACKENDS = ("auto", "triton", "grouped_mm", "torch")
+
+
+def resolve_backend(backend: str, x: Tensor) -> str:
+    """Return the backend that runs for this input: "triton", "grouped_mm" or "torch".
+
+    "auto" takes Triton where it runs (`kernel_fits`), else torch's grouped GEMM on CUDA for bfloat16, else "torch".
+
+    Raises:
+        ValueError: The name is unknown, or the backend cannot run on this device with this type.
+    """
+    if backend == "auto":
+        if kernel_fits(x):
+            return "triton"
+        return "grouped_mm" if x.is_cuda and x.dtype == torch.bfloat16 else "torch"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; found {backend!r}.")
+    if backend == "triton" and not kernel_fits(x) and not _interpreted(x):
+        missing = "Triton is not installed" if not triton_available() else f"x is {x.dtype} on {x.device}"
+        raise ValueError(
+            "backend='triton' needs a CUDA device of compute capability 8.0 or newer, and float32, bfloat16 or float16; "
+            f"{missing}. Use backend='auto', which falls back to plain PyTorch."
+        )
+    if backend == "grouped_mm" and x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"backend='grouped_mm' computes float32, bfloat16 and float16; x is {x.dtype}. Use backend='torch'."
+        )
+    return backend
+
+
+def implementation(op: str, backend: str) -> ModuleType:
+    """Return the module that implements `op` ("grouped_ffn", "routing", ...) for a resolved backend."""
+    package = {"triton": "_triton", "torch": "_torch", "grouped_mm": "_grouped_mm"}[backend]
+    return import_module(f"lightning_mue.kernels.{package}.{op}")
+
+
+def _interpreted(x: Tensor) -> bool:
+    """Whether Triton's interpreter would run the kernels on this CPU tensor (TRITON_INTERPRET=1, for tests)."""
+    if x.device.type not in ("cpu", "meta") or x.dtype == torch.float64 or not triton_available():
+        return False
+    return bool(implementation("grouped_ffn", "triton").INTERPRETED)

@@ -1,0 +1,214 @@
+"""What a MoELayer can be asked for beyond top-k of SwiGLU experts: values against a float64 loop, and bad combinations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_mue.kernels.activations import ACTIVATIONS
+from lightning_mue.moe import FeedForward, MoELayer, switch_loss
+
+BACKENDS = ("torch", "grouped_mm")
+
+
+def errors_of(reference, layer, x, mask=None):
+    """Relative error of the output and of every gradient."""
+    x, dy = x.clone().requires_grad_(), torch.randn_like(x)
+    y = layer(x, mask)
+    y.backward(dy)
+    expected_y, expected = reference.moe_gradients(layer, x, dy, mask)
+    found = {"x": x.grad} | {name: p.grad for name, p in layer.named_parameters()}
+    errors = {name: reference.relative_error(found[name], g) for name, g in expected.items() if g.norm() > 1e-13}
+    return errors | {"y": reference.relative_error(y, expected_y)}
+
+
+def randomize_biases(layer):
+    for name, parameter in layer.named_parameters():
+        if name.split(".")[-1].startswith("b_"):
+            torch.nn.init.normal_(parameter, std=0.3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+def test_activations_and_biases(reference, activation, bias, backend):
+    settings = {"activation": activation, "bias": bias, "shared_width": 6, "shared_gate": True, "backend": backend}
+    layer = MoELayer(9, 7, 5, 2, init_std=0.3, router_init_std=0.3, **settings)
+    randomize_biases(layer)
+    errors = errors_of(reference, layer, torch.randn(30, 9))
+    assert max(errors.values()) <= 1e-5, errors
+    assert len(errors) == 2 + len(list(layer.parameters()))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_mask_takes_tokens_out(reference, backend):
+    """Masked tokens reach no expert, whatever they hold, and count nowhere."""
+    layer = MoELayer(8, 16, 6, 2, bias=True, init_std=0.3, router_init_std=0.3, backend=backend, z_loss_coef=0.5)
+    randomize_biases(layer)
+    x, mask = torch.randn(40, 8), torch.rand(40) < 0.7
+    errors = errors_of(reference, layer, x, mask)
+    assert max(errors.values()) <= 1e-5, errors
+    y, aux_loss, counts = layer(x, mask), layer.aux_loss, layer.last_routing.counts
+    assert not y[~mask].any()
+    kept = layer(x[mask])
+    torch.testing.assert_close(y[mask], kept, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(aux_loss, layer.aux_loss)
+    assert torch.equal(counts, layer.last_routing.counts)
+    changed = x.clone()
+    changed[~mask] = float("nan")
+    torch.testing.assert_close(layer(changed, mask), y)
+
+
+def test_all_tokens_masked():
+    layer = MoELayer(8, 16, 6, 2, z_loss_coef=0.5)
+    y = layer(torch.randn(3, 8), torch.zeros(3, dtype=torch.bool))
+    (y.sum() + layer.aux_loss).backward()
+    assert not y.any()
+    assert layer.aux_loss == 0
+    assert not layer.router.weight.grad.any()
+
+
+def test_jitter_only_in_training():
+    layer, x = MoELayer(8, 16, 6, 2, jitter=0.2), torch.randn(50, 8)
+    layer(x)
+    first = layer.last_routing.logits
+    layer(x)
+    noise = (layer.last_routing.logits - first).norm() / first.norm()
+    assert 0.02 < noise < 0.4  # two draws of std 0.2 / sqrt(3), up to cancellation in the sum over 8 features
+    layer.eval()
+    layer(x)
+    assert torch.equal(layer.last_routing.logits, x @ layer.router.weight.T)
+
+
+def test_jitter_has_its_gradient():
+    layer, x = MoELayer(8, 16, 4, 4, jitter=0.5).double(), torch.randn(6, 8, dtype=torch.float64, requires_grad=True)
+
+    def run(x):
+        torch.manual_seed(1)  # the same noise
+        return layer(x)
+
+    assert torch.autograd.gradcheck(run, x)
+
+
+def test_sequence_scope_is_the_mean_of_the_sequences_own_losses():
+    layer = MoELayer(8, 16, 6, 2, balance_scope="sequence", aux_loss_coef=1.0, router_init_std=1.0)
+    x = torch.randn(3, 20, 8)
+    layer(x)
+    found = layer.aux_loss
+    losses = []
+    for sequence in x:
+        logits = sequence @ layer.router.weight.T
+        counts = torch.bincount(logits.topk(2).indices.flatten(), minlength=6)
+        losses.append(switch_loss(logits, counts, 2))
+    torch.testing.assert_close(found, torch.stack(losses).mean())
+    whole = MoELayer(8, 16, 6, 2, aux_loss_coef=1.0)
+    whole.load_state_dict(layer.state_dict())
+    whole(x)
+    assert not torch.isclose(whole.aux_loss, found, rtol=1e-3)
+    (grad,) = torch.autograd.grad(found, layer.router.weight)
+    (expected,) = torch.autograd.grad(torch.stack(losses).mean(), layer.router.weight)
+    torch.testing.assert_close(grad, expected)
+
+
+def expert_choice_by_loop(layer, x_Td):
+    """Every expert takes its best tokens, in float64."""
+    scores_TE = x_Td.double() @ layer.router.weight.double().T
+    scores_TE = scores_TE.sigmoid() if layer.router.scoring == "sigmoid" else scores_TE.softmax(-1)
+    n_tokens, n_experts = scores_TE.shape
+    capacity = min(n_tokens, -(-n_tokens * layer.top_k // n_experts))
+    y_Td = torch.zeros_like(x_Td.double())
+    for e in range(n_experts):
+        up, down = layer.experts.w_up[e].double(), layer.experts.w_down[e].double()
+        for t in sorted(range(n_tokens), key=lambda t: -scores_TE[t, e].item())[:capacity]:
+            gate = scores_TE[t, e].sqrt() if layer.router.gate == "sqrt" else scores_TE[t, e]
+            y_Td[t] += gate * (down @ torch.relu(up @ x_Td[t].double()) ** 2)
+    return y_Td
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("gate", ["linear", "sqrt"])
+@pytest.mark.parametrize("scoring", ["softmax-topk", "sigmoid"])
+@pytest.mark.parametrize("tokens", [1, 3, 30])
+def test_expert_choice(scoring, gate, tokens, backend):
+    settings = {"scoring": scoring, "gate": gate, "choice": "expert", "balance": "none", "activation": "relu2"}
+    layer = MoELayer(8, 16, 6, 2, init_std=0.3, router_init_std=0.3, backend=backend, **settings)
+    x = torch.randn(tokens, 8, requires_grad=True)
+    y, expected = layer(x), expert_choice_by_loop(layer, x)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-6)
+    assert layer.last_routing.counts.tolist() == [min(tokens, -(-tokens // 3))] * 6
+    variables, dy = [x, *layer.parameters()], torch.randn_like(y)
+    found = torch.autograd.grad(y, variables, dy)
+    for a, b in zip(found, torch.autograd.grad(expected, variables, dy.double()), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_expert_choice_leaves_masked_tokens_out():
+    settings = {"scoring": "sigmoid", "choice": "expert", "balance": "none", "bias": True}
+    layer, x = MoELayer(8, 16, 6, 3, **settings), torch.randn(12, 8)
+    randomize_biases(layer)
+    mask = torch.arange(12) % 3 > 0
+    y = layer(x, mask)
+    assert not y[~mask].any()
+    assert y[mask].any()
+    assert layer.last_routing.counts.tolist() == [6] * 6
+    few = torch.arange(12) < 2  # fewer than an expert may take
+    layer(x, few)
+    assert layer.last_routing.counts.tolist() == [2] * 6
+
+
+def test_the_experts_memory_is_what_is_saved():
+    """`activation_memory` against the tensors that autograd holds, of the experts alone."""
+    layer, saved = MoELayer(16, 24, 8, 3).bfloat16(), {}
+    x = torch.randn(64, 16, dtype=torch.bfloat16, requires_grad=True)
+    routing = layer.router(x)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t):
+        layer.experts(x, routing)
+    weights = {p.data_ptr() for p in layer.parameters()}
+    held = sum(t.numel() * t.itemsize for pointer, t in saved.items() if pointer not in weights) / 64
+    predicted = layer.experts.activation_memory(3)
+    assert held == pytest.approx(predicted["total"], abs=1)  # and offsets: 9 integers in all
+    assert predicted["input"] + predicted["pre_activations"] == 2 * 16 + 4 * 3 * 24
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"activation": "tanh"}, "activation is 'tanh'"),
+        ({"backend": "cuda"}, "backend is 'cuda'"),
+        ({"choice": "expert", "scoring": "sigmoid"}, "Set balance='none'"),
+        ({"choice": "expert", "balance": "none"}, "scoring is 'topk-softmax', but choice='expert'"),
+        ({"choice": "expert", "balance": "none", "scoring": "sigmoid", "n_groups": 2}, "n_groups is 2"),
+        ({"shared_gate": True}, "shared_width is 0"),
+        ({"jitter": 1.0}, "jitter is 1.0"),
+        ({"balance_scope": "world"}, "balance_scope is 'world'"),
+    ],
+)
+def test_bad_settings_are_named(settings, match):
+    with pytest.raises(ValueError, match=match):
+        MoELayer(8, 16, 4, 2, **settings)
+
+
+def test_bad_masks_are_named():
+    layer = MoELayer(8, 16, 4)
+    with pytest.raises(TypeError, match="mask must be boolean"):
+        layer(torch.randn(2, 3, 8), torch.ones(2, 3))
+    with pytest.raises(ValueError, match=r"mask has shape \(3, 2\)"):
+        layer(torch.randn(2, 3, 8), torch.ones(3, 2, dtype=torch.bool))
+
+
+def test_triton_without_a_device_is_explained():
+    if torch.cuda.is_available():
+        pytest.skip("there is a device")
+    layer = MoELayer(8, 16, 4, backend="triton").double()
+    with pytest.raises(ValueError, match="backend='triton' needs a CUDA device"):
+        layer(torch.randn(2, 8, dtype=torch.float64))
+
+
+def test_a_dense_network_of_any_activation(reference):
+    for activation in ACTIVATIONS:
+        network = FeedForward(6, 10, activation=activation, bias=True, init_std=0.5)
+        randomize_biases(network)
+        x = torch.randn(4, 6)
+        p = {name: t.detach().double() for name, t in network.named_parameters()}
+        expected = torch.stack([reference.ffn(x_d.double(), p, activation) for x_d in x])
+        assert reference.relative_error(network(x), expected) < 1e-6
