@@ -35,6 +35,10 @@ def _tanh_gelu_backward(grad: Tensor, z: Tensor) -> Tensor:
     return torch.ops.aten.gelu_backward(grad, z, approximate="tanh")  # type: ignore[no-any-return]
 
 
+def _relu_backward(grad: Tensor, z: Tensor) -> Tensor:
+    return torch.ops.aten.threshold_backward(grad, z, 0)  # type: ignore[no-any-return]
+
+
 def _relu2(z: Tensor) -> Tensor:
     return F.relu(z).square()
 
@@ -53,5 +57,6 @@ ACTIVATIONS: dict[str, Activation] = {
     "geglu-tanh": Activation(True, _tanh_gelu, _tanh_gelu_backward),
     "gelu": Activation(False, F.gelu, _gelu_backward),
     "gelu-tanh": Activation(False, _tanh_gelu, _tanh_gelu_backward),
+    "relu": Activation(False, F.relu, _relu_backward),
     "relu2": Activation(False, _relu2, _relu2_backward),
 }

@@ -49,7 +49,7 @@ class MoELanguageModel(LightningModule):
         n_experts: Routed experts per MoE block; 0 makes every block dense.
         top_k: Experts active per token.
         expert_width: Hidden width of one expert; ``None``: ``ffn_width / top_k``, so that the active width is the dense one's.
-        activation: Of every FFN and expert: ``swiglu``, ``geglu``, ``geglu-tanh``, ``gelu``, ``gelu-tanh`` or ``relu2``.
+        activation: Of every FFN and expert: ``swiglu``, ``geglu``, ``geglu-tanh``, ``gelu``, ``gelu-tanh``, ``relu`` or ``relu2``.
         shared_width: Hidden width of an expert that sees every token; 0 for none.
         n_expert_groups: Groups of experts, equally many active in each; divides ``n_experts`` and ``top_k``. 1: free choice.
         moe_every: Every how manieth block is an MoE block (the last one of each group).

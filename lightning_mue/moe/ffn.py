@@ -21,7 +21,7 @@ class FeedForward(nn.Module):
     Args:
         width: d, size of the input and of the output.
         hidden_width: h.
-        activation: "swiglu", "geglu" (arXiv:2002.05202) or "geglu-tanh", gated; "gelu", "gelu-tanh" or "relu2"
+        activation: "swiglu", "geglu" (arXiv:2002.05202) or "geglu-tanh", gated; "gelu", "gelu-tanh", "relu" or "relu2"
             (arXiv:2109.08668), not gated.
         bias: Whether each map adds a bias (`b_gate`, `b_up`, `b_down`), zero at first.
         shared: Whether this is a shared expert of an MoE layer, which then owns the branch's multiplier: the roles

@@ -19,6 +19,7 @@ FUNCTIONS = {
     "geglu-tanh": lambda z: F.gelu(z, approximate="tanh"),
     "gelu": F.gelu,
     "gelu-tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "relu": F.relu,
     "relu2": lambda z: F.relu(z) ** 2,
 }
 

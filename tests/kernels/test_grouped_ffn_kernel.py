@@ -29,6 +29,7 @@ CASES = [
     Case(9, 20, 24, 4, 2, "gelu"),
     Case(9, 20, 24, 4, 2, "gelu-tanh"),
     Case(9, 20, 24, 4, 2, "relu2"),
+    Case(9, 20, 24, 4, 2, "relu"),
     Case(8, 16, 16, 3, 1, "swiglu", True),
     Case(8, 16, 16, 3, 1, "geglu", True),
     Case(8, 16, 16, 3, 1, "geglu-tanh", True),

@@ -35,6 +35,7 @@ CASES = [
     Case(0, 20, 12, 4, 2, "gelu", True),
     Case(3, 20, 24, 6, 1),  # more experts than rows: empty ones
     Case(2, 16, 32, 9, 1, "relu2", True),
+    Case(9, 20, 24, 4, 2, "relu", True),
     Case(90, 20, 24, 4, 1, routing="one"),  # all on one expert
     Case(60, 33, 16, 3, 2, "geglu", True, routing="one"),
     Case(4, 20, 24, 4, 2, routing="none"),

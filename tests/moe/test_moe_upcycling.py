@@ -102,6 +102,7 @@ OWN = {
     "ours": (lambda: SwiGLU(D, H), "swiglu"),
     "ours-gelu": (lambda: FeedForward(D, H, activation="gelu-tanh", bias=True), "gelu-tanh"),
     "sequential": (lambda: nn.Sequential(nn.Linear(D, H), nn.GELU(), nn.Linear(H, D), nn.Dropout(0.3)), "gelu"),
+    "relu": (lambda: nn.Sequential(nn.Linear(D, H), nn.ReLU(), nn.Linear(H, D)), "relu"),
     "nanogpt": (NanoGPT, "gelu"),
     "nanogpt-tanh": (lambda: NanoGPT(bias=False, approximate="tanh"), "gelu-tanh"),
     "fused": (lambda: Fused(False, False), "swiglu"),
@@ -235,7 +236,7 @@ class Picky(NanoGPT):
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        (nn.Sequential(nn.Linear(D, H), nn.ReLU(), nn.Linear(H, D)), r"other parts: 1 \(ReLU\).*swiglu, geglu"),
+        (nn.Sequential(nn.Linear(D, H), nn.Tanh(), nn.Linear(H, D)), r"other parts: 1 \(Tanh\).*swiglu, geglu"),
         (Residual(), "computes something else"),
         (Pair(), "does not return a tensor .* but tuple"),
         (Picky(), "cannot be run .*TypeError"),
@@ -243,7 +244,7 @@ class Picky(NanoGPT):
         (nn.LayerNorm(D), "Found linear maps .*: none"),
         (nn.Sequential(nn.Linear(D, H), nn.GELU(), nn.Linear(H, 40)), "holds no feed-forward network"),
     ],
-    ids=["relu", "residual", "tuple", "two-inputs", "one-map", "none", "other-width"],
+    ids=["tanh", "residual", "tuple", "two-inputs", "one-map", "none", "other-width"],
 )
 def test_what_cannot_be_read_is_said(module, message):
     with pytest.raises(ValueError, match=message):

@@ -46,7 +46,7 @@ def activate(name, z, up):
         return (_tanh_gelu if name.endswith("tanh") else _gelu)(z) * up
     if name.startswith("gelu"):
         return (_tanh_gelu if name.endswith("tanh") else _gelu)(up)
-    return torch.where(up > 0, up, 0) ** 2
+    return torch.where(up > 0, up, 0) ** (2 if name == "relu2" else 1)
 
 
 def ffn(x_d, p, activation="swiglu"):

@@ -58,6 +58,14 @@ def _gelu_backward(grad: Tensor, z: Tensor, out: Tensor, approximate: str = "non
     return _aten.gelu_backward.grad_input(grad, z, approximate=approximate, grad_input=out)  # type: ignore[no-any-return]
 
 
+def _relu(z: Tensor, out: Tensor) -> Tensor:
+    return torch.clamp_min(z, 0, out=out)
+
+
+def _relu_backward(grad: Tensor, z: Tensor, out: Tensor) -> Tensor:
+    return _aten.threshold_backward.grad_input(grad, z, 0, grad_input=out)  # type: ignore[no-any-return]
+
+
 def _relu2(z: Tensor, out: Tensor) -> Tensor:
     return torch.clamp_min(z, 0, out=out).square_()
 
@@ -77,5 +85,6 @@ ELEMENTWISE: dict[str, Elementwise] = {
     "geglu-tanh": _TANH_GELU,
     "gelu": _GELU,
     "gelu-tanh": _TANH_GELU,
+    "relu": Elementwise(_relu, _relu_backward),
     "relu2": Elementwise(_relu2, _relu2_backward),
 }

@@ -29,9 +29,12 @@ def function_and_slope(z, ACTIVATION: tl.constexpr):
         s = 1.0 / (1.0 + tl.exp(-1.5957691216057308 * (z + 0.044715 * z * z * z)))
         f = z * s
         slope = s + f * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
+    elif ACTIVATION == "relu":
+        f = tl.where(z < 0.0, 0.0, z)  # unlike a maximum, this hands NaN on
+        slope = tl.where(z > 0.0, 1.0, 0.0)
     else:
         tl.static_assert(ACTIVATION == "relu2")
-        r = tl.where(z < 0.0, 0.0, z)  # unlike a maximum, this hands NaN on
+        r = tl.where(z < 0.0, 0.0, z)
         f = r * r
         slope = 2.0 * r
     return f, slope
