@@ -17,7 +17,8 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from lightning_mue.models.transformer import Attention, Block, RotaryEmbedding, Transformer
-from lightning_mue.moe import FeedForward, LossFreeBalance, MoELayer, clip_grad_norm, parallelize_experts
+from lightning_mue.moe import FeedForward, MoELayer, clip_grad_norm, parallelize_experts
+from lightning_mue.moe.balance import balance_callbacks
 from lightning_mue.moe.router import require_groups
 from lightning_mue.parameterizations.apply import keep_weights
 from lightning_mue.parameterizations.modules import tag_roles
@@ -384,8 +385,8 @@ class MoELanguageModel(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_callbacks(self) -> list[Any]:
-        """Loss-free balancing needs its update after each optimizer step."""
-        return [LossFreeBalance()] if any(layer.balance == "bias" for layer in self.moe_layers) else []
+        """Loss-free balancing needs its update after each optimizer step, a global load its micro-batches."""
+        return balance_callbacks(self.moe_layers)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the forward multipliers with the weights: without them the weights are another function."""

@@ -5,6 +5,7 @@ Shape legend: T tokens, E experts, K experts per token (top-k), N sequences.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -222,3 +223,9 @@ class LossFreeBalance(_PerStep):
         for layer, counts_E in zip(self._layers.values(), counts.split(sizes), strict=True):
             update_balance_bias(layer.router.balance_bias, counts_E, layer.router.top_k, layer.bias_update_rate)
         self._pending.clear()
+
+
+def balance_callbacks(layers: Iterable[MoELayer]) -> list[Callback]:
+    """The callbacks that the balance of these layers asks for; for `configure_callbacks`."""
+    layers, wanted = list(layers), (LossFreeBalance(), GlobalBatchBalance())
+    return [callback for callback in wanted if any(callback.wants(layer) for layer in layers)]

@@ -19,8 +19,7 @@ from torch.optim import Optimizer
 from lightning_mue.moe._checks import require_choice, require_non_negative, require_positive
 from lightning_mue.moe.balance import (
     SCOPES,
-    GlobalBatchBalance,
-    LossFreeBalance,
+    balance_callbacks,
     global_load,
     load_balancing_loss,
 )
@@ -256,9 +255,7 @@ class MoELayer(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """The balance update, where the layer needs it."""
-        if self.balance == "switch" and self.balance_scope == "global":
-            return [GlobalBatchBalance()]
-        return [LossFreeBalance()] if self.balance == "bias" else []
+        return balance_callbacks([self])
 
     def _shared_output(self, x_Td: Tensor) -> Tensor:
         assert self.shared is not None

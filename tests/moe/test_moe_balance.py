@@ -159,6 +159,7 @@ def test_a_layer_alone_brings_the_callback(tmp_path):
     layer = MoELayer(8, 4, 4, balance="bias")
     assert [type(c) for c in layer.configure_callbacks()] == [LossFreeBalance]
     assert MoELayer(8, 4, 4).configure_callbacks() == []
+    assert [type(c) for c in MoELayer(8, 4, 4, balance_scope="global").configure_callbacks()] == [GlobalBatchBalance]
 
 
 def test_pending_counts_survive_a_checkpoint(tmp_path):
