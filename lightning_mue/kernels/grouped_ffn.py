@@ -105,16 +105,12 @@ def grouped_ffn(
         [T, d], of x's dtype.
 
     Raises:
-        ValueError: The activation or backend is unknown or does not fit the arguments.
+        ValueError: The activation or backend is unknown, or a shape does not fit.
+        TypeError: Types differ, or the gates are not float32 (float64 for float64).
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; found {activation!r}.")
-    if ACTIVATIONS[activation].gated != (w_gate is not None):
-        verb = "needs" if w_gate is None else "takes no"
-        raise ValueError(f"activation={activation!r} {verb} w_gate. Pass it for gated activations, and only for those.")
     problem = Problem(
         x.contiguous(),
-        gates,
+        gates.contiguous(),
         w_gate,
         w_up,
         w_down,
@@ -127,9 +123,40 @@ def grouped_ffn(
         plan.bags,
         activation,
     )
+    _check(problem)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in problem.trained)
     y: Tensor = grouped_ffn_op(*problem, resolve_backend(backend, x), keep)[0]
     return y
+
+
+def _check(p: Problem) -> None:
+    """Raise unless types and shapes fit one another: a kernel that trusted them would read outside of its tensors."""
+    if p.activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; found {p.activation!r}.")
+    gated = ACTIVATIONS[p.activation].gated
+    if gated != (p.w_gate is not None) or (not gated and p.b_gate is not None):
+        verb = "needs w_gate" if gated else "takes neither w_gate nor b_gate"
+        raise ValueError(f"activation={p.activation!r} {verb}. Pass them for gated activations, and only for those.")
+    if p.x.ndim != 2 or p.w_up.ndim != 3:
+        raise ValueError(f"x must be [T, d] and w_up [E, h, d]; found {list(p.x.shape)} and {list(p.w_up.shape)}.")
+    (n_experts, hidden, _), (n_tokens, width) = p.w_up.shape, p.x.shape
+    up, bias = (n_experts, hidden, width), (n_experts, hidden)
+    places = (n_tokens, p.inverse.shape[-1]) if p.bags is None else p.order.shape
+    shapes = {"w_gate": up, "w_up": up, "w_down": (n_experts, width, hidden), "b_gate": bias, "b_up": bias}
+    shapes |= {"inverse": tuple(places), "gates": tuple(p.inverse.shape), "offsets": (n_experts + 1,)}
+    shapes |= {} if p.bags is None else {"bags": (n_tokens + 1,)}
+    for name, shape in shapes.items():
+        found = getattr(p, name)
+        if found is not None and found.shape != shape:
+            raise ValueError(
+                f"{name} must have shape {list(shape)}, for x {list(p.x.shape)} and w_up {list(p.w_up.shape)}; found "
+                f"{list(found.shape)}. Check the weights, and that the plan was made for these tokens and experts."
+            )
+    gates_dtype = torch.promote_types(p.x.dtype, torch.float32)
+    for name in ("w_gate", "w_up", "w_down", "b_gate", "b_up", "gates"):
+        found, expected = getattr(p, name), gates_dtype if name == "gates" else p.x.dtype
+        if found is not None and found.dtype != expected:
+            raise TypeError(f"{name} must be {expected}, for x is {p.x.dtype}; found {found.dtype}. Convert it.")
 
 
 def activation_memory(

@@ -58,7 +58,9 @@ def _full_precision() -> Iterator[None]:
         yield
     finally:
         for switch, precision in zip(switches, before, strict=True):
-            switch.fp32_precision = precision
+            switch.fp32_precision = "none"  # what is not set here is inherited from a wider switch
+            if switch.fp32_precision != precision:
+                switch.fp32_precision = precision
 
 
 _FULL = ("none", "ieee")  # "none": nothing was set, and then torch multiplies in full
@@ -112,6 +114,14 @@ def _logits_backward(ctx: Any, dlogits: Tensor) -> tuple[Tensor | None, Tensor |
 
 
 torch.library.register_autograd("lightning_mue::router_logits", _logits_backward, setup_context=_save_inputs)
+
+
+def no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
+    """Raise: without this, autograd would take the gradient of a gradient for a constant."""
+    raise RuntimeError("Routing has first derivatives only. Take gradients without create_graph=True.")
+
+
+torch.library.register_autograd("lightning_mue::router_logits_backward", no_second_derivative)
 
 
 @register_flop_formula(torch.ops.lightning_mue.router_logits)

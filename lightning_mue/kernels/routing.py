@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_mue.kernels.backends import implementation, resolve_backend
-from lightning_mue.kernels.router_logits import router_logits
+from lightning_mue.kernels.router_logits import no_second_derivative, router_logits
 
 __all__ = ["GATES", "SCORINGS", "Routed", "route", "router_logits"]
 
@@ -106,10 +106,15 @@ def route(
     """
     _check(logits_TE, bias_E, mask_T, Settings(top_k, scoring, gate, n_groups, n_sequences))
     chosen = resolve_backend(backend, logits_TE)
+    if n_sequences > _MOST_SEQUENCES:
+        chosen = "torch"
     gates_TK, ids_TK, *sums, _ = torch.ops.lightning_mue.route.default(
         logits_TE, bias_E, mask_T, top_k, scoring, gate, n_groups, n_sequences, chosen
     )
     return Routed(ids_TK, gates_TK, *sums)
+
+
+_MOST_SEQUENCES = 65535  # of a kernel's grid, CUDA's limit in the second dimension
 
 
 def _check(logits_TE: Tensor, bias_E: Tensor, mask_T: Tensor | None, s: Settings) -> None:
@@ -210,3 +215,4 @@ def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd("lightning_mue::route", _autograd, setup_context=_save_inputs)
+torch.library.register_autograd("lightning_mue::route_backward", no_second_derivative)

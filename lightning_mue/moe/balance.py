@@ -39,7 +39,7 @@ def switch_loss(logits_TE: Tensor, counts_E: Tensor, top_k: int) -> Tensor:
 
 
 def load_balancing_loss(probability_sum_NE: Tensor, counts_NE: Tensor, tokens_N: Tensor) -> Tensor:
-    """The switch loss of each of N sets of tokens, then their mean.
+    """The switch loss of each of N sets of tokens, then the mean over those that have any.
 
     Args:
         probability_sum_NE: float32 [N, E], sum over a set's tokens of the softmax of their logits.
@@ -47,12 +47,12 @@ def load_balancing_loss(probability_sum_NE: Tensor, counts_NE: Tensor, tokens_N:
         tokens_N: How many tokens are summed in `probability_sum_NE`, [N].
 
     Returns:
-        0-dim float32 with a graph to the probabilities; a set without tokens adds zero.
+        0-dim float32 with a graph to the probabilities; 0 if no set has tokens.
     """
     fraction_NE = counts_NE / counts_NE.sum(-1, keepdim=True).clamp(min=1)
     mean_probability_NE = probability_sum_NE / tokens_N.clamp(min=1)[:, None]
-    n_sets, n_experts = probability_sum_NE.shape
-    return n_experts * (fraction_NE * mean_probability_NE).sum() / max(n_sets, 1)
+    n_experts = probability_sum_NE.shape[1]
+    return n_experts * (fraction_NE * mean_probability_NE).sum() / (tokens_N > 0).sum().clamp(min=1)
 
 
 def global_load(counts_E: Tensor, earlier_E: Tensor | None, top_k: int) -> tuple[Tensor, Tensor]:

@@ -6,8 +6,10 @@ Shape legend: T tokens, d width, h expert hidden width, E experts, K experts per
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -26,7 +28,9 @@ from lightning_mue.moe.balance import (
 from lightning_mue.moe.experts import Experts
 from lightning_mue.moe.ffn import FeedForward
 from lightning_mue.moe.router import Router, RoutingInfo
+from lightning_mue.parameterizations.apply import keep_weights
 from lightning_mue.parameterizations.modules import tag_roles
+from lightning_mue.parameterizations.multipliers import read_multipliers, set_multipliers
 from lightning_mue.parameterizations.roles import Role
 
 BALANCES = ("none", "switch", "bias")
@@ -58,7 +62,7 @@ class MoELayer(LightningModule):
             trained alone brings along) or "none".
         balance_scope: Over which tokens the switch loss takes the load: "local" (this rank's micro-batch), "global" (all
             ranks' micro-batches; all micro-batches of an optimizer step with the callback `GlobalBatchBalance`) or
-            "sequence" (each sequence by itself, then the mean: arXiv:2412.19437).
+            "sequence" (each sequence by itself, then the mean over those with a token: arXiv:2412.19437).
         aux_loss_coef: Weight of the Switch loss, used when `balance` is "switch".
         z_loss_coef: Weight of the router z-loss.
         bias_update_rate: Step size of the balance bias, used when `balance` is "bias".
@@ -169,7 +173,7 @@ class MoELayer(LightningModule):
         if x.shape[-1] != self.width:
             raise ValueError(f"x has shape {tuple(x.shape)}, but its last dimension must be width={self.width}.")
         x_Td = x.reshape(-1, self.width)
-        sequences = math.prod(x.shape[:-2]) if self.balance_scope == "sequence" else 1
+        sequences = max(math.prod(x.shape[:-2]), 1) if self.balance_scope == "sequence" else 1
         routing = self.router(x_Td, _flat(mask, x), n_sequences=sequences)
         scale = self.output_multiplier
         if self.router.gate == "sqrt" and self.shared is not None:
@@ -178,6 +182,13 @@ class MoELayer(LightningModule):
         scaled = replace(routing, gates=routing.gates * (scale * self.route_scale))
         y_Td = self.experts(x_Td, scaled, None if self.shared is None else lambda: scale * self._shared_output(x_Td))
         self.aux_loss = self._auxiliary_loss(routing)
+        if (
+            self.training
+            and x.requires_grad
+            and not torch.is_grad_enabled()
+            and (self.aux_loss_coef or self.z_loss_coef)
+        ):
+            _warn_of_reentrant_checkpoint()
         self.last_routing = routing.detach()
         y: Tensor = y_Td.view_as(x)
         return y
@@ -257,6 +268,15 @@ class MoELayer(LightningModule):
         """The balance update, where the layer needs it."""
         return balance_callbacks([self])
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the forward multipliers with the weights: without them the weights are another function."""
+        checkpoint["mue_multipliers"] = read_multipliers(self)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes the forward multipliers back, and keeps a later fit from drawing the weights anew."""
+        keep_weights(self)
+        set_multipliers(self, checkpoint.get("mue_multipliers", {}))
+
     def _shared_output(self, x_Td: Tensor) -> Tensor:
         assert self.shared is not None
         y_Td: Tensor = self.shared(x_Td)
@@ -283,6 +303,15 @@ class MoELayer(LightningModule):
     def __getstate__(self) -> dict[str, Any]:
         # A tensor with a graph can be neither copied nor pickled, and a copy has not run anything yet.
         return {**super().__getstate__(), "last_routing": None, "earlier_counts": None, "aux_loss": torch.zeros(())}
+
+
+@cache
+def _warn_of_reentrant_checkpoint() -> None:
+    warnings.warn(
+        "A MoELayer in training mode got tokens that require gradients while gradients are off, as the reentrant form of "
+        "activation checkpointing does: its aux_loss then has no gradient. Use checkpoint(..., use_reentrant=False).",
+        stacklevel=2,
+    )
 
 
 def _require_consistent(choice: str, balance: str, shared_width: int, *, shared_gate: bool) -> None:

@@ -209,6 +209,8 @@ class Router(nn.Module):
         Returns:
             The routing. `gates`, `logits`, `probability_sum` and `z_sum` carry gradients.
         """
+        if mask_T is not None:  # what stands in padding, NaN even, must not reach the weight's gradient
+            x_Td = x_Td.masked_fill(~mask_T[:, None], 0)
         if self.jitter and self.training:
             x_Td = x_Td * torch.empty_like(x_Td).uniform_(1 - self.jitter, 1 + self.jitter)
         with _autocast.disabled(x_Td.device.type):
@@ -253,10 +255,10 @@ class Router(nn.Module):
         if mask_T is not None:  # chosen last, and with gates of zero
             log_scores_TE = log_scores_TE.masked_fill(~mask_T[:, None], -torch.inf)
         capacity = min(tokens, -(-tokens * self.top_k // self.n_experts))
+        # A NaN is chosen last, too, or it would take a place with every expert.
+        ranking_TE = log_scores_TE.detach().nan_to_num(nan=-torch.inf)
         # Stable, so that of equal tokens the first is taken, on every device.
-        token_ids_EC = (
-            log_scores_TE.detach().sort(dim=0, descending=True, stable=True).indices[:capacity].T.contiguous()
-        )
+        token_ids_EC = ranking_TE.sort(dim=0, descending=True, stable=True).indices[:capacity].T.contiguous()
         log_gates_EC = log_scores_TE.T.gather(1, token_ids_EC)
         gates_EC = torch.exp(log_gates_EC if self.gate == "linear" else 0.5 * log_gates_EC)
         experts_E1 = torch.arange(self.n_experts, device=logits_TE.device)[:, None]

@@ -110,6 +110,27 @@ def test_permuting_tokens_permutes_the_output_exactly(backend):
     assert torch.equal(layer(x[order]), layer(x)[order])
 
 
+@pytest.mark.parametrize("backend", ["torch", "grouped_mm"])
+@pytest.mark.parametrize(("tokens", "width", "experts"), [(1000, 72, 1), (1001, 57, 8)])
+def test_permuting_tokens_is_exact_on_two_threads(two_threads, tokens, width, experts, backend):
+    torch.manual_seed(2)
+    layer, x = MoELayer(width, width, experts, 1, init_std=0.3, backend=backend), torch.randn(tokens, width)
+    order = torch.randperm(tokens)
+    assert torch.equal(layer(x[order]), layer(x)[order])
+
+
+@pytest.mark.parametrize("backend", ["torch", "grouped_mm"])
+@pytest.mark.parametrize("activation", ["swiglu", "geglu-tanh"])
+def test_saturated_gates_are_accurate(reference, activation, backend):
+    """Gates far below zero, where a form of the activation that cancels would lose its digits."""
+    torch.manual_seed(0)
+    layer, x = MoELayer(24, 19, 3, 1, init_std=0.2, bias=True, activation=activation), torch.randn(40, 24)
+    with torch.no_grad():
+        layer.experts.b_gate.fill_(-4.0 if activation != "swiglu" else -14.0)
+    found = errors(reference, layer, x, torch.randn_like(x), backend)
+    assert max(found[name] for name in ("y", "experts.w_down")) <= TOLERANCE[torch.float32], found
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_permuting_experts_changes_nothing_but_rounding(backend):
     torch.manual_seed(2)

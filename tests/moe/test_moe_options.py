@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_mue.kernels.activations import ACTIVATIONS
+from lightning_mue.kernels.dispatch import plan_dispatch
+from lightning_mue.kernels.grouped_ffn import grouped_ffn
 from lightning_mue.moe import FeedForward, MoELayer, switch_loss
+from lightning_mue.moe.layer import _warn_of_reentrant_checkpoint
 
 BACKENDS = ("torch", "grouped_mm")
 
@@ -212,3 +218,87 @@ def test_a_dense_network_of_any_activation(reference):
         p = {name: t.detach().double() for name, t in network.named_parameters()}
         expected = torch.stack([reference.ffn(x_d.double(), p, activation) for x_d in x])
         assert reference.relative_error(network(x), expected) < 1e-6
+
+
+def test_reentrant_checkpointing_is_warned_of():
+    """It would lose the auxiliary loss; the other form does not."""
+    layer, x = MoELayer(8, 16, 4, 2, aux_loss_coef=1.0, router_init_std=1.0), torch.randn(20, 8, requires_grad=True)
+    layer(x)
+    (expected,) = torch.autograd.grad(layer.aux_loss, layer.router.weight)
+    checkpoint(layer, x, use_reentrant=False)
+    (found,) = torch.autograd.grad(layer.aux_loss, layer.router.weight)
+    torch.testing.assert_close(found, expected)
+    _warn_of_reentrant_checkpoint.cache_clear()
+    with pytest.warns(UserWarning, match="use_reentrant=False"):
+        checkpoint(layer, x, use_reentrant=True)
+
+
+@pytest.mark.parametrize("choice", ["token", "expert"])
+def test_padding_of_nan_leaves_the_gradients_alone(choice):
+    settings = {"scoring": "sigmoid", "choice": choice, "balance": "none", "z_loss_coef": 0.1}
+    layer, x = MoELayer(8, 16, 4, 2, **settings), torch.randn(12, 8)
+    mask = torch.arange(12) != 5
+    x[5] = float("nan")
+    (layer(x, mask)[mask].sum() + layer.aux_loss).backward()
+    assert all(p.grad.isfinite().all() for p in layer.parameters())
+
+
+def test_a_nan_token_takes_no_other_ones_place_in_expert_choice():
+    layer = MoELayer(8, 16, 5, 2, scoring="sigmoid", choice="expert", balance="none", router_init_std=1.0)
+    x = torch.randn(20, 8)
+    x[3] = float("nan")
+    layer(x)
+    assert (layer.last_routing.token_ids != 3).all()
+
+
+def test_no_tokens(triton_backend):
+    """Widths that divide nothing, and a batch without sequences."""
+    for backend in ("torch", "grouped_mm", "triton"):
+        layer = MoELayer(13, 7, 4, 2, backend=backend, balance_scope="sequence", bias=True)
+        x = torch.zeros(0, 3, 13, requires_grad=True)
+        (layer(x).sum() + layer.aux_loss).backward()
+        assert x.grad.shape == x.shape
+        assert not any(p.grad.any() for p in layer.parameters())
+
+
+def test_empty_sequences_do_not_count_in_the_mean():
+    layer = MoELayer(8, 16, 6, 2, balance_scope="sequence", aux_loss_coef=1.0, router_init_std=1.0)
+    x, mask = torch.randn(3, 10, 8), torch.ones(3, 10, dtype=torch.bool)
+    mask[2] = False
+    layer(x, mask)
+    with_padding = layer.aux_loss
+    layer(x[:2])
+    torch.testing.assert_close(with_padding, layer.aux_loss)
+
+
+def test_multipliers_are_kept_in_a_checkpoint(tmp_path):
+    layer = MoELayer(8, 16, 4)
+    layer.output_multiplier, layer.route_scale = 0.25, 3.0
+    trainer = Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False)
+    data = DataLoader(TensorDataset(torch.randn(8, 8), torch.randn(8, 8)), batch_size=4)
+    trainer.fit(layer, data)
+    trainer.save_checkpoint(tmp_path / "layer.ckpt")
+    restored = MoELayer.load_from_checkpoint(tmp_path / "layer.ckpt")
+    assert (restored.output_multiplier, restored.route_scale) == (0.25, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"gates": (30, 1)}, "gates must have shape"),
+        ({"x": (31, 9)}, "inverse must have shape"),
+        ({"w_gate": (5, 6, 9)}, "w_gate must have shape"),
+        ({"w_down": (5, 7, 9)}, "w_down must have shape"),
+        ({"w_up": (4, 7, 9), "w_gate": (4, 7, 9), "w_down": (4, 9, 7)}, "offsets must have shape"),
+        ({"b_up": (5, 1)}, "b_up must have shape"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(change, match):
+    plan = plan_dispatch(torch.randint(5, (30, 2)), torch.full((5,), 12))
+    shapes = {"x": (30, 9), "gates": (30, 2), "w_up": (5, 7, 9), "w_down": (5, 9, 7), "w_gate": (5, 7, 9)}
+    arguments = {name: torch.randn(shape) for name, shape in (shapes | change).items()}
+    with pytest.raises(ValueError, match=match):
+        grouped_ffn(plan=plan, **arguments)
+    fitting = {name: torch.randn(shape) for name, shape in shapes.items()}
+    with pytest.raises(TypeError, match=r"gates must be torch\.float32"):
+        grouped_ffn(plan=plan, **fitting | {"gates": fitting["gates"].bfloat16()})

@@ -17,6 +17,8 @@ from lightning_mue.kernels.grouped_ffn import Problem
 
 def forward(p: Problem, keep: bool) -> tuple[Tensor, Tensor]:
     """As `grouped_ffn_op`."""
+    if not len(p.order):  # the grouped GEMM refuses the strides of nothing
+        return torch.zeros_like(p.x), p.x.new_zeros(len(_up(p)), 0, p.w_up.shape[1])
     x_Sd = p.x[p.tokens]
     planes = [_product(x_Sd, w.mT, p) if b is None else _product(x_Sd, w.mT, p) + _of_rows(b, p) for w, b in _up(p)]
     y_Sd = _product(_activate(planes, p.activation), p.w_down.mT, p)
@@ -26,6 +28,8 @@ def forward(p: Problem, keep: bool) -> tuple[Tensor, Tensor]:
 
 def backward(p: Problem, dy: Tensor, z: Tensor, weights: bool) -> list[Tensor]:
     """As `grouped_ffn_backward_op`."""
+    if not len(p.order):
+        return [torch.zeros_like(t) for t in (p.trained if weights else p.trained[:2])]
     derivative, dy_Sd = ACTIVATIONS[p.activation].derivative, dy[p.tokens]
     a_Sh, da_Sh = _activate(list(z), p.activation), _product(dy_Sd, p.w_down, p)
     gates_S1 = p.gates.flatten()[p.order, None]
@@ -45,7 +49,7 @@ def backward(p: Problem, dy: Tensor, z: Tensor, weights: bool) -> list[Tensor]:
         grads += [_product(dz_Sh.mT, x_Sd, p) for dz_Sh in dz]
         grads += [_product(dy_Sd.mT, a_Sh.mul_(gates_S1.to(a_Sh.dtype)), p)]
         grads += [_sums_by_expert(dz_Sh, p) for dz_Sh, (_, bias) in zip(dz, up, strict=True) if bias is not None]
-    return grads
+    return [_laid_out_as(t, grad) for t, grad in zip(p.trained, grads, strict=False)]
 
 
 def _up(p: Problem) -> list[tuple[Tensor, Tensor | None]]:
@@ -71,8 +75,15 @@ def _aligned(t: Tensor) -> Tensor:
     return rows.copy_(t)
 
 
+def _laid_out_as(t: Tensor, grad: Tensor) -> Tensor:
+    """The gradient with the strides that `empty_like` gives, which is what a compiler is told."""
+    out = torch.empty_like(t)
+    return grad if grad.stride() == out.stride() else out.copy_(grad)
+
+
 def _activate(planes: list[Tensor], activation: str) -> Tensor:
-    f = ELEMENTWISE[activation].function(planes[0], torch.empty_like(planes[0]))
+    z = planes[0].contiguous()
+    f = ELEMENTWISE[activation].function(z, torch.empty_like(z))
     return f.mul_(planes[1]) if len(planes) == 2 else f
 
 

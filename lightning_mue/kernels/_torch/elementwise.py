@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -25,22 +24,32 @@ class Elementwise(NamedTuple):
     derivative: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def _has_tail(z: Tensor) -> bool:
-    """Whether torch computes the last few elements with a scalar function, which rounds otherwise than the vectors'.
+def _in_vectors(function: Callable[[Tensor, Tensor], Tensor], z: Tensor, out: Tensor) -> Tensor:
+    """Write f(z) such that a number's result does not depend on where it stands.
 
-    A row's result would then depend on where it stands, and permuting tokens would change last bits. tanh and erf are the
-    same everywhere.
+    torch computes what is left over at the end of each thread's part with a scalar function, which rounds otherwise than the
+    vectors': permuting tokens would change last bits. So threads get whole vectors, and the rest is computed in padding.
     """
-    return z.dtype == torch.float32 and z.numel() % _VECTOR != 0
+    n = z.numel()
+    threads = min(torch.get_num_threads(), -(-n // _SERIAL))
+    rest = n % (_VECTOR * max(threads, 1))
+    if z.dtype != torch.float32 or not rest or z.device.type != "cpu":
+        return function(z, out)
+    flat_z, flat_out = z.view(-1), out.view(-1)
+    if rest < n:
+        function(flat_z[:-rest], flat_out[:-rest])
+    padded = z.new_zeros(2, rest + -rest % _VECTOR)
+    padded[0, :rest] = flat_z[-rest:]
+    flat_out[-rest:] = function(padded[0], padded[1])[:rest]
+    return out
 
 
 _VECTOR = 32  # float32 numbers that a pass of torch's loop takes with AVX-512; less with narrower units
+_SERIAL = 32768  # up to so many numbers torch does not share out over threads
 
 
 def _silu(z: Tensor, out: Tensor) -> Tensor:
-    if _has_tail(z):
-        return torch.mul(z, 0.5, out=out).tanh_().add_(1).mul_(z).mul_(0.5)
-    return _aten.silu.out(z, out=out)  # type: ignore[no-any-return]
+    return _in_vectors(lambda z, out: _aten.silu.out(z, out=out), z, out)
 
 
 def _silu_backward(grad: Tensor, z: Tensor, out: Tensor) -> Tensor:
@@ -48,10 +57,7 @@ def _silu_backward(grad: Tensor, z: Tensor, out: Tensor) -> Tensor:
 
 
 def _gelu(z: Tensor, out: Tensor, approximate: str = "none") -> Tensor:
-    if approximate == "tanh" and _has_tail(z):
-        inner = torch.addcmul(z, z * z, z, value=0.044715).mul_(math.sqrt(2 / math.pi))
-        return torch.mul(inner.tanh_().add_(1), z, out=out).mul_(0.5)
-    return _aten.gelu.out(z, approximate=approximate, out=out)  # type: ignore[no-any-return]
+    return _in_vectors(lambda z, out: _aten.gelu.out(z, approximate=approximate, out=out), z, out)
 
 
 def _gelu_backward(grad: Tensor, z: Tensor, out: Tensor, approximate: str = "none") -> Tensor:

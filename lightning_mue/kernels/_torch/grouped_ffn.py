@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_mue.kernels._torch.blocks import Cutting, plan_blocks
 from lightning_mue.kernels._torch.elementwise import ELEMENTWISE
-from lightning_mue.kernels._torch.scratch import Scratch, borrowed, new_empty, on_huge_pages, workspace
+from lightning_mue.kernels._torch.scratch import Scratch, borrowed, new_empty, on_huge_pages
 from lightning_mue.kernels._torch.workers import run_over_experts
 from lightning_mue.kernels.activations import ACTIVATIONS
 from lightning_mue.kernels.grouped_ffn import Problem
@@ -82,7 +82,11 @@ class _Pass:
         flops = 2 * products * sum(rows) * self.hidden * self.width
 
         def work(indices: Iterable[int]) -> None:
-            with workspace(p.x, self.columns(), self.layout.longest) as scratch:
+            columns, longest = self.columns(), self.layout.longest
+            size = longest * sum(columns.values())
+            # Entered here and not in a generator: an interrupt could leave that one, and the thread in inference mode.
+            with borrowed("scratch", p.x, size) as flat, torch.inference_mode():
+                scratch = Scratch(flat, columns, longest)
                 for i in indices:
                     self.block(scratch, i)
 

@@ -69,19 +69,6 @@ class Scratch:
 
 
 @contextmanager
-def workspace(like: Tensor, columns: Mapping[str, int], max_rows: int) -> Iterator[Scratch]:
-    """Lend this thread its work buffers, in inference mode.
-
-    Args:
-        like: Gives type and device.
-        columns: Width of each buffer, by name.
-        max_rows: Rows of each buffer.
-    """
-    with borrowed("scratch", like, max_rows * sum(columns.values())) as flat, torch.inference_mode():
-        yield Scratch(flat, columns, max_rows)
-
-
-@contextmanager
 def borrowed(purpose: str, like: Tensor, size: int) -> Iterator[Tensor]:
     """Lend a buffer of undefined content, which can be written to in inference mode only.
 

@@ -166,11 +166,13 @@ def choose(kind: Kind, run: Callable[[Tiling], Any]) -> Tiling:
     if kind in _chosen:
         return _chosen[kind]
     tilings = candidates(kind)
-    if not _may_time(kind.device):
+    if kind.device.type != "cuda":
         return tilings[0]
     known = _read(cache_file()).get(kind.name)
     tiling = next((t for t in tilings if list(t) == known), None)  # one that is not offered any more is timed again
     if tiling is None:
+        if not _may_time(kind.device):
+            return tilings[0]
         tiling = min(tilings, key=lambda t: _milliseconds(run, t))
         _write(cache_file(), kind.name, tiling)
     return _chosen.setdefault(kind, tiling)
@@ -195,7 +197,7 @@ def _milliseconds(run: Callable[[Tiling], Any], tiling: Tiling) -> float:
     """Median time of a launch; infinite if the tiling does not fit the device."""
     try:
         return do_bench(lambda: run(tiling), warmup=5, rep=20, return_mode="median")
-    except (OutOfResources, PTXASError):
+    except (OutOfResources, PTXASError, torch.OutOfMemoryError):  # the last one is of `do_bench`'s own buffer
         return float("inf")
 
 
@@ -222,6 +224,7 @@ def _write(file: Path, name: str, tiling: Tiling) -> None:
         content = {**_read(file), name: list(tiling)}
         with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False) as new:
             json.dump(content, new, indent=0, sort_keys=True)
+        os.chmod(new.name, 0o644)  # others may share the folder
         os.replace(new.name, file)
     except OSError as error:
         warnings.warn(
