@@ -363,10 +363,12 @@ class MoELanguageModel(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips as Lightning does; by norm also where parameters lie on several meshes, which torch refuses."""
+        """Clips as Lightning does; also where parameters lie on several meshes, which torch refuses."""
         params = [p for group in optimizer.param_groups for p in group["params"]]
         several = len({getattr(p, "device_mesh", None) for p in params}) > 1
-        if several and gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+        if several and gradient_clip_val and gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(params, gradient_clip_val, foreach=False)
+        elif several and gradient_clip_val:
             clip_grad_norm(params, gradient_clip_val)
         else:
             self.clip_gradients(

@@ -17,13 +17,10 @@ from torch import Tensor
 
 from lightning_mue.kernels.combine import combine_rows
 from lightning_mue.kernels.dispatch import DispatchPlan
+from lightning_mue.moe._mesh import REMARKS
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-
-#: Numbers by which ranks with replicated tokens see that they are the same.
-REMARKS = 3
 
 
 class Splits(NamedTuple):
@@ -42,21 +39,21 @@ class Splits(NamedTuple):
     remarks: list[list[float]]
 
 
-def exchange_counts(counts_E: Tensor, remarks: Sequence[Tensor], group: ProcessGroup) -> Splits:
+def exchange_counts(counts_E: Tensor, remarks: Tensor | None, group: ProcessGroup) -> Splits:
     """Tell every rank how many rows its experts get: one small all-to-all, and the one host synchronization.
 
     Args:
         counts_E: This rank's assignments by expert, int [E].
-        remarks: 0-dim numbers that every rank gets to see, besides.
+        remarks: Numbers that every rank gets to see besides, [n].
         group: The ranks, in the order of their experts.
     """
     ranks = dist.get_world_size(group)
     counts_Pe = counts_E.double().view(ranks, -1)  # float64 holds whole numbers exactly up to 2^53
-    said = [remark.double().expand(ranks, 1) for remark in remarks]
-    message = torch.cat([counts_Pe, *said], 1)
+    said_Pn = counts_Pe[:, :0] if remarks is None else remarks.double().expand(ranks, -1)
+    message = torch.cat([counts_Pe, said_Pn], 1)
     answer = torch.empty_like(message)
     dist.all_to_all_single(answer, message, group=group)
-    received_Pe, heard = answer.split([counts_Pe.shape[1], len(remarks)], 1)
+    received_Pe, heard = answer.split([counts_Pe.shape[1], said_Pn.shape[1]], 1)
     rows = torch.cat([counts_Pe.sum(1, keepdim=True), received_Pe.sum(1, keepdim=True), heard], 1).tolist()
     send, receive = [int(row[0]) for row in rows], [int(row[1]) for row in rows]
     return Splits(send, receive, received_Pe.long(), [row[2:] for row in rows])

@@ -32,7 +32,7 @@ from lightning_mue.moe._exchange import (
     join_slices,
     take_slice,
 )
-from lightning_mue.moe._mesh import check_experts, check_mesh, cutting_dims, local, shard
+from lightning_mue.moe._mesh import check_experts, check_mesh, check_replicas, cutting_dims, fingerprint, local, shard
 from lightning_mue.moe.experts import Experts
 from lightning_mue.moe.router import RoutingInfo
 
@@ -52,7 +52,8 @@ def parallelize_experts(module: Module, mesh: DeviceMesh, *, tokens: str = "repl
 
         def configure_model(self):
             parallelize_experts(self, self.device_mesh["tensor_parallel"])
-            fullyshard(self.transformer, mesh=self.device_mesh["data_parallel"])
+            if self.device_mesh["data_parallel"].size() > 1:
+                fully_shard(self.transformer, mesh=self.device_mesh["data_parallel"])
 
     Parameters may be real (all ranks must have drawn the same: seed them alike) or on the meta device. No communication
     takes place. A second call with the same mesh and mode changes nothing.
@@ -163,8 +164,9 @@ class ExpertParallel:
         plan = routing.plan(experts.backend)
         gates_S = routing.assignment_gates(plan).flatten()[plan.order]
         rows_Sd = gather_rows(x_Td.to(dtype), plan, experts.backend)
-        splits = exchange_counts(plan.offsets.diff(), _remarks(*replicas) if replicas else [], group)
-        _check_replicas(splits.remarks, self.mesh)
+        splits = exchange_counts(plan.offsets.diff(), fingerprint(*replicas) if replicas else None, group)
+        if replicas:
+            check_replicas(splits.remarks)
 
         rows, sent = len(rows_Sd), sum(splits.send)
         if sent < rows:  # those of no expert come last, and stay here
@@ -192,18 +194,21 @@ class ExpertParallel:
         return self  # process groups cannot be copied
 
 
-def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
     """Scale gradients so that their joint 2-norm is at most `max_norm`, whatever meshes they lie on.
 
     `torch.nn.utils.clip_grad_norm_`, and with it Lightning's clipping by norm, raises where plain tensors and DTensors, or
     DTensors of different meshes, come together; with expert parallelism they do. In a LightningModule::
 
         def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
-            clip_grad_norm(self.parameters(), gradient_clip_val)
+            if gradient_clip_algorithm == "value" and gradient_clip_val:
+                nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val, foreach=False)
+            else:
+                clip_grad_norm(self.parameters(), gradient_clip_val)
 
     Args:
         parameters: Parameters in the same order on all ranks, plain (alike on all ranks) or DTensors.
-        max_norm: The largest norm.
+        max_norm: The largest norm. None, and 0 or less, clip nothing, as in Lightning.
 
     Returns:
         The norm before, 0-dim, the same on all ranks.
@@ -220,30 +225,11 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
             dist.all_reduce(square, group=mesh.get_group(dim))
         total = total.to(square) + square
     norm = total.sqrt()
-    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for grad in grads:
-        local(grad).mul_(factor.to(grad.dtype))
+    if max_norm is not None and max_norm > 0:
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for grad in grads:
+            local(grad).mul_(factor.to(grad.dtype))
     return norm
-
-
-def _check_replicas(remarks: list[list[float]], mesh: DeviceMesh) -> None:
-    """Tokens that differ would give wrong outputs without a sign: each rank answers for a slice of its own."""
-    own = remarks[mesh.get_local_rank()]
-    for rank, others in enumerate(remarks):
-        # NaN, in a run that has diverged, is no difference.
-        if own[:1] != others[:1] or any(abs(a - b) > 0.01 * max(a, b) for a, b in zip(own, others, strict=True)):
-            raise RuntimeError(
-                f"parallelize_experts was called with tokens='replicated', but ranks {mesh.get_local_rank()} and {rank} of the "
-                f"mesh hold different tokens or routes (number of tokens and fingerprints: {own} and {others}). If each rank has "
-                "its own batch, use tokens='split'; else start all ranks from the same seed and give them the same batches."
-            )
-
-
-def _remarks(x_Td: Tensor, logits_TE: Tensor) -> list[Tensor]:
-    """The number of tokens, and sums over a few of them that hardly agree by chance."""
-    step = max(1, len(x_Td) // 8)
-    few = [t.detach()[::step].double().abs().sum() for t in (x_Td, logits_TE)]
-    return [x_Td.new_full((), len(x_Td), dtype=torch.float64), *few]
 
 
 def _counts(ids_TK: Tensor, n_experts: int) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mue.kernels.activations import ACTIVATIONS
-from lightning_mue.moe._trial import evaluation
+from lightning_mue.moe._trial import call, places, require_module
 from lightning_mue.moe.layer import MoELayer
 from lightning_mue.moe.transformers_state import state_dict_from_transformers
 from lightning_mue.moe.upcycling import empty_layer
@@ -45,8 +45,10 @@ def moe_from_transformers(
         A layer of the block's dtype, device, mode and ``requires_grad``.
 
     Raises:
+        TypeError: `block` is no module.
         ValueError: The block cannot be read, asks for what a `MoELayer` does not do, or computes something else.
     """
+    require_module("block", block)
     if not is_moe_block(block):
         raise ValueError(
             f"block: {type(block).__name__} is no Mixture-of-Experts block that can be read: expected modules `gate` (or "
@@ -85,9 +87,11 @@ def router_of(block: nn.Module) -> nn.Module | None:
 
 
 def run_block(block: nn.Module, x: Tensor, weights: dict[str, Tensor] | None = None) -> Any:
-    """What a block returns in evaluation, without gradients and autocast, with some weights exchanged."""
-    with evaluation(block, x.device):
-        return torch.func.functional_call(block, weights or {}, (x.clone(),))
+    """What a block returns in evaluation, without gradients, autocast and hooks, with some weights exchanged."""
+    exchanged: dict[Tensor, Tensor] = {block.get_parameter(name): tensor for name, tensor in (weights or {}).items()}
+    exchanged |= {buffer: buffer.clone() for buffer in block.buffers()}  # a block may change its own
+    tensors = {place: exchanged[t] for place, t in places(block).items() if t in exchanged}
+    return call(block, tensors, x.clone())
 
 
 class _Owner(NamedTuple):

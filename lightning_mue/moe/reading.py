@@ -9,16 +9,17 @@ Shape legend: d width, h hidden width, N rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import permutations
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_mue.kernels.activations import ACTIVATIONS
 from lightning_mue.moe._checks import require_choice
-from lightning_mue.moe._trial import random_tensors, run
+from lightning_mue.moe._trial import random_tensors, require_module, run
 
 #: Relative error below which two results in float32 are one function. GELU and its tanh form are 2e-4 apart here.
 _SAME = 3e-5
@@ -36,6 +37,7 @@ class DenseFFN(NamedTuple):
         b_up: [h] or None.
         b_down: [d] or None.
         activation: A key of `ACTIVATIONS`.
+        output_multiplier: Constant factor of the output: the module's own, where it is one of ours.
         trained: The names of those of the tensors that require a gradient in the module; they themselves are detached.
     """
 
@@ -47,12 +49,13 @@ class DenseFFN(NamedTuple):
     b_down: Tensor | None
     activation: str
     trained: frozenset[str] = frozenset()
+    output_multiplier: float = 1.0
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map [..., d] to [..., d]."""
         function, up = ACTIVATIONS[self.activation].function, F.linear(x, self.w_up, self.b_up)
         hidden = function(up) if self.w_gate is None else function(F.linear(x, self.w_gate, self.b_gate)) * up
-        return F.linear(hidden, self.w_down, self.b_down)
+        return self.output_multiplier * F.linear(hidden, self.w_down, self.b_down)
 
 
 class LinearMap(NamedTuple):
@@ -86,13 +89,14 @@ class _Layout(NamedTuple):
     gate_rows: slice = _ALL
     up_rows: slice = _ALL
 
-    def read(self, tensors: Mapping[str, Tensor]) -> DenseFFN:
+    def read(self, tensors: Mapping[str, Tensor], module: nn.Module) -> DenseFFN:
         gate = (None, None) if self.gate is None else self.gate.read(tensors, self.gate_rows)
         up, down = self.up.read(tensors, self.up_rows), self.down.read(tensors, _ALL)
         maps = {"gate": self.gate, "up": self.up, "down": self.down}
         sources = {f"w_{n}": m.weight for n, m in maps.items() if m} | {f"b_{n}": m.bias for n, m in maps.items() if m}
         trained = frozenset(name for name, source in sources.items() if source and tensors[source].requires_grad)
-        return DenseFFN(gate[0], up[0], down[0], gate[1], up[1], down[1], self.activation, trained)
+        factor = _output_multiplier(module, self.down.weight)
+        return DenseFFN(gate[0], up[0], down[0], gate[1], up[1], down[1], self.activation, trained, factor)
 
 
 def read_ffn(
@@ -108,7 +112,7 @@ def read_ffn(
     Args:
         module: Any module that maps [..., d] to [..., d] by two linear maps with an activation between them, or by three with
             a gate; or modules that do so one after the other. Linear maps are `nn.Linear`, transformers' `Conv1D` and
-            two-dimensional parameters. Dropout inside is left out.
+            two-dimensional parameters. Dropout inside is left out, and forward hooks are not run. Tied maps are read as two.
         gate_name: Path of the gate's module or parameter, where it is not to be found by trial; so for the next three.
         up_name: Path of the map from d to h. Of one map for gate and up, its path.
         down_name: Path of the map from h to d.
@@ -116,30 +120,51 @@ def read_ffn(
             (with one map for gate and up, the gate's outputs first).
 
     Returns:
-        Views of the module's own parameters.
+        Views of the module's own parameters, and the product of the `output_multiplier` of all our own layers around them.
 
     Raises:
+        TypeError: `module` is neither a module nor a sequence of modules.
         ValueError: No such network is found, or the module computes something else; the message says what was found.
     """
     if activation is not None:
         require_choice("activation", activation, tuple(ACTIVATIONS))
-    whole = module if isinstance(module, nn.Module) else nn.Sequential(*module)
-    whole = getattr(whole, "_orig_mod", whole)
-    tensors = dict(whole.named_parameters())
+    whole = _as_one(module)
+    tensors = dict(whole.named_parameters(remove_duplicate=False))
     names = {"gate": gate_name, "up": up_name, "down": down_name}
     layouts = _named(_layouts(maps := _linear_maps(whole), names), names, activation)
     if not layouts:
         raise ValueError(_not_found(whole, maps, names, activation))
     told = activation is not None and up_name is not None and down_name is not None
     if told and (layouts[0].gate in (None, layouts[0].up) or gate_name is not None):
-        return layouts[0].read(tensors)
-    return _matching(whole, layouts, maps).read(tensors)
+        return layouts[0].read(tensors, whole)
+    return _matching(whole, layouts, maps).read(tensors, whole)
+
+
+def _as_one(module: nn.Module | Sequence[nn.Module]) -> nn.Module:
+    expected = "a torch.nn.Module, or a list of modules that are applied one after the other"
+    if isinstance(module, (list, tuple)) and module:
+        for i, part in enumerate(module):
+            require_module(f"module[{i}]", part)
+        return nn.Sequential(*module)
+    if isinstance(module, (list, tuple)):
+        raise ValueError(f"module is an empty {type(module).__name__}, but it must be {expected}.")
+    require_module("module", module, expected)
+    whole = cast(nn.Module, module)
+    return getattr(whole, "_orig_mod", whole)
+
+
+def _output_multiplier(module: nn.Module, weight: str) -> float:
+    """The product over the modules that hold a weight; only their own attributes, as wrappers show those of what they wrap."""
+    parts = weight.split(".")[:-1]
+    holders = [module.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) + 1)]
+    name = "output_multiplier"
+    return math.prod(float(getattr(m, name)) for m in holders if name in vars(m) or hasattr(type(m), name))
 
 
 def _linear_maps(module: nn.Module) -> list[LinearMap]:
     """Every two-dimensional parameter as the maps that it may be: of parameters without a module both ways round."""
     maps = []
-    for path, child in module.named_modules():
+    for path, child in module.named_modules(remove_duplicate=False):
         own = dict(child.named_parameters(recurse=False))
         stem = f"{path}." if path else ""
         orientations = {"Linear": [False], "Conv1D": [True]}.get(type(child).__name__, [False, True])
@@ -195,13 +220,12 @@ def _named(layouts: Iterator[_Layout], names: Mapping[str, str | None], activati
 def _matching(module: nn.Module, layouts: list[_Layout], maps: list[LinearMap]) -> _Layout:
     """The layout that computes what the module does."""
     tensors = random_tensors(module)
-    factor = float(getattr(module, "output_multiplier", 1.0))  # our own layers'
     errors: list[tuple[float, _Layout]] = []
     results = {d: run(module, tensors, d) for d in {layout.down.outputs for layout in layouts}}
     for layout in layouts:
         x, y = results[layout.down.outputs]
         if isinstance(y, Tensor) and y.shape == x.shape:
-            errors.append((float((factor * layout.read(tensors)(x) - y).norm() / y.norm()), layout))
+            errors.append((float((layout.read(tensors, module)(x) - y).norm() / y.norm()), layout))
     error, best = min(errors, key=lambda pair: pair[0], default=(None, None))
     if best is not None and error is not None and error < _SAME:
         return best

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_mue.moe._trial import require_module
 from lightning_mue.moe.layer import MoELayer
 from lightning_mue.moe.pretrained import is_moe_block, moe_from_transformers, router_of, run_block
 from lightning_mue.moe.router import RoutingInfo
@@ -36,7 +37,8 @@ class TransformersMoE(nn.Module):
         self.returns_logits = not weight.is_meta and isinstance(
             run_block(block, weight.new_ones(1, 2, moe.width)), tuple
         )
-        self.correction_bias = any(name.endswith("e_score_correction_bias") for name in block.state_dict())
+        names = (name for name in block.state_dict() if name.endswith("e_score_correction_bias"))
+        self.correction_name = next(names, None)  # the router has it, or the block itself
         self.router_name = "gate" if "gate" in block._modules else "router"
         self.recorder = _recorder(router_of(block))
         self._forward_hooks.update(block._forward_hooks)
@@ -85,8 +87,10 @@ def replace_moe_blocks(model: nn.Module, **layer_arguments: Any) -> list[str]:
         Where the blocks were, e.g. ``["model.layers.0.mlp"]``.
 
     Raises:
+        TypeError: `model` is no module.
         ValueError: There is none, or one cannot be read; those before it are exchanged then, and the model runs as before.
     """
+    require_module("model", model)
     places: dict[int, list[str]] = {}  # names, not modules: a block's memory is free as soon as it is exchanged
     for name, module in model.named_modules(remove_duplicate=False):
         if is_moe_block(module):
@@ -132,6 +136,11 @@ def transformers_state_dict(model: nn.Module, layout: str = "stacked") -> dict[s
         inner = f"{prefix}moe."
         own = {key.removeprefix(inner): state.pop(key) for key in list(state) if key.startswith(inner)}
         state |= state_dict_to_transformers(
-            own, layout, prefix=prefix, router=adapter.router_name, correction_bias=adapter.correction_bias or None
+            own,
+            layout,
+            prefix=prefix,
+            router=adapter.router_name,
+            correction_bias=True if adapter.correction_name else None,
+            correction_name=adapter.correction_name,
         )
     return state

@@ -3,7 +3,7 @@
 | here                        | "stacked"                      | "qwen"                       | "mixtral"            |
 |-----------------------------|--------------------------------|------------------------------|----------------------|
 | router.weight               | gate.weight                    | gate.weight                  | gate.weight          |
-| router.balance_bias         | gate.e_score_correction_bias, where the block has one         |                      |
+| router.balance_bias         | gate.e_score_correction_bias, where the block has one (MiniMax-M2: without "gate.")  |
 | experts.w_gate              | experts.gate_up_proj, 1st half | experts.0.gate_proj.weight   | experts.0.w1.weight  |
 | experts.w_up                | experts.gate_up_proj, 2nd half | experts.0.up_proj.weight     | experts.0.w3.weight  |
 | experts.w_down              | experts.down_proj              | experts.0.down_proj.weight   | experts.0.w2.weight  |
@@ -90,6 +90,7 @@ def state_dict_to_transformers(
     prefix: str = "",
     router: str = "gate",
     correction_bias: bool | None = None,
+    correction_name: str | None = None,
 ) -> dict[str, Tensor]:
     """The state dict of a transformers block from that of a `MoELayer`.
 
@@ -101,6 +102,7 @@ def state_dict_to_transformers(
         prefix: Put before every name.
         router: What the block calls its router, "gate" or "router".
         correction_bias: Whether to write ``e_score_correction_bias``; None: if it is not zero.
+        correction_name: What the block calls it; None: ``gate.e_score_correction_bias``, with the router's name.
 
     Returns:
         New tensors, or the layer's own where nothing is to be joined.
@@ -120,7 +122,7 @@ def state_dict_to_transformers(
     theirs = {f"{router}.weight": state["router.weight"]}
     bias = state.get("router.balance_bias")
     if bias is not None and (bool(bias.any()) if correction_bias is None else correction_bias):
-        theirs[f"{router}.e_score_correction_bias"] = bias
+        theirs[correction_name or f"{router}.e_score_correction_bias"] = bias
     if layout == "stacked":
         theirs |= {"experts.gate_up_proj": torch.cat([gate, up], dim=1), "experts.down_proj": down}
     else:

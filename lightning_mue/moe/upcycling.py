@@ -86,17 +86,21 @@ def moe_from_ffn(
         down_name: See there.
         activation: See there.
         layer_class: `MoELayer` or a subclass with its arguments.
-        **layer_arguments: Further arguments of `MoELayer`.
+        **layer_arguments: Further arguments of `MoELayer`. Its `width` is the network's.
 
     Returns:
         A layer of the network's dtype, device, mode and ``requires_grad`` (of each map; the router is always trained).
 
     Raises:
+        TypeError: `module` is no module, or a size is no integer.
         ValueError: The network cannot be read, or an argument does not fit it; the message names it.
     """
     ffn = read_ffn(module, gate_name=gate_name, up_name=up_name, down_name=down_name, activation=activation)
     require_choice("how", how, HOWS)
-    require_positive(n_experts=n_experts, top_k=top_k)
+    sizes = {"expert_width": expert_width, "shared_width": layer_arguments.get("shared_width") or None}
+    require_positive(
+        n_experts=n_experts, top_k=top_k, **{name: size for name, size in sizes.items() if size is not None}
+    )
     _refuse_arguments(how, ffn, layer_arguments, shuffle=shuffle, noise_std=noise_std, drop_fraction=drop_fraction)
     if route_scale is not None and not 0 < abs(route_scale) < math.inf:
         raise ValueError(
@@ -152,6 +156,10 @@ def _refuse_arguments(how: str, ffn: DenseFFN, layer_arguments: dict[str, Any], 
             raise ValueError(
                 f"{name} is {value}, but how is {how!r}: it belongs to how={belongs[name]!r}. Leave it out."
             )
+    if "width" in layer_arguments:
+        raise ValueError(
+            f"width is {layer_arguments['width']}, but the layer's is the network's, {ffn.w_up.shape[1]}. Leave it out."
+        )
     noise_std, drop_fraction = own["noise_std"], own["drop_fraction"]
     if noise_std is not None and not 0 < noise_std < math.inf:
         raise ValueError(f"noise_std is {noise_std}, but it must be positive: copies without noise are how='copy'.")
@@ -181,7 +189,7 @@ def _cut(ffn: DenseFFN, how: str, n_experts: int, width: int | None, shared_widt
             )
         return Cut(order[None], order[:0])
     routed = h - shared_width
-    parts = n_experts if width is None else (routed // width if width > 0 and routed % width == 0 else 0)
+    parts = n_experts if width is None else (routed // width if routed % width == 0 else 0)
     if parts < 1 or routed < 1 or routed % parts or n_experts % parts:
         fitting = [
             routed // p for p in range(1, n_experts + 1) if routed > 0 and n_experts % p == 0 and routed % p == 0
@@ -209,7 +217,7 @@ def _needed_scale(parts: int, n_experts: int, top_k: int, layer_arguments: dict[
 
 def _finish(layer: MoELayer, module: nn.Module | Sequence[nn.Module], ffn: DenseFFN) -> None:
     first = module if isinstance(module, nn.Module) else module[0]
-    layer.output_multiplier = float(getattr(module, "output_multiplier", 1.0))
+    layer.output_multiplier = ffn.output_multiplier
     layer.train(first.training)
     given = {name for name, value in ffn._asdict().items() if isinstance(value, Tensor)}
     for target in (layer.experts, layer.shared):

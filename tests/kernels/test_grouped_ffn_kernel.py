@@ -151,9 +151,9 @@ def test_equals_a_loop_in_float64_in_half(triton_experts, poisoned, monkeypatch,
     ("case", "dtype"),
     [
         (Case(9, 32, 16, 2, 2), torch.bfloat16),
-        (Case(9, 24, 40, 2, 1, "gelu"), torch.bfloat16),
-        (Case(9, 20, 24, 2, 1), torch.float32),
-        (Case(9, 20, 24, 2, 1, "geglu"), torch.bfloat16),
+        pytest.param(Case(9, 24, 40, 2, 1, "gelu"), torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(Case(9, 20, 24, 2, 1), torch.float32, marks=pytest.mark.slow),
+        pytest.param(Case(9, 20, 24, 2, 1, "geglu"), torch.bfloat16, marks=pytest.mark.slow),
     ],
 )
 def test_loads_by_the_copy_engine_are_the_same(triton_experts, poisoned, monkeypatch, device, case, dtype):

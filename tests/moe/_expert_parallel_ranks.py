@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -315,8 +316,48 @@ def refusals(rank, mesh):
         "expert choice": message_of(by_expert, draw(5, D, dtype=torch.float32)),
         "ddp": message_of(DistributedDataParallel, parallelize_experts(make("plain"), mesh)),
         "torch's clipping": message_of(torch.nn.utils.clip_grad_norm_, mixed.parameters(), 1.0),
+        "plain state": message_of(parallelize_experts(make("plain"), mesh).load_state_dict, make("plain").state_dict()),
         "copy": distance(copy.deepcopy(ours)(draw(5, D)[:4].float()), ours(draw(5, D)[:4].float())),
     }
+
+
+def wide_batches(rank, mesh):
+    """What is said of different batches at a width where sums of magnitudes agree, of rounding, and of NaN."""
+    layer = MoELayer(2048, 8, 64, init_std=None)
+    torch.nn.init.normal_(layer.router.weight, std=2048**-0.5, generator=torch.Generator().manual_seed(0))
+    parallelize_experts(layer, mesh)
+    same = draw(64, 2048, dtype=torch.float32)
+    return {
+        "different": [message_of(layer, draw(64, 2048, seed=2 * i + rank, dtype=torch.float32)) for i in range(20)],
+        "rounded": message_of(layer, same.bfloat16().float() if rank else same),
+        "nan": message_of(layer, same * torch.nan),
+    }
+
+
+def loads_plain_state(mesh):
+    """As the guide says it is done."""
+    layer = build()
+    source = copy.deepcopy(layer)
+    with torch.no_grad():
+        for p in source.parameters():
+            p.add_(1)
+    parallelize_experts(layer, mesh)
+    set_model_state_dict(layer, source.state_dict(), options=StateDictOptions(full_state_dict=True))
+    wanted = source.state_dict()
+    return {n: distance(whole(p), wanted[n]) for n, p in layer.named_parameters()}
+
+
+def clips(mesh):
+    """Norms and changes of gradients by the largest norm that is asked for."""
+    report = {}
+    for limit in (None, 0, 0.01):
+        layer = parallelize_experts(make_layer("plain", torch.float64), mesh)
+        run(layer, *joined("plain", torch.float64))
+        before = gradients(layer)
+        norm = clip_grad_norm(layer.parameters(), limit)
+        after = gradients(layer)
+        report[str(limit)] = {"norm": float(norm), "change": max(distance(after[n], before[n]) for n in before)}
+    return report
 
 
 def controls(mesh):
@@ -402,6 +443,9 @@ def two(rank, folder):
         "controls": controls(mesh),
         "travels": {tokens: travels(mesh, tokens) for tokens in TOKENS},
         "refusals": refusals(rank, mesh),
+        "wide": wide_batches(rank, mesh),
+        "plain state": loads_plain_state(mesh),
+        "clips": clips(mesh),
         "training": {"replicated": trained(parallelize_experts(build(), mesh), lambda step: [batch(step, 0)])},
     }
 
@@ -546,6 +590,39 @@ def fit_layer(strategy):
     return {"start": record.start, "sharded": isinstance(layer.experts.w_up, DTensor)}
 
 
+GUIDE = Path(__file__).parents[2] / "docs" / "expert-parallel.md"
+#: Clipping options of the Trainer; the gradients are large enough for both.
+CLIPPING = {
+    "none": {},
+    "norm": {"gradient_clip_val": 0.1},
+    "value": {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
+}
+
+
+def fit_guide(strategy, clipping):
+    """Train the class of the guide, as it stands there; its weights after three steps."""
+    code = next(block for block in GUIDE.read_text().split("```python")[1:] if "class MyModel" in block)
+    space = {}
+    exec(code.split("```")[0], space)
+    torch.manual_seed(4)
+    model = space["MyModel"]()
+    kinds = []
+    real = model.configure_gradient_clipping
+
+    def spied(optimizer, *args, **kwargs):
+        real(optimizer, *args, **kwargs)
+        grads = [whole(p.grad) for p in model.parameters() if p.grad is not None]
+        norm, largest = torch.stack([g.norm() for g in grads]).norm(), max(g.abs().max() for g in grads)
+        kinds.append([float(norm), float(largest)])
+
+    model.configure_gradient_clipping = spied
+    # All ranks have the batches of one process, over the data dimension too: Lightning's sampler would shuffle.
+    trainer = trainer_of(strategy, 3, use_distributed_sampler=False, **CLIPPING[clipping])
+    data = TensorDataset(draw(24, 8).float(), 5 * draw(24, 1, seed=1).float())
+    trainer.fit(model, DataLoader(data, batch_size=8))
+    return {"weights": {n: whole(p) for n, p in model.named_parameters()}, "gradients": torch.tensor(kinds)}
+
+
 def lightning(folder):
     """On two ranks, then on one with their checkpoints, then on two with the one's; under torchrun."""
     if int(os.environ["WORLD_SIZE"]) == 1:
@@ -555,6 +632,9 @@ def lightning(folder):
     if (folder / "alone").exists():
         return {"from one": fit(folder, model_parallel(1, 2), ckpt_path=folder / "alone" / f"step={STOP}.ckpt")}
     report = {"layer": fit_layer(model_parallel(1, 2))}
+    report["guide"] = {
+        (how, clipping): fit_guide(model_parallel(*how), clipping) for how in ((1, 2), (2, 1)) for clipping in CLIPPING
+    }
     for way, distributed in (("distributed", True), ("full", False)):
         report[way] = fit(folder, model_parallel(1, 2, distributed=distributed), save=folder / way)
         path = folder / way / f"step={STOP}.ckpt"

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import _expert_parallel_ranks as ranks
 from _processes import launch
 
-from lightning_mue.moe import MoELayer
+from lightning_mue.moe import MoELayer, _mesh
 from lightning_mue.moe.parallel import parallelize_experts
 
 # Two processes take some 10 s of CPU time each, most of it for imports.
@@ -158,6 +158,7 @@ REFUSALS = {
     "other batches": r"RuntimeError.*different tokens.*tokens='split'",
     "expert choice": r"choice='expert'.*tokens='split'",
     "ddp": r"mixed torch.Tensor and DTensor",
+    "plain state": r"mixed torch.Tensor and DTensor",  # why the guide names set_model_state_dict
     "torch's clipping": r"mixed torch.Tensor and DTensor",  # why there is clip_grad_norm
 }
 
@@ -172,6 +173,64 @@ def test_not_refused(two):
     for report in two:
         assert [report["refusals"][what] for what in ("twice", "a part of it", "no layer")] == [None] * 3
         assert report["refusals"]["copy"] == 0
+
+
+def test_other_batches_are_seen_at_any_width_and_rounding_is_not_taken_for_them(two):
+    for report in two:
+        assert all("different tokens" in str(said) for said in report["wide"]["different"])
+        assert report["wide"]["rounded"] is None
+        assert report["wide"]["nan"] is None
+
+
+@pytest.mark.parametrize(("tokens", "width", "experts"), [(512, 4096, 256), (64, 8, 4), (1, 8, 4)])
+def test_fingerprints(tokens, width, experts):
+    """Of 20 batches that share most of their direction; of one in bfloat16; of the same number of first tokens."""
+    weight = ranks.draw(experts, width, seed=99) / width**0.5
+    common = ranks.draw(1, width, seed=98)
+
+    def fingerprint(x, dtype=torch.float64):
+        return _mesh.fingerprint(x.to(dtype), x.to(dtype) @ weight.T.to(dtype)).tolist()
+
+    def raises(*prints):
+        try:
+            _mesh.check_replicas(list(prints))
+        except RuntimeError:
+            return True
+        return False
+
+    xs = [common * 0.9**0.5 + ranks.draw(tokens, width, seed=i) * 0.1**0.5 for i in range(20)]
+    prints = [fingerprint(x) for x in xs]
+    assert all(raises(prints[0], other) for other in prints[1:])
+    assert not raises(prints[0], fingerprint(xs[0], torch.bfloat16))
+    assert raises(prints[0], fingerprint(1.2 * xs[0]))
+    assert not raises(prints[0], fingerprint(xs[0] * torch.nan))
+    assert not raises(*[fingerprint(torch.zeros(tokens, width))] * 2)
+    assert not raises(*[fingerprint(xs[0][:0])] * 2)
+    assert len(prints[0]) == _mesh.REMARKS
+
+
+def test_fingerprints_look_beyond_the_first_tokens_of_sequences():
+    """Eight sequences that all begin alike, as those with a token for their beginning do."""
+    xs = [ranks.draw(8, 32, 16, seed=seed) for seed in (0, 1)]
+    for x in xs:
+        x[:, 0] = 1
+    prints = [_mesh.fingerprint(x.flatten(0, 1), x.flatten(0, 1)).tolist() for x in xs]
+    with pytest.raises(RuntimeError, match="different tokens"):
+        _mesh.check_replicas(prints)
+
+
+def test_a_plain_state_dict_loads_as_the_guide_says(two):
+    for report in two:
+        assert set(report["plain state"].values()) == {0.0}
+
+
+def test_clipping_without_a_largest_norm_returns_the_norm_alone(two):
+    """Lightning's 0 is as None; a norm that is smaller than the gradients' bites."""
+    for report in two:
+        found = report["clips"]
+        assert found["None"]["norm"] == found["0"]["norm"] == found["0.01"]["norm"] > 0.01
+        assert found["None"]["change"] == found["0"]["change"] == 0
+        assert found["0.01"]["change"] > 0.1
 
 
 def test_a_process_group_is_needed():
@@ -239,6 +298,20 @@ def test_a_trainer_loses_what_one_process_loses(pair, alone):
         assert torch.equal(whole["biases"], alone["biases"])
     assert alone["biases"].abs().max() > 0
     assert largest_difference(alone["end"], alone["start"]) > 1e-2
+
+
+@pytest.mark.parametrize("clipping", ranks.CLIPPING)
+def test_the_class_of_the_guide_trains_as_one_process(pair, clipping):
+    """Without clipping, by norm and by value; with experts shared out, and with FSDP2 alone."""
+    wanted = ranks.fit_guide("auto", clipping)
+    norms, largest = wanted["gradients"].T
+    assert torch.allclose(norms, torch.tensor(0.1)) == (clipping == "norm")
+    assert (largest.max() <= 0.01) == (clipping == "value")
+    for report in pair:
+        for how in ((1, 2), (2, 1)):
+            found = report["guide"][how, clipping]
+            assert torch.allclose(found["gradients"], wanted["gradients"], rtol=1e-4)
+            assert largest_difference(found["weights"], wanted["weights"]) < 1e-4  # AdamW's steps are 1e-2
 
 
 def test_resume_is_exact(pair):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_mue.moe import MoELayer
-from lightning_mue.moe.pretrained import moe_from_transformers
+from lightning_mue.moe.pretrained import moe_from_transformers, run_block
 from lightning_mue.moe.replacing import TransformersMoE, replace_moe_blocks, transformers_state_dict
 from lightning_mue.moe.transformers_state import LAYOUTS, state_dict_from_transformers, state_dict_to_transformers
 
@@ -56,6 +56,8 @@ MODELS = {
     "Olmoe": ("Olmoe", {"num_experts": E}),
     "DeepseekV3": ("DeepseekV3", {**DEEPSEEK, "norm_topk_prob": True}),
     "DeepseekV3-plain": ("DeepseekV3", {**DEEPSEEK, "norm_topk_prob": False}),
+    # Has the correction bias on the block instead of the router.
+    "MiniMaxM2": ("MiniMaxM2", {"num_local_experts": E, "head_dim": 8, "router_jitter_noise": 0.0}),
     # Says nowhere that it does not normalize.
     "Jamba": ("Jamba", {"num_experts": E, "expert_layer_period": 1, "expert_layer_offset": 0, "attn_layer_period": 1,
                         "attn_layer_offset": 0, "use_mamba_kernels": False}),
@@ -69,6 +71,7 @@ EXPECTED = {
     "Olmoe": "softmax-topk",
     "DeepseekV3": "sigmoid-normalized",
     "DeepseekV3-plain": "sigmoid",
+    "MiniMaxM2": "sigmoid-normalized",
     "Jamba": "softmax-topk",
 }
 
@@ -162,7 +165,9 @@ def test_against_the_formula_in_float64():
 def test_state_dicts_there_and_back(kind, layout):
     block = make_block(kind)
     ours = state_dict_from_transformers(block.state_dict())
-    theirs = state_dict_to_transformers(ours, layout, router="router" if hasattr(block, "router") else "gate")
+    names = {"correction_name": "e_score_correction_bias"} if kind == "MiniMaxM2" else {}
+    names["router"] = "router" if hasattr(block, "router") else "gate"
+    theirs = state_dict_to_transformers(ours, layout, **names)
     assert layout == "stacked" or sum(".3." in name for name in theirs) == 3
     back = state_dict_from_transformers({f"model.x.{name}": t for name, t in theirs.items()}, "model.x.")
     assert back.keys() == ours.keys()
@@ -174,7 +179,7 @@ def test_state_dicts_there_and_back(kind, layout):
 
 def test_a_correction_bias_goes_where_the_block_has_one():
     """Also while it is zero; and never silently nowhere."""
-    for kind, has in (("DeepseekV3", True), ("Mixtral", False)):
+    for kind, has in (("DeepseekV3", True), ("MiniMaxM2", True), ("Mixtral", False)):
         model = make_model(kind)
         twin = copy.deepcopy(model)
         replace_moe_blocks(model)
@@ -356,6 +361,37 @@ def test_follows_the_block_and_shares_nothing():
     assert all(torch.equal(t, before[name]) for name, t in block.state_dict().items())
 
 
+def test_the_trial_leaves_no_trace_in_the_block():
+    class Counting(BlockOf4):
+        def __init__(self):
+            super().__init__(QwenExpertOf4, 24)
+            self.register_buffer("calls", torch.zeros(()), persistent=False)
+
+        def forward(self, hidden_states):
+            self.calls += 1
+            return super().forward(hidden_states)
+
+    block, seen = Counting(), []
+    handle = block.gate.register_forward_hook(lambda *args: seen.append(1))
+    model = nn.Sequential(block)
+    block(torch.randn(1, 2, D))  # the counters count
+    assert (int(block.calls), len(seen)) == (1, 1)
+    replace_moe_blocks(model)
+    assert (int(block.calls), len(seen)) == (1, 1)
+    block(torch.randn(1, 2, D))
+    handle.remove()
+    block(torch.randn(1, 2, D))
+    assert (int(block.calls), len(seen)) == (3, 2)
+
+
+def test_exchanged_weights_are_put_back_in_a_module_with_two_paths():
+    twice = nn.Linear(4, 4, bias=False)
+    module, before = nn.Sequential(twice, twice), twice.weight.clone()
+    x, other = torch.randn(3, 4), torch.randn(4, 4)
+    assert relative(run_block(module, x, {"0.weight": other}), x @ other.T @ other.T) < 1e-6
+    assert torch.equal(twice.weight, before)
+
+
 def test_on_the_meta_device():
     """Nothing can be compared there; what the block says of itself counts."""
     layer = moe_from_transformers(make_block("Qwen3Moe").to("meta"))
@@ -393,6 +429,10 @@ def test_what_cannot_be_read_is_said():
         moe_from_transformers(make_block("Mixtral", hidden_act="relu"))
     with pytest.raises(ValueError, match="no Mixture-of-Experts block"):
         moe_from_transformers(nn.Linear(4, 4))
+    with pytest.raises(TypeError, match=r"block is of type str, but it must be a torch.nn.Module"):
+        moe_from_transformers("Qwen/Qwen3-30B-A3B")
+    with pytest.raises(TypeError, match=r"model is of type str, but it must be a torch.nn.Module"):
+        replace_moe_blocks("Qwen/Qwen3-30B-A3B")
     with pytest.raises(ValueError, match="no Mixture-of-Experts block"):
         moe_from_transformers(MoELayer(D, 8, E))
     doubled = Doubled(make_block("Mixtral"))

@@ -185,6 +185,54 @@ def test_reading_leaves_no_trace():
     assert all(torch.equal(t, before[name]) for name, t in module.state_dict().items())
 
 
+class Counting(NanoGPT):
+    """Changes a buffer in place whenever it runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
+def test_the_trial_runs_on_copies_of_buffers_and_without_hooks():
+    module, seen = Counting(), []
+    module.c_fc.register_forward_pre_hook(lambda *args: seen.append("before"))
+    handle = module.register_forward_hook(lambda *args: seen.append("after"))
+    module(torch.randn(2, D))  # both count
+    assert (int(module.calls), seen) == (1, ["before", "after"])
+    moe_from_ffn(module, 4)
+    assert (int(module.calls), seen) == (1, ["before", "after"])
+    with pytest.raises(ValueError, match="computes something else"):
+        read_ffn(module, activation="relu")
+    module(torch.randn(2, D))
+    assert (int(module.calls), seen) == (2, ["before", "after"] * 2)
+    handle.remove()  # a handle still knows its hook
+    module(torch.randn(2, D))
+    assert seen[4:] == ["before"]
+
+
+@pytest.mark.parametrize("what", ["weight", "module"])
+def test_tied_maps_are_read_as_two(what):
+    s = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
+    if what == "weight":
+        s[2].weight = s[0].weight
+    else:
+        s[2] = s[0]
+    x = torch.randn(5, 8)
+    expected = s(x)
+    layer = moe_from_ffn(s, 4)
+    assert torch.equal(s(x), expected)
+    assert relative(layer(x), s(x)) < 1e-6
+    assert torch.equal(layer.experts.w_up, layer.experts.w_down)
+    layer.experts.w_down.data.zero_()  # and are two from then on
+    assert not torch.equal(layer.experts.w_up, layer.experts.w_down)
+    told = read_ffn(s, up_name="0", down_name="2", activation="gelu")
+    assert relative(told(x), s(x)) < 1e-6
+
+
 def test_names_and_activation_stand_above_what_is_found():
     module, _ = make("square")
     x = torch.randn(4, D)
@@ -454,6 +502,14 @@ def test_our_own_multiplier_is_taken_along():
     x = torch.randn(4, D)
     assert layer.output_multiplier == 0.25
     assert relative(layer(x), module(x)) < 1e-6
+    assert relative(read_ffn(module)(x), module(x)) < 1e-6
+    for wrapped in ([module], nn.Sequential(module), nn.Sequential(torch.compile(module, backend="eager"))):
+        prefix = "0._orig_mod." if hasattr(wrapped[0], "_orig_mod") else "0."
+        told = {f"{n}_name": f"{prefix}w_{n}" for n in ("gate", "up", "down")} | {"activation": "swiglu"}
+        for names in {}, told:
+            layer = moe_from_ffn(wrapped, E, **names)
+            assert layer.output_multiplier == 0.25
+            assert relative(layer(x), module(x)) < 1e-6
 
 
 def test_a_generator_fixes_all_draws():
@@ -527,6 +583,9 @@ def test_it_trains_and_the_copies_grow_apart():
         ({"how": "clone"}, "how is 'clone'"),
         ({"n_experts": 0}, "n_experts is 0"),
         ({"top_k": 9}, "top_k is 9"),
+        ({"width": 8}, "width is 8, but the layer's is the network's, 16"),
+        ({"how": "split", "expert_width": 0}, "expert_width is 0, but it must be at least 1"),
+        ({"how": "split", "shared_width": -8}, "shared_width is -8"),
         ({"noise_std": 0.1}, "noise_std is 0.1, but how is 'copy'"),
         ({"how": "noise", "noise_std": 0.0}, "noise_std is 0.0, but it must be positive"),
         ({"how": "drop", "drop_fraction": 1.5}, "drop_fraction is 1.5"),
@@ -545,3 +604,27 @@ def test_arguments_that_do_not_fit_are_named(arguments, message):
     module, _ = make("gpt2")
     with pytest.raises(ValueError, match=message):
         moe_from_ffn(module, **{"n_experts": E, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        ("gpt2", r"module is of type str, but it must be a torch.nn.Module, or a list of modules"),
+        (torch.zeros(3, 3), "module is of type Tensor"),
+        (nn.Linear, "module is the class Linear"),
+        ([nn.Linear(D, H), F.gelu, nn.Linear(H, D)], r"module\[1\] is of type builtin_function_or_method"),
+    ],
+    ids=["str", "tensor", "class", "function"],
+)
+def test_what_is_no_module_is_named(module, message):
+    with pytest.raises(TypeError, match=message):
+        moe_from_ffn(module, E)
+
+
+def test_sizes_that_are_no_integers_and_empty_lists_are_named():
+    module, _ = make("gpt2")
+    for name in ("expert_width", "shared_width"):
+        with pytest.raises(TypeError, match=rf"{name} must be an integer of at least 1, got 8.0 of type float"):
+            moe_from_ffn(module, E, how="split", **{name: 8.0})
+    with pytest.raises(ValueError, match="module is an empty list"):
+        moe_from_ffn([], E)

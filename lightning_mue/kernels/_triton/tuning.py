@@ -166,12 +166,13 @@ def choose(kind: Kind, run: Callable[[Tiling], Any]) -> Tiling:
     if kind in _chosen:
         return _chosen[kind]
     tilings = candidates(kind)
-    if kind.device.type != "cuda":
+    may_time = _may_time(kind.device)
+    if not may_time and kind.device.type != "cuda":
         return tilings[0]
     known = _read(cache_file()).get(kind.name)
     tiling = next((t for t in tilings if list(t) == known), None)  # one that is not offered any more is timed again
     if tiling is None:
-        if not _may_time(kind.device):
+        if not may_time:
             return tilings[0]
         tiling = min(tilings, key=lambda t: _milliseconds(run, t))
         _write(cache_file(), kind.name, tiling)
