@@ -71,7 +71,8 @@ def _aligned(t: Tensor) -> Tensor:
         whole = not any(stride % multiple for dim, stride in enumerate(t.stride()) if dim != t.ndim + inner)
         if whole and t.stride(inner) == 1 and t.stride(step) >= t.shape[inner]:
             return t
-    rows = t.new_empty(*t.shape[:-1], -(-t.shape[-1] // multiple) * multiple)[..., : t.shape[-1]]
+    # Zeros: the padding is read, and a NaN that lay there would not be multiplied away.
+    rows = t.new_zeros(*t.shape[:-1], -(-t.shape[-1] // multiple) * multiple)[..., : t.shape[-1]]
     return rows.copy_(t)
 
 
