@@ -193,7 +193,7 @@ def describe(groups: Iterable[Mapping[str, Any]], *, sphere: bool = True) -> str
     for group in groups:
         pairs = named(group)
         size = sum(param.numel() for _, param in pairs)
-        lr = float(group["lr"])
+        lr = float("nan") if getattr(group["lr"], "is_meta", False) else float(group["lr"])  # of a model without values
         lines.append(f"{group['name']}: {group['kind']}, lr {lr:g}, {len(pairs)} parameters, {size:,} values")
         rows: Counter[str] = Counter()
         for name, param in pairs:
