@@ -160,6 +160,13 @@ def strategies(folder, name):
     }
 
 
+def in_float64(folder, name):
+    """The weights that a fit in float64 ends with: there, rounding is too small for Adam to turn it into steps."""
+    model = make_model().double()
+    fit(folder, name, model, STEPS)
+    return whole(model)
+
+
 def run_sizes(folder):
     """Replicas count under FSDP2: 4 x 16 tokens, 2 accumulated batches, 2 ranks, 6 steps."""
     callback, _ = fit(folder, "fsdp2", make_model(), STEPS, base={**BASE, "tokens": 768.0, "batch_tokens": 64.0})
@@ -213,6 +220,7 @@ class Early(Sharded):
 def main(folder):
     torch.set_num_threads(1)
     seen = {name: strategies(folder, name) for name in ("ddp", "fsdp2", "fsdp2-full")}
+    seen["float64"] = {name: in_float64(folder, name) for name in ("ddp", "fsdp2")}
     seen["early"] = message_of(fit, folder, "fsdp2", Early(**SIZES), 1)
     seen["run sizes"] = run_sizes(folder)
     seen["cli"] = cli(folder)

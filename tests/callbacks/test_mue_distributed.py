@@ -80,8 +80,16 @@ def test_resume_is_exact(seen, name):
 
 
 def test_ddp_and_fsdp2_train_alike(seen):
-    """The same batches; only the order of sums in the gradients' reduction may differ."""
-    assert largest_difference(seen[0]["ddp"]["end"], seen[0]["fsdp2"]["end"]) < 1e-5
+    """The same batches; only the order of sums in the gradients' reduction may differ.
+
+    In float64: Adam divides a gradient by its own size, so that one which cancels to rounding still makes a step of the
+    rate's order. How often that happens in float32 depends on the machine.
+    """
+    ddp, fsdp2 = seen[0]["float64"]["ddp"], seen[0]["float64"]["fsdp2"]
+    assert all(weight.dtype == torch.float64 for weight in ddp.values())
+    assert largest_difference(ddp, fsdp2) < 1e-10
+    # The control: the same fit in float32 ends elsewhere.
+    assert largest_difference(ddp, seen[0]["ddp"]["end"]) > 1e-10
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
