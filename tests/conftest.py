@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import zlib
+
 import pytest
 import torch
 
 #: Helpers, and scripts that tests start in processes of their own: doctest would import them.
 collect_ignore_glob = ["*/_[a-z]*.py"]
+
+
+@pytest.fixture(autouse=True)
+def _seeded(request):
+    """What a test draws does not depend on the tests before it. LIGHTNING_MUE_TEST_SEED=1, 2, ... gives other draws."""
+    seed = int(os.environ.get("LIGHTNING_MUE_TEST_SEED", "0"))
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()) + seed)
 
 
 @pytest.fixture(autouse=True)

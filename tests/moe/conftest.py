@@ -22,11 +22,6 @@ def reference():
     return _REFERENCE
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 @pytest.fixture
 def two_threads():
     before = torch.get_num_threads()
