@@ -63,6 +63,16 @@ def plan_dispatch(expert_ids: Tensor, counts_E: Tensor, *, backend: str = "auto"
     return DispatchPlan(*torch.ops.lightning_mue.plan_dispatch.default(expert_ids, counts_E, chosen))
 
 
+def count_by_expert(expert_ids: Tensor, n_experts: int, n_sequences: int = 1) -> Tensor:
+    """How often each expert occurs in each of N equal stretches: int64 [N, E]. Id E, no expert, is left out.
+
+    What bincount does, but of a shape that is known before it runs.
+    """
+    ids_NA = expert_ids.reshape(n_sequences, -1)
+    counts = ids_NA.new_zeros(n_sequences, n_experts + 1)
+    return counts.scatter_add_(1, ids_NA, torch.ones_like(ids_NA))[:, :n_experts].contiguous()
+
+
 def plan_expert_choice(token_ids_EC: Tensor, n_tokens: int) -> DispatchPlan:
     """The plan where experts choose tokens (arXiv:2202.09368): rows are given, and the assignments are sorted by token.
 

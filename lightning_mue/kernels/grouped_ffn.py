@@ -65,6 +65,12 @@ class Problem(NamedTuple):
         return DispatchPlan(self.order, self.inverse, self.tokens, self.offsets, self.bags)
 
     @property
+    def up(self) -> list[tuple[Tensor, Tensor | None]]:
+        """The weights [E, h, d] that x is multiplied with, one for each of G planes, and their biases."""
+        pairs = ((self.w_gate, self.b_gate), (self.w_up, self.b_up))
+        return [(weight, bias) for weight, bias in pairs if weight is not None]
+
+    @property
     def trained(self) -> list[Tensor]:
         """What has a gradient, in the order in which `backward` returns it."""
         given = (self.x, self.gates, self.w_gate, self.w_up, self.w_down, self.b_gate, self.b_up)
@@ -239,9 +245,8 @@ def grouped_ffn_backward_op(
 @grouped_ffn_op.register_fake
 def _(*args: Any) -> tuple[Tensor, Tensor]:
     problem, keep = Problem(*args[:13]), args[14]
-    planes = 2 if problem.w_gate is not None else 1
     rows = problem.order.shape[0] if keep else 0
-    return torch.empty_like(problem.x), problem.x.new_empty(planes, rows, problem.w_up.shape[1])
+    return torch.empty_like(problem.x), problem.x.new_empty(len(problem.up), rows, problem.w_up.shape[1])
 
 
 @grouped_ffn_backward_op.register_fake

@@ -20,9 +20,8 @@ from lightning_mue.models.transformer import Attention, Block, RotaryEmbedding, 
 from lightning_mue.moe import FeedForward, MoELayer, clip_grad_norm, parallelize_experts
 from lightning_mue.moe.balance import balance_callbacks
 from lightning_mue.moe.router import require_groups
-from lightning_mue.parameterizations.apply import keep_weights
+from lightning_mue.parameterizations.apply import KeepsMultipliers
 from lightning_mue.parameterizations.modules import tag_roles
-from lightning_mue.parameterizations.multipliers import read_multipliers, set_multipliers
 
 Batch = dict[str, Tensor]
 
@@ -31,7 +30,7 @@ def _default_optimizer(params: Iterable[Any]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
 
 
-class MoELanguageModel(LightningModule):
+class MoELanguageModel(KeepsMultipliers, LightningModule):
     """Pre-norm transformer language model: RMSNorm, RoPE, QK-norm, grouped-query attention, FFN or MoE.
 
     Batches are dicts ``{"tokens": int64 [B, S], "targets": int64 [B, S]}``. Logs ``train/loss`` (nats per token, the
@@ -389,15 +388,6 @@ class MoELanguageModel(LightningModule):
     def configure_callbacks(self) -> list[Any]:
         """Loss-free balancing needs its update after each optimizer step, a global load its micro-batches."""
         return balance_callbacks(self.moe_layers)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the forward multipliers with the weights: without them the weights are another function."""
-        checkpoint["mue_multipliers"] = read_multipliers(self)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes the forward multipliers back, and keeps a later fit from drawing the weights anew."""
-        keep_weights(self)
-        set_multipliers(self, checkpoint.get("mue_multipliers", {}))
 
 
 def _check_sizes(given: Mapping[str, Any]) -> None:

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_mue.parameterizations.modules import is_sharded
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -147,10 +149,6 @@ def _signs(n: int, device: torch.device) -> Tensor:
     hashed = (hashed ^ (hashed >> 32)) * 0x2545F4914F6CDD1D  # wraps around
     bits = (hashed[:, None] >> torch.arange(40, 40 + PROJECTIONS, device=device)) & 1
     return bits.double() * 2 - 1
-
-
-def is_sharded(x: Tensor) -> bool:
-    return hasattr(x, "device_mesh") and hasattr(x, "placements")
 
 
 def local(x: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ class Experts(nn.Module):
         Raises:
             TypeError: x and the weights differ in dtype and autocast is off.
         """
-        if self.parallel is not None:
+        if self.parallel is not None and self.parallel.mesh.size() > 1:
             return self.parallel.forward(self, x_Td, routing, overlap)
         plan = routing.plan(self.backend)
         y_Td = self.compute(x_Td, routing.assignment_gates(plan), plan)

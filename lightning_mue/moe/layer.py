@@ -28,15 +28,14 @@ from lightning_mue.moe.balance import (
 from lightning_mue.moe.experts import Experts
 from lightning_mue.moe.ffn import FeedForward
 from lightning_mue.moe.router import Router, RoutingInfo
-from lightning_mue.parameterizations.apply import keep_weights
+from lightning_mue.parameterizations.apply import KeepsMultipliers
 from lightning_mue.parameterizations.modules import tag_roles
-from lightning_mue.parameterizations.multipliers import read_multipliers, set_multipliers
 from lightning_mue.parameterizations.roles import Role
 
 BALANCES = ("none", "switch", "bias")
 
 
-class MoELayer(LightningModule):
+class MoELayer(KeepsMultipliers, LightningModule):
     """``y = output_multiplier * (route_scale * sum_i gate_i E_i(x) + shared(x))``, a drop-in for a dense FFN.
 
     With ``gate="sqrt"`` and a shared expert, both terms are also multiplied by sqrt(1/2) (arXiv:2603.28743). Add
@@ -267,15 +266,6 @@ class MoELayer(LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         """The balance update, where the layer needs it."""
         return balance_callbacks([self])
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the forward multipliers with the weights: without them the weights are another function."""
-        checkpoint["mue_multipliers"] = read_multipliers(self)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes the forward multipliers back, and keeps a later fit from drawing the weights anew."""
-        keep_weights(self)
-        set_multipliers(self, checkpoint.get("mue_multipliers", {}))
 
     def _shared_output(self, x_Td: Tensor) -> Tensor:
         assert self.shared is not None

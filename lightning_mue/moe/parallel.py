@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_mue.kernels.combine import combine_rows
-from lightning_mue.kernels.dispatch import DispatchPlan, plan_dispatch
+from lightning_mue.kernels.dispatch import DispatchPlan, count_by_expert, plan_dispatch
 from lightning_mue.moe import _autocast
 from lightning_mue.moe._checks import require_choice
 from lightning_mue.moe._exchange import (
@@ -124,8 +124,6 @@ class ExpertParallel:
             ValueError: For expert choice with replicated tokens.
             RuntimeError: If `tokens` is "replicated", but the ranks hold different tokens.
         """
-        if self.mesh.size() == 1:
-            return self._at_home(experts, x_Td, routing, overlap)
         if self.tokens == "split":
             return self._exchange(experts, x_Td, routing, overlap)
         if routing.token_ids is not None:
@@ -137,20 +135,13 @@ class ExpertParallel:
         part = Slice.of(len(x_Td), self.mesh.get_group())
         x_cd, gates_cK = take_slice(part, x_Td, routing.gates)
         ids_cK = routing.expert_ids[part.start : part.stop]
-        mine = replace(routing, expert_ids=ids_cK, gates=gates_cK, counts=_counts(ids_cK, experts.n_experts))
+        mine = replace(routing, expert_ids=ids_cK, gates=gates_cK, counts=count_by_expert(ids_cK, experts.n_experts)[0])
         extra: list[Tensor] = []
         y_cd = self._exchange(
             experts, x_cd, mine, None if overlap is None else lambda: extra.append(overlap()), (x_Td, routing.logits)
         )
         y_Td = join_slices(part, y_cd)
         return (y_Td + extra[0]).to(x_Td.dtype) if extra else y_Td
-
-    def _at_home(
-        self, experts: Experts, x_Td: Tensor, routing: RoutingInfo, overlap: Callable[[], Tensor] | None
-    ) -> Tensor:
-        plan = routing.plan(experts.backend)
-        y_Td = experts.compute(x_Td, routing.assignment_gates(plan), plan)
-        return y_Td if overlap is None else (y_Td + overlap()).to(x_Td.dtype)
 
     def _exchange(
         self,
@@ -230,12 +221,6 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float | None) -> Tens
         for grad in grads:
             local(grad).mul_(factor.to(grad.dtype))
     return norm
-
-
-def _counts(ids_TK: Tensor, n_experts: int) -> Tensor:
-    """Assignments by expert; those to no expert are left out."""
-    ids = ids_TK.flatten()
-    return ids.new_zeros(n_experts + 1).scatter_add_(0, ids, torch.ones_like(ids))[:n_experts]
 
 
 def _local_plan(splits: Splits, backend: str) -> DispatchPlan:

@@ -27,7 +27,7 @@ from lightning_mue.optim.grouping import (
     unique_name,
     warn_of_guesses,
 )
-from lightning_mue.optim.layouts import Layout, is_sharded, layout_of
+from lightning_mue.optim.layouts import Layout, layout_of
 from lightning_mue.optim.newton_schulz import Pool, default_dtype, math_dtype, orthogonalize_chunk, tf32_products
 from lightning_mue.optim.options import (
     COMPUTE_DTYPES,
@@ -54,6 +54,7 @@ from lightning_mue.optim.updates import (
     write_back,
 )
 from lightning_mue.parameterizations.matrices import CONVENTIONS
+from lightning_mue.parameterizations.modules import is_sharded
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_mue.parameterizations.matrices import matrix_sides
+from lightning_mue.parameterizations.modules import is_sharded
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -65,11 +66,6 @@ class Layout:
     def count(self) -> int:
         """How many matrices this rank holds, whole or in part."""
         return len(self.indices)
-
-
-def is_sharded(x: Tensor) -> bool:
-    """Whether a tensor is a DTensor, asked without importing what builds without distributed lack."""
-    return hasattr(x, "device_mesh") and hasattr(x, "placements")
 
 
 def by_expert(placements: Sequence[Placement]) -> list[Placement]:

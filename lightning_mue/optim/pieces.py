@@ -8,10 +8,11 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_mue.optim.layouts import Layout, by_expert, is_sharded
+from lightning_mue.optim.layouts import Layout, by_expert
 from lightning_mue.optim.newton_schulz import math_dtype
 from lightning_mue.optim.sharding import reduce_sums
 from lightning_mue.optim.updates import as_matrices, sum_squares
+from lightning_mue.parameterizations.modules import is_sharded
 
 
 def local(x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_mue.parameterizations.drawing import draw_all
 from lightning_mue.parameterizations.groups import SCALED, family_of, scale_groups
 from lightning_mue.parameterizations.modules import clean_name
-from lightning_mue.parameterizations.multipliers import set_multipliers
+from lightning_mue.parameterizations.multipliers import read_multipliers, set_multipliers
 from lightning_mue.parameterizations.scaling import ScalingPlan
 from lightning_mue.parameterizations.swap import ScaledStep
 
@@ -64,6 +64,23 @@ def keep_weights(model: nn.Module) -> None:
 def has_weights(model: nn.Module) -> bool:
     """True once :func:`keep_weights` was called: a callback must not draw the weights again."""
     return getattr(model, _HAS_WEIGHTS, False)
+
+
+class KeepsMultipliers:
+    """For a LightningModule to inherit from: its checkpoints then hold the forward multipliers, which are not weights.
+
+    Without them the weights are another function.
+    """
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the forward multipliers with the weights."""
+        checkpoint["mue_multipliers"] = read_multipliers(cast("nn.Module", self))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes the forward multipliers back, and keeps a later fit from drawing the weights anew."""
+        module = cast("nn.Module", self)
+        keep_weights(module)
+        set_multipliers(module, checkpoint.get("mue_multipliers", {}))
 
 
 def check_covers(model: nn.Module, plan: ScalingPlan) -> None:

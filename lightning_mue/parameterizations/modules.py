@@ -265,6 +265,11 @@ def tag_roles(module: nn.Module) -> None:
             tensors[info.name].mue_role = Role.EMBEDDING if info.tied else info.role  # type: ignore[attr-defined]
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor, asked without importing what builds without distributed lack."""
+    return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
+
+
 def full_tensor(tensor: Tensor) -> Tensor:
     """The whole tensor, where it is a DTensor's shard."""
     whole = getattr(tensor, "full_tensor", None)

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_mue.kernels._torch.elementwise import ELEMENTWISE
-from lightning_mue.kernels.activations import ACTIVATIONS
 from lightning_mue.kernels.combine import combine_rows
 from lightning_mue.kernels.grouped_ffn import Problem
 
@@ -18,10 +17,10 @@ from lightning_mue.kernels.grouped_ffn import Problem
 def forward(p: Problem, keep: bool) -> tuple[Tensor, Tensor]:
     """As `grouped_ffn_op`."""
     if not len(p.order):  # the grouped GEMM refuses the strides of nothing
-        return torch.zeros_like(p.x), p.x.new_zeros(len(_up(p)), 0, p.w_up.shape[1])
+        return torch.zeros_like(p.x), p.x.new_zeros(len(p.up), 0, p.w_up.shape[1])
     x_Sd = p.x[p.tokens]
-    planes = [_product(x_Sd, w.mT, p) if b is None else _product(x_Sd, w.mT, p) + _of_rows(b, p) for w, b in _up(p)]
-    y_Sd = _product(_activate(planes, p.activation), p.w_down.mT, p)
+    planes = [_product(x_Sd, w.mT, p) if b is None else _product(x_Sd, w.mT, p) + _of_rows(b, p) for w, b in p.up]
+    y_Sd = _product(_activate(planes, p.activation)[1], p.w_down.mT, p)
     y_Td = combine_rows(y_Sd, p.plan, p.gates, backend="grouped_mm")
     return y_Td, torch.stack(planes) if keep else x_Sd.new_empty(len(planes), 0, p.w_up.shape[1])
 
@@ -30,16 +29,15 @@ def backward(p: Problem, dy: Tensor, z: Tensor, weights: bool) -> list[Tensor]:
     """As `grouped_ffn_backward_op`."""
     if not len(p.order):
         return [torch.zeros_like(t) for t in (p.trained if weights else p.trained[:2])]
-    derivative, dy_Sd = ACTIVATIONS[p.activation].derivative, dy[p.tokens]
-    a_Sh, da_Sh = _activate(list(z), p.activation), _product(dy_Sd, p.w_down, p)
+    dy_Sd, (f_Sh, a_Sh) = dy[p.tokens], _activate(list(z), p.activation)
+    da_Sh = _product(dy_Sd, p.w_down, p)
     gates_S1 = p.gates.flatten()[p.order, None]
     dgates_S1 = (a_Sh * da_Sh).sum(1, keepdim=True, dtype=p.gates.dtype).masked_fill_(~_valid(p), 0)
     da_Sh *= gates_S1.to(da_Sh.dtype)
-    if len(z) == 2:
-        dz = [derivative(da_Sh * z[1], z[0]), da_Sh * ACTIVATIONS[p.activation].function(z[0])]
-    else:
-        dz = [derivative(da_Sh, z[0])]
-    up = _up(p)
+    df_Sh = da_Sh * z[1] if len(z) == 2 else da_Sh
+    dz = [ELEMENTWISE[p.activation].derivative(df_Sh, z[0], torch.empty_like(z[0]))]
+    dz += [da_Sh * f_Sh] if len(z) == 2 else []
+    up = p.up
     dx_Sd = _product(dz[0], up[0][0], p)
     for dz_Sh, (weight, _) in zip(dz[1:], up[1:], strict=True):
         dx_Sd += _product(dz_Sh, weight, p)
@@ -50,10 +48,6 @@ def backward(p: Problem, dy: Tensor, z: Tensor, weights: bool) -> list[Tensor]:
         grads += [_product(dy_Sd.mT, a_Sh.mul_(gates_S1.to(a_Sh.dtype)), p)]
         grads += [_sums_by_expert(dz_Sh, p) for dz_Sh, (_, bias) in zip(dz, up, strict=True) if bias is not None]
     return [_laid_out_as(t, grad) for t, grad in zip(p.trained, grads, strict=False)]
-
-
-def _up(p: Problem) -> list[tuple[Tensor, Tensor | None]]:
-    return [(p.w_up, p.b_up)] if p.w_gate is None else [(p.w_gate, p.b_gate), (p.w_up, p.b_up)]
 
 
 def _product(a: Tensor, b: Tensor, p: Problem) -> Tensor:
@@ -82,10 +76,11 @@ def _laid_out_as(t: Tensor, grad: Tensor) -> Tensor:
     return grad if grad.stride() == out.stride() else out.copy_(grad)
 
 
-def _activate(planes: list[Tensor], activation: str) -> Tensor:
+def _activate(planes: list[Tensor], activation: str) -> tuple[Tensor, Tensor]:
+    """The function of the first plane, and the hidden activation, which is a tensor of its own if gated."""
     z = planes[0].contiguous()
     f = ELEMENTWISE[activation].function(z, torch.empty_like(z))
-    return f.mul_(planes[1]) if len(planes) == 2 else f
+    return f, f * planes[1] if len(planes) == 2 else f
 
 
 def _valid(p: Problem) -> Tensor:

@@ -112,13 +112,12 @@ class _Pass:
 class _Forward(_Pass):
     def __init__(self, p: Problem, keep: bool) -> None:
         super().__init__(p)
-        planes = [(w, b) for w, b in ((p.w_gate, p.b_gate), (p.w_up, p.b_up)) if w is not None]
         self.keep = keep
-        self.z = new_empty(p.x, len(planes), len(p.order) if keep else 0, self.hidden)
+        self.z = new_empty(p.x, len(p.up), len(p.order) if keep else 0, self.hidden)
         self.z[:, self.n_routed :].zero_()
         cut = self.layout.by_expert
-        self.weights = [cut(w.mT) for w, _ in planes]
-        self.biases = [None if b is None else cut(b.unsqueeze(1)) for _, b in planes]
+        self.weights = [cut(w.mT) for w, _ in p.up]
+        self.biases = [None if b is None else cut(b.unsqueeze(1)) for _, b in p.up]
         self.w_down = cut(p.w_down.mT)
         self.z_nh = [self.layout.by_sorted_row(plane) for plane in self.z] if keep else []
         self.slots_n = None if self.layout.slot_S is None else self.layout.by_sorted_row(self.layout.slot_S)

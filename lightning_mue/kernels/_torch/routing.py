@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_mue.kernels.dispatch import count_by_expert
 from lightning_mue.kernels.routing import Settings
 
 
@@ -42,7 +43,7 @@ def forward(logits_TE: Tensor, bias_E: Tensor, mask_T: Tensor | None, s: Setting
             values.masked_fill_(padding_T1, 0)
     probability_sum_NE = probabilities_TE.view(s.n_sequences, length, n_experts).sum(1)
     z_sum_N = log_sum_T1.square().view(s.n_sequences, length).sum(1)
-    counts_NE = _count(ids_TK, n_experts, s.n_sequences)
+    counts_NE = count_by_expert(ids_TK, n_experts, s.n_sequences)
     return gates_TK, ids_TK, counts_NE, probability_sum_NE, z_sum_N, log_sum_T1[:, 0]
 
 
@@ -118,13 +119,6 @@ def _chosen_grad(dgates_TK: Tensor, logits_TE: Tensor, ids_TK: Tensor, gates_TK:
     if s.scoring in ("sigmoid", "sigmoid-normalized"):
         grad_TK *= logits_TE.gather(1, ids_TK).neg_().sigmoid_()
     return grad_TK
-
-
-def _count(ids_TK: Tensor, n_experts: int, n_sequences: int) -> Tensor:
-    """How often each expert occurs in each sequence, [N, E]; id E is left out."""
-    ids_NA = ids_TK.view(n_sequences, -1)
-    counts = ids_NA.new_zeros(n_sequences, n_experts + 1)
-    return counts.scatter_add_(1, ids_NA, torch.ones_like(ids_NA))[:, :n_experts].contiguous()
 
 
 def _select(scores_TE: Tensor, s: Settings, scratch_TE: Tensor | None = None) -> Tensor:

@@ -37,7 +37,7 @@ def forward(problem: Problem, keep: bool) -> tuple[Tensor, Tensor]:
     p = _dense(problem)
     y = new_like(problem.x)
     if not len(p.order):
-        return y.zero_(), p.x.new_zeros(2 if p.w_gate is not None else 1, 0, p.w_up.shape[1])
+        return y.zero_(), p.x.new_zeros(len(p.up), 0, p.w_up.shape[1])
     tiles = Tiles(p)
     with torch.cuda.device_of(p.x):  # Triton launches on the current device
         a, z = tiles.run("up", lambda tiling: launch_up(p, tiles(tiling), keep, tiling))
@@ -59,7 +59,7 @@ def backward(problem: Problem, dy: Tensor, z: Tensor, weights: bool) -> list[Ten
         )
         dgates = launch_gather(parts, p.inverse, p.offsets)
         grads[1] = dgates if dgates.stride() == grads[1].stride() else grads[1].copy_(dgates)
-        up = (p.w_up,) if p.w_gate is None else (p.w_gate, p.w_up)
+        up = tuple(weight for weight, _ in p.up)
         rows = tiles.run("dx", lambda tiling: launch_rows(dz, up, tiles(tiling), tiling, k_last=False))
         launch_combine(rows, p.inverse, p.offsets, p.bags, None, grads[0])
         del rows
@@ -74,7 +74,7 @@ def _weight_gradients(p: Problem, dy: Tensor, dz: Tensor, weighted: Tensor, tile
     tiles.run("dw", lambda tiling: launch_weights(dz, p.x, p.tokens, p.offsets, tuple(dw_up), tiling))
     dw_dh = (dw_down.mT,)
     tiles.run("dw_down", lambda tiling: launch_weights(weighted[None], dy, p.tokens, p.offsets, dw_dh, tiling))
-    biased = [plane for plane, bias in zip(dz, (p.b_gate, p.b_up)[-len(dz) :], strict=True) if bias is not None]
+    biased = [plane for plane, (_, bias) in zip(dz, p.up, strict=True) if bias is not None]
     for plane, grad in zip(biased, grads[len(dz) + 1 :], strict=True):
         launch_bias(plane, p.offsets, grad)
 

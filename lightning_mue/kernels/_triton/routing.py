@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_mue.kernels._triton.launching import new_empty
 from lightning_mue.kernels.routing import Settings
 
 _TAKEN = tl.constexpr(-(2**63))  # below the key of every score
@@ -379,11 +380,6 @@ def backward(
             **constants,
         )
     return dlogits_TE
-
-
-def new_empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Return memory that a kernel fills. Every buffer and result comes from here, so that a test can poison it."""
-    return like.new_empty(shape, dtype=dtype)
 
 
 def _mask(mask_T: Tensor | None, logits_TE: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ kernels, made when Triton is imported, and would tie the interpreter to a settin
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,8 +26,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.errors import OutOfResources, PTXASError
-from triton.testing import do_bench
+
+from lightning_mue.kernels._triton.timing import may_time as _may_time
+from lightning_mue.kernels._triton.timing import milliseconds as _milliseconds
 
 
 class Tiling(NamedTuple):
@@ -283,17 +283,3 @@ def _choose(case: Case, run: Callable[[Tiling], None]) -> Tiling:
             return tilings[0]
         _chosen[kind] = min(tilings, key=lambda tiling: _milliseconds(run, tiling))
     return _known.setdefault(case, _chosen[kind])
-
-
-def _may_time(device: torch.device) -> bool:
-    """Whether timing is possible here and wanted."""
-    wanted = os.environ.get("LIGHTNING_MUE_AUTOTUNE", "1") != "0"
-    return wanted and device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
-
-
-def _milliseconds(run: Callable[[Tiling], None], tiling: Tiling) -> float:
-    """Median time of a launch; infinite if the tiling does not fit the device."""
-    try:
-        return do_bench(lambda: run(tiling), warmup=5, rep=20, return_mode="median")
-    except (OutOfResources, PTXASError):
-        return float("inf")

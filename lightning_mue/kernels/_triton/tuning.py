@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from triton.runtime.errors import OutOfResources, PTXASError
-from triton.testing import do_bench
 
 from lightning_mue.kernels._triton.launching import describe, multiprocessors
+from lightning_mue.kernels._triton.timing import may_time as _may_time
+from lightning_mue.kernels._triton.timing import milliseconds as _milliseconds
 
 
 class Tiling(NamedTuple):
@@ -186,20 +186,6 @@ def cache_file() -> Path:
     """Return the file of choices: `tilings.json` in LIGHTNING_MUE_CACHE, or in ~/.cache/lightning_mue."""
     folder = os.environ.get("LIGHTNING_MUE_CACHE")
     return (Path(folder) if folder else Path.home() / ".cache" / "lightning_mue") / "tilings.json"
-
-
-def _may_time(device: torch.device) -> bool:
-    """Whether timing is possible here and wanted."""
-    wanted = os.environ.get("LIGHTNING_MUE_AUTOTUNE", "1") != "0"
-    return wanted and device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
-
-
-def _milliseconds(run: Callable[[Tiling], Any], tiling: Tiling) -> float:
-    """Median time of a launch; infinite if the tiling does not fit the device."""
-    try:
-        return do_bench(lambda: run(tiling), warmup=5, rep=20, return_mode="median")
-    except (OutOfResources, PTXASError, torch.OutOfMemoryError):  # the last one is of `do_bench`'s own buffer
-        return float("inf")
 
 
 def _read(file: Path) -> dict[str, Any]:
