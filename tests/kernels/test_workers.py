@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import threading
 from pathlib import Path
 
 import pytest
 import torch
 
-from lightning_mue.kernels._torch import workers
-from lightning_mue.kernels._torch.workers import run_in_threads, run_over_experts
+from lightning_mue.kernels._torch import grouped_ffn, workers
+from lightning_mue.kernels._torch.elementwise import ELEMENTWISE
+from lightning_mue.kernels._torch.workers import interrupts_held, run_in_threads, run_over_experts
+from lightning_mue.moe import MoELayer
 
 
 @pytest.fixture(params=["openmp", "pool"])
@@ -106,3 +109,53 @@ def test_after_fork(two_threads):
         run_over_experts(calls.extend, [5] * 16, parallel=True)
         os._exit(0 if len(calls) == 32 else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_an_interrupt_waits_for_the_block():
+    done, before = [], signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), interrupts_held():
+        signal.raise_signal(signal.SIGINT)
+        done.append(True)
+    assert done
+    assert signal.getsignal(signal.SIGINT) is before
+    with interrupts_held():
+        pass
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_interrupt_goes_to_the_handler_that_was_there(monkeypatch):
+    calls, before = [], signal.getsignal(signal.SIGINT)
+    try:
+        for handler, expected in ((lambda *args: calls.append(args), 1), (signal.SIG_IGN, 1)):
+            signal.signal(signal.SIGINT, handler)
+            with interrupts_held():
+                signal.raise_signal(signal.SIGINT)
+            assert len(calls) == expected
+            assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_an_interrupt_leaves_the_main_thread_as_it_was(two_threads, monkeypatch, backward):
+    """It comes in the middle of a block, in inference mode, in a callback from OpenMP."""
+    layer, x = MoELayer(64, 64, 16, 2, init_std=0.1), torch.randn(1000, 64)
+    expected = layer(x)
+    function, finished = ELEMENTWISE["swiglu"].function, []
+
+    def silu(z, out):
+        signal.raise_signal(signal.SIGINT)
+        finished.append(z.shape)  # the main thread gets here only if the interrupt waits
+        return function(z, out)
+
+    y = layer(x)
+    with monkeypatch.context() as patch:
+        patch.setitem(grouped_ffn.ELEMENTWISE, "swiglu", ELEMENTWISE["swiglu"]._replace(function=silu))
+        with pytest.raises(KeyboardInterrupt):
+            y.sum().backward() if backward else layer(x)
+    assert len(finished) == 16
+    assert not torch.is_inference_mode_enabled()
+    assert torch.is_grad_enabled()
+    y = layer(x)
+    y.sum().backward()
+    assert torch.equal(y, expected)

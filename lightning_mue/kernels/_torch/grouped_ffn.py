@@ -19,7 +19,7 @@ from torch import Tensor
 from lightning_mue.kernels._torch.blocks import Cutting, plan_blocks
 from lightning_mue.kernels._torch.elementwise import ELEMENTWISE
 from lightning_mue.kernels._torch.scratch import Scratch, borrowed, new_empty, on_huge_pages
-from lightning_mue.kernels._torch.workers import run_over_experts
+from lightning_mue.kernels._torch.workers import interrupts_held, run_over_experts
 from lightning_mue.kernels.activations import ACTIVATIONS
 from lightning_mue.kernels.grouped_ffn import Problem
 
@@ -84,13 +84,12 @@ class _Pass:
         def work(indices: Iterable[int]) -> None:
             columns, longest = self.columns(), self.layout.longest
             size = longest * sum(columns.values())
-            # Entered here and not in a generator: an interrupt could leave that one, and the thread in inference mode.
             with borrowed("scratch", p.x, size) as flat, torch.inference_mode():
                 scratch = Scratch(flat, columns, longest)
                 for i in indices:
                     self.block(scratch, i)
 
-        with borrowed("rows", p.x, self.layout.n_rows * self.width) as flat:
+        with interrupts_held(), borrowed("rows", p.x, self.layout.n_rows * self.width) as flat:
             rows_Pd = flat.view(-1, self.width)
             with torch.inference_mode():
                 rows_Pd[self.idle_P].zero_()

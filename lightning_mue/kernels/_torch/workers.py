@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from threading import Barrier
@@ -28,6 +30,28 @@ if hasattr(os, "register_at_fork"):  # absent on Windows, which does not fork
     # A forked child inherits the tables but none of the threads, OpenMP's included: it must start its own.
     os.register_at_fork(after_in_child=_pools.clear)
     os.register_at_fork(after_in_child=_forked.set)
+
+
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Let a Ctrl-C (SIGINT) take effect after the block, some milliseconds later.
+
+    Python would raise KeyboardInterrupt between any two of its instructions. In a callback from OpenMP it cannot get out and
+    would be lost; between entering a mode of PyTorch's (inference, no gradients) and the block that leaves it again, the
+    main thread would stay in that mode.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread handles signals
+        return
+    held: list[tuple[Any, ...]] = []
+    signal.signal(signal.SIGINT, lambda *args: held.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if held:
+            handler(*held[-1])
 
 
 def run_over_experts(work: Callable[[Iterable[int]], None], rows: Sequence[int], *, parallel: bool) -> None:
