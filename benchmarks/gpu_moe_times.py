@@ -52,8 +52,8 @@ class Sizes:
         )
         #: Processes that compile kernels at the same time.
         self.workers = 1 if smoke else 10
-        #: The interpreter takes seconds a call: in a smoke run only the first calls are Triton's.
-        self.skipped = {"triton"} if smoke else set()
+        #: The interpreter takes seconds a call, compilation on a CPU too: in a smoke run only the first calls are Triton's.
+        self.skipped = {"triton", "dense fused"} if smoke else set()
         self.single = self.target._replace(tokens=8 if smoke else 8192)
 
 
@@ -116,6 +116,8 @@ class Bench:
     def contenders(self, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> dict[str, Callable[[], Contender]]:
         """All that are to be timed, with weights of their own."""
         makers = contenders(shape, Weights.random(shape, dtype, self.device))
+        if shape != self.sizes.target:  # it is compiled for each shape
+            del makers["dense fused"]
         return {name: make for name, make in makers.items() if name not in self.sizes.skipped}
 
     def call(self, contender: Contender, routed: Routed) -> float:
@@ -207,7 +209,7 @@ class Bench:
             makers = self.contenders(shape)
             kinds = {kind: self.sets(shape, kind=kind) for kind in ("balanced", "hot", "everybody")}
             made, rows = self.usable(
-                {name: make for name, make in makers.items() if name not in ("torch", "loop", "dense")},
+                {name: make for name, make in makers.items() if name not in ("torch", "loop", "dense", "dense fused")},
                 kinds["balanced"][0],
             )
             runs: dict[str, Callable[[int], object]] = {

@@ -116,6 +116,7 @@ def contenders(shape: Shape, weights: Weights) -> dict[str, Callable[[], Contend
         "composition": lambda: composition(shape, weights),
         "loop": lambda: loop(weights),
         "dense": lambda: dense(shape, weights),
+        "dense fused": lambda: dense(shape, weights, fused=True),
     }
 
 
@@ -187,14 +188,20 @@ def loop(weights: Weights) -> Contender:
     return Contender(forward, list(weights))
 
 
-def dense(shape: Shape, weights: Weights) -> Contender:
-    """A dense SwiGLU of equal FLOPs: hidden width K h."""
+def swiglu(z_gate: Tensor, z_up: Tensor) -> Tensor:
+    """The hidden activation."""
+    return F.silu(z_gate) * z_up
+
+
+def dense(shape: Shape, weights: Weights, *, fused: bool = False) -> Contender:
+    """A dense SwiGLU of equal FLOPs: hidden width K h; its activation in one kernel a pass if `fused`."""
+    activation = torch.compile(swiglu, dynamic=False) if fused else swiglu
     hidden = shape.top_k * shape.hidden
     gate, up, down = (
         torch.randn(size, device=weights.w_up.device).mul_(size[1] ** -0.5).to(weights.w_up.dtype).requires_grad_()
         for size in ((hidden, shape.width), (hidden, shape.width), (shape.width, hidden))
     )
-    return Contender(lambda r: (F.silu(r.x @ gate.T) * (r.x @ up.T)) @ down.T, [gate, up, down])
+    return Contender(lambda r: activation(r.x @ gate.T, r.x @ up.T) @ down.T, [gate, up, down])
 
 
 def our_layer(shape: Shape, device: torch.device, backend: str) -> Contender:

@@ -209,7 +209,14 @@ def test_contenders_compute_the_same(bench):
         for value, right in zip(found[:3], expected[:3], strict=True):  # gates and ups may be stacked after that
             assert bench.gpu_common.relative_error(value, right.double()) < 1e-6
         assert bench.gpu_common.relative_error(found[-1], expected[-1].double()) < 1e-6
-    assert makers["dense"]().train(routed)[0].shape == expected[0].shape
+    dense = []
+    for name in ("dense", "dense fused"):
+        torch.manual_seed(1)
+        with mock.patch.object(torch, "compile", wraps=lambda function, **kwargs: function) as compiled:
+            dense.append(makers[name]().train(routed)[0])
+        assert compiled.called is (name == "dense fused")
+    assert dense[0].shape == expected[0].shape
+    assert torch.equal(*dense)
 
 
 def test_checks_of_errors_pass_what_is_right_and_catch_what_is_not(bench, monkeypatch):
@@ -311,6 +318,7 @@ def test_targets_are_read_from_their_sections(bench):
             {**own, "of": "triton", "both TFLOP/s": 410.0},
             {**own, "of": "transformers", "time / triton": 1.6},
             {**own, "of": "dense", "time / triton": 0.7},
+            {**own, "of": "dense fused", "time / triton": 0.6},
         ],
         "Skewed": [{**own, "of": "triton", "hot / balanced": 1.3}],
         "Memory": [{"of": "triton", "over the least": 1.01}],
@@ -320,6 +328,7 @@ def test_targets_are_read_from_their_sections(bench):
         (410.0, True),
         (1.6, False),
         (0.7, True),
+        (0.6, False),
         (1.3, False),
         (1.01, True),
         (1.0, True),

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_mue.callbacks import _checks, layout
 from lightning_mue.callbacks._run import known_to, run_sizes
+from lightning_mue.moe.balance import warn_of_missing_callbacks
 from lightning_mue.parameterizations import Parameterization, ScaledStep, ScalingPlan, get_rule, initialize, plan
 from lightning_mue.parameterizations.apply import family_of, has_weights, keep_weights, named_tensors
 from lightning_mue.parameterizations.base import Base
@@ -186,6 +187,7 @@ class MuECallback(Callback):
             self._logged = 0
             layout.register(trainer, "Training", {"Effective learning rate by role": ["mue/lr/.*"]})
         _checks.warn_of_optimizers(trainer, pl_module, self.plan)
+        warn_of_missing_callbacks(trainer, pl_module)
         self._announce(trainer, drawn)
 
     def _refuse_other_plan(self) -> None:

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_mue.callbacks.probes import Probe, counted_logits, find_modules, layer_labels, over_layers
 from lightning_mue.callbacks.sampling import SampledMonitor
 from lightning_mue.diagnostics import dead_experts, load_entropy, load_max_fraction, max_violation, router_entropy
+from lightning_mue.moe.balance import warn_of_missing_callbacks
 
 
 class _RouterProbe(Probe):
@@ -79,6 +80,11 @@ class RouterMonitor(SampledMonitor):
         "Dead experts": [r"routing/dead_experts(_max|/.*)"],
         "Largest share of the load": [r"routing/load_max_fraction(_max|/.*)"],
     }
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the routers, and see whether what their balance needs is there."""
+        super().on_fit_start(trainer, pl_module)
+        warn_of_missing_callbacks(trainer, pl_module)
 
     def find_probes(self, pl_module: LightningModule) -> list[Probe]:
         """Probe every router."""

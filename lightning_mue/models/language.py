@@ -16,9 +16,14 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
+from lightning_mue.kernels.activations import ACTIVATIONS
+from lightning_mue.kernels.backends import BACKENDS
+from lightning_mue.kernels.routing import GATES, SCORINGS
 from lightning_mue.models.transformer import Attention, Block, RotaryEmbedding, Transformer
 from lightning_mue.moe import FeedForward, MoELayer, clip_grad_norm, parallelize_experts
-from lightning_mue.moe.balance import balance_callbacks
+from lightning_mue.moe._checks import require_choice, require_finite, require_non_negative
+from lightning_mue.moe.balance import SCOPES, balance_callbacks
+from lightning_mue.moe.layer import BALANCES
 from lightning_mue.moe.router import require_groups
 from lightning_mue.parameterizations.apply import KeepsMultipliers
 from lightning_mue.parameterizations.modules import tag_roles
@@ -51,6 +56,8 @@ class MoELanguageModel(KeepsMultipliers, LightningModule):
         expert_width: Hidden width of one expert; ``None``: ``ffn_width / top_k``, so that the active width is the dense one's.
         activation: Of every FFN and expert: ``swiglu``, ``geglu``, ``geglu-tanh``, ``gelu``, ``gelu-tanh``, ``relu`` or ``relu2``.
         shared_width: Hidden width of an expert that sees every token; 0 for none.
+        shared_gate: Multiply the shared expert's output by a learned sigmoid gate (Qwen2-MoE).
+        ffn_bias: Give every FFN and expert biases.
         n_expert_groups: Groups of experts, equally many active in each; divides ``n_experts`` and ``top_k``. 1: free choice.
         moe_every: Every how manieth block is an MoE block (the last one of each group).
         scoring: Router: ``softmax-topk``, ``topk-softmax``, ``sigmoid``, ``sigmoid-normalized``.
@@ -119,6 +126,8 @@ class MoELanguageModel(KeepsMultipliers, LightningModule):
         jitter: float = 0.0,
         balance_scope: str = "local",
         backend: str = "auto",
+        shared_gate: bool = False,
+        ffn_bias: bool = False,
         optimizer: OptimizerCallable = _default_optimizer,
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -127,6 +136,7 @@ class MoELanguageModel(KeepsMultipliers, LightningModule):
         self.optimizer, self.scheduler = optimizer, scheduler
         self.vocab_size, self.context_length, self.bytes_per_token = vocab_size, context_length, bytes_per_token
         _check_sizes(self.hparams)
+        _check_moe(self.hparams)
         n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
         head_dim = self._head_dim(width, n_heads, n_kv_heads, head_dim)
         if n_experts and top_k > n_experts:
@@ -148,7 +158,9 @@ class MoELanguageModel(KeepsMultipliers, LightningModule):
                     self.expert_width,
                     n_experts,
                     top_k,
+                    bias=ffn_bias,
                     shared_width=shared_width,
+                    shared_gate=shared_gate,
                     scoring=scoring,
                     gate=gate,
                     route_scale=route_scale,
@@ -164,7 +176,7 @@ class MoELanguageModel(KeepsMultipliers, LightningModule):
                     backend=backend,
                 )
             else:
-                made = FeedForward(width, self.ffn_width, activation=activation, init_std=init_std)
+                made = FeedForward(width, self.ffn_width, activation=activation, bias=ffn_bias, init_std=init_std)
             made.output_multiplier = ffn_multiplier  # type: ignore[assignment]
             return made
 
@@ -387,7 +399,7 @@ class MoELanguageModel(KeepsMultipliers, LightningModule):
 
     def configure_callbacks(self) -> list[Any]:
         """Loss-free balancing needs its update after each optimizer step, a global load its micro-batches."""
-        return balance_callbacks(self.moe_layers)
+        return [*balance_callbacks(self.moe_layers)]
 
 
 def _check_sizes(given: Mapping[str, Any]) -> None:
@@ -410,6 +422,17 @@ def _check_sizes(given: Mapping[str, Any]) -> None:
         if not math.isfinite(value) or value < 0 or (value == 0 and name in positive):
             expected = "above 0" if name in positive else "of at least 0"
             raise ValueError(f"{name}: found {value!r}, expected a finite number {expected}.")
+
+
+def _check_moe(given: Mapping[str, Any]) -> None:
+    """Refuses unknown options of the experts, in a dense model too: it may be the base of one with experts."""
+    choices = {"activation": tuple(ACTIVATIONS), "scoring": SCORINGS, "gate": GATES, "balance": BALANCES}
+    for name, known in {**choices, "balance_scope": SCOPES, "backend": BACKENDS}.items():
+        require_choice(name, given[name], known)
+    require_finite(route_scale=given["route_scale"])
+    require_non_negative(
+        **{name: given[name] for name in ("jitter", "aux_loss_coef", "z_loss_coef", "bias_update_rate")}
+    )
 
 
 def _sample(logits_BV: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:

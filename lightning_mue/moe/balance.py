@@ -6,10 +6,11 @@ Shape legend: T tokens, E experts, K experts per token (top-k), N sequences.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -113,6 +114,9 @@ def update_balance_bias(bias_E: Tensor, counts_E: Tensor, top_k: int, rate: floa
 class _PerStep(Callback):
     """Follows the routing of some of the model's MoE layers from micro-batch to micro-batch of an optimizer step."""
 
+    #: What happens without the callback, and what to do.
+    without: ClassVar[str]
+
     def __init__(self) -> None:
         self._layers: dict[str, MoELayer] = {}
         self._step_before = 0
@@ -155,6 +159,11 @@ class GlobalBatchBalance(_PerStep):
         ... )
     """
 
+    without = (
+        "layers with balance_scope='global' take the load from one micro-batch, not from all that an optimizer step "
+        "accumulates. Add lightning_mue.moe.GlobalBatchBalance() to its callbacks."
+    )
+
     def wants(self, layer: MoELayer) -> bool:
         """Those whose switch loss is global."""
         return layer.balance == "switch" and layer.balance_scope == "global"
@@ -188,6 +197,11 @@ class LossFreeBalance(_PerStep):
         >>> from lightning.pytorch import Trainer
         >>> trainer = Trainer(callbacks=[LossFreeBalance()], logger=False, enable_checkpointing=False)
     """
+
+    without = (
+        "the bias of layers with balance='bias' stays as it is, and nothing balances their load. Add "
+        "lightning_mue.moe.LossFreeBalance() to its callbacks, or call update_balance_bias yourself."
+    )
 
     def __init__(self) -> None:
         super().__init__()
@@ -225,7 +239,18 @@ class LossFreeBalance(_PerStep):
         self._pending.clear()
 
 
-def balance_callbacks(layers: Iterable[MoELayer]) -> list[Callback]:
+def warn_of_missing_callbacks(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Warn where a layer's balance asks for a callback that the Trainer does not have: nothing else would tell."""
+    from lightning_mue.moe.layer import MoELayer
+
+    for callback in balance_callbacks(m for m in pl_module.modules() if isinstance(m, MoELayer)):
+        if isinstance(callback, GlobalBatchBalance) and trainer.accumulate_grad_batches == 1:
+            continue  # then a micro-batch of all ranks is the whole batch
+        if not any(isinstance(present, type(callback)) for present in trainer.callbacks):  # type: ignore[attr-defined]
+            rank_zero_warn(f"The Trainer has no {type(callback).__name__}: {callback.without}")
+
+
+def balance_callbacks(layers: Iterable[MoELayer]) -> list[_PerStep]:
     """The callbacks that the balance of these layers asks for; for `configure_callbacks`."""
     layers, wanted = list(layers), (LossFreeBalance(), GlobalBatchBalance())
     return [callback for callback in wanted if any(callback.wants(layer) for layer in layers)]

@@ -69,7 +69,7 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         require_positive(width=width, expert_width=expert_width, n_experts=n_experts)
-        require_non_negative(init_std=init_std or 0.0)
+        require_non_negative(init_std=0.0 if init_std is None else init_std)
         require_choice("activation", activation, tuple(ACTIVATIONS))
         require_choice("backend", backend, BACKENDS)
         self.width, self.expert_width, self.n_experts, self.init_std = width, expert_width, n_experts, init_std
@@ -98,8 +98,8 @@ class Experts(nn.Module):
         Raises:
             TypeError: x and the weights differ in dtype and autocast is off.
         """
-        if self.parallel is not None and self.parallel.mesh.size() > 1:
-            return self.parallel.forward(self, x_Td, routing, overlap)
+        if (exchange := self._exchange()) is not None:
+            return exchange.forward(self, x_Td, routing, overlap)
         plan = routing.plan(self.backend)
         y_Td = self.compute(x_Td, routing.assignment_gates(plan), plan)
         return y_Td if overlap is None else (y_Td + overlap()).to(x_Td.dtype)
@@ -148,7 +148,7 @@ class Experts(nn.Module):
             dtype: Type of the GEMMs.
         """
         parts = activation_memory(self.width, self.expert_width, top_k, self.activation, dtype)
-        if self.parallel is not None:  # the rows that were received are kept, K copies of d in place of x
+        if self._exchange() is not None:  # the rows that were received are kept, K copies of d in place of x
             parts["total"] += parts["input"] * (top_k - 1)
             parts["input"] *= top_k
         return parts
@@ -157,6 +157,10 @@ class Experts(nn.Module):
         """The settings, for `print(module)`."""
         settings = f"{self.width}, expert_width={self.expert_width}, n_experts={self.n_experts}, {self.activation}"
         return f"{settings}{', bias' if self.bias else ''}, backend={self.backend}"
+
+    def _exchange(self) -> ExpertParallel | None:
+        """What sends tokens to the experts of other ranks; None where all experts are here."""
+        return self.parallel if self.parallel is not None and self.parallel.mesh.size() > 1 else None
 
     def _own(self, weight: Tensor | None, dtype: torch.dtype) -> Any:
         """This rank's experts, where they are shared out over ranks, in the type of the GEMMs; None stays None."""

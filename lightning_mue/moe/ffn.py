@@ -54,7 +54,7 @@ class FeedForward(nn.Module):
     ) -> None:
         super().__init__()
         require_positive(width=width, hidden_width=hidden_width)
-        require_non_negative(init_std=init_std or 0.0)
+        require_non_negative(init_std=0.0 if init_std is None else init_std)
         require_choice("activation", activation, tuple(ACTIVATIONS))
         self.width, self.hidden_width, self.init_std = width, hidden_width, init_std
         self.activation, self.bias = activation, bias

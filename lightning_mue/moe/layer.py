@@ -18,7 +18,13 @@ from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_mue.moe._checks import require_choice, require_non_negative, require_positive
+from lightning_mue.moe._checks import (
+    require_choice,
+    require_finite,
+    require_non_negative,
+    require_positive,
+    require_size,
+)
 from lightning_mue.moe.balance import (
     SCOPES,
     balance_callbacks,
@@ -78,6 +84,7 @@ class MoELayer(KeepsMultipliers, LightningModule):
         output_multiplier: Constant forward multiplier, 1 unless a parameterization sets it.
 
     Raises:
+        TypeError: An argument is of another type than it must be.
         ValueError: An argument is out of range; the message names it.
 
     Example:
@@ -121,13 +128,11 @@ class MoELayer(KeepsMultipliers, LightningModule):
         super().__init__()
         require_choice("balance", balance, BALANCES)
         require_choice("balance_scope", balance_scope, SCOPES)
-        require_non_negative(
-            shared_width=shared_width,
-            aux_loss_coef=aux_loss_coef,
-            z_loss_coef=z_loss_coef,
-            bias_update_rate=bias_update_rate,
-        )
+        require_non_negative(aux_loss_coef=aux_loss_coef, z_loss_coef=z_loss_coef, bias_update_rate=bias_update_rate)
+        require_finite(route_scale=route_scale)
+        require_non_negative(router_init_std=0.0 if router_init_std is None else router_init_std)
         require_positive(width=width, expert_width=expert_width)
+        require_size(shared_width=shared_width)
         _require_consistent(choice, balance, shared_width, shared_gate=shared_gate)
         self.save_hyperparameters(ignore=["optimizer"])
         self.router = Router(
@@ -265,7 +270,7 @@ class MoELayer(KeepsMultipliers, LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """The balance update, where the layer needs it."""
-        return balance_callbacks([self])
+        return [*balance_callbacks([self])]
 
     def _shared_output(self, x_Td: Tensor) -> Tensor:
         assert self.shared is not None

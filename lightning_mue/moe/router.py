@@ -165,7 +165,7 @@ class Router(nn.Module):
     ) -> None:
         super().__init__()
         require_positive(width=width, n_experts=n_experts, top_k=top_k, n_groups=n_groups)
-        require_non_negative(init_std=init_std or 0.0, jitter=jitter)
+        require_non_negative(init_std=0.0 if init_std is None else init_std, jitter=jitter)
         require_choice("scoring", scoring, SCORINGS)
         require_choice("gate", gate, GATES)
         require_choice("choice", choice, CHOICES)

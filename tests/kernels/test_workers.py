@@ -113,9 +113,14 @@ def test_after_fork(two_threads):
 
 def test_an_interrupt_waits_for_the_block():
     done, before = [], signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), interrupts_held():
-        signal.raise_signal(signal.SIGINT)
-        done.append(True)
+
+    def body():
+        with interrupts_held():
+            signal.raise_signal(signal.SIGINT)
+            done.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        body()
     assert done
     assert signal.getsignal(signal.SIGINT) is before
     with interrupts_held():

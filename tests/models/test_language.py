@@ -235,6 +235,33 @@ def test_bad_sizes(kwargs, message):
         make_model(**kwargs)
 
 
+@pytest.mark.parametrize("n_experts", [0, 4])
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        *((k, "sofmax", ValueError) for k in ("activation", "scoring", "gate", "balance", "balance_scope", "backend")),
+        ("route_scale", float("inf"), ValueError),
+        ("jitter", -0.1, ValueError),
+        ("aux_loss_coef", "none", TypeError),
+    ],
+)
+def test_options_of_experts_are_checked_in_a_dense_model_too(n_experts, name, value, error):
+    with pytest.raises(error, match=name):
+        make_model(n_experts=n_experts, **{name: value})
+
+
+def test_biases_and_a_gated_shared_expert():
+    model = make_model(moe_every=2, shared_width=8, shared_gate=True, ffn_bias=True)
+    dense, moe = (block.ffn for block in model.transformer.blocks)
+    assert dense.b_up is not None
+    assert moe.experts.b_up is not None
+    assert moe.shared.b_up is not None
+    assert moe.shared_gate is not None
+    loss = model.loss({"tokens": tokens(), "targets": tokens(seed=1)})
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_bad_use():
     model = make_model()
     with pytest.raises(ValueError, match="built for 16 positions, the batch has 17"):

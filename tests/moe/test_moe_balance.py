@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_mue.callbacks import RouterMonitor
 from lightning_mue.moe import (
     GlobalBatchBalance,
     LossFreeBalance,
@@ -131,7 +133,7 @@ def fit(model, tmp_path, callback, strategy="auto", **settings):
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[callback],
+        callbacks=callback,
         max_epochs=1,
         **settings,
     )
@@ -160,6 +162,25 @@ def test_a_layer_alone_brings_the_callback(tmp_path):
     assert [type(c) for c in layer.configure_callbacks()] == [LossFreeBalance]
     assert MoELayer(8, 4, 4).configure_callbacks() == []
     assert [type(c) for c in MoELayer(8, 4, 4, balance_scope="global").configure_callbacks()] == [GlobalBatchBalance]
+
+
+def test_a_balance_without_its_callback_is_warned_of(tmp_path):
+    class Both(TwoLayers):
+        def __init__(self):
+            super().__init__()
+            self.layers.append(MoELayer(8, 4, 4, balance_scope="global"))
+
+    def found(*callbacks, **settings):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fit(Both(), tmp_path, [RouterMonitor(), *callbacks], **settings)
+        return [str(w.message).split(":")[0] for w in caught if "The Trainer has no" in str(w.message)]
+
+    loss_free, whole_step = (f"The Trainer has no {name}" for name in ("LossFreeBalance", "GlobalBatchBalance"))
+    assert found() == [loss_free]
+    assert found(accumulate_grad_batches=2) == [loss_free, whole_step]
+    assert found(LossFreeBalance(), accumulate_grad_batches=2) == [whole_step]
+    assert found(LossFreeBalance(), GlobalBatchBalance(), accumulate_grad_batches=2) == []
 
 
 def test_pending_counts_survive_a_checkpoint(tmp_path):

@@ -187,11 +187,32 @@ def test_the_experts_memory_is_what_is_saved():
         ({"shared_gate": True}, "shared_width is 0"),
         ({"jitter": 1.0}, "jitter is 1.0"),
         ({"balance_scope": "world"}, "balance_scope is 'world'"),
+        ({"shared_width": -1}, "shared_width is -1"),
+        ({"aux_loss_coef": -1.0}, "aux_loss_coef is -1.0"),
+        ({"route_scale": float("nan")}, "route_scale is nan"),
     ],
 )
 def test_bad_settings_are_named(settings, match):
     with pytest.raises(ValueError, match=match):
         MoELayer(8, 16, 4, 2, **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("shared_width", "8"),
+        ("shared_width", 8.0),
+        ("z_loss_coef", "0.1"),
+        ("jitter", True),
+        ("init_std", "auto"),
+        ("router_init_std", "auto"),
+        ("route_scale", "2"),
+        ("n_groups", 1.0),
+    ],
+)
+def test_bad_types_are_named(name, value):
+    with pytest.raises(TypeError, match=f"^{name} must be .*, got {value!r} of type"):
+        MoELayer(8, 16, 4, 2, **{name: value})
 
 
 def test_bad_masks_are_named():
