@@ -75,6 +75,8 @@ CASES = {
         ),
     },
 }
+if torch.__version__ < "2.12":  # whose DTensor cannot gather a strided shard that nothing else cuts
+    del CASES[2]["strided"]
 
 
 def one_by_one(batch):

@@ -366,3 +366,20 @@ def test_folding_a_multiplier_into_the_radius_leaves_the_training_unchanged(lr_f
     a, b = np.array(losses)
     assert a[-10:].mean() < 0.5 * a[:10].mean(), "it should learn"
     assert (np.abs(a / b - 1).max() < 1e-9) == same
+
+
+def test_only_copies_are_written_back(monkeypatch):
+    """A view of a weight is the weight, whatever stride it gives to a side of length 1; a copy is not."""
+    copied = []
+    copy = torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda to, source: (copied.extend(to), copy(to, source)))
+    narrow, filters = torch.zeros(9, 9)[:1].as_strided((1, 9), (1, 1)), torch.zeros(6, 3, 4, 4).mT.transpose(1, 2)
+    matrices = [updates.as_matrices(narrow), updates.as_matrices(filters)]
+    assert matrices[0].data_ptr() == narrow.data_ptr()
+    assert matrices[0].reshape(narrow.shape).stride() != narrow.stride()
+    for matrix in matrices:
+        matrix += 1
+    updates.write_back([narrow, filters], matrices)
+    assert [w is filters for w in copied] == [True]
+    assert narrow.eq(1).all()
+    assert filters.eq(1).all()
