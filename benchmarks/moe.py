@@ -7,7 +7,8 @@ rounds of ratios within a round. Gradients are freed before each call, as `zero_
 
     python benchmarks/moe.py [--dtypes float32 bfloat16] [--routings balanced skewed] [--only 0 8] [--rounds 9]
 
-Part of the table replaces its rows in results/moe_cpu.json and leaves the others.
+Part of the table replaces its rows in results/moe_cpu_<processor>.json and leaves the others. What is slow depends on the
+processor: with AMX a bfloat16 GEMM is fast once its shape has been seen, without it nothing but arithmetic counts.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from common import RESULTS, save
+from common import RESULTS, machine, save
 from moe_peers import Loop, Transformers
 from torch import Tensor, nn
 
@@ -163,9 +165,15 @@ def geomean(rows: Sequence[dict[str, object]]) -> dict[str, object]:
     }
 
 
+def result_name() -> str:
+    """Results of different processors are not rows of one table: "moe_cpu_amd-epyc"."""
+    words = re.sub(r"\(\w+\)|processor", "", machine()["cpu"].lower())
+    return "moe_cpu_" + "-".join(re.findall(r"[a-z0-9]+", words))
+
+
 def merged(rows: list[dict[str, object]], parts: set[tuple[object, object]]) -> list[dict[str, object]]:
     """The new rows and, of the saved ones, those of other parts."""
-    path = RESULTS / "moe_cpu.json"
+    path = RESULTS / f"{result_name()}.json"
     saved = json.loads(path.read_text())["rows"] if path.exists() else []
     same_table = [row for row in saved if list(row) == list(rows[0])]
     kept = [r for r in same_table if (r["dtype"], str(r["routing"]).removesuffix(", geomean")) not in parts]
@@ -192,7 +200,7 @@ def main() -> None:
             rows += [*part, geomean(part)]
             print(rows[-1])
     if len(args.only) == len(SHAPES):
-        save("moe_cpu", merged(rows, {(d, r) for d in args.dtypes for r in args.routings}))
+        save(result_name(), merged(rows, {(d, r) for d in args.dtypes for r in args.routings}))
 
 
 if __name__ == "__main__":
