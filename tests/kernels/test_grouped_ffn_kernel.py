@@ -173,6 +173,13 @@ def test_loads_by_the_copy_engine_are_the_same(triton_experts, poisoned, monkeyp
     assert all(torch.equal(a, b) for a, b in zip(found, by_pointers, strict=True))
 
 
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_weight_gradients_of_whole_blocks_and_a_rest(triton_experts, poisoned, monkeypatch, device, activation):
+    """Chunks of about 40 rows in blocks of 16: two are summed without masks, 8 rows with."""
+    small(triton_experts, monkeypatch, tile="small", chunk=64)
+    check(triton_experts, experts.make(Case(120, 16, 16, 3, 1, activation), 0, device=device))
+
+
 def test_no_weight_gradients_if_none_are_wanted(triton_experts, monkeypatch, device):
     small(triton_experts, monkeypatch)
     made = experts.make(CASES[6], 1, device=device)

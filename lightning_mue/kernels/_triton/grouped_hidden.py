@@ -156,6 +156,8 @@ def hidden_kernel(
             down_at = down_w + expert.to(tl.int64) * down_e + n.to(tl.int64)[None, :] * down_n
             down_at += i.to(tl.int64)[:, None] * down_k
 
+        # Before the loop, which hides how long these two loads take, one after the other.
+        gate = tl.load(gates_ptr + tl.load(order_ptr + r_inside))[:, None]
         da = tl.full((ROWS, COLS), 0.0, tl.float32)
         for k in range(0, d, INNER):
             if EVEN:
@@ -170,7 +172,6 @@ def hidden_kernel(
             if DESCRIBED == "":
                 down_at += step * down_k
 
-        gate = tl.load(gates_ptr + tl.load(order_ptr + r_inside))[:, None]
         part = tl.full((ROWS,), 0.0, tl.float32)
         low, high = halves(da, ROWS, COLS)
         half: tl.constexpr = COLS // 2

@@ -47,6 +47,53 @@ def load_rows(
 
 
 @triton.jit
+def add_products(
+    sums,
+    source,
+    at,
+    plane,
+    row,
+    w,
+    w_at,
+    w_k,
+    expert,
+    col,
+    k_size,
+    n_size,
+    EVEN: tl.constexpr,
+    IN_DESCRIBED: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """`sums` plus the products of one plane.
+
+    A loop for each plane: with two products into one sum in a loop, the second would wait for the first, and no matrix
+    instruction would be under way while the next is issued.
+    """
+    i = tl.arange(0, INNER)
+    n_in = (col + tl.arange(0, COLS) < n_size)[None, :]
+    step = tl.full((), INNER, tl.int64)
+    for k in range(0, k_size, INNER):
+        k_in = None
+        inside = None
+        if not EVEN:
+            k_in = (i < k_size - k)[None, :]
+            inside = (i < k_size - k)[:, None] & n_in
+        a = load_rows(source, at, plane, row, k, k_in, IN_DESCRIBED, EVEN, ROWS, INNER)
+        b = load_weight(w, w_at, expert, col, k, inside, DESCRIBED, EVEN, COLS, INNER)
+        sums = multiply_add(a, b, sums, PRECISION, UPCAST)
+        if not IN_DESCRIBED:
+            at += INNER
+        if DESCRIBED == "":
+            w_at += step * w_k
+    return sums
+
+
+@triton.jit
 def rows_kernel(
     in_ptr,
     first_w,
@@ -85,7 +132,6 @@ def rows_kernel(
         r = first + tl.arange(0, ROWS)
         n = col_tile * COLS + tl.arange(0, COLS)
         i = tl.arange(0, INNER)
-        step = tl.full((), INNER, tl.int64)
         col = col_tile * COLS
         in_at = in_ptr
         second_in_at = in_ptr
@@ -102,26 +148,51 @@ def rows_kernel(
                 second_at = second_w + expert.to(tl.int64) * second_e + kn_n * second_n + kn_k * second_k
 
         sums = tl.full((ROWS, COLS), 0.0, tl.float32)
-        for k in range(0, k_size, INNER):
-            k_in = None
-            inside = None
-            if not EVEN:
-                k_in = (i < k_size - k)[None, :]
-                inside = (i < k_size - k)[:, None] & (n < n_size)[None, :]
-            a = load_rows(in_ptr, in_at, 0, first, k, k_in, IN_DESCRIBED, EVEN, ROWS, INNER)
-            w = load_weight(first_w, first_at, expert, col, k, inside, DESCRIBED, EVEN, COLS, INNER)
-            sums = multiply_add(a, w, sums, PRECISION, UPCAST)
-            if PLANES == 2:
-                a = load_rows(in_ptr, second_in_at, 1, first, k, k_in, IN_DESCRIBED, EVEN, ROWS, INNER)
-                w = load_weight(second_w, second_at, expert, col, k, inside, DESCRIBED, EVEN, COLS, INNER)
-                sums = multiply_add(a, w, sums, PRECISION, UPCAST)
-            if not IN_DESCRIBED:
-                in_at += INNER
-                second_in_at += INNER
-            if DESCRIBED == "":
-                first_at += step * first_k
-                if PLANES == 2:
-                    second_at += step * second_k
+        sums = add_products(
+            sums,
+            in_ptr,
+            in_at,
+            0,
+            first,
+            first_w,
+            first_at,
+            first_k,
+            expert,
+            col,
+            k_size,
+            n_size,
+            EVEN,
+            IN_DESCRIBED,
+            DESCRIBED,
+            PRECISION,
+            UPCAST,
+            ROWS,
+            COLS,
+            INNER,
+        )
+        if PLANES == 2:
+            sums = add_products(
+                sums,
+                in_ptr,
+                second_in_at,
+                1,
+                first,
+                second_w,
+                second_at,
+                second_k,
+                expert,
+                col,
+                k_size,
+                n_size,
+                EVEN,
+                IN_DESCRIBED,
+                DESCRIBED,
+                PRECISION,
+                UPCAST,
+                ROWS,
+                COLS,
+                INNER,
+            )
 
         box = (r < end)[:, None] & (n < n_size)[None, :]
         out_at = out_ptr + r.to(tl.int64)[:, None] * n_size + n[None, :]

@@ -86,7 +86,19 @@ def weights_kernel(
         i = tl.arange(0, INNER)
         first_sums = tl.full((ROWS, COLS), 0.0, tl.float32)
         second_sums = tl.full((ROWS, COLS), 0.0, tl.float32)
-        for done in range(start, end, INNER):
+        first_masked = start
+        if EVEN:  # whole blocks without masks, which would double the instructions of the loop
+            first_masked += (end - start) // INNER * INNER
+            at = rows_ptr + (start + i).to(tl.int64)[:, None] * h + m[None, :]
+            for done in range(start, first_masked, INNER):
+                token = tl.load(tokens_ptr + done + i).to(tl.int64)
+                t = tl.load(token_rows_ptr + n[None, :] + token[:, None] * token_row)
+                first_sums = multiply_add(tl.trans(tl.load(at)), t, first_sums, PRECISION, UPCAST)
+                if PLANES == 2:
+                    second_sums = multiply_add(tl.trans(tl.load(at + plane)), t, second_sums, PRECISION, UPCAST)
+                at += tl.full((), INNER, tl.int64) * h
+        # Of whole blocks a single one is left: pipelined, its buffers would be added to those above.
+        for done in tl.range(first_masked, end, INNER, num_stages=1 if EVEN else None):
             r = done + i
             inside = (r < end)[:, None]
             m_in, n_in = inside, inside

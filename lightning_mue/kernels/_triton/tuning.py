@@ -114,16 +114,9 @@ _HALF: dict[str, tuple[Tiling, ...]] = {
         Tiling(128, 256, 64, 4, 8),
         Tiling(128, 256, 64, 4, 8, described=True),
         Tiling(128, 256, 64, 4, 8, waves=1, described=True),
+        Tiling(128, 128, 64, 3, 8, described=True),  # two programs a multiprocessor: one loads while the other stores
         Tiling(128, 128, 64, 4, 8),
         Tiling(64, 128, 64, 4, 4),
-    ),
-    # Two tiles of rows and two of weights are loaded at once.
-    "two inputs": (
-        Tiling(128, 256, 32, 4, 8),
-        Tiling(128, 256, 32, 4, 8, described=True),
-        Tiling(128, 256, 32, 4, 8, waves=1, described=True),
-        Tiling(128, 128, 64, 3, 8),
-        Tiling(64, 128, 32, 4, 4),
     ),
     "hidden": (
         Tiling(128, 128, 64, 4, 8),
@@ -146,7 +139,6 @@ def candidates(kind: Kind) -> tuple[Tiling, ...]:
         return _TF32 if kind.precision == "tf32" else _IEEE
     shape = {
         "up": "two sums" if kind.gated else "one sum",
-        "dx": "two inputs" if kind.gated else "one sum",
         "hidden": "hidden",
         "dw": "dw, two sums" if kind.gated else "dw, one sum",
         "dw_down": "dw, one sum",
