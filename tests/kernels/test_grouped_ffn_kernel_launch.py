@@ -168,7 +168,7 @@ def test_grids_depend_on_shapes_alone(triton_experts, monkeypatch):
     assert [t.shape for t in (y, *grads)] == [t.shape for t in (p.x, *p.trained)]
     assert all(recorder.grids for recorder in recorders.values())
     default = module("tuning").candidates(
-        module("tuning").Kind("up", True, 512, 4, 64, 48, torch.float32, "ieee", y.device)
+        module("tuning").Kind("up", "swiglu", 512, 4, 64, 48, torch.float32, "ieee", y.device)
     )[0]
     assert recorders["up_kernel"].grids == [((-(-2000 // default.rows) + 3) * -(-48 // default.cols),)]
     from lightning_mue.kernels._torch import grouped_ffn as plain
@@ -197,7 +197,7 @@ def tuning(triton_experts, monkeypatch, tmp_path):
 
 
 def kind_of(tuning, kernel="down", rows=2048):
-    return tuning.Kind(kernel, True, rows, 128, 2048, 768, torch.bfloat16, "ieee", torch.device("cpu"))
+    return tuning.Kind(kernel, "swiglu", rows, 128, 2048, 768, torch.bfloat16, "ieee", torch.device("cpu"))
 
 
 def nothing(tiling):

@@ -104,7 +104,7 @@ def spread_kernel(
         tl.store(dgates_ptr + j, tl.reduce(products, 0, add))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "n_parts"])
 def gather_kernel(parts_ptr, inverse_ptr, live_ptr, out_ptr, rows, n_parts, WIDTH: tl.constexpr):
     """Of each assignment j, ``sum over n of parts[n, inverse[j]]``."""
     j = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)

@@ -87,7 +87,7 @@ class Tiles:
         self.maps: dict[int, TileMap] = {}
         experts, h, d = p.w_up.shape
         mean = triton.next_power_of_2(-(-len(p.order) // experts))
-        self.kind = ("", p.w_gate is not None, mean, experts, d, h, p.x.dtype, numerics(p.x)["PRECISION"], p.x.device)
+        self.kind = ("", p.activation, mean, experts, d, h, p.x.dtype, numerics(p.x)["PRECISION"], p.x.device)
 
     def __call__(self, tiling: Tiling) -> TileMap:
         """Return the table for a tiling."""

@@ -104,7 +104,7 @@ def finish(
     return part + tl.reduce(a * da, 1, add)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "col_tiles"])
 def hidden_kernel(
     dy_ptr,
     tokens_ptr,

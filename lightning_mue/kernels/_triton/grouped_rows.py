@@ -93,7 +93,7 @@ def add_products(
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["col_tiles"])
 def rows_kernel(
     in_ptr,
     first_w,

@@ -40,7 +40,7 @@ def store_sums(
         tl.store(slot_ptr + m.to(tl.int64)[:, None] * n_size + n[None, :], sums, mask=box)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["h_tiles", "d_tiles"])
 def weights_kernel(
     rows_ptr,
     token_rows_ptr,
@@ -118,7 +118,7 @@ def weights_kernel(
             store_sums(second_sums, second_ptr, slot, expert, m, n, second_e, second_h, second_d, h, d, summed, UPCAST)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "d_blocks"])
 def add_chunks_kernel(
     slots_ptr, out_ptr, tiles_ptr, live_ptr, blocks, d_blocks, slot, h, d, out_e, out_h, out_d, SIDE: tl.constexpr
 ):

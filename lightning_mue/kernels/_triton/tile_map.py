@@ -45,7 +45,7 @@ class TileMap(NamedTuple):
     slots: int
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_experts", "size"])
 def tile_map_kernel(offsets_ptr, tiles_ptr, live_ptr, n_experts, size, CHUNKS: tl.constexpr, EXPERTS: tl.constexpr):
     """One program per expert: it counts the tiles before its own and writes those."""
     e = tl.program_id(0)

@@ -22,6 +22,7 @@ from torch import Tensor
 from lightning_mue.kernels._triton.launching import describe, multiprocessors
 from lightning_mue.kernels._triton.timing import may_time as _may_time
 from lightning_mue.kernels._triton.timing import milliseconds as _milliseconds
+from lightning_mue.kernels.activations import ACTIVATIONS
 
 
 class Tiling(NamedTuple):
@@ -65,7 +66,7 @@ class Kind(NamedTuple):
 
     Attributes:
         kernel: "up", "down", "hidden", "dx", "dw" or "dw_down".
-        gated: Whether there are two planes.
+        activation: A key of `ACTIVATIONS`: it decides on the planes, and on the registers that a tile needs.
         rows: Mean rows per expert, rounded up to a power of two.
         experts: E.
         d: Width.
@@ -76,7 +77,7 @@ class Kind(NamedTuple):
     """
 
     kernel: str
-    gated: bool
+    activation: str
     rows: int
     experts: int
     d: int
@@ -84,6 +85,11 @@ class Kind(NamedTuple):
     dtype: torch.dtype
     precision: str
     device: torch.device
+
+    @property
+    def gated(self) -> bool:
+        """Whether there are two planes."""
+        return ACTIVATIONS[self.activation].gated
 
     @property
     def name(self) -> str:
