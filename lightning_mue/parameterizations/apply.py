@@ -69,15 +69,17 @@ def has_weights(model: nn.Module) -> bool:
 class KeepsMultipliers:
     """For a LightningModule to inherit from: its checkpoints then hold the forward multipliers, which are not weights.
 
-    Without them the weights are another function.
+    Without them the weights are another function. Stands before other bases, whose hooks it calls, too.
     """
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the forward multipliers with the weights."""
+        super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
         checkpoint["mue_multipliers"] = read_multipliers(cast("nn.Module", self))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes the forward multipliers back, and keeps a later fit from drawing the weights anew."""
+        super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
         module = cast("nn.Module", self)
         keep_weights(module)
         set_multipliers(module, checkpoint.get("mue_multipliers", {}))

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 from torch import nn
 from torch.optim import SGD, AdamW
 
 from lightning_mue import MoELanguageModel, initialize, param_groups, plan
-from lightning_mue.parameterizations.apply import ScaledStep, family_of
+from lightning_mue.moe import MoELayer
+from lightning_mue.parameterizations.apply import KeepsMultipliers, ScaledStep, family_of
 from lightning_mue.parameterizations.multipliers import fold, read_multipliers, set_multipliers
 
 sys.path.insert(0, str(Path(__file__).parent))  # the helpers lie beside this file
@@ -272,3 +274,25 @@ def test_multiplier_that_cannot_be_folded_is_asked_for():
 
     with pytest.raises(ValueError, match=r"needs the residual multiplier L\^-alpha = 0\.5.*mue_multipliers"):
         plan(Deep(32, 32), base={"width": 16, "hidden": 32})
+
+
+def test_a_foreign_module_keeps_the_multipliers_of_its_layers():
+    class Own(LightningModule):
+        def on_save_checkpoint(self, checkpoint):
+            checkpoint["own"] = 3
+
+        def on_load_checkpoint(self, checkpoint):
+            self.loaded = checkpoint["own"]
+
+    class Model(KeepsMultipliers, Own):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([MoELayer(8, 4, 4), MoELayer(8, 4, 4)])
+
+    saved, restored, checkpoint = Model(), Model(), {}
+    saved.layers[1].output_multiplier, saved.layers[0].route_scale = 0.25, 2.0
+    saved.on_save_checkpoint(checkpoint)
+    restored.on_load_checkpoint(checkpoint)
+    assert restored.loaded == 3
+    assert [layer.output_multiplier for layer in restored.layers] == [1.0, 0.25]
+    assert [layer.route_scale for layer in restored.layers] == [2.0, 1.0]
