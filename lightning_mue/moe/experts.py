@@ -98,8 +98,8 @@ class Experts(nn.Module):
         Raises:
             TypeError: x and the weights differ in dtype and autocast is off.
         """
-        if (exchange := self._exchange()) is not None:
-            return exchange.forward(self, x_Td, routing, overlap)
+        if (shared_out := self._shared_out()) is not None:
+            return shared_out.forward(self, x_Td, routing, overlap)
         plan = routing.plan(self.backend)
         y_Td = self.compute(x_Td, routing.assignment_gates(plan), plan)
         return y_Td if overlap is None else (y_Td + overlap()).to(x_Td.dtype)
@@ -148,7 +148,7 @@ class Experts(nn.Module):
             dtype: Type of the GEMMs.
         """
         parts = activation_memory(self.width, self.expert_width, top_k, self.activation, dtype)
-        if self._exchange() is not None:  # the rows that were received are kept, K copies of d in place of x
+        if self._shared_out() is not None:  # the rows that were received are kept, K copies of d in place of x
             parts["total"] += parts["input"] * (top_k - 1)
             parts["input"] *= top_k
         return parts
@@ -158,8 +158,8 @@ class Experts(nn.Module):
         settings = f"{self.width}, expert_width={self.expert_width}, n_experts={self.n_experts}, {self.activation}"
         return f"{settings}{', bias' if self.bias else ''}, backend={self.backend}"
 
-    def _exchange(self) -> ExpertParallel | None:
-        """What sends tokens to the experts of other ranks; None where all experts are here."""
+    def _shared_out(self) -> ExpertParallel | None:
+        """How the experts are shared out; None where all of them are here, on a mesh of one rank too."""
         return self.parallel if self.parallel is not None and self.parallel.mesh.size() > 1 else None
 
     def _own(self, weight: Tensor | None, dtype: torch.dtype) -> Any:
