@@ -18,7 +18,7 @@ from torch.optim import AdamW
 
 from lightning_mue import MoELanguageModel, param_groups, plan
 from lightning_mue.parameterizations import Init, ParameterPlan, ScaledStep
-from lightning_mue.parameterizations.drawing import draw_all
+from lightning_mue.parameterizations.applying.drawing import draw_all
 
 
 def swap(rounds: int) -> list[dict[str, object]]:

@@ -21,8 +21,8 @@ from gpu_sections import Report, failure, in_parallel
 from moe_peers_gpu import Contender, Routed, Shape, Weights, contenders, random_routing
 from torch import Tensor
 
-from lightning_mue.kernels.dispatch import DispatchPlan, plan_dispatch
-from lightning_mue.kernels.grouped_ffn import grouped_ffn
+from lightning_mue.kernels.dispatch.op import DispatchPlan, plan_dispatch
+from lightning_mue.kernels.grouped_ffn.op import grouped_ffn
 
 BACKENDS = ("triton", "grouped_mm", "torch")
 TENSORS = ("y", "dx", "dgates", "dw_gate", "dw_up", "dw_down", "db_gate", "db_up")
@@ -232,7 +232,7 @@ def _named(case: RoutingCase) -> str:
 
 
 def _routing_differences(case: RoutingCase, device: torch.device) -> Row:
-    from lightning_mue.kernels.routing import route
+    from lightning_mue.kernels.routing.op import route
 
     logits_TE = torch.randn(case.tokens, case.experts, device=device)
     logits_TE = (logits_TE * 2).round() / 2 if case.ties else logits_TE

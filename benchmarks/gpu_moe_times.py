@@ -312,8 +312,8 @@ class Bench:
 
     def route(self, sets: list[Routed], weight_Ed: Tensor, top_k: int, backend: str, steps: int, index: int) -> None:
         """The router's first `steps` steps, forward, on one of the inputs."""
-        from lightning_mue.kernels.dispatch import plan_dispatch
-        from lightning_mue.kernels.routing import route, router_logits
+        from lightning_mue.kernels.dispatch.op import plan_dispatch
+        from lightning_mue.kernels.routing.op import route, router_logits
 
         with torch.no_grad():
             logits_TE = router_logits(sets[index % len(sets)].x, weight_Ed)
@@ -347,7 +347,7 @@ def compile_tiling(shape: Shape, dtype: torch.dtype, precision: str, index: int,
     """Compile all kernels of both passes with the tiling of this index, of those that are tried; its seconds."""
     from triton.runtime.errors import OutOfResources, PTXASError
 
-    from lightning_mue.kernels._triton import tuning
+    from lightning_mue.kernels.grouped_ffn.triton import tuning
 
     every, start = tuning.candidates, time.perf_counter()
     one = lambda kind: every(kind)[min(index, len(every(kind)) - 1) :][:1]  # noqa: E731

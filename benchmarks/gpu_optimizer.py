@@ -35,7 +35,7 @@ from gpu_common import (
 from torch import Tensor
 from torch.optim._muon import _zeropower_via_newtonschulz
 
-from lightning_mue.kernels.symmetric import kernel_fits, symmetric_matmul, symmetric_matmul_torch
+from lightning_mue.kernels.symmetric.op import kernel_fits, symmetric_matmul, symmetric_matmul_torch
 from lightning_mue.optim import PRESETS, HyperSphereOptimizer, newton_schulz, orthogonalize
 
 TORCH_COEFFICIENTS, TORCH_STEPS, TORCH_EPS = (3.4445, -4.7750, 2.0315), 5, 1e-7  # torch.optim.Muon's defaults
@@ -130,7 +130,7 @@ def same_in_all_tilings(a: Tensor, c: Tensor, expected: Tensor, precision: str) 
     """Whether the tiling changes no bit, so that ranks that time different ones the fastest still agree."""
     if not kernel_fits(a):
         return ""
-    from lightning_mue.kernels._triton import symmetric
+    from lightning_mue.kernels.symmetric import triton as symmetric
 
     same, out = True, torch.empty_like(expected)
     for tiling in symmetric.tilings_for(a.dtype, precision):
@@ -230,7 +230,7 @@ def tiling_of(a: Tensor, out: Tensor, precision: str) -> str:
     """The tiling that was found fastest; nothing where the kernel does not run."""
     if not kernel_fits(a):
         return ""
-    from lightning_mue.kernels._triton import symmetric
+    from lightning_mue.kernels.symmetric import triton as symmetric
 
     strides = tuple(t.stride() for t in (a, a.mT, out, out))
     case = symmetric.Case(a.shape, strides, False, a.dtype, a.device, precision)

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_mue.kernels.dispatch import plan_dispatch
-from lightning_mue.kernels.grouped_ffn import grouped_ffn
+from lightning_mue.kernels.dispatch.op import plan_dispatch
+from lightning_mue.kernels.grouped_ffn.op import grouped_ffn
 
 
 class Shape(NamedTuple):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
 
 #: Helpers, and scripts that tests start in processes of their own: doctest would import them.
-collect_ignore_glob = ["*/_[a-z]*.py"]
+collect_ignore_glob = ["*/_[a-z]*.py", "helpers/*"]
+# `pythonpath` of the pytest settings, for the processes that tests start.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import lightning_mue
-import lightning_mue.kernels.routing as kernel_routing
+import lightning_mue.kernels.routing.op as kernel_routing
 
 BENCHMARKS = Path(lightning_mue.__file__).parents[1] / "benchmarks"
 CPU = torch.device("cpu")

@@ -18,8 +18,8 @@ from lightning_mue.analysis.check import CoordinateCheck
 from lightning_mue.analysis.probe import is_numbered_layer
 from lightning_mue.analysis.training import Loss, OptimizerFactory, ShortTraining
 from lightning_mue.parameterizations import Parameterization, get_rule
-from lightning_mue.parameterizations.base import build_base
-from lightning_mue.parameterizations.modules import clean_name
+from lightning_mue.parameterizations.reading.base import build_base
+from lightning_mue.parameterizations.reading.parameters import clean_name
 
 
 def coordinate_check(

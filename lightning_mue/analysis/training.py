@@ -19,10 +19,10 @@ from torch.optim import Optimizer
 from lightning_mue.analysis.probe import ModuleProbe
 from lightning_mue.analysis.slopes import Record
 from lightning_mue.parameterizations import ScaledStep, ScalingPlan, initialize, plan
-from lightning_mue.parameterizations.apply import named_tensors
-from lightning_mue.parameterizations.drawing import draw_
-from lightning_mue.parameterizations.groups import family_of
-from lightning_mue.parameterizations.record import measure_init
+from lightning_mue.parameterizations.applying.drawing import draw_
+from lightning_mue.parameterizations.applying.groups import family_of
+from lightning_mue.parameterizations.applying.weights import named_tensors
+from lightning_mue.parameterizations.reading.record import measure_init
 
 Loss = Callable[[Any, Any], Tensor]
 OptimizerFactory = Callable[[list[tuple[str, nn.Parameter]]], Optimizer]

@@ -1,10 +1,10 @@
 """Callbacks: the parameterization, and monitors that show whether a run is healthy."""
 
-from lightning_mue.callbacks.activations import ActivationOutlierMonitor
-from lightning_mue.callbacks.logits import LogitsZMonitor
-from lightning_mue.callbacks.mue import MuECallback
-from lightning_mue.callbacks.routing import RouterMonitor
-from lightning_mue.callbacks.transfer import TransferMonitor
+from lightning_mue.callbacks.monitors.activations import ActivationOutlierMonitor
+from lightning_mue.callbacks.monitors.logits import LogitsZMonitor
+from lightning_mue.callbacks.monitors.routing import RouterMonitor
+from lightning_mue.callbacks.mue.callback import MuECallback
+from lightning_mue.callbacks.transfer.monitor import TransferMonitor
 from lightning_mue.moe import LossFreeBalance
 
 __all__ = [

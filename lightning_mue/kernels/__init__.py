@@ -1,5 +1,5 @@
 """Triton kernels, each beside its twin in plain PyTorch; importing them needs neither Triton nor a GPU."""
 
-from lightning_mue.kernels.symmetric import symmetric_matmul, symmetric_matmul_torch
+from lightning_mue.kernels.symmetric.op import symmetric_matmul, symmetric_matmul_torch
 
 __all__ = ["symmetric_matmul", "symmetric_matmul_torch"]

@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from lightning_mue.kernels.symmetric import kernel_fits, triton_available
+from lightning_mue.kernels.symmetric.op import kernel_fits, triton_available
 
 #: What a user may ask for. "triton": our kernels, on CUDA. "grouped_mm": torch's grouped GEMM, on CUDA and CPU. "torch":
 #: plain PyTorch on every device, parallel over experts on the CPU.
@@ -44,8 +44,9 @@ def resolve_backend(backend: str, x: Tensor) -> str:
 
 def implementation(op: str, backend: str) -> ModuleType:
     """Return the module that implements `op` ("grouped_ffn", "routing", ...) for a resolved backend."""
-    package = {"triton": "_triton", "torch": "_torch", "grouped_mm": "_grouped_mm"}[backend]
-    return import_module(f"lightning_mue.kernels.{package}.{op}")
+    name = {"triton": "triton", "torch": "pytorch", "grouped_mm": "grouped_mm"}[backend]
+    folder = op == "grouped_ffn" and backend != "grouped_mm"  # several files, of which experts.py is the entry
+    return import_module(f"lightning_mue.kernels.{op}.{name}{'.experts' if folder else ''}")
 
 
 def _interpreted(x: Tensor) -> bool:

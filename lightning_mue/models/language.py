@@ -16,17 +16,17 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
+from lightning_mue.checks import require_choice, require_finite, require_non_negative
 from lightning_mue.kernels.activations import ACTIVATIONS
 from lightning_mue.kernels.backends import BACKENDS
-from lightning_mue.kernels.routing import GATES, SCORINGS
+from lightning_mue.kernels.routing.op import GATES, SCORINGS
 from lightning_mue.models.transformer import Attention, Block, RotaryEmbedding, Transformer
 from lightning_mue.moe import FeedForward, MoELayer, clip_grad_norm, parallelize_experts
-from lightning_mue.moe._checks import require_choice, require_finite, require_non_negative
 from lightning_mue.moe.balance import SCOPES, balance_callbacks
 from lightning_mue.moe.layer import BALANCES
 from lightning_mue.moe.router import require_groups
-from lightning_mue.parameterizations.apply import KeepsMultipliers
-from lightning_mue.parameterizations.modules import tag_roles
+from lightning_mue.parameterizations.applying.weights import KeepsMultipliers
+from lightning_mue.parameterizations.reading.parameters import tag_roles
 
 Batch = dict[str, Tensor]
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_mue.moe import FeedForward
-from lightning_mue.parameterizations.roles import Role
+from lightning_mue.parameterizations.rules.roles import Role
 
 
 class RMSNorm(nn.RMSNorm):

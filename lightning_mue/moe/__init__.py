@@ -10,15 +10,15 @@ from lightning_mue.moe.balance import (
     switch_loss,
     update_balance_bias,
 )
+from lightning_mue.moe.convert.pretrained import moe_from_transformers
+from lightning_mue.moe.convert.replacing import replace_moe_blocks, transformers_state_dict
+from lightning_mue.moe.convert.transformers_state import state_dict_from_transformers, state_dict_to_transformers
+from lightning_mue.moe.convert.upcycling import moe_from_ffn
 from lightning_mue.moe.experts import Experts
-from lightning_mue.moe.ffn import FeedForward, SwiGLU
+from lightning_mue.moe.feed_forward import FeedForward, SwiGLU
 from lightning_mue.moe.layer import MoELayer
-from lightning_mue.moe.parallel import ExpertParallel, clip_grad_norm, parallelize_experts
-from lightning_mue.moe.pretrained import moe_from_transformers
-from lightning_mue.moe.replacing import replace_moe_blocks, transformers_state_dict
+from lightning_mue.moe.parallel.expert_parallel import ExpertParallel, clip_grad_norm, parallelize_experts
 from lightning_mue.moe.router import Router, RoutingInfo
-from lightning_mue.moe.transformers_state import state_dict_from_transformers, state_dict_to_transformers
-from lightning_mue.moe.upcycling import moe_from_ffn
 
 __all__ = [
     "ExpertParallel",

@@ -12,18 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_mue.checks import require_choice, require_non_negative, require_positive
 from lightning_mue.kernels.activations import ACTIVATIONS
 from lightning_mue.kernels.backends import BACKENDS
-from lightning_mue.kernels.dispatch import DispatchPlan
-from lightning_mue.kernels.grouped_ffn import activation_memory, grouped_ffn
-from lightning_mue.moe import _autocast
-from lightning_mue.moe._checks import require_choice, require_non_negative, require_positive
-from lightning_mue.moe.ffn import make_parameters, reset_parameters
+from lightning_mue.kernels.dispatch.op import DispatchPlan
+from lightning_mue.kernels.grouped_ffn.op import activation_memory, grouped_ffn
+from lightning_mue.moe import autocast
+from lightning_mue.moe.feed_forward import make_parameters, reset_parameters
 from lightning_mue.moe.router import RoutingInfo
-from lightning_mue.parameterizations.roles import Role
+from lightning_mue.parameterizations.rules.roles import Role
 
 if TYPE_CHECKING:
-    from lightning_mue.moe.parallel import ExpertParallel
+    from lightning_mue.moe.parallel.expert_parallel import ExpertParallel
 
 
 class Experts(nn.Module):
@@ -169,7 +169,7 @@ class Experts(nn.Module):
         return (weight if self.parallel is None else self.parallel.local(weight)).to(dtype)
 
     def _compute_dtype(self, x_Td: Tensor) -> torch.dtype:
-        dtype = _autocast.compute_dtype(x_Td)
+        dtype = autocast.compute_dtype(x_Td)
         if dtype is None and x_Td.dtype != self.w_up.dtype:
             raise TypeError(
                 f"x is {x_Td.dtype}, but the experts' weights are {self.w_up.dtype}. Convert one of them, or run under "

@@ -18,7 +18,7 @@ from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_mue.moe._checks import (
+from lightning_mue.checks import (
     require_choice,
     require_finite,
     require_non_negative,
@@ -32,11 +32,11 @@ from lightning_mue.moe.balance import (
     load_balancing_loss,
 )
 from lightning_mue.moe.experts import Experts
-from lightning_mue.moe.ffn import FeedForward
+from lightning_mue.moe.feed_forward import FeedForward
 from lightning_mue.moe.router import Router, RoutingInfo
-from lightning_mue.parameterizations.apply import KeepsMultipliers
-from lightning_mue.parameterizations.modules import tag_roles
-from lightning_mue.parameterizations.roles import Role
+from lightning_mue.parameterizations.applying.weights import KeepsMultipliers
+from lightning_mue.parameterizations.reading.parameters import tag_roles
+from lightning_mue.parameterizations.rules.roles import Role
 
 BALANCES = ("none", "switch", "bias")
 
@@ -201,15 +201,15 @@ class MoELayer(KeepsMultipliers, LightningModule):
     def from_ffn(
         cls, module: nn.Module | Sequence[nn.Module], n_experts: int, top_k: int = 2, **arguments: Any
     ) -> MoELayer:
-        """Upcycle a dense feed-forward network: see `lightning_mue.moe.upcycling.moe_from_ffn` for the arguments."""
-        from lightning_mue.moe.upcycling import moe_from_ffn
+        """Upcycle a dense feed-forward network: see `lightning_mue.moe.convert.upcycling.moe_from_ffn` for the arguments."""
+        from lightning_mue.moe.convert.upcycling import moe_from_ffn
 
         return moe_from_ffn(module, n_experts, top_k, layer_class=cls, **arguments)
 
     @classmethod
     def from_pretrained_block(cls, block: nn.Module, **arguments: Any) -> MoELayer:
-        """A layer equal to a transformers MoE block: see `lightning_mue.moe.pretrained.moe_from_transformers`."""
-        from lightning_mue.moe.pretrained import moe_from_transformers
+        """A layer equal to a transformers MoE block: see `lightning_mue.moe.convert.pretrained.moe_from_transformers`."""
+        from lightning_mue.moe.convert.pretrained import moe_from_transformers
 
         return moe_from_transformers(block, layer_class=cls, **arguments)
 

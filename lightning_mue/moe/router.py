@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_mue.checks import require_choice, require_non_negative, require_positive
 from lightning_mue.kernels.backends import BACKENDS
-from lightning_mue.kernels.dispatch import DispatchPlan, plan_dispatch, plan_expert_choice
-from lightning_mue.kernels.routing import GATES, SCORINGS, route, router_logits
-from lightning_mue.moe import _autocast
-from lightning_mue.moe._checks import require_choice, require_non_negative, require_positive
-from lightning_mue.moe._mesh import normal_
-from lightning_mue.parameterizations.roles import Role
+from lightning_mue.kernels.dispatch.op import DispatchPlan, plan_dispatch, plan_expert_choice
+from lightning_mue.kernels.routing.op import GATES, SCORINGS, route, router_logits
+from lightning_mue.moe import autocast
+from lightning_mue.moe.parallel.mesh import normal_
+from lightning_mue.parameterizations.rules.roles import Role
 
 CHOICES = ("token", "expert")
 
@@ -213,7 +213,7 @@ class Router(nn.Module):
             x_Td = x_Td.masked_fill(~mask_T[:, None], 0)
         if self.jitter and self.training:
             x_Td = x_Td * torch.empty_like(x_Td).uniform_(1 - self.jitter, 1 + self.jitter)
-        with _autocast.disabled(x_Td.device.type):
+        with autocast.disabled(x_Td.device.type):
             logits_TE = router_logits(x_Td, self.weight)
             if self.choice == "expert":
                 return self._route_by_expert(logits_TE, mask_T)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lightning_mue.optim.grouping import describe, named
+from lightning_mue.optim.groups import describe, named
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,10 @@ from torch.optim.adamw import adamw
 
 from lightning_mue.optim.announcement import announce
 from lightning_mue.optim.coefficients import get_preset
-from lightning_mue.optim.grouping import (
+from lightning_mue.optim.distributed.layout import Layout, layout_of
+from lightning_mue.optim.distributed.pieces import as_state, local, local_grad, norms, total, world
+from lightning_mue.optim.distributed.sharding import orthogonalize_sharded
+from lightning_mue.optim.groups import (
     check_loadable,
     classify,
     describe,
@@ -27,7 +30,6 @@ from lightning_mue.optim.grouping import (
     unique_name,
     warn_of_guesses,
 )
-from lightning_mue.optim.layouts import Layout, layout_of
 from lightning_mue.optim.newton_schulz import Pool, default_dtype, math_dtype, orthogonalize_chunk, tf32_products
 from lightning_mue.optim.options import (
     COMPUTE_DTYPES,
@@ -38,9 +40,7 @@ from lightning_mue.optim.options import (
     check_number,
     checked,
 )
-from lightning_mue.optim.pieces import as_state, local, local_grad, norms, total, world
-from lightning_mue.optim.sharding import orthogonalize_sharded
-from lightning_mue.optim.updates import (
+from lightning_mue.optim.step import (
     Batch,
     Matrix,
     Step,
@@ -53,8 +53,8 @@ from lightning_mue.optim.updates import (
     muon_update,
     write_back,
 )
-from lightning_mue.parameterizations.matrices import CONVENTIONS
-from lightning_mue.parameterizations.modules import is_sharded
+from lightning_mue.parameterizations.reading.parameters import is_sharded
+from lightning_mue.parameterizations.rules.kinds import CONVENTIONS
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -324,7 +324,7 @@ class HyperSphereOptimizer(Optimizer):
         params = [param for param in plain if param not in self._copies]
         copies = set(params)
         if self._process_group == "auto":
-            from lightning_mue.optim.copies import find_copies
+            from lightning_mue.optim.distributed.replicas import find_copies
 
             copies = {p for p, copied in zip(params, find_copies(params), strict=True) if copied}
         if copies:

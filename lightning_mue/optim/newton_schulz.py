@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lightning_mue.kernels.symmetric import kernel_fits, symmetric_matmul
+from lightning_mue.kernels.symmetric.op import kernel_fits, symmetric_matmul
 from lightning_mue.optim.coefficients import Coefficients, get_preset
 
 #: How many steps the Gram form gathers before it goes back to X: in the first segment, and in the later ones, where

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_mue.optim.coefficients import get_preset
-from lightning_mue.parameterizations.matrices import CONVENTIONS
+from lightning_mue.parameterizations.rules.kinds import CONVENTIONS
 
 #: The updates, in the order in which a group is split. `sphere`: Muon on the Frobenius sphere. `muon`: Muon without
 #: it. `adam_sphere`: Adam's direction on the sphere. `adamw`: AdamW.

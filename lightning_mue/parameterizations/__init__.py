@@ -3,15 +3,15 @@
 This package knows torch, but no Lightning.
 """
 
-from lightning_mue.parameterizations import complete_mue, complete_p, hyperp, moe_dmft, mssp, mup, sp
-from lightning_mue.parameterizations.apply import ScaledStep, initialize, param_groups
-from lightning_mue.parameterizations.axes import Axes
-from lightning_mue.parameterizations.compare import RuleComparison, compare_rules
-from lightning_mue.parameterizations.plan import plan
-from lightning_mue.parameterizations.record import save_base
-from lightning_mue.parameterizations.roles import MATRIX_ROLES, Role
-from lightning_mue.parameterizations.scaling import Init, ParameterPlan, ScalingPlan
-from lightning_mue.parameterizations.table import RULES, Parameterization, Row, get_rule
+from lightning_mue.parameterizations.applying.weights import ScaledStep, initialize, param_groups
+from lightning_mue.parameterizations.planning.compare import RuleComparison, compare_rules
+from lightning_mue.parameterizations.planning.plan import plan
+from lightning_mue.parameterizations.planning.scaling_plan import Init, ParameterPlan, ScalingPlan
+from lightning_mue.parameterizations.reading.record import save_base
+from lightning_mue.parameterizations.rules import complete_mue, complete_p, hyperp, moe_dmft, mssp, mup, sp
+from lightning_mue.parameterizations.rules.axes import Axes
+from lightning_mue.parameterizations.rules.roles import MATRIX_ROLES, Role
+from lightning_mue.parameterizations.rules.table import RULES, Parameterization, Row, get_rule
 
 del complete_mue, complete_p, hyperp, moe_dmft, mssp, mup, sp  # imported for their registration
 

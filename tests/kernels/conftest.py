@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from _kernel_loading import DEVICE, PACKAGE, load_experts, load_kernels
+from helpers.triton_kernels import DEVICE, KERNELS, load_experts, load_kernels
 
 
 @pytest.fixture
@@ -20,13 +16,13 @@ def device() -> str:
 
 @pytest.fixture(scope="session")
 def triton_symmetric() -> ModuleType:
-    return load_kernels(PACKAGE + "symmetric")
+    return load_kernels(KERNELS + "symmetric.triton")
 
 
 @pytest.fixture(scope="session")
 def walk(triton_symmetric: ModuleType) -> ModuleType:
     """Kernels that write down what the tile map of `triton_symmetric` gives."""
-    return load_kernels("tests_kernels_walk", Path(__file__).parent / "_walk.py")
+    return load_kernels("tests_kernels_walk", Path(__file__).parent / "symmetric" / "_walk.py")
 
 
 @pytest.fixture(scope="session")
@@ -36,9 +32,9 @@ def triton_experts() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def triton_routing() -> ModuleType:
-    return load_kernels(PACKAGE + "routing")
+    return load_kernels(KERNELS + "routing.triton")
 
 
 @pytest.fixture(scope="session")
 def triton_dispatch() -> ModuleType:
-    return load_kernels(PACKAGE + "dispatch")
+    return load_kernels(KERNELS + "dispatch.triton")

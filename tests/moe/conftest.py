@@ -1,25 +1,14 @@
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "kernels"))
-
-from _kernel_loading import load_all
-
-_PATH = Path(__file__).parent.parent / "references" / "moe_reference.py"
-_SPEC = importlib.util.spec_from_file_location("moe_reference", _PATH)
-_REFERENCE = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(_REFERENCE)
+from helpers import moe_reference
+from helpers.triton_kernels import load_all
 
 
 @pytest.fixture(scope="session")
 def reference():
-    return _REFERENCE
+    return moe_reference
 
 
 @pytest.fixture

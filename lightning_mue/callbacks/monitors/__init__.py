@@ -1,0 +1,1 @@
+"""Stability monitors: logits, activations, routing."""

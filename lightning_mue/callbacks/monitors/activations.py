@@ -1,0 +1,92 @@
+"""ActivationOutlierMonitor: scale and tails of every attention and FFN branch output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from lightning_mue.callbacks.monitors.probes import Probe, find_modules, first_tensor, layer_labels, over_layers
+from lightning_mue.callbacks.monitors.sampling import SampledMonitor
+from lightning_mue.diagnostics import activation_summary, merge_summaries, summary_metrics
+from lightning_mue.diagnostics.activation import SUMMARY_SIZE
+
+_METRICS = ("rms", "outlier_percent", "max_over_rms", "kurtosis")
+
+
+class _BranchProbe(Probe):
+    """Statistics: those of `activation_summary`, merged exactly over forward calls and ranks."""
+
+    size = SUMMARY_SIZE
+
+    def __init__(self, module: nn.Module, label: str, threshold: float) -> None:
+        super().__init__(module, label)
+        self.threshold = threshold
+
+    def measure(self, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
+        x = first_tensor(output)
+        return None if x is None or x.ndim == 0 else activation_summary(x, self.threshold)
+
+    def merge(self, a: Tensor, b: Tensor) -> Tensor:
+        return merge_summaries(a, b)
+
+    def metrics(self, total: Tensor) -> dict[str, float]:
+        if total[0] == 0:
+            return {}
+        return {f"stability/{name}/{self.label}": float(value) for name, value in summary_metrics(total).items()}
+
+
+class ActivationOutlierMonitor(SampledMonitor):
+    """Logs how large and how heavy-tailed the branch outputs are, before they are added to the residual stream.
+
+    A branch is a module with ``mue_branch = "attention"`` or ``"ffn"`` (or any other string), whose ``forward`` returns
+    [..., features]. Metrics, for each branch kind and layer ("ffn/03"), over the global batch:
+
+    - ``stability/rms/<branch>/<layer>``: root mean square of the whole tensor.
+    - ``stability/outlier_percent/...``: % of entries over ``threshold`` standard deviations from their token's mean.
+    - ``stability/max_over_rms/...`` and ``stability/kurtosis/...``: of the whole tensor.
+
+    Each kind also has ``stability/<metric>/<branch>_mean`` and ``_max`` over layers.
+
+    Args:
+        every_n_steps: Optimizer steps between two samples; None follows ``trainer.log_every_n_steps``.
+        threshold: Standard deviations beyond which an entry is an outlier.
+
+    Raises:
+        ValueError: If ``threshold`` is not positive.
+    """
+
+    looks_for = 'modules with mue_branch = "attention" or "ffn"'
+    category = "Stability"
+    charts: ClassVar[Mapping[str, Sequence[str]]] = {
+        "Branch output RMS": [r"stability/rms/.*"],
+        "Outliers (%)": [r"stability/outlier_percent/.*"],
+        "Max over RMS": [r"stability/max_over_rms/.*"],
+        "Kurtosis": [r"stability/kurtosis/.*"],
+    }
+
+    def __init__(self, every_n_steps: int | None = None, *, threshold: float = 5.0) -> None:
+        super().__init__(every_n_steps)
+        if not threshold > 0:
+            raise ValueError(
+                f"threshold is {threshold}, but it must be a positive number of standard deviations; 5 is usual."
+            )
+        self.threshold = threshold
+
+    def find_probes(self, pl_module: LightningModule) -> list[Probe]:
+        """Probe every branch, labelled by kind and layer."""
+        branches = find_modules(pl_module, lambda m: isinstance(getattr(m, "mue_branch", None), str))
+        probes: list[Probe] = []
+        for kind in sorted({str(module.mue_branch) for module in branches.values()}):
+            modules = {name: module for name, module in branches.items() if module.mue_branch == kind}
+            labels = layer_labels(modules)
+            probes += [_BranchProbe(m, f"{kind}/{labels[name]}", self.threshold) for name, m in modules.items()]
+        return probes
+
+    def summarize(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Mean and max over the layers of each kind of branch."""
+        kinds = sorted({probe.label.partition("/")[0] for probe in self._probes})
+        groups = (f"stability/{name}/{kind}" for name in _METRICS for kind in kinds)
+        return {tag: value for group in groups for tag, value in over_layers(metrics, group, "mean", "max").items()}

@@ -1,0 +1,310 @@
+"""MuECallback: applies a parameterization to any LightningModule at fit start."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_mue.callbacks import tensorboard_page
+from lightning_mue.callbacks.mue import checks
+from lightning_mue.callbacks.mue.run import known_to, run_sizes
+from lightning_mue.moe.balance import warn_of_missing_callbacks
+from lightning_mue.parameterizations import Parameterization, ScaledStep, ScalingPlan, get_rule, initialize, plan
+from lightning_mue.parameterizations.applying.weights import family_of, has_weights, keep_weights, named_tensors
+from lightning_mue.parameterizations.planning.multipliers import set_multipliers
+from lightning_mue.parameterizations.planning.render import as_markdown, headline, wide_console
+from lightning_mue.parameterizations.reading.base import Base
+from lightning_mue.parameterizations.rules.table import Family
+
+_log = logging.getLogger(__name__)
+#: Attribute of a module that holds the plan of its last fit.
+_LAST_PLAN = "_mue_last_plan"
+
+
+class MuECallback(Callback):
+    """Trains a model of any size with the hyperparameters that were tuned on a smaller base.
+
+    Write the learning rate, weight decay and initialization that are best for the base; the callback scales them to the
+    target by a paper's rule: it draws the initial weights, sets the forward multipliers, and swaps scaled parameter groups
+    into the optimizers for the duration of each update. The user's own groups, schedulers and checkpoints never see them. At
+    base size it changes nothing, bit for bit. Logs ``mue/lr/<role>``, the rate that each role really had.
+
+    Works on one device, with DDP, and with FSDP2 (ModelParallelStrategy); several optimizers (automatic or manual
+    optimization) may be of different families.
+
+    Args:
+        rule: ``complete-mue``, ``complete-p``, ``moe-dmft``, ``mssp``, ``hyperp`` (for HyperSphereOptimizer or Muon), ``mup``,
+            ``sp``.
+        base: The tuned model: keyword overrides of the module's own hyperparameters, e.g. ``{width: 64, n_experts: 0}``, or
+            the path of a saved base (from Python also a module or a factory). May hold the base run's ``tokens`` and
+            ``batch_tokens``, which then count.
+        alpha: Depth exponent in [1/2, 1].
+        tokens: Training length of this run in tokens. Where the base holds its own and this is None, it is inferred: optimizer
+            steps times ``batch_tokens``.
+        batch_tokens: Batch size of this run in tokens, over all ranks and accumulated batches. Where the base holds its own
+            and this is None, it is inferred from the datamodule's (or module's) batch size and sequence length.
+        roles: Regular expression on parameter names -> role, for modules that declare none.
+        multipliers: Kind of forward multiplier -> regular expression on dotted paths of attributes, for modules that declare
+            none.
+        preset: Name of the constants that the rule's paper reports, to be used as the tuned base.
+        seed: Seed of the initial weights.
+        initialize: Draw the initial weights. Set it to False to train on from weights loaded by hand (`load_state_dict`, or
+            `load_from_checkpoint` of a module other than this package's).
+        verbose: Print the plan at fit start.
+
+    Raises:
+        ValueError: Before step 0: for a base that does not fit the module, an optimizer or role that the rule does not cover, a
+            strategy that flattens parameters (FSDP1, DeepSpeed), or a checkpoint of a run with another plan or none.
+    """
+
+    def __init__(
+        self,
+        rule: str = "complete-mue",
+        base: dict[str, Any] | nn.Module | Callable[[], nn.Module] | str | Path | None = None,
+        alpha: float = 1.0,
+        tokens: float | None = None,
+        batch_tokens: float | None = None,
+        roles: dict[str, str] | None = None,
+        seed: int = 0,
+        initialize: bool = True,
+        verbose: bool = True,
+        multipliers: dict[str, str] | None = None,
+        preset: str | None = None,
+    ) -> None:
+        self.rule: Parameterization = get_rule(rule)
+        self.base: Base | None = base
+        self.alpha, self.tokens, self.batch_tokens = alpha, tokens, batch_tokens
+        self.roles, self.multipliers, self.preset = roles, multipliers, preset
+        self.seed, self.initialize, self.verbose = seed, initialize, verbose
+        #: The plan in force, from fit start on.
+        self.plan: ScalingPlan | None = None
+        self._steps: list[ScaledStep] = []
+        self._resumed = False
+        self._saved_plan: ScalingPlan | None = None
+        self._module: weakref.ref[nn.Module] | None = None
+        self._logged = 0
+
+    def make_plan(
+        self,
+        module: nn.Module,
+        optimizers: list[Optimizer],
+        trainer: Trainer | None = None,
+        datamodule: LightningDataModule | None = None,
+        *,
+        trains: bool = True,
+    ) -> ScalingPlan:
+        """The plan for a module and its optimizers; nothing is changed.
+
+        Args:
+            module: The module, which may be on ``meta``.
+            optimizers: Its optimizers. Only their families count, and which parameters they hold if families differ.
+            trainer: The trainer, from which run sizes that the base holds and the callback does not are inferred. It need not
+                be set up.
+            datamodule: The datamodule, for the same purpose; by default the trainer's.
+            trains: False where no training follows: unknown run sizes are then the base's.
+
+        Raises:
+            ValueError: See the class.
+        """
+        preset = self.rule.presets.get(self.preset) if self.preset is not None else None
+        known = known_to(self.base if self.base or preset is None else preset.base)
+        given = {"tokens": self.tokens, "batch_tokens": self.batch_tokens}
+        datamodule = datamodule or getattr(trainer, "datamodule", None)
+        return plan(
+            module,
+            base=self.base,
+            rule=self.rule,
+            family=self._families(module, optimizers),
+            alpha=self.alpha,
+            roles=self.roles,
+            multipliers=self.multipliers,
+            preset=self.preset,
+            **run_sizes(known, given, trainer, module, datamodule, trains=trains, optimizers=len(optimizers)),
+        )
+
+    def _families(self, module: nn.Module, optimizers: list[Optimizer]) -> Family | dict[str, Family]:
+        """The optimizers' family; parameter name -> family if they are of several."""
+        families = [family_of(optimizer) for optimizer in optimizers] or [next(iter(self.rule.tables))]
+        if len(set(families)) == 1:
+            return families[0]
+        held = {
+            id(p): family
+            for optimizer, family in zip(optimizers, families, strict=True)
+            for group in optimizer.param_groups
+            for p in group["params"]
+        }
+        # What no optimizer holds is not trained, but has a row in the plan.
+        return {name: held.get(id(p), families[0]) for name, p in named_tensors(module).items()}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuses strategies that hide the parameters, and warns where training may start before the plan is applied."""
+        self._resumed, self._saved_plan = False, None
+        checks.refuse_flattening(trainer)
+        checks.warn_of_tuners(trainer)
+        checks.warn_of_compiled(pl_module)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Takes the plan out of a checkpoint, and refuses another one where fit has begun already (FSDP2)."""
+        if checks.is_tuners(trainer.ckpt_path):
+            return
+        state = checkpoint.get("callbacks", {}).get(self.state_key, {})
+        self._saved_plan = ScalingPlan.from_dict(state["plan"]) if "plan" in state else None
+        self._resumed = True
+        if trainer.state.fn == TrainerFn.FITTING and trainer.strategy.restore_checkpoint_after_setup:
+            self._refuse_other_plan()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Applies the plan: multipliers always; initial weights once; scaled steps for this fit."""
+        self._detach()
+        checks.refuse_strange_parameters(trainer, pl_module)
+        self.plan = self.make_plan(pl_module, trainer.optimizers, trainer)
+        self._module = weakref.ref(pl_module)
+        # A strategy that restores later says nothing of it yet; what it restores overwrites what is drawn here.
+        late = trainer.strategy.restore_checkpoint_after_setup
+        resumed = not late and (self._resumed or checks.resumes(trainer))
+        if resumed:
+            self._refuse_other_plan()
+        drawn = self.initialize and not resumed and not has_weights(pl_module)
+        if drawn:
+            initialize(pl_module, self.plan, seed=self.seed)
+            checks.copy_to_averages(trainer, pl_module)
+        else:  # restored, loaded, or trained before: the weights stay
+            set_multipliers(pl_module, self.plan.multipliers)
+            if self.initialize and not (resumed or checks.resumes(trainer)):
+                checks.warn_of_kept_weights(pl_module, getattr(pl_module, _LAST_PLAN, None), self.plan)
+        keep_weights(pl_module)
+        setattr(pl_module, _LAST_PLAN, self.plan)
+        if not self.plan.same_size:
+            self._steps = [ScaledStep(optimizer, self.plan, pl_module) for optimizer in trainer.optimizers]
+            self._logged = 0
+            tensorboard_page.register(trainer, "Training", {"Effective learning rate by role": ["mue/lr/.*"]})
+        checks.warn_of_optimizers(trainer, pl_module, self.plan)
+        warn_of_missing_callbacks(trainer, pl_module)
+        self._announce(trainer, drawn)
+
+    def _refuse_other_plan(self) -> None:
+        """Compares with the checkpoint's plan, if it has one.
+
+        Raises:
+            ValueError: If a run with other factors, or without any, wrote it.
+        """
+        assert self.plan is not None
+        saved, self._saved_plan = self._saved_plan, None
+        if saved is None:
+            checks.refuse_missing_plan(self.plan)
+        else:
+            checks.refuse_differences(saved, self.plan)
+
+    def _announce(self, trainer: Trainer, drawn: bool) -> None:
+        assert self.plan is not None
+        if not trainer.is_global_zero:
+            return
+        if not self.plan.same_size:
+            _log.info("MuECallback: initial weights %s", "drawn by the plan" if drawn else "kept as they are")
+        if not self.verbose:
+            _log.info("MuECallback: %s", headline(self.plan))
+            for note in self.plan.notes:  # the table has them
+                _log.warning("MuECallback: %s", note)
+        else:
+            wide_console().print(self.plan)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("parameterization", as_markdown(self.plan), 0)
+            if isinstance(folder := getattr(logger, "log_dir", None), str):
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                self.plan.save(Path(folder) / "plan.yaml")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the TensorBoard page, unless another callback has."""
+        tensorboard_page.write(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Logs the learning rate that each role really had, on log steps."""
+        self._restore()
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if not (self._steps and every and trainer.loggers):
+            return
+        # Manual optimization may step several optimizers a batch, and global_step counts each of them.
+        done = trainer.global_step // len(self._steps)
+        if done // every > self._logged // every:
+            self._logged = done
+            for logger in trainer.loggers:
+                logger.log_metrics(self.effective_rates(), step=done - 1)
+
+    def effective_rates(self) -> dict[str, float]:
+        """``mue/lr/<role>`` -> learning rate of the last step.
+
+        A role with several rates has one tag each: ``<role>/<kind>``, ``<role>/group1``, ``<role>/x0.25`` (factor of the plan),
+        and ``<role>/AdamW-1`` where several optimizers hold it.
+        """
+        rates: dict[str, float] = {}
+        counts: dict[str, int] = {}
+        for step in self._steps:
+            name = type(step.optimizer).__name__
+            counts[name] = counts.get(name, 0) + 1
+            label = name if counts[name] == 1 else f"{name}-{counts[name] - 1}"
+            elsewhere = {tag for other in self._steps if other is not step for tag in other.effective_lr}
+            for tag, lr in step.effective_lr.items():
+                rates[f"mue/lr/{tag}/{label}" if tag in elsewhere else f"mue/lr/{tag}"] = float(lr)
+        return rates
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Gives the optimizers their own groups back, so that what is saved now stays readable."""
+        self._restore()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Saved optimizer states hold the user's own groups."""
+        self._restore()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Detaches from the optimizers; the module keeps its weights and multipliers."""
+        self._detach()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sets the multipliers where no fit has."""
+        self._set_multipliers(trainer, pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sets the multipliers where no fit has."""
+        self._set_multipliers(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sets the multipliers where no fit has."""
+        self._set_multipliers(trainer, pl_module)
+
+    def _set_multipliers(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._module is not None and self._module() is pl_module:
+            return
+        # The weights of a checkpoint need the multipliers that they were trained with.
+        saved, self._saved_plan = self._saved_plan, None
+        # Multipliers do not depend on the optimizer's family, so any that the rule has a table for serves.
+        self.plan = saved or self.make_plan(pl_module, [], trainer, trains=False)
+        self._module = weakref.ref(pl_module)
+        set_multipliers(pl_module, self.plan.multipliers)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The plan, as plain types: a resumed run must have the same one."""
+        return {} if self.plan is None else {"plan": self.plan.to_dict()}
+
+    def _restore(self) -> None:
+        for step in self._steps:
+            step.restore()
+
+    def _detach(self) -> None:
+        for step in self._steps:
+            step.remove()
+        self._steps = []
+
+
+__all__ = ["MuECallback"]

@@ -1,0 +1,301 @@
+"""TransferMonitor: does a larger run do what its tuned base did, at the same point of training?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.optim import Optimizer
+
+from lightning_mue.callbacks import tensorboard_page
+from lightning_mue.callbacks.monitors.probes import Probe
+from lightning_mue.callbacks.monitors.sampling import SampledMonitor, will_step
+from lightning_mue.callbacks.mue.callback import MuECallback
+from lightning_mue.callbacks.mue.run import steps
+from lightning_mue.callbacks.transfer.comparison import Comparison, octaves, warn_of_other_base
+from lightning_mue.callbacks.transfer.expectation import Expectation, classes_of
+from lightning_mue.callbacks.transfer.fingerprint import Fingerprint, sampled_steps
+from lightning_mue.callbacks.transfer.measurements import measurements
+from lightning_mue.callbacks.transfer.probes import (
+    Layers,
+    LossProbe,
+    UpdateProbe,
+    activation_probes,
+    forward_multipliers,
+    update_probes,
+)
+from lightning_mue.parameterizations import ScalingPlan, plan
+from lightning_mue.parameterizations.applying.weights import family_of
+from lightning_mue.parameterizations.reading.parameters import clean_name
+
+
+class TransferMonitor(SampledMonitor):
+    """Records a fingerprint of the tuned base run; in the target run shows live whether the transfer holds.
+
+    In the base run, ``TransferMonitor(record="base.json")`` takes a few dozen samples, dense at the start, and writes them
+    (some kB) at the end of `fit`, or with what there is when it raises. In the target run,
+    ``TransferMonitor(compare="base.json")`` logs, for every quantity, measured / (base at the same training progress x
+    what the plan in force says): 1 means that the transfer holds. `MuECallback` brings the plan; without one, or at base
+    size, its factors are 1. Progress is the fraction of the run's optimizer steps, so an LR schedule that is the same
+    function of it cancels. A ratio that stays outside the band is warned of, once until it comes back, with the cell of the
+    table to look at first.
+
+    ``transfer/<quantity>/<role>/<place>``; places are quartiles of the depth, ``q1`` to ``q4``, and ``outside``:
+
+    - ``update/<role>``: ``rms(W_{t+1} - W_t) / rms(W_t)`` (theory.md section 6), RMS over the role's tensors. Expected, for
+      Adam and Muon: base x LR cell / how much larger the weights are, which at first is the init cell; later the weights
+      have grown, and what training added is taken to be at right angles to the initial weights and to scale with the LR
+      cell. On the sphere nothing grows: the LR cell. SGD's steps carry the gradient's own scale, which no cell states:
+      there it is taken to be what keeps ``reach``. It tells whether the optimizer DOES what the plan says (eps, clipping,
+      frozen weights, wrong groups), and says nothing about whether the plan is right.
+    - ``reach/<role>``: what the step can change in the residual stream (for the router and the unembedding: in the logits)
+      on inputs of RMS 1: RMS of the change, x fan-in for matrices (the steps of Adam and SGD align with their inputs;
+      sqrt(fan-in) for Muon), x the forward multipliers that really stand on the way, x the number of layers. On the sphere: the
+      relative change x residual multiplier x layers. Expected: base, x the rule's batch and duration factor. "Every weight
+      moves its layer as far at every size" is the condition that width and depth rules are derived from
+      (arXiv:2203.03466, 2310.17813), so this one does NOT depend on the plan's cells: it tells whether they are right.
+    - ``rms/attention``, ``rms/ffn`` (branch outputs), ``rms/residual`` (the stream after the last block): expected:
+      base.
+    - ``z/lm_logits``, ``z/attention``, ``z/router``: mean of ``logsumexp(logits)^2``; expected: base, where E times as
+      many experts raise a router's logsumexp by ln E.
+    - ``transfer/loss``: training loss / base's, never warned of: a larger model is to be better.
+    - ``transfer/worst``: largest ``|log2 ratio|`` of all but the loss.
+
+    Experts are compared with the dense FFN where the base has none; what the base lacks altogether (a router) is left out
+    with one note. A step that moves no weight at all (skipped by a GradScaler, or of learning rate 0) gives no updates.
+    Each sampled step copies up to ``max_elements`` of each weight; between samples nothing runs. All statistics of all
+    ranks go into one collective. Without a logger ratios are still watched.
+
+    Args:
+        record: File to write the fingerprint to.
+        compare: File with the base's fingerprint.
+        every_n_steps: Optimizer steps between two comparisons; None follows ``trainer.log_every_n_steps``.
+        points: About how many steps `record` samples.
+        band: A ratio outside ``[1 / band, band]`` is off.
+        patience: Samples in a row that must be off before it is warned of.
+        warmup: Fraction of the run in which nothing is warned of.
+        attention: Whether to measure attention logits, at the price of one more attention forward in float32.
+        max_elements: Elements of one weight (on one rank) that are measured, evenly spread; 32768 give its RMS to 0.4 %.
+        roles: Regular expression on parameter names -> role, where there is no MuECallback and modules declare none.
+
+    Raises:
+        ValueError: For a bad argument; before step 0, for a file that cannot be compared with, a parameter without a role,
+            or a run of unknown length.
+    """
+
+    looks_for = "parameters that train"
+    category = "Transfer"
+    charts: ClassVar[Mapping[str, Sequence[str]]] = {
+        "Worst ratio to the base (octaves)": [r"transfer/worst"],
+        "Update RMS: ratio to plan x base": [r"transfer/update/.*"],
+        "Reach of the updates: ratio to base": [r"transfer/reach/.*"],
+        "Activation RMS: ratio to base": [r"transfer/rms/.*"],
+        "Z-value: ratio to base": [r"transfer/z/.*"],
+        "Loss: ratio to base": [r"transfer/loss"],
+    }
+
+    def __init__(
+        self,
+        record: str | Path | None = None,
+        compare: str | Path | None = None,
+        every_n_steps: int | None = None,
+        *,
+        points: int = 32,
+        band: float = 2.0,
+        patience: int = 5,
+        warmup: float = 0.05,
+        attention: bool = True,
+        max_elements: int = 32768,
+        roles: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(every_n_steps)
+        _check(record, compare, points=points, band=band, patience=patience, warmup=warmup, max_elements=max_elements)
+        self.record, self.compare, self.points = record, compare, points
+        self.band, self.patience, self.warmup = band, patience, warmup
+        self.attention, self.max_elements, self.roles = attention, max_elements, roles
+        self._points: dict[int, dict[str, float]] = {}
+        self._total, self._optimizers, self._grid = 1, 1, set[int]()
+        self._base: Fingerprint | None = None
+        self._comparison: Comparison | None = None
+        self._plan: ScalingPlan | None = None
+        self._updates: list[UpdateProbe] = []
+
+    @property
+    def state_key(self) -> str:
+        """Tells several monitors of one run apart."""
+        return self._generate_state_key(record=str(self.record), compare=str(self.compare))
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Reads the base's fingerprint, and makes the folder to record in, before anything is trained."""
+        if stage != "fit":
+            return
+        self._plan = None
+        if trainer.global_step == 0:
+            self._points = {}
+        self._base = None if self.compare is None else Fingerprint.load(self.compare)
+        if self.record is not None and trainer.is_global_zero:
+            if Path(self.record).is_dir():
+                raise ValueError(f"record: {str(self.record)!r} is a folder; give the name of a file, e.g. base.json.")
+            Path(self.record).parent.mkdir(parents=True, exist_ok=True)
+
+    def find_probes(self, pl_module: LightningModule) -> list[Probe]:
+        """Probe weights, branches, blocks and logits."""
+        assert self._plan is not None
+        self._layers, self._loss = Layers(clean_name(name) for name, _ in pl_module.named_parameters()), LossProbe()
+        multipliers = forward_multipliers(pl_module, self._mue.multipliers if self._mue is not None else None)
+        self._updates = update_probes(pl_module, self._plan, self._layers, multipliers, self.max_elements)
+        activations, self._keys = activation_probes(pl_module, self._layers, attention=self.attention)
+        return [*self._updates, *activations, self._loss]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Register the charts; MuECallback may not have made its plan yet."""
+        self._probes, self._logged_step = [], None
+        if self.compare is not None and trainer.loggers:
+            tensorboard_page.register(trainer, self.category, self.charts)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find what to watch, under the plan that is now in force."""
+        self._total, self._optimizers = _total_steps(trainer), max(1, len(trainer.optimizers))
+        self._grid = sampled_steps(self._total, self.points) if self.record is not None else set()
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set through a connector
+        self._mue = next((c for c in callbacks if isinstance(c, MuECallback) and c.plan is not None), None)
+        made = None if self._mue is None else self._mue.plan
+        self._plan = made if made is not None else self._roles_alone(trainer, pl_module)
+        self._probes = self.find_probes(pl_module)
+        if self._base is not None:
+            rule, drawn = (None, True) if self._mue is None else (self._mue.rule, self._mue.initialize)
+            expected = Expectation(self._base, self._plan, rule, self._updates, drawn)
+            self._comparison = Comparison(self._base, expected, self._layers, self.band, self.patience)
+            warn_of_other_base(self._base, self._plan)
+        super().on_train_start(trainer, pl_module)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Keep the weights of a sampled step as they are; backward is over, so its activations are free by now."""
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        if self._handles:
+            for probe in self._updates:
+                probe.before_step()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Compare the weights of a sampled step, gather, record and log."""
+        if self._handles:
+            for probe in self._updates:
+                probe.after_step()
+            self._loss.see(outputs)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the fingerprint."""
+        self._write(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Write what there is of the fingerprint."""
+        super().on_exception(trainer, pl_module, exception)
+        self._write(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget the module."""
+        super().teardown(trainer, pl_module, stage)
+        self._updates, self._comparison, self._mue = [], None, None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was recorded so far, as plain types: a resumed base run goes on recording."""
+        return {"points": {step: dict(point) for step, point in self._points.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what was recorded."""
+        self._points = {int(step): dict(point) for step, point in state_dict["points"].items()}
+
+    def _period(self, trainer: Trainer) -> int:
+        return self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined,no-any-return]
+
+    def _samples(self, trainer: Trainer, batch_idx: int) -> bool:
+        step, period = trainer.global_step // self._optimizers, self._period(trainer)
+        due = step in self._grid or (self._base is not None and period > 0 and (step + 1) % period == 0)
+        return due and trainer.global_step != self._logged_step and will_step(trainer, batch_idx)
+
+    def _gather(self, trainer: Trainer) -> dict[str, float]:
+        raw, step = super()._gather(trainer), self._step // self._optimizers
+        values = measurements(raw, self._keys, self._updates)
+        if self.record is not None:
+            self._points[step] = values
+        if self._comparison is None:
+            return {}
+        progress = min(1.0, (step + 1) / self._total)
+        ratios = self._comparison.ratios(values, progress)
+        if progress >= self.warmup:
+            self._comparison.watch(ratios, at=progress, moved=any(key.startswith("update/") for key in values))
+        worst = [octaves(ratio) for key, ratio in ratios.items() if not key.startswith("loss/")]
+        tags = {
+            "transfer/loss" if key.startswith("loss/") else f"transfer/{key}": ratio for key, ratio in ratios.items()
+        }
+        return {**tags, "transfer/worst": max(worst)} if worst else tags
+
+    def _roles_alone(self, trainer: Trainer, module: LightningModule) -> ScalingPlan:
+        """A plan that changes nothing, for the roles and kinds of the parameters."""
+        try:
+            family = family_of(trainer.optimizers[0]) if trainer.optimizers else "adam"
+        except ValueError:  # no table covers it; the roles are the same
+            family = "adam"
+        try:
+            return plan(module, rule="sp", family=family, roles=self.roles)
+        except ValueError as error:
+            raise ValueError(
+                f"TransferMonitor needs to know every parameter's role. Give it roles=..., or add MuECallback. {error}"
+            ) from error
+
+    def _write(self, trainer: Trainer) -> None:
+        fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        if (
+            self.record is None
+            or self._plan is None
+            or not self._updates
+            or not self._points
+            or not fitting
+            or not trainer.is_global_zero
+        ):
+            return
+        about = {
+            "depths": self._layers.depths,
+            "classes": classes_of(self._plan.parameters),
+            "rule": f"{self._plan.rule} ({self._plan.family})",
+            "axes": self._plan.axes,
+        }
+        try:
+            Fingerprint.of_points(self._total, self._points, **about).save(self.record)
+        except OSError as error:  # neither hides the exception that ended the run, nor makes a finished run fail
+            rank_zero_warn(f"TransferMonitor: the fingerprint could not be written to {str(self.record)!r}: {error}")
+            return
+        rank_zero_info(f"TransferMonitor: wrote {len(self._points)} points of {self._total} steps to {self.record}.")
+
+
+def _total_steps(trainer: Trainer) -> int:
+    try:
+        return steps(trainer)
+    except LookupError:
+        raise ValueError(
+            f"TransferMonitor: the length of this run is not known (max_steps={trainer.max_steps}, max_epochs="
+            f"{trainer.max_epochs}), so nobody can say how far it has come. Set max_steps of the Trainer."
+        ) from None
+
+
+def _check(record: object, compare: object, **numbers: float) -> None:
+    if record is None and compare is None:
+        raise ValueError(
+            "TransferMonitor: record and compare are both None. Give record='base.json' in the base run, or "
+            "compare='base.json' in the target run."
+        )
+    least = {"points": 2, "patience": 1, "max_elements": 1}
+    for name, minimum in least.items():
+        if not isinstance(numbers[name], int) or isinstance(numbers[name], bool) or numbers[name] < minimum:
+            raise ValueError(f"{name}: found {numbers[name]!r}, expected a whole number of at least {minimum}.")
+    if not numbers["band"] > 1:
+        raise ValueError(f"band: found {numbers['band']!r}, expected a ratio above 1; 2 is usual.")
+    if not 0 <= numbers["warmup"] < 1:
+        raise ValueError(f"warmup: found {numbers['warmup']!r}, expected a fraction of the run in [0, 1).")

@@ -1,1 +1,0 @@
-"""Implementations on torch's grouped GEMM (`torch.nn.functional.grouped_mm`)."""

@@ -1,1 +1,0 @@
-"""Implementations in plain PyTorch, for every device and type."""

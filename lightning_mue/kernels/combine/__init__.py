@@ -1,0 +1,1 @@
+"""The gate-weighted sum of the experts' outputs."""

@@ -1,0 +1,1 @@
+"""All experts' feed-forward networks in one operator."""

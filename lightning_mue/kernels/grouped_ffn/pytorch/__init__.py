@@ -1,0 +1,1 @@
+"""All experts' networks in plain PyTorch, on the CPU parallel over experts."""

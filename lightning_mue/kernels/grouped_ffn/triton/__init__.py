@@ -1,0 +1,1 @@
+"""All experts' networks as Triton kernels."""

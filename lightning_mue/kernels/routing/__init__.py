@@ -1,0 +1,1 @@
+"""Router logits, gates and the choice of experts."""

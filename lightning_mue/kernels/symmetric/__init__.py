@@ -1,0 +1,1 @@
+"""Batched matrix products with a symmetric result."""

@@ -1,0 +1,1 @@
+"""What all Triton kernels share: products, loads, launches and timing."""

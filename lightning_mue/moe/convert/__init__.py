@@ -1,0 +1,1 @@
+"""MoE layers from dense networks, and from and to transformers' MoE blocks."""

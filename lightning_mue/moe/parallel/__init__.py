@@ -1,0 +1,1 @@
+"""Expert parallelism: every rank holds some of the experts."""

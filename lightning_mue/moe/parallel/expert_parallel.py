@@ -1,0 +1,242 @@
+"""Expert parallelism: every rank holds some of the experts, and the tokens travel to them.
+
+    route -> sort by expert -> counts -> rows and gates to the experts' ranks -> grouped_ffn -> rows back -> sum per token
+
+Shape legend: T tokens, K experts per token, S assignments, d width, E experts, P ranks of the expert mesh, e = E / P, R rows
+that a rank receives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_mue.checks import require_choice
+from lightning_mue.kernels.combine.op import combine_rows
+from lightning_mue.kernels.dispatch.op import DispatchPlan, count_by_expert, plan_dispatch
+from lightning_mue.moe import autocast
+from lightning_mue.moe.experts import Experts
+from lightning_mue.moe.parallel.exchange import (
+    Flight,
+    Slice,
+    Splits,
+    Traffic,
+    communication_bytes,
+    exchange_counts,
+    gather_rows,
+    join_slices,
+    take_slice,
+)
+from lightning_mue.moe.parallel.mesh import (
+    check_experts,
+    check_mesh,
+    check_replicas,
+    cutting_dims,
+    fingerprint,
+    local,
+    shard,
+)
+from lightning_mue.moe.router import RoutingInfo
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+TOKENS = ("replicated", "split")
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def parallelize_experts(module: Module, mesh: DeviceMesh, *, tokens: str = "replicated") -> Module:
+    """Share the experts of every MoE layer out over the ranks of a mesh, in place.
+
+    Each expert weight [E, ...] becomes a DTensor, ``Shard(0)`` over `mesh`: rank r keeps experts ``r E/P`` to
+    ``(r+1) E/P``, and its optimizer state only for these. Everything else stays as it is. Call it before `fully_shard`
+    and before the optimizer is made; in Lightning in ``configure_model``, under `ModelParallelStrategy`::
+
+        def configure_model(self):
+            parallelize_experts(self, self.device_mesh["tensor_parallel"])
+            if self.device_mesh["data_parallel"].size() > 1:
+                fully_shard(self.transformer, mesh=self.device_mesh["data_parallel"])
+
+    Parameters may be real (all ranks must have drawn the same: seed them alike) or on the meta device. No communication
+    takes place. A second call with the same mesh and mode changes nothing.
+
+    Args:
+        module: A model, an `MoELayer` or an `Experts`. In a dense model there is nothing to do (the base of a
+            parameterization may be one).
+        mesh: One dimension, of P ranks. With P = 1 nothing travels.
+        tokens: "replicated": all ranks of the mesh run on the same tokens, as in Lightning's tensor-parallel dimension. Each
+            sends its slice of the tokens to the experts and all gather the outputs. Values and gradients of everything
+            are on every rank those of one process.
+            "split": each rank has tokens of its own; the mesh is (part of) the data-parallel ranks. Gradients of the
+            experts are divided by P, so that they are a mean over ranks, as data parallelism makes of all the others.
+
+    Returns:
+        `module`.
+
+    Raises:
+        RuntimeError: torch.distributed is not initialized.
+        TypeError: `mesh` is not a DeviceMesh.
+        ValueError: The mesh has several dimensions or leaves this rank out, P does not divide E, the experts are sharded
+            already, or `tokens` is unknown.
+    """
+    require_choice("tokens", tokens, TOKENS)
+    check_mesh(mesh)
+    found = {name: each for name, each in module.named_modules() if isinstance(each, Experts)}
+    parallel = ExpertParallel(mesh, tokens)
+    for name, experts in found.items():
+        if experts.parallel != parallel:
+            check_experts(name or "experts", experts, mesh)
+    for experts in found.values():
+        if experts.parallel is None:
+            shard(experts, mesh)
+            experts.parallel = parallel
+    return module
+
+
+@dataclass(frozen=True)
+class ExpertParallel:
+    """How the experts of a layer are shared out, and the forward pass over them: `Experts.parallel`.
+
+    Attributes:
+        mesh: The ranks that share the experts, in one dimension.
+        tokens: "replicated" or "split", see `parallelize_experts`.
+    """
+
+    mesh: DeviceMesh
+    tokens: str
+
+    def forward(
+        self, experts: Experts, x_Td: Tensor, routing: RoutingInfo, overlap: Callable[[], Tensor] | None = None
+    ) -> Tensor:
+        """As `Experts.forward`, on the ranks that hold the experts. All ranks of the mesh must call it together.
+
+        It keeps for the backward pass, per assignment, the row that was received (2d bytes in bfloat16), the pre-activations
+        (4h if gated) and indices: K d numbers a token in place of d. Each row travels out and back, and its gradients do.
+
+        Args:
+            experts: The layer's experts.
+            x_Td: This rank's tokens, [T, d]; T may differ between ranks if tokens are split, and may be zero.
+            routing: Of these tokens, over all E experts.
+            overlap: Computed while the rows travel; its result [T, d] is added to the output.
+
+        Returns:
+            [T, d], of x's dtype.
+
+        Raises:
+            ValueError: For expert choice with replicated tokens.
+            RuntimeError: If `tokens` is "replicated", but the ranks hold different tokens.
+        """
+        if self.tokens == "split":
+            return self._exchange(experts, x_Td, routing, overlap)
+        if routing.token_ids is not None:
+            raise ValueError(
+                "choice='expert' lets experts choose among all tokens, which tokens='replicated' cuts into slices. Use "
+                "tokens='split' in parallelize_experts, or choice='token'."
+            )
+        # Routing is done for all tokens on every rank, so that loads and auxiliary losses are those of all tokens.
+        part = Slice.of(len(x_Td), self.mesh.get_group())
+        x_cd, gates_cK = take_slice(part, x_Td, routing.gates)
+        ids_cK = routing.expert_ids[part.start : part.stop]
+        mine = replace(routing, expert_ids=ids_cK, gates=gates_cK, counts=count_by_expert(ids_cK, experts.n_experts)[0])
+        extra: list[Tensor] = []
+        y_cd = self._exchange(
+            experts, x_cd, mine, None if overlap is None else lambda: extra.append(overlap()), (x_Td, routing.logits)
+        )
+        y_Td = join_slices(part, y_cd)
+        return (y_Td + extra[0]).to(x_Td.dtype) if extra else y_Td
+
+    def _exchange(
+        self,
+        experts: Experts,
+        x_Td: Tensor,
+        routing: RoutingInfo,
+        overlap: Callable[[], Any] | None,
+        replicas: tuple[Tensor, ...] = (),
+    ) -> Tensor:
+        group, dtype = self.mesh.get_group(), autocast.compute_dtype(x_Td) or x_Td.dtype
+        plan = routing.plan(experts.backend)
+        gates_S = routing.assignment_gates(plan).flatten()[plan.order]
+        rows_Sd = gather_rows(x_Td.to(dtype), plan, experts.backend)
+        splits = exchange_counts(plan.offsets.diff(), fingerprint(*replicas) if replicas else None, group)
+        if replicas:
+            check_replicas(splits.remarks)
+
+        rows, sent = len(rows_Sd), sum(splits.send)
+        if sent < rows:  # those of no expert come last, and stay here
+            rows_Sd, gates_S = rows_Sd[:sent], gates_S[:sent]
+        there = Flight(splits.send, splits.receive, group)
+        travelling = there.start(rows_Sd, gates_S)
+        extra = None if overlap is None else overlap()
+        rows_Rd, gates_R = there.land(*travelling)
+        y_Rd = experts.compute(rows_Rd, gates_R[:, None], _local_plan(splits, experts.backend))
+        back = Flight(splits.receive, splits.send, group)
+        (back_Sd,) = back.land(*back.start(y_Rd))
+        if sent < rows:
+            back_Sd = F.pad(back_Sd, (0, 0, 0, rows - sent))
+        y_Td = combine_rows(back_Sd, plan, backend=experts.backend)
+        return (y_Td if extra is None else y_Td + extra).to(x_Td.dtype)
+
+    def local(self, weight: Tensor) -> Tensor:
+        """This rank's experts of a weight, [e, ...]; its gradient is a mean over ranks if tokens are split."""
+        mine = local(weight)
+        if self.tokens == "split" and mine.requires_grad:
+            mine.register_hook(lambda grad: grad / self.mesh.size())
+        return mine
+
+    def __deepcopy__(self, memo: Any) -> ExpertParallel:
+        return self  # process groups cannot be copied
+
+
+def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
+    """Scale gradients so that their joint 2-norm is at most `max_norm`, whatever meshes they lie on.
+
+    `torch.nn.utils.clip_grad_norm_`, and with it Lightning's clipping by norm, raises where plain tensors and DTensors, or
+    DTensors of different meshes, come together; with expert parallelism they do. In a LightningModule::
+
+        def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+            if gradient_clip_algorithm == "value" and gradient_clip_val:
+                nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val, foreach=False)
+            else:
+                clip_grad_norm(self.parameters(), gradient_clip_val)
+
+    Args:
+        parameters: Parameters in the same order on all ranks, plain (alike on all ranks) or DTensors.
+        max_norm: The largest norm. None, and 0 or less, clip nothing, as in Lightning.
+
+    Returns:
+        The norm before, 0-dim, the same on all ranks.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    squares: dict[tuple[Any, tuple[int, ...]], Tensor] = {}
+    for grad in grads:
+        where = cutting_dims(grad)
+        norm = torch.linalg.vector_norm(local(grad), dtype=torch.promote_types(grad.dtype, torch.float32))
+        squares[where] = squares.get(where, 0) + norm.square()
+    total = torch.zeros(())
+    for (mesh, dims), square in squares.items():
+        for dim in dims:
+            dist.all_reduce(square, group=mesh.get_group(dim))
+        total = total.to(square) + square
+    norm = total.sqrt()
+    if max_norm is not None and max_norm > 0:
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for grad in grads:
+            local(grad).mul_(factor.to(grad.dtype))
+    return norm
+
+
+def _local_plan(splits: Splits, backend: str) -> DispatchPlan:
+    """Received rows lie by rank, then by expert; the plan brings each expert's together without moving them."""
+    ranks, experts = splits.counts_Pe.shape
+    ids_Pe = torch.arange(experts, device=splits.counts_Pe.device).repeat(ranks)
+    ids_R = ids_Pe.repeat_interleave(splits.counts_Pe.flatten(), output_size=sum(splits.receive))
+    return plan_dispatch(ids_R[:, None], splits.counts_Pe.sum(0), backend=backend)
+
+
+__all__ = ["ExpertParallel", "Traffic", "clip_grad_norm", "communication_bytes", "parallelize_experts"]

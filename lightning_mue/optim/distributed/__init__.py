@@ -1,0 +1,1 @@
+"""How the optimizer's work is divided among ranks."""

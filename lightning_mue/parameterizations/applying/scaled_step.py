@@ -1,0 +1,154 @@
+"""Scaled parameter groups for the duration of an optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mue.parameterizations.applying.groups import Part, rate_tags, scaled_group, split
+from lightning_mue.parameterizations.planning.scaling_plan import ScalingPlan
+from lightning_mue.parameterizations.reading.parameters import clean_name
+
+_MISSING = object()
+#: Settings that are ours while the groups are swapped in.
+_OURS = frozenset({"params", "lr", "weight_decay", "eps", "betas", "kind", "param_names", "roles"})
+
+
+class ScaledStep:
+    """Swaps scaled groups into an optimizer while it updates, and the user's own groups back after.
+
+    Splitting the groups for good breaks LR schedulers, checkpoints and LearningRateMonitor; during the update nobody else looks
+    at them. A closure (in Lightning forward, backward and clipping run in it) sees the user's groups, and what it changes in
+    them counts for this step. The post hook is not reached if the update raises: call :meth:`restore`.
+
+    Args:
+        optimizer: Any optimizer that `family_of` knows.
+        plan: The plan.
+        model: The module that the plan was made for.
+
+    Raises:
+        ValueError: For a parameter that the plan does not know, or groups that are scaled already.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, plan: ScalingPlan, model: nn.Module) -> None:
+        self.optimizer = optimizer
+        self.plan = plan
+        self.names: dict[Tensor, str] = {p: clean_name(name) for name, p in model.named_parameters()}
+        #: The user's groups, while the scaled ones are in the optimizer.
+        self.own_groups: list[dict[str, Any]] | None = None
+        self._scaled: list[dict[str, Any]] = []
+        self._parts: list[Part] = []
+        self._shape: list[tuple[Any, list[Tensor]]] = []
+        # Finds unknown parameters and groups that are scaled already now, not in the middle of the first step.
+        self._scale(optimizer.param_groups)
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        ]
+
+    @property
+    def effective_lr(self) -> dict[str, Any]:
+        """Role (see `rate_tags`) -> learning rate of the last step; a number, or a tensor where the user's is one."""
+        return {tag: self._scaled[index]["lr"] for tag, index in self._tags}
+
+    def _before(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self.restore()
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if not callable(closure):
+            self._swap_in()
+            return None
+        if getattr(closure, "_mue_swaps", None) is self:
+            return None  # a step that calls super().step(closure): the hooks of both run
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": self._wrap(closure)}
+        return (args[0], self._wrap(closure), *args[2:]), kwargs
+
+    def _wrap(self, closure: Callable[..., Any]) -> Callable[..., Any]:
+        def with_own_groups(*args: Any, **kwargs: Any) -> Any:
+            self.restore()  # an optimizer may call its closure several times
+            result = closure(*args, **kwargs)
+            self._swap_in()
+            return result
+
+        with_own_groups._mue_swaps = self  # type: ignore[attr-defined]
+        return with_own_groups
+
+    def _swap_in(self) -> None:
+        self.own_groups, self.optimizer.param_groups = (
+            self.optimizer.param_groups,
+            self._scale(self.optimizer.param_groups),
+        )
+        self._given = [dict(group) for group in self._scaled]
+
+    def _scale(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Scaled groups for the user's; the split is kept between steps and only the numbers are written anew."""
+        if not self._is_split(groups):
+            self._parts = split(groups, self.plan, self.names, by_role=False)
+            self._shape = [(group.get("kind"), list(group["params"])) for group in groups]
+            self._tags = rate_tags(self._parts, groups)
+        self._scaled = []
+        for part in self._parts:
+            scaled = scaled_group(groups[part.source], part, self.plan.betas)
+            scaled["params"], scaled["roles"] = part.params, tuple(part.roles)
+            self._scaled.append(scaled)
+        return self._scaled
+
+    def _is_split(self, groups: list[dict[str, Any]]) -> bool:
+        """True if the groups hold what they held when they were split."""
+        if len(groups) != len(self._shape) or any(part.entry is None for part in self._parts):
+            return False  # a frozen parameter may have been unfrozen
+        return all(
+            group.get("kind") == kind and len(group["params"]) == len(params) and all(map(is_, group["params"], params))
+            for group, (kind, params) in zip(groups, self._shape, strict=True)
+        )
+
+    def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        own = self.own_groups
+        self.restore()
+        if own is not None:
+            self._keep_changes(own)
+
+    def _keep_changes(self, own: list[dict[str, Any]]) -> None:
+        """Writes what the optimizer noted in the scaled groups (a step count, say) into the user's."""
+        noted: dict[tuple[int, str], Any] = {}
+        for part, group, given in zip(self._parts, self._scaled, self._given, strict=True):
+            if len(group) == len(given) and all(map(is_, group.values(), given.values())):
+                continue
+            for key, value in group.items():
+                if value is given.get(key, _MISSING):
+                    continue
+                before = noted.setdefault((part.group, key), value)
+                if key in _OURS or not _same(before, value):
+                    raise ValueError(
+                        f"optimizer: {type(self.optimizer).__name__} keeps {key!r} in its parameter groups and it came out "
+                        "different for parameters that share one of them, so it cannot be kept there. Build the optimizer "
+                        "from param_groups(model, plan) instead of using MuECallback's swap."
+                    )
+        for (index, key), value in noted.items():
+            own[index][key] = value
+
+    def restore(self) -> None:
+        """Gives the optimizer its own groups back; does nothing if it has them."""
+        if self.own_groups is not None:
+            self.optimizer.param_groups, self.own_groups = self.own_groups, None
+
+    def remove(self) -> None:
+        """Detaches from the optimizer."""
+        self.restore()
+        for handle in self._handles:
+            handle.remove()
+
+
+def _same(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b)
+
+
+__all__ = ["ScaledStep"]

@@ -1,0 +1,173 @@
+"""Forward multipliers: set on the modules that expose them, folded into the weights where none does.
+
+A module exposes multipliers through ``mue_multipliers``, a mapping kind -> attribute name, e.g.
+``{"ffn": "output_multiplier", "route": "route_scale"}``. The attributes are plain floats. Attributes of modules that declare
+nothing can be named by a pattern on their dotted paths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from lightning_mue.parameterizations.reading.inference import why_not_foldable
+from lightning_mue.parameterizations.reading.matching import BaseIndex
+from lightning_mue.parameterizations.reading.parameters import ParameterInfo, branch_ratios, clean_name
+from lightning_mue.parameterizations.reading.record import ModelRecord, Site, sites
+from lightning_mue.parameterizations.rules.monomial import parse
+from lightning_mue.parameterizations.rules.table import Kind, Parameterization
+
+#: Kinds: of a residual branch, of attention logits, of an FFN's or MoE's output, of its routed part, of the logits.
+KINDS = ("residual", "attention", "ffn", "route", "output")
+#: The value that a kind has in a base without it: a dense FFN is an MoE of one expert with route scale 1.
+_ABSENT = {"route": 1.0, "ffn": 1.0}
+
+_REMEDY = {
+    "attention": "Keep the head dimension as at the base (more heads, not larger ones). Or: ",
+    "residual": "Name the last matrix of each branch by pattern, e.g. roles: {'blocks.*out': ffn_down}. Or: ",
+}
+
+
+def read_multipliers(module: nn.Module) -> dict[str, float]:
+    """The values of all declared multipliers by dotted path, e.g. to go into a checkpoint."""
+    return {site.path: site.value for site in sites(module)}
+
+
+def set_multipliers(module: nn.Module, values: Mapping[str, float]) -> None:
+    """Sets multipliers by dotted path of the attribute.
+
+    Raises:
+        ValueError: If there is no number at a path.
+    """
+    if not values:
+        return
+    modules = {clean_name(name): child for name, child in module.named_modules() if not hasattr(child, "_orig_mod")}
+    places = {path: (modules.get(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in values}
+    unknown = sorted(
+        path
+        for path, (child, attribute) in places.items()
+        if child is None or not isinstance(getattr(child, attribute, None), (int, float))
+    )
+    if unknown:
+        exposed = sorted(read_multipliers(module))
+        raise ValueError(f"multipliers: {unknown} are not exposed by {type(module).__name__}; it exposes {exposed}.")
+    for path, (child, attribute) in places.items():
+        setattr(child, attribute, float(values[path]))
+
+
+def site_values(
+    rule: Parameterization, target: ModelRecord, base: ModelRecord, ratios: Mapping[str, float], alpha: float
+) -> dict[str, float]:
+    """Computes the multipliers that are set: dotted path of the attribute -> value.
+
+    Args:
+        rule: The rule, whose ``multipliers`` give a cell a kind.
+        target: The target.
+        base: The base.
+        ratios: Symbol -> ratio target/base of the whole model.
+        alpha: Depth exponent.
+    """
+    counterparts = _Counterparts(target.sites, base.sites)
+    values: dict[str, float] = {}
+    for site in target.sites:
+        if site.kind in rule.multipliers:
+            old = counterparts.find(site)
+            start = old.value if old is not None else _ABSENT.get(site.kind, site.value)
+            local = {**ratios, **branch_ratios(site.branch, old.branch if old is not None else None)}
+            values[site.path] = start * parse(rule.multipliers[site.kind]).evaluate(local, alpha)
+    return values
+
+
+def folded_cells(
+    rule: Parameterization,
+    target: ModelRecord,
+    base: ModelRecord,
+    infos: list[ParameterInfo],
+    ratios: Mapping[str, float],
+    alpha: float,
+) -> dict[str, tuple[float, str]]:
+    """The multipliers that nothing in the target exposes and that are therefore folded into weights.
+
+    Returns:
+        Kind -> (the base's own value, cell that multiplies it). The scale of undeclared attention logits is read from the
+        attention modules, else taken to be ``head_dim^-1/2``; what is folded is the rest.
+
+    Raises:
+        ValueError: If one other than 1 is needed where it cannot be folded.
+    """
+    present = {site.kind for site in target.sites}
+    folded: dict[str, tuple[float, str]] = {}
+    for kind, cell in rule.multipliers.items():
+        if kind in present:
+            continue
+        start = next((site.value for site in base.sites if site.kind == kind), 1.0)
+        if kind == "attention":  # what the modules' own scales do not do already
+            scales = [record.inferred.get("attention_scale") for record in (base, target)]
+            start, cell = (scales[0] / scales[1], cell) if all(scales) else (1.0, f"{cell} k^1/2")  # type: ignore[operator]
+        value = start * parse(cell).evaluate(ratios, alpha)
+        reason = None if kind in _ABSENT or value == 1.0 else why_not_foldable(infos, kind)
+        if reason is not None:
+            raise ValueError(
+                f"rule={rule.name!r} needs the {kind} multiplier {cell} = {value:g}, but no module of {target.model} exposes one, "
+                f"and it cannot be folded into weights: {reason}. {_REMEDY.get(kind, '')}Name the attribute that holds it, e.g. "
+                f"multipliers: {{{kind}: '{kind}_multiplier$'}}; or declare it on the module that applies it, "
+                f"mue_multipliers = {{'{kind}': '{kind}_multiplier'}}."
+            )
+        folded[kind] = (start, cell)
+    return folded
+
+
+class _Counterparts:
+    """Finds a site's counterpart in the base: a module that exposes the same kinds (dense or MoE alike), else this kind."""
+
+    def __init__(self, target: tuple[Site, ...], base: tuple[Site, ...]) -> None:
+        self._paths, self._base = [site.path for site in target], base
+        # One index a group of sites, not one a site: a deep model has thousands of them.
+        self._groups: dict[tuple[str, tuple[str, ...] | None], tuple[dict[str, Site], BaseIndex]] = {}
+
+    def find(self, site: Site) -> Site | None:
+        """The base's site for one of the target, or None if the base exposes no such kind."""
+        for kinds in (site.kinds, None):
+            candidates, index = self._group(site.kind, kinds)
+            name = index.match(site.path)
+            if name is not None:
+                return candidates[name]
+            if candidates:
+                return next(iter(candidates.values()))
+        return None
+
+    def _group(self, kind: str, kinds: tuple[str, ...] | None) -> tuple[dict[str, Site], BaseIndex]:
+        """The base's sites of a kind, on modules that expose just these kinds (None: any), with their index."""
+        if (kind, kinds) not in self._groups:
+            candidates = {s.path: s for s in self._base if s.kind == kind and kinds in (None, s.kinds)}
+            index = BaseIndex(candidates, self._paths, [s.path for s in self._base])
+            self._groups[kind, kinds] = candidates, index
+        return self._groups[kind, kinds]
+
+
+def fold(cells: dict[str, Any], multiplier: float, kind: Kind) -> dict[str, Any]:
+    """Moves a forward multiplier m into a weight, so that the function trains alike (theory.md section 2).
+
+    Args:
+        cells: Factors ``init``, ``lr``, ``wd`` and ``eps``.
+        multiplier: The forward multiplier m.
+        kind: The update of the parameter.
+
+    Returns:
+        The factors with m folded in.
+    """
+    if multiplier == 1.0:
+        return cells
+    m = multiplier
+    factors = {
+        "adamw": {"init": m, "lr": m, "wd": 1 / m, "eps": 1 / m},
+        "sgd": {"init": m, "lr": m**2, "wd": m**-2},
+        # The step is relative to the radius, which the init sets.
+        "sphere": {"init": m},
+        "adam_sphere": {"init": m, "eps": 1 / m},
+        # The size of a step is the learning rate alone.
+        "muon": {"init": m, "lr": m, "wd": 1 / m},
+    }[kind]
+    return {name: value * factors.get(name, 1.0) for name, value in cells.items()}

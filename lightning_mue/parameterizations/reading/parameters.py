@@ -1,0 +1,283 @@
+"""Reads a module tree: which parameters there are, of what form, and what is declared about them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import prod
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mue.parameterizations.rules.roles import Role
+
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_NORM_TYPES = (
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.GroupNorm,
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.instancenorm._InstanceNorm,
+)
+
+#: What kind of module holds a parameter: what its sides mean depends on it. ``raw``: a module of a type not known here.
+Form = Literal["linear", "conv", "embedding", "norm", "raw"]
+
+
+@dataclass(frozen=True)
+class ParameterInfo:
+    """One parameter of a module tree, without its values.
+
+    Attributes:
+        name: Fully qualified name, without what torch.compile, FSDP and activation checkpointing insert.
+        shape: Its (global) shape.
+        fans: (fan-in, fan-out) of one matrix.
+        form: What kind of module holds it.
+        role: Its role, or None while unknown.
+        branch: Sizes of the enclosing FFN or MoE branch by the tables' symbols (:func:`branch_sizes`), if it declares any.
+        tied: True if an embedding and an unembedding share it.
+        trainable: False if it is frozen.
+        folds: Kinds of forward multipliers that can be folded into it, because it is the last (or, for ``attention``, the
+            only) factor of what they multiply.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    fans: tuple[int, int]
+    form: Form
+    role: Role | None
+    branch: Mapping[str, float] | None = None
+    tied: bool = False
+    trainable: bool = True
+    folds: frozenset[str] = frozenset()
+
+    @property
+    def position(self) -> tuple[str, int]:
+        """(name with its first layer index replaced by ``*``, that index; -1 if there is none)."""
+        return split_layer(self.name)
+
+    @property
+    def path(self) -> str:
+        """Name of the layer that it belongs to, without ``weight`` or ``bias``."""
+        return re.sub(r"[._](weight|bias)$", "", self.name)
+
+
+def branch_sizes(branch: nn.Module) -> dict[str, float]:
+    """The sizes of one FFN or MoE branch, by the tables' symbols; a dense FFN is the MoE of one expert.
+
+    Args:
+        branch: A module with ``active_width`` and, for an MoE, ``n_experts``, ``top_k`` and ``expert_width``.
+    """
+    active = float(branch.active_width)  # type: ignore[arg-type]
+    read = {"E": ("n_experts", 1.0), "a": ("top_k", 1.0), "h": ("expert_width", active)}
+    return {"A": active, **{symbol: float(getattr(branch, name, other)) for symbol, (name, other) in read.items()}}
+
+
+def branch_ratios(branch: Mapping[str, float] | None, base: Mapping[str, float] | None) -> dict[str, float]:
+    """Ratios target/base of a branch's own sizes; empty where one side is not known. Blocks of a model may differ."""
+    if not branch or not base:
+        return {}
+    ratios = {symbol: branch[symbol] / base[symbol] for symbol in branch}
+    return {**ratios, "kappa": ratios["a"] / ratios["E"]}
+
+
+def clean_name(name: str) -> str:
+    """Removes what wrappers put into a qualified name.
+
+    Example:
+        >>> clean_name("_orig_mod.blocks.0._fsdp_wrapped_module.w")
+        'blocks.0.w'
+    """
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+@lru_cache(maxsize=1 << 17)
+def split_layer(name: str) -> tuple[str, int]:
+    """Splits off the first layer index of a qualified name; the index of an expert in a list is none.
+
+    Example:
+        >>> split_layer("blocks.3.ffn.w_up")
+        ('blocks.*.ffn.w_up', 3)
+        >>> split_layer("moe.experts.3.w_up")
+        ('moe.experts.3.w_up', -1)
+    """
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if part.isdigit() and not (i and "expert" in parts[i - 1].lower()):
+            return ".".join([*parts[:i], "*", *parts[i + 1 :]]), int(part)
+    return name, -1
+
+
+@lru_cache(maxsize=1 << 17)
+def all_indices(name: str) -> str:
+    """A name with every index replaced, and experts of a list taken together.
+
+    Example:
+        >>> all_indices("layers.1.blocks.0.experts.3.w1")
+        'layers.*.blocks.*.experts.each.w1'
+    """
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if part.isdigit():
+            parts[i] = "each" if i and "expert" in parts[i - 1].lower() else "*"
+    return ".".join(parts)
+
+
+def list_parameters(module: nn.Module, roles: Mapping[str, str] | None = None) -> list[ParameterInfo]:
+    """Lists the parameters with the roles that are declared, matched by pattern, or plain from the type.
+
+    Args:
+        module: Any module.
+        roles: Regular expression -> role name; the first that is found in a qualified name wins over declarations.
+
+    Returns:
+        One entry a parameter, in ``named_parameters`` order; frozen ones too, since they may be unfrozen later.
+
+    Raises:
+        ValueError: For a pattern that matches no parameter or an unknown role name.
+    """
+    patterns = role_patterns(roles)
+    used: set[str] = set()
+    found: dict[int, ParameterInfo] = {}
+    for name, tensor, owner, branch in _walk(module):
+        leaf = name.rsplit(".", 1)[-1]
+        role = _declared_role(owner, leaf, tensor.dim())
+        for pattern, wanted in patterns:
+            if pattern.search(name):
+                role = wanted
+                used.add(pattern.pattern)
+                break
+        if isinstance(tensor, nn.parameter.UninitializedParameter):
+            raise ValueError(
+                f"model: {name} has no shape yet, because it belongs to a lazy layer. Run one batch through the model first."
+            )
+        form, first = _form(owner), found.get(id(tensor))
+        if first is None:
+            fans = _fans(tuple(tensor.shape), owner)
+            info = ParameterInfo(name, tuple(tensor.shape), fans, form, role, branch, trainable=tensor.requires_grad)
+            found[id(tensor)] = info
+        elif _are_tied(first, form, role):
+            found[id(tensor)] = replace(first, role=Role.UNEMBEDDING, tied=True)
+    unused = [pattern.pattern for pattern, _ in patterns if pattern.pattern not in used]
+    if unused:
+        raise ValueError(
+            f"roles: the pattern(s) {unused} match no parameter. Parameters: {some(found.values())}. "
+            "Correct or remove them."
+        )
+    return list(found.values())
+
+
+def role_patterns(roles: Mapping[str, str] | None) -> list[tuple[re.Pattern[str], Role]]:
+    """Compiled patterns with their roles.
+
+    Raises:
+        ValueError: For an unreadable pattern or an unknown role.
+    """
+    patterns = []
+    for pattern, role in (roles or {}).items():
+        try:
+            patterns.append((re.compile(pattern), _role(pattern, role)))
+        except re.error as error:
+            raise ValueError(f"roles: {pattern!r} is no regular expression ({error}). Correct it.") from error
+    return patterns
+
+
+def _are_tied(first: ParameterInfo, form: Form, role: Role | None) -> bool:
+    """True if one tensor is an embedding here and an unembedding there; a linear layer on an embedding is one."""
+    roles = {first.role, role}
+    if roles == {Role.EMBEDDING, Role.UNEMBEDDING}:
+        return True
+    return roles == {Role.EMBEDDING, None} and "linear" in (form, first.form)
+
+
+def _walk(module: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module, dict[str, float] | None]]:
+    """Yields (clean name, parameter, owner, sizes of its FFN branch); shared parameters once a name."""
+
+    def visit(prefix: str, current: nn.Module, branch: dict[str, float] | None) -> Iterator[Any]:
+        if branch is None and getattr(current, "mue_branch", None) == "ffn" and hasattr(current, "active_width"):
+            branch = branch_sizes(current)
+        for leaf, tensor in current.named_parameters(prefix, recurse=False, remove_duplicate=False):
+            yield clean_name(leaf), tensor, current, branch
+        for name, child in current.named_children():
+            yield from visit(f"{prefix}.{name}" if prefix else name, child, branch)
+
+    return visit("", module, None)
+
+
+def _role(pattern: str, role: str) -> Role:
+    try:
+        return Role(role)
+    except ValueError:
+        raise ValueError(
+            f"roles: the pattern {pattern!r} names the role {role!r}; expected one of {', '.join(r.value for r in Role)}."
+        ) from None
+
+
+def _declared_role(owner: nn.Module, leaf: str, dim: int) -> Role | None:
+    """The role that the owner declares, or the one that its type and the parameter's form leave no doubt about."""
+    declared = getattr(owner, "mue_roles", {})
+    if leaf in declared:
+        return Role(declared[leaf])
+    form = _form(owner)
+    if form == "embedding":
+        return Role.EMBEDDING
+    if form == "norm" and dim <= 1:
+        return Role.NORM
+    if leaf.endswith("bias"):
+        return Role.BIAS
+    return None
+
+
+def _form(owner: nn.Module) -> Form:
+    kind = type(owner)
+    if isinstance(owner, nn.modules.conv._ConvNd):
+        return "conv"
+    # Conv1D is what transformers calls GPT-2's linear layer, of a transposed weight.
+    if isinstance(owner, (nn.Linear, nn.MultiheadAttention, nn.RNNBase)) or kind.__name__ == "Conv1D":
+        return "linear"
+    if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
+        return "embedding"
+    # Every library has an RMSNorm of its own.
+    return "norm" if isinstance(owner, _NORM_TYPES) or kind.__name__.lower().endswith("norm") else "raw"
+
+
+def _fans(shape: tuple[int, ...], owner: nn.Module) -> tuple[int, int]:
+    """(fan-in, fan-out): [out, in], a stack [E, out, in], a convolution [out, in, *kernel] or transposed forms of them."""
+    if len(shape) < 2:
+        return 1, shape[0] if shape else 1
+    if isinstance(owner, nn.modules.conv._ConvTransposeNd):
+        return shape[0], prod(shape[1:])
+    if isinstance(owner, nn.modules.conv._ConvNd):
+        return prod(shape[1:]), shape[0]
+    if type(owner).__name__ == "Conv1D":
+        return shape[0], shape[1]
+    return shape[-1], shape[-2]
+
+
+def tag_roles(module: nn.Module) -> None:
+    """Notes the declared roles on the parameters themselves (``mue_role``), for optimizers that see only those."""
+    tensors = {clean_name(name): tensor for name, tensor in module.named_parameters()}
+    for info in list_parameters(module):
+        if info.role is not None:
+            tensors[info.name].mue_role = Role.EMBEDDING if info.tied else info.role  # type: ignore[attr-defined]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor, asked without importing what builds without distributed lack."""
+    return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole tensor, where it is a DTensor's shard."""
+    whole = getattr(tensor, "full_tensor", None)
+    return whole() if callable(whole) and torch.distributed.is_initialized() else tensor
+
+
+def some(infos: Iterable[ParameterInfo], limit: int = 8) -> str:
+    """Names and shapes for a message, the first few of them."""
+    listed = [f"{info.name} {list(info.shape)}" for info in infos]
+    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + more

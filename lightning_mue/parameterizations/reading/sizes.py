@@ -1,0 +1,127 @@
+"""Roles, counterparts and sizes of target and base: declared by the modules, or inferred from both together."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+
+from lightning_mue.parameterizations.reading.inference import (
+    infer_roles,
+    infer_sizes,
+    mark_folds,
+    orient,
+    residual_widths,
+    stack_depths,
+)
+from lightning_mue.parameterizations.reading.matching import match_parameters
+from lightning_mue.parameterizations.reading.parameters import ParameterInfo
+from lightning_mue.parameterizations.reading.record import ModelRecord
+from lightning_mue.parameterizations.rules.axes import Axes
+from lightning_mue.parameterizations.rules.roles import Role
+
+
+class Sizes:
+    """Roles, counterparts and sizes of target and base, declared or inferred.
+
+    Attributes:
+        infos: The target's parameters, each with its role.
+        matched: Target name -> the base's parameter.
+        axes: Sizes of the target.
+        base_axes: Sizes of the base.
+        notes: What of this a person should know.
+    """
+
+    def __init__(self, target: ModelRecord, base: ModelRecord) -> None:
+        mine, theirs = list(target.parameters), list(base.parameters)
+        matched = match_parameters(mine, theirs)
+        mine = infer_roles(mine, matched)
+        # What the target's growth tells holds for the base's counterpart.
+        by_base = {matched[info.name].name: info.role for info in mine if info.name in matched}
+        theirs = [replace(old, role=old.role or by_base.get(old.name)) for old in theirs]
+        self.notes: list[str] = []
+        self.axes, mine = self._declared_or_inferred(target, mine)
+        self.base_axes, theirs = self._declared_or_inferred(base, theirs)
+        self.infos, self.matched = mark_folds(mine), match_parameters(mine, theirs)
+        if self.axes.width is None or self.base_axes.width is None:
+            width, base_width = self._widths()
+            self.axes, self.base_axes = replace(self.axes, width=width), replace(self.base_axes, width=base_width)
+        if not (target.sizes and base.sizes):
+            self._note_stacks(theirs)
+
+    @staticmethod
+    def _declared_or_inferred(record: ModelRecord, infos: list[ParameterInfo]) -> tuple[Axes, list[ParameterInfo]]:
+        seen = set(residual_widths(infos).values())
+        width = record.sizes.get("width") or (seen.pop() if len(seen) == 1 else None)
+        infos = orient(infos, width)
+        return Axes(**{**infer_sizes(infos, {**record.inferred, **record.sizes}), **record.sizes}), infos
+
+    def _widths(self) -> tuple[float, float]:
+        """(target's, base's) residual width, or their ratio and 1 where only that is known.
+
+        Raises:
+            ValueError: If nothing but sides of matrices tells, and they tell different ratios.
+        """
+        pairs = self._residual_sides()
+        if not pairs:  # no norm, embedding or head: the sides of the matrices must do
+            ratios = sorted({new / old for new, old in self._grown_sides()})
+            if len(ratios) > 1:
+                raise ValueError(
+                    f"base: the sides of the matrices grow by different ratios ({_listed(ratios)}), so the width ratio cannot be "
+                    "inferred. Give the module a method `mue_axes()` that returns its sizes, e.g. "
+                    "{'width': ..., 'depth': ..., 'ffn_width': ...}."
+                )
+            return (ratios[0], 1.0) if ratios else (1.0, 1.0)
+        grown = [pair for pair in pairs if pair[0] != pair[1]] or pairs  # a part may keep its size, e.g. positions
+        counts = Counter(new / old for new, old in grown)
+        ratio = counts.most_common(1)[0][0]
+        if len(counts) > 1:
+            self.notes.append(
+                f"parts of the model grow by different ratios ({_listed(counts)}); matrices scale by their own fan-in, and the "
+                f"width ratio of what has none is taken as {ratio:g}. mue_axes() of the module can tell another"
+            )
+        return Counter(pair for pair in grown if pair[0] / pair[1] == ratio).most_common(1)[0][0]
+
+    def _residual_sides(self) -> list[tuple[float, float]]:
+        """(target's, base's) size wherever one of the residual stream is seen: norms, else embeddings and heads."""
+        found: dict[str, list[tuple[float, float]]] = {"norm": [], "other": []}
+        for info in self.infos:
+            old = self.matched.get(info.name)
+            if old is None:
+                continue
+            if info.role in (Role.NORM, Role.FINAL_NORM) and len(info.shape) == 1:
+                found["norm"].append((info.shape[0], old.shape[0]))
+            elif info.role in (Role.EMBEDDING, Role.UNEMBEDDING):
+                found["other"].append((_stream_side(info), _stream_side(old)))
+        grown = [pairs for pairs in found.values() if any(new != old for new, old in pairs)]
+        return grown[0] if grown else found["norm"] or found["other"]
+
+    def _note_stacks(self, base_infos: list[ParameterInfo]) -> None:
+        mine, theirs = stack_depths(self.infos), stack_depths(base_infos)
+        ratios = {mine[stack] / theirs[stack] for stack in mine if stack in theirs}
+        if len(ratios) > 1:
+            self.notes.append(
+                f"stacks of layers grow by different ratios ({_listed(ratios)}); the depth ratio is taken as "
+                f"{(self.axes.depth or 1) / (self.base_axes.depth or 1):g}. mue_axes() of the module can tell another"
+            )
+
+    def _grown_sides(self) -> list[tuple[int, int]]:
+        return [
+            (new, was)
+            for info in self.infos
+            # The router's rows are experts; they do not grow with the width.
+            if info.name in self.matched and len(info.shape) >= 2 and info.role is not Role.ROUTER
+            for new, was in zip(info.fans, self.matched[info.name].fans, strict=True)
+            if new != was
+        ]
+
+
+def _listed(ratios: Iterable[float]) -> str:
+    return ", ".join(f"{ratio:g}" for ratio in sorted(ratios))
+
+
+def _stream_side(info: ParameterInfo) -> int:
+    """The side of an embedding or a head that is the residual width."""
+    if info.role is Role.UNEMBEDDING:
+        return info.fans[0]
+    return info.shape[-1] if info.form in ("embedding", "raw") else info.fans[1]

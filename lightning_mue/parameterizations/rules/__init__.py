@@ -1,0 +1,1 @@
+"""What the papers say: roles, axes, monomials, and one table of literal data a rule."""

@@ -1,0 +1,45 @@
+"""``complete-p``: Dey et al. arXiv:2505.01618; Mlodozeniec et al. arXiv:2512.22382 ("Complete(d)P").
+
+Dense transformers under AdamW: width, depth, batch size and duration.
+"""
+
+from __future__ import annotations
+
+from lightning_mue.parameterizations.rules.table import Parameterization, register, rows
+
+# The fan-in of a matrix that reads the residual stream is d, the paper's symbol; where it is not (an output projection of a fixed
+# number of heads, a low-rank factor, a layer of a part that does not grow), its own fan-in is what counts.
+_HIDDEN = {
+    "init": "fan_in^-1/2",
+    "lr": "fan_in^-1 L^(alpha-1) S",
+    "wd": "fan_in S",
+    "eps": "d^-1 L^-alpha S^-1",
+}
+
+COMPLETE_P_ADAM = {
+    **rows(
+        "2512.22382 (theory 4.3)",
+        embedding={"lr": "S", "wd": "S", "eps": "d^-1 S^-1"},
+        hidden=_HIDDEN,
+        ffn_up=_HIDDEN,
+        ffn_down=_HIDDEN,
+        bias={"lr": "L^(alpha-1) S", "wd": "S", "eps": "d^-1 L^-alpha S^-1"},
+        norm={"lr": "L^(alpha-1) S", "wd": "S", "eps": "d^-1 L^-alpha S^-1"},
+        qk_norm={"lr": "L^(alpha-1) S", "wd": "S", "eps": "L^-alpha S^-1"},
+        final_norm={"lr": "S", "wd": "S", "eps": "S^-1"},
+        unembedding={"init": "fan_in^-1", "lr": "fan_in^-1 S", "wd": "fan_in S", "eps": "S^-1"},
+    ),
+    **rows("2512.22382 (theory 4.3)", "derived", scalar={"lr": "S", "wd": "S", "eps": "S^-1"}),
+}
+
+COMPLETE_P = register(
+    Parameterization(
+        name="complete-p",
+        source="arXiv:2505.01618, arXiv:2512.22382",
+        tables={"adam": COMPLETE_P_ADAM},
+        multipliers={"residual": "L^-alpha", "attention": "k^-1"},
+        # 1 - beta scales with B / T.
+        betas="B T^-1",
+        moves=frozenset({"width", "ffn_width", "head_dim", "active_width", "depth", "tokens", "batch_tokens"}),
+    )
+)

@@ -1,0 +1,114 @@
+"""``hyperp``: Ren, Liu, Shen, Chen, arXiv:2603.28743. Muon on the Frobenius sphere, and the baselines beside it.
+
+A step on the sphere is relative to the radius, so no learning rate carries a width factor, and weight decay is a
+first-order no-op. The initialization only sets the radii: fan-in for matrices; for the unembedding and the router, whose outputs
+do not grow, d^-1 (``hyperp``, ours) or what the paper prints (``hyperp-paper``). Read against the authors' public code
+(github.com/microsoft/ArchScale, ``pretrain.py`` and ``lit_gpt/``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from lightning_mue.parameterizations.rules.roles import Role
+from lightning_mue.parameterizations.rules.table import Parameterization, Preset, Table, register, rows
+
+_SOURCE = "2603.28743 (theory 4.7)"
+_LR = "L^-1/2 T^-0.32 B^1/2"
+_MATRIX = {"init": "fan_in^-1/2", "lr": _LR}
+_VECTOR = {"lr": _LR}
+_VECTORS: Table = {
+    **rows(_SOURCE, embedding=_VECTOR, norm=_VECTOR, qk_norm=_VECTOR, final_norm=_VECTOR, bias=_VECTOR),
+    **rows(_SOURCE, "derived", scalar=_VECTOR),
+}
+
+_PRINTED: Table = {
+    **rows(
+        _SOURCE,
+        hidden=_MATRIX,
+        ffn_up=_MATRIX,
+        ffn_down=_MATRIX,
+        expert_up=_MATRIX,
+        expert_down=_MATRIX,
+        shared_up=_MATRIX,
+        shared_down=_MATRIX,
+        router={**_MATRIX, "absent_init": "d^-1/2"},
+        unembedding=_VECTOR,
+    ),
+    **_VECTORS,
+}
+
+# Outputs with a fixed number of rows. With the printed constant std a step of lr eta moves the logits by eta * d, and Muon's
+# a router's by eta * sqrt(d); the paper never sees it, because on its path d, L and T grow together and L^-1/2 T^-0.32 falls
+# faster. With radii that fall as in muP they do not grow (docs/derivations/hyperp.md).
+_SPHERE: Table = {
+    **_PRINTED,
+    Role.UNEMBEDDING: replace(_PRINTED[Role.UNEMBEDDING], init="d^-1", status="derived"),
+    Role.ROUTER: replace(_PRINTED[Role.ROUTER], init="d^-1", status="derived"),
+}
+
+# Plain Muon, the comparison. lr is the ratio of the update's spectral norm (theory 5.2, `spectral`); wd is against that lr,
+# and the product of both, lr * wd, has L^-1 on the code's unadjusted rate: wd goes as L^-1, the rate as in _LR.
+_MUON_MATRIX = {
+    "init": "fan_in^-1/2",
+    "lr": f"fan_out^1/2 fan_in^-1/2 {_LR}",
+    "wd": "fan_out^-1/2 fan_in^1/2 L^-1",
+}
+# The AdamW side of plain Muon. The code multiplies the logits by 8/L, which on its path (width = 128 L) is d^-1: folded here.
+_ADAM: Table = {
+    **_VECTORS,
+    **rows(
+        "2603.28743's code, muP++ head (folded)",
+        "code",
+        unembedding={"init": "d^-1", "lr": f"d^-1 {_LR}", "wd": "d"},
+    ),
+}
+_MUON: Table = {
+    **_ADAM,
+    **rows(
+        "2603.28743's code, plain Muon; T^-0.32 taken over",
+        "code",
+        hidden=_MUON_MATRIX,
+        ffn_up=_MUON_MATRIX,
+        ffn_down=_MUON_MATRIX,
+        expert_up=_MUON_MATRIX,
+        expert_down=_MUON_MATRIX,
+        shared_up=_MUON_MATRIX,
+        shared_down=_MUON_MATRIX,
+        router={**_MUON_MATRIX, "absent_init": "d^-1/2"},
+    ),
+}
+
+_PAPER = Preset(
+    source="2603.28743: width = 128 x depth",
+    base={"depth": 8, "width": 1024, "tokens": 10.4e9, "batch_tokens": 2**21},
+    hyperparameters={"lr": 0.015, "momentum": 0.95},
+)
+
+HYPERP = register(
+    Parameterization(
+        name="hyperp",
+        source="arXiv:2603.28743",
+        tables={"sphere": _SPHERE, "muon": _MUON, "adam": _ADAM},
+        routing={"gate": frozenset({"sqrt"})},
+        # The paper's absolute value is (2L)^-1/2; give the base that value and every depth has it.
+        multipliers={"residual": "L^-1/2"},
+        moves=frozenset(
+            {
+                "width",
+                "ffn_width",
+                "active_width",
+                "depth",
+                "tokens",
+                "batch_tokens",
+                "n_experts",
+                "top_k",
+                "expert_width",
+            }
+        ),
+        presets={"paper": _PAPER},
+    )
+)
+
+#: The paper's own radii of unembedding and router, right on its path of d, L and T together, not for width alone.
+HYPERP_PAPER = register(replace(HYPERP, name="hyperp-paper", tables={"sphere": _PRINTED}))

@@ -1,0 +1,175 @@
+"""``mssp``: Vankadara, Haas, Hayward, Bordt, Breccia, arXiv:2605.14200. Maximally scale-stable MoE, Adam and SGD.
+
+Three regimes, by what grows: I width and expert width; II width and experts; III all. Gates are sigmoids, not
+normalized, and in II and III the routed sum is divided by top-k. Each cell was read against the authors' public code
+(github.com/vankadara-lab/mssp-moe); rows that only the code has say so. ``mssp`` picks the regime from what moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from lightning_mue.parameterizations.rules.axes import Axes
+from lightning_mue.parameterizations.rules.roles import Role
+from lightning_mue.parameterizations.rules.table import Family, Parameterization, Table, register, rows
+
+_SOURCE = "2605.14200 (theory 4.5), wd: its code"
+_FAN_IN = {"init": "fan_in^-1/2", "lr": "fan_in^-1", "wd": "fan_in", "eps": "d^-1"}
+_VECTOR = {"eps": "d^-1"}
+# Drawn at zero by the authors: a base drawn at zero is measured as the constant 0 and stays 0.
+_OUTPUT = {"init": "d^-1", "lr": "d^-1", "wd": "d"}
+
+_ADAM_DENSE = {
+    **rows(_SOURCE, embedding=_VECTOR, norm=_VECTOR, bias=_VECTOR, hidden=_FAN_IN, unembedding=_OUTPUT),
+    **rows(_SOURCE, "code", final_norm=_VECTOR, ffn_up=_FAN_IN, ffn_down=_FAN_IN),
+    # A QK norm acts on one head, whose size stays. A shared expert is a dense FFN.
+    **rows(_SOURCE, "derived", qk_norm={}, scalar={}, shared_up=_FAN_IN, shared_down=_FAN_IN),
+}
+
+_UP = {"init": "d^-1/2", "lr": "d^-1", "wd": "d"}
+_DOWN = {"init": "h^-1/2", "lr": "h^-1", "wd": "h"}
+_ROUTER = {"lr": "d^-1", "wd": "d", "absent_init": "d^-1/2"}
+
+
+def _alike(table: Table) -> Table:
+    """The table with every expert of a layer starting from the same draw."""
+    experts = (Role.EXPERT_UP, Role.EXPERT_DOWN)
+    return {role: replace(row, tied=role in experts) for role, row in table.items()}
+
+
+_ADAM_I = rows(
+    _SOURCE,
+    router={**_ROUTER, "init": "d^-1"},
+    expert_up={**_UP, "eps": "d^-1"},
+    expert_down={**_DOWN, "eps": "d^-1"},
+)
+_ADAM_II = rows(
+    _SOURCE,
+    router={**_ROUTER, "init": "d^-1/2", "eps": "E^-1"},
+    expert_up={**_UP, "eps": "E^-1"},
+    # sqrt(E/h) in absolute sizes: h is fixed here, the lr's h^-1 is 1.
+    expert_down={**_DOWN, "init": "E^1/2 h^-1/2", "eps": "d^-1 E^-1"},
+)
+_ADAM_III = _alike(
+    rows(
+        _SOURCE,
+        router={**_ROUTER, "init": "d^-1/2", "eps": "E^-1"},
+        expert_up={**_UP, "eps": "d^-1 E^-1"},
+        expert_down={**_DOWN, "eps": "d^-1 E^-1"},
+    )
+)
+
+# lr * wd is kept, as in the authors' AdamW groups (their SGD has no weight decay). SGD has no epsilon.
+_SGD_MATRIX = {"init": "fan_in^-1/2", "lr": "fan_out fan_in^-1", "wd": "fan_in fan_out^-1"}
+_SGD_VECTOR = {"lr": "d", "wd": "d^-1"}
+# A bias grows as its layer's output does (mup.py).
+_SGD_BIAS = {"lr": "fan_out", "wd": "fan_out^-1"}
+
+_SGD_DENSE = {
+    **rows(_SOURCE, embedding=_SGD_VECTOR, unembedding=_OUTPUT, hidden={"init": "fan_in^-1/2"}),
+    **rows(_SOURCE, "derived", norm=_SGD_VECTOR, final_norm=_SGD_VECTOR, bias=_SGD_BIAS, qk_norm={}, scalar={}),
+    **rows(
+        _SOURCE, "derived", ffn_up=_SGD_MATRIX, ffn_down=_SGD_MATRIX, shared_up=_SGD_MATRIX, shared_down=_SGD_MATRIX
+    ),
+}
+_SGD_ROUTER = {"absent_init": "d^-1/2"}
+
+_SGD_I = rows(
+    _SOURCE,
+    router={**_SGD_ROUTER, "init": "d^-1", "lr": "d^-1", "wd": "d"},
+    expert_up={"init": "d^-1/2"},
+    expert_down={"init": "h^-1/2"},
+)
+_SGD_II = rows(
+    _SOURCE,
+    router={**_SGD_ROUTER, "init": "d^-1/2", "lr": "E d^-1", "wd": "d E^-1"},
+    expert_up={"init": "d^-1/2", "lr": "E d^-1", "wd": "d E^-1"},
+    expert_down={"init": "E^1/2 h^-1/2", "lr": "E d", "wd": "E^-1 d^-1"},
+)
+_SGD_III = _alike(
+    rows(
+        _SOURCE,
+        router={**_SGD_ROUTER, "init": "d^-1/2"},
+        expert_up={"init": "d^-1/2", "lr": "E", "wd": "E^-1"},
+        expert_down={"init": "h^-1/2", "lr": "E", "wd": "E^-1"},
+    )
+)
+
+_TABLES: Mapping[str, Mapping[Family, Table]] = {
+    "I": {"adam": {**_ADAM_DENSE, **_ADAM_I}, "sgd": {**_SGD_DENSE, **_SGD_I}},
+    "II": {"adam": {**_ADAM_DENSE, **_ADAM_II}, "sgd": {**_SGD_DENSE, **_SGD_II}},
+    "III": {"adam": {**_ADAM_DENSE, **_ADAM_III}, "sgd": {**_SGD_DENSE, **_SGD_III}},
+}
+_WIDTHS = frozenset({"width", "ffn_width", "active_width"})
+_MOVES = {
+    "I": _WIDTHS | {"expert_width"},
+    "II": _WIDTHS | {"n_experts", "top_k"},
+    "III": _WIDTHS | {"expert_width", "n_experts", "top_k"},
+}
+_GROWS = {"I": "width and expert width", "II": "width and experts", "III": "width, expert width and experts"}
+
+
+def _regime(regime: str) -> Parameterization:
+    """Registers one regime."""
+    routed = regime != "I"
+    return register(
+        Parameterization(
+            name=f"mssp-{regime}",
+            source=f"arXiv:2605.14200, regime {regime} ({_GROWS[regime]} grow)",
+            tables=_TABLES[regime],
+            # (K*/K)^theta: theta is 1 where experts are added, else 0. The head size stays, so muP's k^-1 is 1.
+            multipliers={"attention": "k^-1", **({"route": "a^-1"} if routed else {})},
+            moves=_MOVES[regime],
+            routing={"gate": frozenset({"linear"}), "scoring": frozenset({"sigmoid"})},
+            fixed=frozenset({"kappa"}) if routed else frozenset(),
+        )
+    )
+
+
+MSSP_I, MSSP_II, MSSP_III = (_regime(name) for name in ("I", "II", "III"))
+
+
+def choose_regime(target: Axes, base: Axes) -> tuple[Parameterization, str]:
+    """Picks the regime of a move (theory 4.5).
+
+    Args:
+        target: Sizes of the model to train.
+        base: Sizes of the tuned model.
+
+    Returns:
+        (the regime's rule, the reason, e.g. ``"regime II, because n_experts moved and expert_width did not"``).
+    """
+    moved = set(target.changed(base))
+    experts = " and ".join(sorted(moved & {"n_experts", "top_k"}))
+    if not experts:
+        rule, why, with_width = MSSP_I, "neither n_experts nor top_k moved", "h" if "expert_width" in moved else ""
+    elif "expert_width" in moved:
+        rule, why, with_width = MSSP_III, f"{experts} moved and expert_width too", "hE"
+    else:
+        rule, why, with_width = MSSP_II, f"{experts} moved and expert_width did not", "E"
+    regime = rule.name.removeprefix("mssp-")
+    return rule, f"regime {regime}, because {why}{_off_path(target, base, with_width)}"
+
+
+def _off_path(target: Axes, base: Axes, symbols: str) -> str:
+    """Says where sizes that the regime scales in proportion to the width do not."""
+    ratios = target.ratios(base)
+    off = [f"{symbol} x {ratios[symbol]:g}" for symbol in symbols if ratios[symbol] != ratios["d"]]
+    if not off:
+        return ""
+    return f"; the paper scales these with the width (d x {ratios['d']:g}), found {', '.join(off)}"
+
+
+MSSP = register(
+    Parameterization(
+        name="mssp",
+        source="arXiv:2605.14200, the regime chosen by what moved",
+        # The smallest claim, until sizes are known.
+        tables=_TABLES["I"],
+        multipliers=MSSP_I.multipliers,
+        moves=MSSP_III.moves,
+        routing=MSSP_I.routing,
+        resolve=choose_regime,
+    )
+)

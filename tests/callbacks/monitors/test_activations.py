@@ -1,0 +1,94 @@
+"""ActivationOutlierMonitor logs exactly what a float64 computation from the branch outputs gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_mue.callbacks.monitors.activations import ActivationOutlierMonitor
+
+METRICS = ("rms", "outlier_percent", "max_over_rms", "kurtosis")
+
+
+def reference(x, threshold):
+    x = x.double()
+    rms = x.pow(2).mean().sqrt()
+    token = (x - x.mean(-1, keepdim=True)) / x.std(-1, correction=0, keepdim=True)
+    z = (x - x.mean()) / x.std(correction=0)
+    values = (rms, 100 * (token.abs() > threshold).double().mean(), x.abs().max() / rms, z.pow(4).mean())
+    return dict(zip(METRICS, (value.item() for value in values), strict=True))
+
+
+def test_exact_values_and_keys(toy):
+    model, logger = toy.fit([ActivationOutlierMonitor(threshold=2.0)])
+    ends = (
+        "attention/00",
+        "attention/01",
+        "attention_max",
+        "attention_mean",
+        "ffn/00",
+        "ffn/01",
+        "ffn_max",
+        "ffn_mean",
+    )
+    keys = sorted(f"stability/{metric}/{end}" for metric in METRICS for end in ends)
+    assert [tag for tag in logger.tags() if tag.startswith("stability")] == keys
+    outliers = 0.0
+    for step in range(6):
+        for branch in ("attention", "ffn"):
+            layers = [reference(x, 2.0) for x in model.seen[branch][step]]
+            for metric in METRICS:
+                expected = [layer[metric] for layer in layers]
+                expected += [sum(expected) / 2, max(expected)]
+                found = [
+                    logger.values(f"stability/{metric}/{branch}{end}")[step] for end in ("/00", "/01", "_mean", "_max")
+                ]
+                assert found == pytest.approx(expected, rel=1e-5), (step, branch, metric)
+                outliers += sum(expected) * (metric == "outlier_percent")
+    assert outliers > 0  # the threshold is low enough for the toy to have outliers at all
+
+
+def test_several_forward_passes_are_one_tensor(toy):
+    model = toy.make_model(passes=2)
+    plain = model.blocks[0].ffn.forward
+    scales = iter([1.0, 5.0] * 2)
+    model.blocks[0].ffn.forward = lambda x, keep: plain(x, keep) * next(scales)  # two passes of different spread
+    _, logger = toy.fit([ActivationOutlierMonitor()], model=model, n_batches=2)
+    outputs = model.seen["ffn"][1][0::2]  # block 0 of each pass
+    expected = reference(torch.cat(outputs), 5.0)["kurtosis"]
+    assert logger.values("stability/kurtosis/ffn/00")[1] == pytest.approx(expected, rel=1e-5)
+    average = sum(reference(x, 5.0)["kurtosis"] for x in outputs) / 2
+    assert average != pytest.approx(expected, rel=1e-2)  # negative control: not the mean over passes
+
+
+def test_nan_is_logged(toy):
+    model = toy.make_model()
+    plain = model.blocks[1].attention.forward
+    model.blocks[1].attention.forward = lambda x, keep: plain(x, keep) * float("nan")
+    _, logger = toy.fit([ActivationOutlierMonitor()], model=model, n_batches=1)
+    for metric in METRICS:
+        assert torch.tensor(logger.values(f"stability/{metric}/attention/01")).isnan().all()
+        assert torch.tensor(logger.values(f"stability/{metric}/attention_max")).isnan().all()
+
+
+def test_any_module_may_be_a_branch(toy):
+    class Gate(nn.Module):
+        mue_branch = "gate"
+
+        def forward(self, x):
+            return (2 * x, None)  # a tuple's first tensor is the output
+
+    model = toy.make_model()
+    model.gate = Gate()
+    model.loss = lambda tokens, plain=model.loss: plain(tokens) + 0 * model.gate(model.embedding(tokens))[0].sum()
+    before = model.embedding.weight.detach().clone()
+    _, logger = toy.fit([ActivationOutlierMonitor()], model=model, n_batches=1)
+    output = 2 * before[next(iter(toy.tokens(1)))]
+    expected = output.double().pow(2).mean().sqrt().item()
+    assert logger.values("stability/rms/gate/gate") == pytest.approx([expected], rel=1e-6)
+
+
+def test_bad_threshold_is_refused():
+    with pytest.raises(ValueError, match="threshold is 0"):
+        ActivationOutlierMonitor(threshold=0)
