@@ -1,75 +1,122 @@
-"""Checks of constructor arguments whose messages name the argument, what was found and what to do."""
+"""Checks of arguments, with one form of message for all.
+
+<key>: found X, expected Y. Do Z.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection
 from numbers import Real
 from typing import Any
 
 
-def require_positive(**sizes: int) -> None:
-    """Raise unless every value is an integer of at least 1.
+def mismatch(key: str, *, found: object, expected: str, do: str = "") -> str:
+    """The message of an error: what was found where something else was expected, and what to do about it.
 
-    Raises:
-        TypeError: A value is not an integer.
-        ValueError: A value is below 1.
+    Args:
+        key: The argument, option or file, as the user wrote it.
+        found: What was found there, as it is to be read.
+        expected: What was expected instead, without a full stop.
+        do: One or more sentences that say what to do.
+
+    Example:
+        >>> mismatch("top_k", found=4, expected="at most n_experts=2", do="Use fewer.")
+        'top_k: found 4, expected at most n_experts=2. Use fewer.'
     """
-    _require_integers(1, sizes)
+    return f"{key}: found {found}, expected {expected}.{f' {do}' if do else ''}"
 
 
-def require_size(**sizes: int) -> None:
-    """As `require_positive`, but 0 (for none) is allowed."""
-    _require_integers(0, sizes)
+def listed(values: Collection[object], nothing: str = "none", limit: int = 12) -> str:
+    """Values for a message, separated by commas, the first `limit` of them.
 
-
-def require_non_negative(**values: float) -> None:
-    """Raise unless every value is a finite number of at least 0.
-
-    Raises:
-        TypeError: A value is not a number.
-        ValueError: A value is negative, infinite or NaN.
+    Example:
+        >>> listed(["a", "b", "c"], limit=2)
+        'a, b and 1 more'
     """
-    for name, value in values.items():
-        _require_number(name, value)
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name} is {value}, but it must be a finite number of at least 0. Give such a number.")
+    shown = ", ".join(str(value) for value in list(values)[:limit])
+    return f"{shown} and {len(values) - limit} more" if len(values) > limit else shown or nothing
 
 
-def require_finite(**values: float) -> None:
-    """Raise unless every value is a finite number, of any sign.
-
-    Raises:
-        TypeError: A value is not a number.
-        ValueError: A value is infinite or NaN.
-    """
-    for name, value in values.items():
-        _require_number(name, value)
-        if not math.isfinite(value):
-            raise ValueError(f"{name} is {value}, but it must be a finite number. Give such a number.")
-
-
-def require_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Raise unless `value` is one of `choices`.
+def require_choice(key: str, value: object, choices: Collection[Any], do: str = "") -> None:
+    """Raises unless a value is one of some choices.
 
     Raises:
         ValueError: It is not.
     """
     if value not in choices:
-        listed = ", ".join(repr(choice) for choice in choices)
-        raise ValueError(f"{name} is {value!r}, which is not known. Choose one of {listed}.")
+        names = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(mismatch(key, found=repr(value), expected=f"one of {names}", do=do))
 
 
-def _require_integers(least: int, sizes: dict[str, int]) -> None:
-    for name, size in sizes.items():
-        if not isinstance(size, int) or isinstance(size, bool):
-            raise TypeError(
-                f"{name} must be an integer of at least {least}, got {size!r} of type {type(size).__name__}."
-            )
-        if size < least:
-            raise ValueError(f"{name} is {size}, but it must be at least {least}. Give such an integer.")
+def require_type(key: str, value: object, types: type | tuple[type, ...], expected: str, do: str = "") -> None:
+    """Raises unless a value is of a type; a bool counts as bool only, not as a number.
+
+    Args:
+        key: The argument.
+        value: Its value.
+        types: What it may be.
+        expected: These types in words, e.g. "a string".
+        do: What to do.
+
+    Raises:
+        TypeError: It is of another type.
+    """
+    allowed = types if isinstance(types, tuple) else (types,)
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+        raise TypeError(mismatch(key, found=f"{value!r} of type {type(value).__name__}", expected=expected, do=do))
 
 
-def _require_number(name: str, value: Any) -> None:
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}.")
+def require_integer(key: str, value: object, at_least: int, do: str = "") -> None:
+    """Raises unless a value is an integer of at least `at_least`.
+
+    Raises:
+        TypeError: It is not an integer.
+        ValueError: It is smaller.
+    """
+    expected = f"an integer of at least {at_least}"
+    require_type(key, value, int, expected, do)
+    if value < at_least:  # type: ignore[operator]
+        raise ValueError(mismatch(key, found=value, expected=expected, do=do))
+
+
+def require_number(
+    key: str, value: object, *, at_least: float = -math.inf, below: float = math.inf, do: str = ""
+) -> None:
+    """Raises unless a value is a finite number in [`at_least`, `below`).
+
+    Raises:
+        TypeError: It is not a number.
+        ValueError: It is out of range, infinite or NaN.
+    """
+    if below < math.inf:
+        expected = f"a number in [{at_least:g}, {below:g})"
+    else:
+        expected = "a finite number" + (f" of at least {at_least:g}" if at_least > -math.inf else "")
+    require_type(key, value, Real, expected, do)  # type: ignore[type-abstract]
+    if not (math.isfinite(value) and at_least <= value < below):  # type: ignore[arg-type,operator]
+        raise ValueError(mismatch(key, found=value, expected=expected, do=do))
+
+
+def require_positive(**sizes: int) -> None:
+    """`require_integer` of at least 1, for each keyword."""
+    for key, size in sizes.items():
+        require_integer(key, size, 1)
+
+
+def require_size(**sizes: int) -> None:
+    """`require_integer` of at least 0 (for none), for each keyword."""
+    for key, size in sizes.items():
+        require_integer(key, size, 0)
+
+
+def require_non_negative(**values: float) -> None:
+    """`require_number` of at least 0, for each keyword."""
+    for key, value in values.items():
+        require_number(key, value, at_least=0)
+
+
+def require_finite(**values: float) -> None:
+    """`require_number` of any sign, for each keyword."""
+    for key, value in values.items():
+        require_number(key, value)

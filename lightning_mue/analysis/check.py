@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_mue.analysis.slopes import Record, Slope, common_prefix, fit_slopes
-from lightning_mue.parameterizations.planning.render import to_text
+from lightning_mue.console import to_text
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ from torch import nn
 from lightning_mue.analysis.check import CoordinateCheck
 from lightning_mue.analysis.probe import is_numbered_layer
 from lightning_mue.analysis.training import Loss, OptimizerFactory, ShortTraining
+from lightning_mue.contract import declared_axes
+from lightning_mue.names import clean_name
 from lightning_mue.parameterizations import Parameterization, get_rule
 from lightning_mue.parameterizations.reading.base import build_base
-from lightning_mue.parameterizations.reading.parameters import clean_name
 
 
 def coordinate_check(
@@ -131,7 +132,7 @@ def _positions(
     xs, depths = [], []
     for size in sizes:
         model: Any = build_base(nn.Module(), partial(make_model, **size))
-        declared = dict(model.mue_axes()) if callable(getattr(model, "mue_axes", None)) else {}
+        declared = declared_axes(model)
         value = declared.get(axis, 1 if axis == "n_experts" and size[axis] == 0 else size[axis])
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
             raise ValueError(f"sizes: the x axis {axis}={value!r} is no positive number, so it has no logarithm.")

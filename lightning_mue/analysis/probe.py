@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_mue.parameterizations.reading.parameters import clean_name
+from lightning_mue.names import clean_name
 
 #: The role under which the outputs of numbered layers are recorded.
 STREAM = "residual stream"

@@ -19,11 +19,11 @@ from torch.optim import Optimizer
 from lightning_mue.analysis import coordinate_check
 from lightning_mue.analysis.training import flatten_optimizers
 from lightning_mue.callbacks import MuECallback
+from lightning_mue.console import wide_console
 from lightning_mue.parameterizations.planning.compare import compare_rules
-from lightning_mue.parameterizations.planning.render import wide_console
 from lightning_mue.parameterizations.reading.base import RUN_KEYS, build_base
 from lightning_mue.parameterizations.reading.record import save_base as write_base
-from lightning_mue.parameterizations.rules.table import Family
+from lightning_mue.parameterizations.rules.kinds import Family
 
 
 class MuETrainer(Trainer):

@@ -17,8 +17,9 @@ from rich.text import Text
 
 from lightning_mue.callbacks import MuECallback
 from lightning_mue.cli.commands import MuETrainer
+from lightning_mue.console import wide_console
 from lightning_mue.data.base import LanguageDataModule
-from lightning_mue.parameterizations.planning.render import wide_console
+from lightning_mue.sharded import is_sharded
 
 #: Commands that need the model's description only, not its weights.
 _ON_META = ("explain", "coord-check")
@@ -114,7 +115,7 @@ def summarize(trainer: Trainer, model: LightningModule, datamodule: LightningDat
 def _sample(model: LightningModule, datamodule: LightningDataModule | None) -> tuple[str, str] | None:
     """(prompt from the validation data, the model's continuation), for models of bytes that can generate."""
     generate = getattr(model, "generate", None)
-    if any(hasattr(p, "placements") for p in model.parameters()):
+    if any(is_sharded(p) for p in model.parameters()):
         return None  # the other ranks are not here to run their shards
     if (
         not isinstance(datamodule, LanguageDataModule)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,24 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_mue.optim.options import KINDS
+from lightning_mue.contract import declared_role
+from lightning_mue.names import all_indices, is_elementwise, is_embedding, is_head, is_vector
+from lightning_mue.parameterizations.rules.kinds import KINDS
 from lightning_mue.parameterizations.rules.roles import MATRIX_ROLES, Role
 
-_HEADS = {  # and whatever ends in "head"
-    "classifier",
-    "embed_out",
-    "generator",
-    "output",
-    "output_layer",
-    "output_projection",
-    "proj_out",
-    "readout",
-    "score",
-}
-_EMBEDDINGS = {"emb", "embed", "embeds", "embedding", "embeddings", "wte", "wpe"}
 _FOREIGN_OPTIONS = {"amsgrad", "fused", "ns_steps", "dampening"}  # of torch's optimizers, not of this one
 _STATE = {"momentum", "radius", "exp_avg", "exp_avg_sq", "step"}
-_VECTORS = {"bias", "biases", "norm", "layernorm", "rmsnorm", "batchnorm", "ln"}
 
 
 def classify(name: str | None, param: Tensor, *, sphere: bool = True) -> tuple[str, str]:
@@ -60,9 +48,9 @@ def classify(name: str | None, param: Tensor, *, sphere: bool = True) -> tuple[s
 
 
 def _classify(name: str | None, param: Tensor) -> tuple[str, str]:
-    if param.ndim < 2 or not param.is_floating_point() or _is_vector(param):
+    if param.ndim < 2 or not param.is_floating_point() or _has_one_side(param):
         return "adamw", "shape"
-    if (given := getattr(param, "mue_role", None)) is not None:
+    if (given := declared_role(param)) is not None:
         role = _role(given, name, param)
         if role is Role.UNEMBEDDING:
             return "adam_sphere", f"role {role}"
@@ -79,24 +67,16 @@ def _role(given: object, name: str | None, param: Tensor) -> Role:
         raise ValueError(f"mue_role of {label(name, param)} must be one of {roles}; found {given!r}.") from None
 
 
-def _is_vector(param: Tensor) -> bool:
+def _has_one_side(param: Tensor) -> bool:
     """Whether a tensor of more dimensions holds a vector or a number (a layer scale [C, 1, 1], a class token [1, 1, d])."""
     return sum(size != 1 for size in param.shape) < 2 and (param.ndim > 2 or param.numel() == 1)
 
 
 def _kind_by_name(name: str) -> str | None:
     """Recognize what shape cannot tell: a head or a look-up table from a hidden matrix."""
-    path = name.replace("_orig_mod.", "").lower().split(".")
-    owner = path[-2] if len(path) > 1 and path[-1] in ("weight", "bias") else path[-1]
-    words = set(owner.split("_"))
-    in_block = any(part.isdigit() for part in path)  # a head or a table is outside the numbered blocks
-    if words & _VECTORS or path[-1].endswith("bias") or path[-1].startswith("b_"):  # b_up: of all experts, [E, h]
+    if is_vector(name) or is_elementwise(name) or is_embedding(name):
         return "adamw"
-    if not in_block and (owner in _HEADS or owner.endswith("head") or "unembed" in owner):
-        return "adam_sphere"
-    if not in_block and owner == "shared":  # T5's table
-        return "adamw"
-    return "adamw" if words & _EMBEDDINGS and not owner.endswith("proj") else None
+    return "adam_sphere" if is_head(name) else None
 
 
 def label(name: str | None, param: Tensor, place: str = "(unnamed)") -> str:
@@ -199,7 +179,7 @@ def describe(groups: Iterable[Mapping[str, Any]], *, sphere: bool = True) -> str
         for name, param in pairs:
             kind, reason = classify(name, param, sphere=sphere)
             reason = reason if kind == group["kind"] else "given"
-            shown = re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name) if name else "(unnamed)"
+            shown = all_indices(name) if name else "(unnamed)"
             stack = param.ndim == 3 and group["kind"] != "adamw"
             shape = f"{param.shape[0]} matrices {list(param.shape[1:])}" if stack else list(param.shape)
             rows[f"  {shown} {shape} by {reason}"] += 1

@@ -17,7 +17,7 @@ from torch.optim.adamw import adamw
 from lightning_mue.optim.announcement import announce
 from lightning_mue.optim.coefficients import get_preset
 from lightning_mue.optim.distributed.layout import Layout, layout_of
-from lightning_mue.optim.distributed.pieces import as_state, local, local_grad, norms, total, world
+from lightning_mue.optim.distributed.pieces import as_state, local_grad, norms, total, world
 from lightning_mue.optim.distributed.sharding import orthogonalize_sharded
 from lightning_mue.optim.groups import (
     check_loadable,
@@ -33,7 +33,6 @@ from lightning_mue.optim.groups import (
 from lightning_mue.optim.newton_schulz import Pool, default_dtype, math_dtype, orthogonalize_chunk, tf32_products
 from lightning_mue.optim.options import (
     COMPUTE_DTYPES,
-    SPHERES,
     STATE_DTYPES,
     check_choices,
     check_kind,
@@ -53,8 +52,8 @@ from lightning_mue.optim.step import (
     muon_update,
     write_back,
 )
-from lightning_mue.parameterizations.reading.parameters import is_sharded
-from lightning_mue.parameterizations.rules.kinds import CONVENTIONS
+from lightning_mue.parameterizations.rules.kinds import CONVENTIONS, MUON_KINDS, SPHERE_KINDS
+from lightning_mue.sharded import is_sharded, local
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -206,7 +205,7 @@ class HyperSphereOptimizer(Optimizer):
     def mue_family(self) -> str:
         """In which table of a parameterization this optimizer's factors stand: "sphere", or "muon" off the sphere."""
         kinds = {group["kind"] for group in self.param_groups}
-        return "muon" if "muon" in kinds and not kinds & set(SPHERES) else "sphere"
+        return "muon" if "muon" in kinds and not kinds & set(SPHERE_KINDS) else "sphere"
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, split by kind if it does not set `kind` (so more than one group may be added).
@@ -287,7 +286,7 @@ class HyperSphereOptimizer(Optimizer):
                     f"{_label_in(group, index)} has a sparse gradient, which this optimizer does not take. Build "
                     "its embedding with sparse=False, or give it to torch.optim.SparseAdam."
                 )
-            if group["kind"] in SPHERES and "radius" not in self.state[param]:
+            if group["kind"] in SPHERE_KINDS and "radius" not in self.state[param]:
                 new.append((param, _label_in(group, index)))
             _add_missing(self.state[param], param, group)
             params.append(param)
@@ -319,7 +318,7 @@ class HyperSphereOptimizer(Optimizer):
         self._asked += 1
         if world() == 1 or self._process_group is None or self._asked > 64 or self._asked.bit_count() > 1:
             return
-        groups = [group for group in self.param_groups if group["kind"] in ("sphere", "muon")]
+        groups = [group for group in self.param_groups if group["kind"] in MUON_KINDS]
         plain = [param for group in groups for param in group["params"] if not is_sharded(param)]
         params = [param for param in plain if param not in self._copies]
         copies = set(params)
@@ -359,7 +358,7 @@ class HyperSphereOptimizer(Optimizer):
 
     def _matrix(self, param: Tensor, group: Mapping[str, Any]) -> Matrix:
         state = self.state[param]
-        radius = local(state["radius"]) if group["kind"] in SPHERES else None
+        radius = local(state["radius"]) if group["kind"] in SPHERE_KINDS else None
         momentum = local(state["exp_avg" if group["kind"] == "adam_sphere" else "momentum"])
         return Matrix(local(param), local_grad(param), momentum, radius)
 
@@ -520,7 +519,7 @@ def _check_matrix(param: Tensor, what: str, kind: str) -> None:
             f"{what} is not a matrix, so it cannot be in a group of kind '{kind}'. Give it to a "
             "group of kind 'adamw', or leave `kind` out."
         )
-    if kind in SPHERES and not is_sharded(param) and not param.is_meta and param.numel():
+    if kind in SPHERE_KINDS and not is_sharded(param) and not param.is_meta and param.numel():
         with torch.no_grad():
             _check_radius(param, norms([param], [layout_of(param)])[0], what)
 
@@ -536,7 +535,7 @@ def _check_radius(param: Tensor, norm_E: Tensor, what: str) -> None:
 
 def _add_missing(state: dict[str, Any], param: Tensor, group: Mapping[str, Any]) -> None:
     """Create the buffers that the group's kind needs, where missing; those of another kind stay."""
-    if group["kind"] in ("sphere", "muon"):
+    if group["kind"] in MUON_KINDS:
         if "momentum" not in state:
             dtype = STATE_DTYPES.get(group["state_dtype"], param.dtype)
             state["momentum"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)

@@ -10,14 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_mue.optim.coefficients import get_preset
-from lightning_mue.parameterizations.rules.kinds import CONVENTIONS
-
-#: The updates, in the order in which a group is split. `sphere`: Muon on the Frobenius sphere. `muon`: Muon without
-#: it. `adam_sphere`: Adam's direction on the sphere. `adamw`: AdamW.
-KINDS = ("sphere", "muon", "adam_sphere", "adamw")
-
-#: The updates that keep a radius.
-SPHERES = ("sphere", "adam_sphere")
+from lightning_mue.parameterizations.rules.kinds import CONVENTIONS, KINDS
 
 #: Types of the Newton-Schulz products, under the names that a YAML file or a state dict can hold.
 COMPUTE_DTYPES = {

@@ -11,9 +11,10 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from lightning_mue.parameterizations.rules.kinds import Family
 from lightning_mue.parameterizations.rules.monomial import SYMBOLS, parse
 from lightning_mue.parameterizations.rules.roles import Role
-from lightning_mue.parameterizations.rules.table import Family, Parameterization, Preset, Row, get_rule
+from lightning_mue.parameterizations.rules.table import Parameterization, Preset, Row, get_rule
 
 START, END = "<!-- table:start -->", "<!-- table:end -->"
 

@@ -132,7 +132,7 @@ def test_the_bias_moves_tokens_within_their_group_only():
     [
         ({"n_experts": 6, "top_k": 4, "n_groups": 4}, r"n_groups is 4, but n_experts is 6.*it may be 1, 2\."),
         ({"n_experts": 8, "top_k": 2, "n_groups": 4}, r"n_groups is 4, but top_k is 2.*it may be 1, 2\."),
-        ({"n_experts": 8, "top_k": 2, "n_groups": 0}, "n_groups is 0"),
+        ({"n_experts": 8, "top_k": 2, "n_groups": 0}, "n_groups: found 0"),
         ({"n_experts": 8, "top_k": 2, "n_groups": 2, "init_std": 0.0}, "init_std.*is 0"),
     ],
 )

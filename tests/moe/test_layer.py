@@ -210,16 +210,16 @@ def test_built_on_meta_and_filled_later():
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ({"width": 0}, "width is 0"),
-        ({"expert_width": -4}, "expert_width is -4"),
+        ({"width": 0}, "width: found 0"),
+        ({"expert_width": -4}, "expert_width: found -4"),
         ({"top_k": 9}, "top_k is 9, but n_experts is 4"),
-        ({"balance": "auxiliary"}, "balance is 'auxiliary'.*'switch'"),
-        ({"shared_width": -1}, "shared_width is -1"),
-        ({"aux_loss_coef": -0.1}, "aux_loss_coef is -0.1"),
-        ({"z_loss_coef": float("inf")}, "z_loss_coef is inf"),
-        ({"bias_update_rate": float("nan")}, "bias_update_rate is nan"),
+        ({"balance": "auxiliary"}, "balance: found 'auxiliary'.*'switch'"),
+        ({"shared_width": -1}, "shared_width: found -1"),
+        ({"aux_loss_coef": -0.1}, "aux_loss_coef: found -0.1"),
+        ({"z_loss_coef": float("inf")}, "z_loss_coef: found inf"),
+        ({"bias_update_rate": float("nan")}, "bias_update_rate: found nan"),
         ({"router_init_std": 0.0}, "router_init_std"),
-        ({"init_std": -1.0}, "init_std is -1"),
+        ({"init_std": -1.0}, "init_std: found -1"),
     ],
 )
 def test_bad_arguments_are_named(arguments, named):

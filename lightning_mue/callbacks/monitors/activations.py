@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_mue.callbacks.monitors.probes import Probe, find_modules, first_tensor, layer_labels, over_layers
 from lightning_mue.callbacks.monitors.sampling import SampledMonitor
+from lightning_mue.contract import branch_kind
 from lightning_mue.diagnostics import activation_summary, merge_summaries, summary_metrics
 from lightning_mue.diagnostics.activation import SUMMARY_SIZE
 
@@ -77,10 +78,10 @@ class ActivationOutlierMonitor(SampledMonitor):
 
     def find_probes(self, pl_module: LightningModule) -> list[Probe]:
         """Probe every branch, labelled by kind and layer."""
-        branches = find_modules(pl_module, lambda m: isinstance(getattr(m, "mue_branch", None), str))
+        branches = find_modules(pl_module, lambda m: branch_kind(m) is not None)
         probes: list[Probe] = []
-        for kind in sorted({str(module.mue_branch) for module in branches.values()}):
-            modules = {name: module for name, module in branches.items() if module.mue_branch == kind}
+        for kind in sorted({str(branch_kind(module)) for module in branches.values()}):
+            modules = {name: module for name, module in branches.items() if branch_kind(module) == kind}
             labels = layer_labels(modules)
             probes += [_BranchProbe(m, f"{kind}/{labels[name]}", self.threshold) for name, m in modules.items()]
         return probes

@@ -18,10 +18,11 @@ from lightning_mue.callbacks.monitors.probes import (
     over_layers,
 )
 from lightning_mue.callbacks.monitors.sampling import SampledMonitor
+from lightning_mue.contract import declared_roles, is_attention_core, is_router, returns_lm_logits
 from lightning_mue.diagnostics import attention_z_value, z_value
+from lightning_mue.names import is_head
+from lightning_mue.parameterizations.reading.parameters import module_form
 from lightning_mue.parameterizations.rules.roles import Role
-
-_HEAD_NAMES = frozenset({"lm_head", "head", "output"})
 
 
 class _ZProbe(Probe):
@@ -58,8 +59,8 @@ class LogitsZMonitor(SampledMonitor):
     What is watched is found by attributes:
 
     - LM logits: the output of a module with ``mue_role_of_output = "lm_logits"``; else of the module whose ``mue_roles``
-      give one of its own parameters the role "unembedding"; else of the outermost `nn.Linear` called ``lm_head``,
-      ``head`` or ``output``.
+      give one of its own parameters the role "unembedding"; else of the outermost linear layer that is called a
+      head (`lightning_mue.names.is_head`).
     - attention: the inputs ``forward(q, k, v)`` of modules with ``mue_attention_core = True`` and a ``scale``; q is [B,
       Hq, S, k] and k is [B, Hkv, S, k]; causal.
     - routers: the ``logits`` [T, E] in the output (or the output itself) of modules with ``mue_router = True``.
@@ -74,8 +75,8 @@ class LogitsZMonitor(SampledMonitor):
     """
 
     looks_for = (
-        'a module with mue_role_of_output = "lm_logits", or whose mue_roles hold "unembedding", or an nn.Linear called '
-        "lm_head, head or output; modules with mue_attention_core = True; modules with mue_router = True"
+        'a module with mue_role_of_output = "lm_logits", or whose mue_roles hold "unembedding", or a linear layer '
+        "called a head (lm_head, output, score, ...); modules with mue_attention_core = True; modules with mue_router = True"
     )
     category = "Stability"
     charts: ClassVar[Mapping[str, Sequence[str]]] = {
@@ -97,10 +98,10 @@ class LogitsZMonitor(SampledMonitor):
         labels = labels if len(heads) > 1 else dict.fromkeys(heads, "lm_logits")
         probes: list[Probe] = [_ZProbe(head, labels[name]) for name, head in heads.items()]
         if self.attention:
-            cores = find_modules(pl_module, lambda m: getattr(m, "mue_attention_core", False) is True)
+            cores = find_modules(pl_module, is_attention_core)
             labels = layer_labels(cores)
             probes += [_AttentionZProbe(core, f"attention/{labels[name]}") for name, core in cores.items()]
-        routers = find_modules(pl_module, lambda m: getattr(m, "mue_router", False) is True)
+        routers = find_modules(pl_module, is_router)
         labels = layer_labels(routers)
         return probes + [_ZProbe(router, f"router/{labels[name]}") for name, router in routers.items()]
 
@@ -122,15 +123,15 @@ class LogitsZMonitor(SampledMonitor):
 
 
 def _infer_lm_heads(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    marked = {n: m for n, m in modules.items() if getattr(m, "mue_role_of_output", None) == "lm_logits"}
+    marked = {n: m for n, m in modules.items() if returns_lm_logits(m)}
     by_role = {n: m for n, m in modules.items() if _owns_unembedding(m)}
-    by_name = {n: m for n, m in modules.items() if isinstance(m, nn.Linear) and n.rpartition(".")[2] in _HEAD_NAMES}
+    by_name = {n: m for n, m in modules.items() if module_form(m) == "linear" and is_head(n)}
     outermost = min((name.count(".") for name in by_name), default=0)  # blocks may have an "output" of their own
     return marked or by_role or {name: m for name, m in by_name.items() if name.count(".") == outermost}
 
 
 def _owns_unembedding(module: nn.Module) -> bool:
-    roles = getattr(module, "mue_roles", None) or {}
+    roles = declared_roles(module)
     own = {name for name, _ in module.named_parameters(recurse=False)}
     return any(role == Role.UNEMBEDDING and name in own for name, role in roles.items())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -12,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.|$)")
+from lightning_mue.names import clean_name, metric_name, split_layer
+from lightning_mue.sharded import whole
 
 
 class Probe(ABC):
@@ -62,7 +62,7 @@ def find_modules(root: nn.Module, matches: Callable[[nn.Module], bool]) -> dict[
 
     Names are those of the bare model: the parts that `torch.compile`, activation checkpointing and FSDP insert are cut.
     """
-    return {_WRAPPERS.sub("", name).lstrip("."): module for name, module in root.named_modules() if matches(module)}
+    return {clean_name(name): module for name, module in root.named_modules() if matches(module)}
 
 
 def layer_labels(names: Iterable[str]) -> dict[str, str]:
@@ -84,10 +84,12 @@ def layer_labels(names: Iterable[str]) -> dict[str, str]:
         {'encoder.0.ffn': 'encoder.0.ffn', 'decoder.0.ffn': 'decoder.0.ffn'}
     """
     names = list(names)
-    index = {name: next((f"{int(part):02d}" for part in name.split(".") if part.isdigit()), None) for name in names}
+    layers = {name: split_layer(name)[1] for name in names}
+    index = {name: f"{layer:02d}" if layer >= 0 else None for name, layer in layers.items()}
     shared = Counter(index.values())
     return {
-        name: label if (label := index[name]) is not None and shared[label] == 1 else _sanitized(name) for name in names
+        name: label if (label := index[name]) is not None and shared[label] == 1 else metric_name(name)
+        for name in names
     }
 
 
@@ -116,14 +118,10 @@ def first_tensor(output: Any) -> Tensor | None:
     if not isinstance(output, Tensor) or not output.is_floating_point():
         return None
     output = output.detach()
-    return output.full_tensor() if hasattr(output, "full_tensor") else output
+    return whole(output)
 
 
 def counted_logits(output: Any, default: Any = None) -> Any:
     """The `logits` [T, E] of a router's output, without the tokens that its `mask` leaves out; `default` if it has none."""
     logits, mask = getattr(output, "logits", default), getattr(output, "mask", None)
     return logits if mask is None else logits[mask]
-
-
-def _sanitized(name: str) -> str:
-    return re.sub(r"[^\w.\-]+", "_", name) or "root"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_mue.callbacks.monitors.probes import Probe, counted_logits, find_modules, layer_labels, over_layers
 from lightning_mue.callbacks.monitors.sampling import SampledMonitor
+from lightning_mue.contract import is_router
 from lightning_mue.diagnostics import dead_experts, load_entropy, load_max_fraction, max_violation, router_entropy
 from lightning_mue.moe.balance import warn_of_missing_callbacks
 
@@ -88,7 +89,7 @@ class RouterMonitor(SampledMonitor):
 
     def find_probes(self, pl_module: LightningModule) -> list[Probe]:
         """Probe every router."""
-        routers = find_modules(pl_module, lambda m: getattr(m, "mue_router", False) is True)
+        routers = find_modules(pl_module, is_router)
         labels = layer_labels(routers)
         return [_RouterProbe(router, labels[name]) for name, router in routers.items()]
 

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_mue.parameterizations import ScalingPlan
+from lightning_mue.sharded import is_sharded
 
 #: Checkpoints that lr_find and scale_batch_size write to come back from their trials.
 _TUNERS_CHECKPOINTS = (".lr_find_", ".scale_batch_size_")
@@ -38,7 +39,7 @@ def refuse_strange_parameters(trainer: Trainer, pl_module: LightningModule) -> N
         ValueError: If an optimizer holds plain tensors while the module's parameters are sharded.
     """
     own = set(map(id, pl_module.parameters()))
-    if not any(hasattr(p, "placements") for p in pl_module.parameters()):
+    if not any(is_sharded(p) for p in pl_module.parameters()):
         return
     for optimizer in trainer.optimizers:
         held = [p for group in optimizer.param_groups for p in group["params"]]

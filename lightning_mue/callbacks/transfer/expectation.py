@@ -11,6 +11,7 @@ from lightning_mue.callbacks.transfer.fingerprint import Fingerprint
 from lightning_mue.callbacks.transfer.probes import UpdateProbe
 from lightning_mue.parameterizations import Parameterization, ParameterPlan, Role, Row, ScalingPlan
 from lightning_mue.parameterizations.reading.matching import RELATED
+from lightning_mue.parameterizations.rules.kinds import SPHERE_KINDS
 from lightning_mue.parameterizations.rules.monomial import SYMBOLS, parse
 
 #: Roles that do the same work in a dense FFN, an expert and a shared expert: role -> counterparts, the nearest first.
@@ -83,7 +84,7 @@ class Expectation:
         return self._update_factor(group, source, role, progress, weight)
 
     def _update_factor(self, group: _Group, source: str, role: str, progress: float, weight: float | None) -> float:
-        if group.kind in ("sphere", "adam_sphere"):
+        if group.kind in SPHERE_KINDS:
             return group.lr
         curve = source.partition("/")[2]
         start, now = self.base.first(f"weight/{curve}"), self.base.at(f"weight/{curve}", progress)

@@ -28,9 +28,9 @@ from lightning_mue.callbacks.transfer.probes import (
     forward_multipliers,
     update_probes,
 )
+from lightning_mue.names import clean_name
 from lightning_mue.parameterizations import ScalingPlan, plan
 from lightning_mue.parameterizations.applying.weights import family_of
-from lightning_mue.parameterizations.reading.parameters import clean_name
 
 
 class TransferMonitor(SampledMonitor):

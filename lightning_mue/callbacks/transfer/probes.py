@@ -17,16 +17,18 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_mue.callbacks.monitors.logits import LogitsZMonitor
 from lightning_mue.callbacks.monitors.probes import Probe, find_modules, first_tensor
+from lightning_mue.contract import branch_kind, is_router
 from lightning_mue.diagnostics import even_sample, update_rms, update_summary, weight_rms
 from lightning_mue.diagnostics.updates import UPDATE_SIZE
+from lightning_mue.names import clean_name, split_layer
 from lightning_mue.parameterizations import MATRIX_ROLES, ParameterPlan, Role, ScalingPlan
 from lightning_mue.parameterizations.reading.inference import mark_folds
-from lightning_mue.parameterizations.reading.parameters import clean_name, list_parameters, split_layer
+from lightning_mue.parameterizations.reading.parameters import list_parameters
 from lightning_mue.parameterizations.reading.record import sites
+from lightning_mue.parameterizations.rules.kinds import SPHERE_KINDS
 
 OUTSIDE = "outside"
 #: Kinds whose step is relative to the weight, which a forward multiplier acts on just as much.
-_RELATIVE = ("sphere", "adam_sphere")
 _OUTSIDE_ROLES = frozenset({Role.EMBEDDING, Role.UNEMBEDDING, Role.FINAL_NORM})
 _DOWN = frozenset({Role.FFN_DOWN, Role.EXPERT_DOWN, Role.SHARED_DOWN})
 
@@ -202,7 +204,7 @@ def update_probes(
         if entry.name in weights:
             place = OUTSIDE if Role(entry.role) in _OUTSIDE_ROLES else layers.place(entry.name)
             reach = reach_factor(entry, layers, multipliers) * passed.get(entry.name, 1.0)
-            label, relative = f"{entry.role}/{place}/{entry.name}", entry.kind in _RELATIVE
+            label, relative = f"{entry.role}/{place}/{entry.name}", entry.kind in SPHERE_KINDS
             probes.append(UpdateProbe(label, weights[entry.name], reach, relative, max_elements))
     return probes
 
@@ -230,7 +232,7 @@ def folded_residuals(module: nn.Module, plan: ScalingPlan, layers: Layers) -> di
         for name, entry in entries.items()
         if Role(entry.role) not in _OUTSIDE_ROLES
         and layers.place(name) != OUTSIDE
-        and (name not in carriers or entry.kind in _RELATIVE)
+        and (name not in carriers or entry.kind in SPHERE_KINDS)
     }
 
 
@@ -260,7 +262,7 @@ def _applies(multiplier: str, role: Role, kind: str) -> bool:
     """Whether a multiplier of an owner stands between a weight and what its reach is measured on."""
     if multiplier == "residual":
         return role not in _OUTSIDE_ROLES
-    return kind not in _RELATIVE and (
+    return kind not in SPHERE_KINDS and (
         (multiplier == "ffn" and role in _DOWN)
         or (multiplier == "route" and role is Role.EXPERT_DOWN)
         or (multiplier == "output" and role is Role.UNEMBEDDING)
@@ -276,13 +278,13 @@ def activation_probes(
         The probes, and the keys ``<quantity>/<role>/<place>/<module>`` of those whose metrics have names of their own.
     """
     modules = find_modules(module, lambda _: True)
-    branches = {name: m for name, m in modules.items() if isinstance(getattr(m, "mue_branch", None), str)}
-    probes: list[Probe] = [RmsProbe(m, f"rms/{m.mue_branch}/{layers.place(n)}/{n}") for n, m in branches.items()]
+    branches = {name: m for name, m in modules.items() if branch_kind(m) is not None}
+    probes: list[Probe] = [RmsProbe(m, f"rms/{branch_kind(m)}/{layers.place(n)}/{n}") for n, m in branches.items()]
     blocks = [n for n in modules if n in {b.rpartition(".")[0] for b in branches} and layers.place(n) != OUTSIDE]
     if blocks:  # the residual stream: only at its end is a depth comparable with another
         probes.append(RmsProbe(modules[blocks[-1]], f"rms/residual/{OUTSIDE}/{blocks[-1]}"))
     for name, router in modules.items():
-        if getattr(router, "mue_router", False) is True:
+        if is_router(router):
             probes.append(GateProbe(router, f"gates/expert_down/{layers.place(name)}/{name}"))
     names, keys = {id(m): name for name, m in modules.items()}, {}
     logits = LogitsZMonitor(attention=attention).find_probes(module)

@@ -33,16 +33,9 @@ from lightning_mue.moe.parallel.exchange import (
     join_slices,
     take_slice,
 )
-from lightning_mue.moe.parallel.mesh import (
-    check_experts,
-    check_mesh,
-    check_replicas,
-    cutting_dims,
-    fingerprint,
-    local,
-    shard,
-)
+from lightning_mue.moe.parallel.mesh import check_experts, check_mesh, check_replicas, fingerprint, shard
 from lightning_mue.moe.router import RoutingInfo
+from lightning_mue.sharded import cutting_dims, local
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

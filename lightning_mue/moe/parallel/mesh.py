@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_mue.parameterizations.reading.parameters import is_sharded
+from lightning_mue.sharded import is_sharded, local
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -161,15 +161,3 @@ def _signs(n: int, device: torch.device) -> Tensor:
     hashed = (hashed ^ (hashed >> 32)) * 0x2545F4914F6CDD1D  # wraps around
     bits = (hashed[:, None] >> torch.arange(40, 40 + PROJECTIONS, device=device)) & 1
     return bits.double() * 2 - 1
-
-
-def local(x: Tensor) -> Tensor:
-    """This rank's part, sharing its memory."""
-    return x.to_local() if is_sharded(x) else x  # type: ignore[attr-defined]
-
-
-def cutting_dims(x: Any) -> tuple[Any, tuple[int, ...]]:
-    """The mesh of a DTensor and those of its dimensions over which it is cut."""
-    if not is_sharded(x):
-        return None, ()
-    return x.device_mesh, tuple(i for i, placement in enumerate(x.placements) if hasattr(placement, "dim"))

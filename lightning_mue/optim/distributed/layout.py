@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_mue.parameterizations.reading.parameters import is_sharded
 from lightning_mue.parameterizations.rules.kinds import matrix_sides
+from lightning_mue.sharded import is_sharded
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

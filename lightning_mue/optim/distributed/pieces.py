@@ -12,12 +12,7 @@ from lightning_mue.optim.distributed.layout import Layout, by_expert
 from lightning_mue.optim.distributed.sharding import reduce_sums
 from lightning_mue.optim.newton_schulz import math_dtype
 from lightning_mue.optim.step import as_matrices, sum_squares
-from lightning_mue.parameterizations.reading.parameters import is_sharded
-
-
-def local(x: Tensor) -> Tensor:
-    """Return this rank's part of a tensor, sharing its memory."""
-    return x.to_local() if is_sharded(x) else x  # type: ignore[attr-defined]
+from lightning_mue.sharded import is_sharded, local
 
 
 def local_grad(param: Tensor) -> Tensor:

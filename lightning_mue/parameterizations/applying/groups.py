@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_mue.contract import declared_family
 from lightning_mue.parameterizations.planning.scaling_plan import ParameterPlan, ScalingPlan
-from lightning_mue.parameterizations.rules.kinds import CONVENTIONS, matrix_sides
-from lightning_mue.parameterizations.rules.table import Family
+from lightning_mue.parameterizations.rules.kinds import CONVENTIONS, SPHERE_KINDS, Family, matrix_sides
 
 #: Marks a parameter group whose factors are already in it.
 SCALED = "mue_scaled"
@@ -30,7 +30,7 @@ def family_of(optimizer: torch.optim.Optimizer) -> Family:
     Raises:
         ValueError: For an optimizer that no table covers.
     """
-    declared = getattr(optimizer, "mue_family", None)
+    declared = declared_family(optimizer)
     if declared is not None:
         return declared
     if (muon := getattr(torch.optim, "Muon", None)) is not None and isinstance(optimizer, muon):
@@ -231,7 +231,7 @@ def _muon_correction(group: Mapping[str, Any], entry: ParameterPlan) -> float:
 
 
 def _refuse_radius(group: Mapping[str, Any], entry: ParameterPlan, plan: ScalingPlan) -> None:
-    if group.get("radius") is None or plan.same_size or entry.kind not in ("sphere", "adam_sphere"):
+    if group.get("radius") is None or plan.same_size or entry.kind not in SPHERE_KINDS:
         return
     raise ValueError(
         f"optimizer: radius={group['radius']:g} is one Frobenius norm for every matrix, but the radii of another size follow from "

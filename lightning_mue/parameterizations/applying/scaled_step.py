@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_mue.names import clean_name
 from lightning_mue.parameterizations.applying.groups import Part, rate_tags, scaled_group, split
 from lightning_mue.parameterizations.planning.scaling_plan import ScalingPlan
-from lightning_mue.parameterizations.reading.parameters import clean_name
 
 _MISSING = object()
 #: Settings that are ours while the groups are swapped in.

@@ -8,12 +8,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_mue.names import clean_name
 from lightning_mue.parameterizations.applying.drawing import draw_all
 from lightning_mue.parameterizations.applying.groups import SCALED, family_of, scale_groups
 from lightning_mue.parameterizations.applying.scaled_step import ScaledStep
 from lightning_mue.parameterizations.planning.multipliers import read_multipliers, set_multipliers
 from lightning_mue.parameterizations.planning.scaling_plan import ScalingPlan
-from lightning_mue.parameterizations.reading.parameters import clean_name
 
 _HAS_WEIGHTS = "_mue_has_weights"
 

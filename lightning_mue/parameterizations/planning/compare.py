@@ -11,11 +11,12 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from lightning_mue.console import to_text
+from lightning_mue.names import split_layer
 from lightning_mue.parameterizations.planning.plan import plan
-from lightning_mue.parameterizations.planning.render import to_text
 from lightning_mue.parameterizations.planning.scaling_plan import ParameterPlan, ScalingPlan
-from lightning_mue.parameterizations.reading.parameters import split_layer
-from lightning_mue.parameterizations.rules.table import Family, get_rule
+from lightning_mue.parameterizations.rules.kinds import Family
+from lightning_mue.parameterizations.rules.table import get_rule
 
 #: Column of a plan -> its title here.
 _QUANTITIES = {

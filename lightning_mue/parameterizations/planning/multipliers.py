@@ -12,12 +12,14 @@ from typing import Any
 
 from torch import nn
 
+from lightning_mue.names import clean_name
 from lightning_mue.parameterizations.reading.inference import why_not_foldable
 from lightning_mue.parameterizations.reading.matching import BaseIndex
-from lightning_mue.parameterizations.reading.parameters import ParameterInfo, branch_ratios, clean_name
+from lightning_mue.parameterizations.reading.parameters import ParameterInfo, branch_ratios
 from lightning_mue.parameterizations.reading.record import ModelRecord, Site, sites
+from lightning_mue.parameterizations.rules.kinds import Kind
 from lightning_mue.parameterizations.rules.monomial import parse
-from lightning_mue.parameterizations.rules.table import Kind, Parameterization
+from lightning_mue.parameterizations.rules.table import Parameterization
 
 #: Kinds: of a residual branch, of attention logits, of an FFN's or MoE's output, of its routed part, of the logits.
 KINDS = ("residual", "attention", "ffn", "route", "output")

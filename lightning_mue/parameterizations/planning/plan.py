@@ -14,8 +14,9 @@ from lightning_mue.parameterizations.planning.scaling_plan import ScalingPlan
 from lightning_mue.parameterizations.reading.base import RUN_KEYS, Base
 from lightning_mue.parameterizations.reading.record import describe, describe_base
 from lightning_mue.parameterizations.reading.sizes import Sizes
+from lightning_mue.parameterizations.rules.kinds import Family
 from lightning_mue.parameterizations.rules.monomial import parse
-from lightning_mue.parameterizations.rules.table import Family, Parameterization, Preset, get_rule
+from lightning_mue.parameterizations.rules.table import Parameterization, Preset, get_rule
 
 
 def plan(

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lightning_mue.parameterizations.reading.parameters import split_layer
+from lightning_mue.console import human
+from lightning_mue.names import split_layer
 from lightning_mue.parameterizations.rules.axes import Axes
 
 if TYPE_CHECKING:
@@ -45,19 +45,6 @@ class _Line:
         # Equal layers' stds are measured, so they differ by sampling noise.
         near = values[-1] <= 1.15 * values[0]
         return (f"std {values[len(values) // 2]:.3g}" if near else f"std {values[0]:.2g}-{values[-1]:.2g}") + tied
-
-
-def human(count: float) -> str:
-    """A count in three digits.
-
-    Example:
-        >>> human(1_234_567)
-        '1.23M'
-    """
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g}{unit}"
-    return f"{count:g}"
 
 
 def _lines(plan: ScalingPlan) -> list[_Line]:
@@ -108,20 +95,6 @@ def as_renderable(plan: ScalingPlan) -> RenderableType:
     footer += [Text(f"source  {entry}", style="dim") for entry in _sources(plan)]
     footer += [Text(f"note: {note}", style="yellow") for note in plan.notes]
     return Group(table, *footer)
-
-
-def wide_console() -> Console:
-    """A console in which the table does not break into pieces, also where there is no terminal."""
-    console = Console()
-    return console if console.width >= 140 else Console(width=140)
-
-
-def to_text(renderable: RenderableType, width: int = 160) -> str:
-    """What ``rich`` would print, as plain text."""
-    console = Console(file=io.StringIO(), width=width, color_system=None)
-    console.print(renderable)
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue()
 
 
 def as_markdown(plan: ScalingPlan) -> str:

@@ -9,9 +9,10 @@ from lightning_mue.parameterizations.planning.multipliers import fold
 from lightning_mue.parameterizations.planning.scaling_plan import Init, ParameterPlan
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo, branch_ratios
 from lightning_mue.parameterizations.rules.axes import Axes
+from lightning_mue.parameterizations.rules.kinds import Family, default_kind
 from lightning_mue.parameterizations.rules.monomial import parse
 from lightning_mue.parameterizations.rules.roles import Role
-from lightning_mue.parameterizations.rules.table import RULES, Family, Parameterization, Row, default_kind
+from lightning_mue.parameterizations.rules.table import RULES, Parameterization, Row
 
 #: Roles whose own shape tells the active width of an undeclared dense FFN.
 _DENSE = (Role.FFN_UP, Role.FFN_DOWN)

@@ -93,7 +93,7 @@ class ScalingPlan:
         raise KeyError(name)
 
     def __str__(self) -> str:
-        from lightning_mue.parameterizations.planning.render import to_text
+        from lightning_mue.console import to_text
 
         return to_text(self)
 

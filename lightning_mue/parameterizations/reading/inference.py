@@ -11,14 +11,14 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from lightning_mue.parameterizations.reading.parameters import ParameterInfo, all_indices, some, split_layer
+from lightning_mue.names import all_indices, is_elementwise, is_head, split_layer
+from lightning_mue.parameterizations.reading.parameters import ParameterInfo, some
 from lightning_mue.parameterizations.rules.roles import MATRIX_ROLES, Role
 
 _ATTENTION = re.compile(r"(^|\.)\w*(attn|attention)\w*(\.|$)", re.IGNORECASE)
 _EXPERTS = re.compile(r"(^|\.)\w*experts\b", re.IGNORECASE)
 _SHARED = re.compile(r"(^|\.)shared_(experts?|mlp|ffn)(\.|$)")
 _ROUTER = re.compile(r"(^|\.)(router|gating|gate_network)(\.|$)|(^|\.)(gate|wg|shared_expert_gate|shared_gate)$")
-_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_layer|unembed\w*|\w*head|classifier|score)$")
 _UP = re.compile(
     r"[._](gate_proj|up_proj|gate_up_proj|w_?gate|w_?up|gate|up|fc_?1|fc_in|w1|w3|w12|w13|linear_?1|lin_?1|wi(_[01])?|c_fc"
     r"|intermediate\.dense|dense_h_to_4h|input_linear)$"
@@ -66,7 +66,7 @@ def name_roles(infos: list[ParameterInfo]) -> list[ParameterInfo]:
 def _is_head(info: ParameterInfo, width: int | None) -> bool:
     """True for a linear layer outside and after the layers that leaves the residual width, or is called a head."""
     leaves = info.fans[0] == width != info.fans[1]
-    return info.form == "linear" and (leaves or bool(_HEAD.search(info.path)))
+    return info.form == "linear" and (leaves or is_head(info.path))
 
 
 def _layer_of(path: str) -> str:
@@ -89,6 +89,8 @@ def _serves(path: str, moes: set[str]) -> bool:
 
 def _matrix_role(info: ParameterInfo, moes: set[str]) -> Role | None:
     path = info.path
+    if is_elementwise(path):
+        return Role.SCALAR
     if _POSITIONS.search(path) and info.form == "raw":
         return Role.EMBEDDING
     if info.form == "raw" and info.shape[0] == 1 and len(info.shape) == 3:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 
-from lightning_mue.parameterizations.reading.parameters import ParameterInfo, all_indices, split_layer
+from lightning_mue.names import all_indices, split_layer
+from lightning_mue.parameterizations.reading.parameters import ParameterInfo
 from lightning_mue.parameterizations.rules.roles import Role
 
 #: Where a role may take its base values from if the base has none of its own, best first.

@@ -5,16 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from math import prod
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
+from lightning_mue.contract import branch_kind, branch_sizes, declared_roles, note_role
+from lightning_mue.names import clean_name, split_layer
 from lightning_mue.parameterizations.rules.roles import Role
 
-_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _NORM_TYPES = (
     nn.LayerNorm,
     nn.RMSNorm,
@@ -65,65 +64,12 @@ class ParameterInfo:
         return re.sub(r"[._](weight|bias)$", "", self.name)
 
 
-def branch_sizes(branch: nn.Module) -> dict[str, float]:
-    """The sizes of one FFN or MoE branch, by the tables' symbols; a dense FFN is the MoE of one expert.
-
-    Args:
-        branch: A module with ``active_width`` and, for an MoE, ``n_experts``, ``top_k`` and ``expert_width``.
-    """
-    active = float(branch.active_width)  # type: ignore[arg-type]
-    read = {"E": ("n_experts", 1.0), "a": ("top_k", 1.0), "h": ("expert_width", active)}
-    return {"A": active, **{symbol: float(getattr(branch, name, other)) for symbol, (name, other) in read.items()}}
-
-
 def branch_ratios(branch: Mapping[str, float] | None, base: Mapping[str, float] | None) -> dict[str, float]:
     """Ratios target/base of a branch's own sizes; empty where one side is not known. Blocks of a model may differ."""
     if not branch or not base:
         return {}
     ratios = {symbol: branch[symbol] / base[symbol] for symbol in branch}
     return {**ratios, "kappa": ratios["a"] / ratios["E"]}
-
-
-def clean_name(name: str) -> str:
-    """Removes what wrappers put into a qualified name.
-
-    Example:
-        >>> clean_name("_orig_mod.blocks.0._fsdp_wrapped_module.w")
-        'blocks.0.w'
-    """
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-
-
-@lru_cache(maxsize=1 << 17)
-def split_layer(name: str) -> tuple[str, int]:
-    """Splits off the first layer index of a qualified name; the index of an expert in a list is none.
-
-    Example:
-        >>> split_layer("blocks.3.ffn.w_up")
-        ('blocks.*.ffn.w_up', 3)
-        >>> split_layer("moe.experts.3.w_up")
-        ('moe.experts.3.w_up', -1)
-    """
-    parts = name.split(".")
-    for i, part in enumerate(parts):
-        if part.isdigit() and not (i and "expert" in parts[i - 1].lower()):
-            return ".".join([*parts[:i], "*", *parts[i + 1 :]]), int(part)
-    return name, -1
-
-
-@lru_cache(maxsize=1 << 17)
-def all_indices(name: str) -> str:
-    """A name with every index replaced, and experts of a list taken together.
-
-    Example:
-        >>> all_indices("layers.1.blocks.0.experts.3.w1")
-        'layers.*.blocks.*.experts.each.w1'
-    """
-    parts = name.split(".")
-    for i, part in enumerate(parts):
-        if part.isdigit():
-            parts[i] = "each" if i and "expert" in parts[i - 1].lower() else "*"
-    return ".".join(parts)
 
 
 def list_parameters(module: nn.Module, roles: Mapping[str, str] | None = None) -> list[ParameterInfo]:
@@ -154,7 +100,7 @@ def list_parameters(module: nn.Module, roles: Mapping[str, str] | None = None) -
             raise ValueError(
                 f"model: {name} has no shape yet, because it belongs to a lazy layer. Run one batch through the model first."
             )
-        form, first = _form(owner), found.get(id(tensor))
+        form, first = module_form(owner), found.get(id(tensor))
         if first is None:
             fans = _fans(tuple(tensor.shape), owner)
             info = ParameterInfo(name, tuple(tensor.shape), fans, form, role, branch, trainable=tensor.requires_grad)
@@ -197,7 +143,7 @@ def _walk(module: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module, dict[str,
     """Yields (clean name, parameter, owner, sizes of its FFN branch); shared parameters once a name."""
 
     def visit(prefix: str, current: nn.Module, branch: dict[str, float] | None) -> Iterator[Any]:
-        if branch is None and getattr(current, "mue_branch", None) == "ffn" and hasattr(current, "active_width"):
+        if branch is None and branch_kind(current) == "ffn":
             branch = branch_sizes(current)
         for leaf, tensor in current.named_parameters(prefix, recurse=False, remove_duplicate=False):
             yield clean_name(leaf), tensor, current, branch
@@ -218,10 +164,10 @@ def _role(pattern: str, role: str) -> Role:
 
 def _declared_role(owner: nn.Module, leaf: str, dim: int) -> Role | None:
     """The role that the owner declares, or the one that its type and the parameter's form leave no doubt about."""
-    declared = getattr(owner, "mue_roles", {})
+    declared = declared_roles(owner)
     if leaf in declared:
         return Role(declared[leaf])
-    form = _form(owner)
+    form = module_form(owner)
     if form == "embedding":
         return Role.EMBEDDING
     if form == "norm" and dim <= 1:
@@ -231,7 +177,8 @@ def _declared_role(owner: nn.Module, leaf: str, dim: int) -> Role | None:
     return None
 
 
-def _form(owner: nn.Module) -> Form:
+def module_form(owner: nn.Module) -> Form:
+    """What kind of module holds a parameter, by its type."""
     kind = type(owner)
     if isinstance(owner, nn.modules.conv._ConvNd):
         return "conv"
@@ -262,18 +209,7 @@ def tag_roles(module: nn.Module) -> None:
     tensors = {clean_name(name): tensor for name, tensor in module.named_parameters()}
     for info in list_parameters(module):
         if info.role is not None:
-            tensors[info.name].mue_role = Role.EMBEDDING if info.tied else info.role  # type: ignore[attr-defined]
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor, asked without importing what builds without distributed lack."""
-    return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
-
-
-def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole tensor, where it is a DTensor's shard."""
-    whole = getattr(tensor, "full_tensor", None)
-    return whole() if callable(whole) and torch.distributed.is_initialized() else tensor
+            note_role(tensors[info.name], Role.EMBEDDING if info.tied else info.role)
 
 
 def some(infos: Iterable[ParameterInfo], limit: int = 8) -> str:

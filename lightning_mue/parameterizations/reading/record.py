@@ -14,19 +14,15 @@ from typing import Any
 import yaml
 from torch import Tensor, nn
 
+from lightning_mue.contract import branch_sizes, declared_multipliers, is_router
+from lightning_mue.names import clean_name
 from lightning_mue.parameterizations.planning.scaling_plan import Init
 from lightning_mue.parameterizations.reading.base import RUN_KEYS, Base, build_base
 from lightning_mue.parameterizations.reading.inference import name_roles
-from lightning_mue.parameterizations.reading.parameters import (
-    ParameterInfo,
-    branch_sizes,
-    clean_name,
-    full_tensor,
-    list_parameters,
-    role_patterns,
-)
+from lightning_mue.parameterizations.reading.parameters import ParameterInfo, list_parameters, role_patterns
 from lightning_mue.parameterizations.rules.axes import declared_sizes
 from lightning_mue.parameterizations.rules.roles import Role
+from lightning_mue.sharded import whole
 
 _VERSION = 1
 
@@ -140,7 +136,7 @@ def describe(
         parameters=tuple(infos),
         sites=tuple(sites(model, multipliers)),
         inferred=_attributes(model, infos),
-        inits={name: measure_init(full_tensor(tensor)) for name, tensor in tensors.items() if name in known},
+        inits={name: measure_init(whole(tensor)) for name, tensor in tensors.items() if name in known},
         routing=_routing(model),
     )
 
@@ -233,8 +229,8 @@ def sites(module: nn.Module, patterns: Mapping[str, str] | None = None) -> Itera
     for name, child in module.named_modules():
         if hasattr(child, "_orig_mod"):
             continue  # torch.compile's wrapper shows the attributes of the module inside it, which comes next
-        declared = getattr(child, "mue_multipliers", {})
-        sizes = branch_sizes(child) if declared and hasattr(child, "active_width") else None
+        declared = declared_multipliers(child)
+        sizes = branch_sizes(child) if declared else None
         for kind, attribute in declared.items():
             clean = clean_name(name)
             path = f"{clean}.{attribute}" if clean else attribute
@@ -285,7 +281,7 @@ def _number(module: nn.Module, names: tuple[str, ...], kind: type) -> Any:
 
 
 def _routing(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    routers = [module for module in model.modules() if getattr(module, "mue_router", False)]
+    routers = [module for module in model.modules() if is_router(module)]
     found = {s: {str(getattr(r, s)) for r in routers if hasattr(r, s)} for s in ("scoring", "gate")}
     return {setting: tuple(sorted(values)) for setting, values in found.items() if values}
 

@@ -6,6 +6,8 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from lightning_mue.contract import declared_axes
+
 
 @dataclass(frozen=True)
 class Axes:
@@ -95,8 +97,7 @@ def declared_sizes(module: Any) -> dict[str, float]:
     Raises:
         ValueError: For a name that is no axis.
     """
-    declare = getattr(module, "mue_axes", None)
-    sizes = dict(declare()) if callable(declare) else {}
+    sizes = declared_axes(module)
     known = [f.name for f in fields(Axes)]
     if unknown := sorted(set(sizes) - set(known)):
         raise ValueError(

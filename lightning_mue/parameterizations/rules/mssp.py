@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from lightning_mue.parameterizations.rules.axes import Axes
+from lightning_mue.parameterizations.rules.kinds import Family
 from lightning_mue.parameterizations.rules.roles import Role
-from lightning_mue.parameterizations.rules.table import Family, Parameterization, Table, register, rows
+from lightning_mue.parameterizations.rules.table import Parameterization, Table, register, rows
 
 _SOURCE = "2605.14200 (theory 4.5), wd: its code"
 _FAN_IN = {"init": "fan_in^-1/2", "lr": "fan_in^-1", "wd": "fan_in", "eps": "d^-1"}

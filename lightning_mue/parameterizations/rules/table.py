@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lightning_mue.parameterizations.rules.axes import Axes
+from lightning_mue.parameterizations.rules.kinds import Family
 from lightning_mue.parameterizations.rules.monomial import parse
-from lightning_mue.parameterizations.rules.roles import MATRIX_ROLES, Role
+from lightning_mue.parameterizations.rules.roles import Role
 
-Family = Literal["adam", "sgd", "sphere", "muon"]
-Kind = Literal["adamw", "sgd", "sphere", "adam_sphere", "muon"]
 #: ``paper``: a printed cell; ``code``: the authors' code; ``derived``: ours, from the paper's argument; ``measured``.
 Status = Literal["paper", "code", "derived", "measured"]
 
@@ -121,17 +120,6 @@ class Parameterization:
                 f"rule: {', '.join(rules_for(family))}."
             )
         return self.tables[family]
-
-
-def default_kind(role: Role, family: Family) -> Kind:
-    """The update that a role gets: Muon for hidden matrices of the sphere and muon families, Adam's for vectors."""
-    if family == "sgd":
-        return "sgd"
-    if family == "adam" or role not in MATRIX_ROLES:
-        return "adamw"
-    if family == "muon":
-        return "adamw" if role is Role.UNEMBEDDING else "muon"
-    return "adam_sphere" if role is Role.UNEMBEDDING else "sphere"
 
 
 def rows(source: str, status: Status = "paper", **by_role: Mapping[str, str]) -> dict[Role, Row]:

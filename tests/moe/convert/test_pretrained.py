@@ -465,7 +465,7 @@ def test_models_and_state_dicts_without_blocks():
     layer = MoELayer(D, 8, E, activation="gelu", bias=True)
     with pytest.raises(ValueError, match=r"gated experts without biases.*lacks \['experts.w_gate'\]"):
         state_dict_to_transformers(layer.state_dict())
-    with pytest.raises(ValueError, match="layout is 'flat'"):
+    with pytest.raises(ValueError, match="layout: found 'flat'"):
         state_dict_to_transformers(layer.state_dict(), "flat")
 
 

@@ -245,7 +245,7 @@ def test_names_and_activation_stand_above_what_is_found():
     assert torch.equal(told.w_gate, module.gate.weight)
     with pytest.raises(ValueError, match=r"cannot be read \(with up_name='upp'\)|can be read \(with up_name='upp'\)"):
         read_ffn(module, up_name="upp")
-    with pytest.raises(ValueError, match="activation is 'swish'"):
+    with pytest.raises(ValueError, match="activation: found 'swish'"):
         read_ffn(module, activation="swish")
 
 
@@ -580,12 +580,12 @@ def test_it_trains_and_the_copies_grow_apart():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"how": "clone"}, "how is 'clone'"),
-        ({"n_experts": 0}, "n_experts is 0"),
+        ({"how": "clone"}, "how: found 'clone'"),
+        ({"n_experts": 0}, "n_experts: found 0"),
         ({"top_k": 9}, "top_k is 9"),
         ({"width": 8}, "width is 8, but the layer's is the network's, 16"),
-        ({"how": "split", "expert_width": 0}, "expert_width is 0, but it must be at least 1"),
-        ({"how": "split", "shared_width": -8}, "shared_width is -8"),
+        ({"how": "split", "expert_width": 0}, "expert_width: found 0, expected an integer of at least 1"),
+        ({"how": "split", "shared_width": -8}, "shared_width: found -8"),
         ({"noise_std": 0.1}, "noise_std is 0.1, but how is 'copy'"),
         ({"how": "noise", "noise_std": 0.0}, "noise_std is 0.0, but it must be positive"),
         ({"how": "drop", "drop_fraction": 1.5}, "drop_fraction is 1.5"),
@@ -624,7 +624,7 @@ def test_what_is_no_module_is_named(module, message):
 def test_sizes_that_are_no_integers_and_empty_lists_are_named():
     module, _ = make("gpt2")
     for name in ("expert_width", "shared_width"):
-        with pytest.raises(TypeError, match=rf"{name} must be an integer of at least 1, got 8.0 of type float"):
+        with pytest.raises(TypeError, match=rf"{name}: found 8.0 of type float, expected an integer of at least 1"):
             moe_from_ffn(module, E, how="split", **{name: 8.0})
     with pytest.raises(ValueError, match="module is an empty list"):
         moe_from_ffn([], E)

@@ -1,0 +1,93 @@
+"""The contract: every attribute by which a module of one's own joins. docs/extending.md shows an example of each.
+
+All attributes are optional and read by name: nothing of this package has to be inherited from, or even imported. This file is the
+only one that knows the names; everything else asks the functions below.
+
+| attribute | on | type | meaning | read by |
+|---|---|---|---|---|
+| ``mue_roles`` | module | mapping: own parameter's name -> role | what each parameter does | plan, monitors, TransferMonitor |
+| ``mue_axes`` | model | method -> mapping: axis -> size | sizes along which the model scales | plan, coordinate check |
+| ``mue_multipliers`` | module | mapping: kind -> own attribute | forward multipliers (floats) that may be set | plan, MuECallback |
+| ``mue_branch`` | module | str: "attention", "ffn" or another | ``forward`` returns a residual branch's output | plan, monitors |
+| ``active_width`` | branch | int | hidden width that a token passes through | plan |
+| ``n_experts``, ``top_k``, ``expert_width`` | branch | int | sizes of an MoE branch | plan, monitors |
+| ``mue_router`` | module | bool | its output has ``logits`` [T, E] and ``counts`` [E] | plan, monitors |
+| ``scoring``, ``gate`` | router | str | how the router makes gates, as `Router` names it | plan (notes) |
+| ``mue_attention_core`` | module | bool | ``forward(q, k, v)``, causal, with a float ``scale`` | monitors |
+| ``mue_role_of_output`` | module | str: "lm_logits" | what the module's output is | monitors |
+| ``mue_role`` | parameter | str | role, for an optimizer that sees no module; set by `tag_roles` | HyperSphereOptimizer |
+| ``mue_family`` | optimizer | str: "adam", "sgd", "sphere", "muon" | which table holds its factors | MuECallback |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def declared_roles(module: object) -> Mapping[str, str]:
+    """``mue_roles``: name of a module's own parameter -> role; empty if it declares none."""
+    return getattr(module, "mue_roles", None) or {}
+
+
+def declared_role(parameter: object) -> str | None:
+    """``mue_role``: the role noted on a parameter itself, or None."""
+    return getattr(parameter, "mue_role", None)
+
+
+def note_role(parameter: Any, role: str) -> None:
+    """Notes a role on a parameter itself, for optimizers that see no module."""
+    parameter.mue_role = role
+
+
+def declared_axes(module: object) -> dict[str, float]:
+    """``mue_axes()``: axis -> size; empty if a module has no such method."""
+    declare = getattr(module, "mue_axes", None)
+    return dict(declare()) if callable(declare) else {}
+
+
+def declared_multipliers(module: object) -> Mapping[str, str]:
+    """``mue_multipliers``: kind of forward multiplier -> name of the module's attribute that holds it; empty if none."""
+    return getattr(module, "mue_multipliers", None) or {}
+
+
+def branch_kind(module: object) -> str | None:
+    """``mue_branch``: "attention", "ffn" or another name of the residual branch whose output a module returns, or None."""
+    kind = getattr(module, "mue_branch", None)
+    return kind if isinstance(kind, str) else None
+
+
+def branch_sizes(branch: Any) -> dict[str, float] | None:
+    """The sizes of one FFN or MoE branch by the tables' symbols A, E, a, h; a dense FFN is the MoE of one expert.
+
+    Args:
+        branch: A module with ``active_width`` and, for an MoE, ``n_experts``, ``top_k`` and ``expert_width``.
+
+    Returns:
+        Symbol -> size, or None for a module without ``active_width``.
+    """
+    if not hasattr(branch, "active_width"):
+        return None
+    active = float(branch.active_width)
+    read = {"E": ("n_experts", 1.0), "a": ("top_k", 1.0), "h": ("expert_width", active)}
+    return {"A": active, **{symbol: float(getattr(branch, name, other)) for symbol, (name, other) in read.items()}}
+
+
+def is_router(module: object) -> bool:
+    """``mue_router``: whether a module's output has ``logits`` [T, E] and ``counts`` [E]."""
+    return getattr(module, "mue_router", False) is True
+
+
+def is_attention_core(module: object) -> bool:
+    """``mue_attention_core``: whether a module is ``forward(q, k, v)``, causal, with a float ``scale``."""
+    return getattr(module, "mue_attention_core", False) is True
+
+
+def returns_lm_logits(module: object) -> bool:
+    """``mue_role_of_output``: whether a module declares its output to be the LM logits."""
+    return getattr(module, "mue_role_of_output", None) == "lm_logits"
+
+
+def declared_family(optimizer: object) -> Any:
+    """``mue_family``: the family in whose table an optimizer's factors stand, or None if it does not say."""
+    return getattr(optimizer, "mue_family", None)

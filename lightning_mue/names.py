@@ -1,0 +1,196 @@
+"""What the name of a parameter or module means: wrappers, layer indices, heads, embeddings, vectors.
+
+The only place that knows such names. Where the module itself is at hand, its type decides before its name.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+#: Modules that torch.compile, FSDP1 and activation checkpointing put around another one.
+_INSERTED = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+#: Modules that hold another one under a name that says nothing: DistributedDataParallel, PEFT's LoRA layers.
+_HOLDERS = frozenset({"module", "base_layer"})
+#: What weight_norm and spectral_norm of ``torch.nn.utils`` call the parts of a weight.
+_WEIGHT_PARTS = frozenset({"weight_g", "weight_v", "weight_orig"})
+
+#: Last layers that turn the residual stream into logits, as the field calls them; beside these, whatever ends in "head".
+_HEADS = frozenset(
+    {
+        "classifier",
+        "decoder",
+        "embed_out",
+        "generator",
+        "logits",
+        "output",
+        "output_layer",
+        "output_projection",
+        "proj_out",
+        "readout",
+        "score",
+        "to_logits",
+    }
+)
+#: Words in the names of look-up tables.
+_EMBEDDINGS = frozenset({"emb", "embs", "embed", "embeds", "embedding", "embeddings", "wte", "wpe"})
+#: Words in the names of parameters that are vectors whatever their shape (a bias of stacked experts is [E, h]).
+_VECTORS = frozenset({"bias", "biases", "norm", "layernorm", "rmsnorm", "batchnorm", "ln"})
+#: Parameters of state-space models and RWKV that act on each channel by itself although they have two sides.
+_ELEMENTWISE = frozenset(
+    {"a_log", "a_logs", "log_a", "log_a_real", "a_real", "a_imag", "time_decay", "time_first", "time_faaaa"}
+)
+
+
+@lru_cache(maxsize=1 << 17)
+def clean_name(name: str) -> str:
+    """Removes what torch.compile, FSDP and activation checkpointing insert into a qualified name.
+
+    Different names stay different, so the result identifies a parameter.
+
+    Example:
+        >>> clean_name("_orig_mod.blocks.0._fsdp_wrapped_module.w")
+        'blocks.0.w'
+    """
+    return ".".join(part for part in name.split(".") if part not in _INSERTED)
+
+
+@lru_cache(maxsize=1 << 17)
+def plain_name(name: str) -> str:
+    """The name that the model's author wrote, without the traces of any wrapper: what the name means can be read off it.
+
+    Several parameters may share it (the parts of a weight-normed weight), so it identifies none.
+
+    Example:
+        >>> plain_name("module.embed.parametrizations.weight.original1")
+        'embed.weight'
+        >>> plain_name("base_model.model.lm_head.modules_to_save.default.weight")
+        'base_model.model.lm_head.weight'
+    """
+    parts, kept = clean_name(name).split("."), list[str]()
+    while parts:
+        part = parts.pop(0)
+        if part == "modules_to_save":  # modules_to_save.<adapter>
+            del parts[:1]
+        elif part == "parametrizations" and parts:  # parametrizations.<name>.original, .original0, .original1
+            kept.append(parts.pop(0))
+            if parts and parts[0].startswith("original"):
+                del parts[0]
+        elif part not in _HOLDERS:
+            kept.append(part)
+    if len(kept) > 1 and kept[-1] in _WEIGHT_PARTS:
+        kept[-1] = "weight"
+    return ".".join(kept) or name
+
+
+def _is_expert_index(parts: list[str], i: int) -> bool:
+    return i > 0 and "expert" in parts[i - 1].lower()
+
+
+@lru_cache(maxsize=1 << 17)
+def split_layer(name: str) -> tuple[str, int]:
+    """Splits off the layer index: the first number in a qualified name; the number of an expert in a list is none.
+
+    Returns:
+        (name with the layer index replaced by ``*``, the index; -1 if there is none).
+
+    Example:
+        >>> split_layer("blocks.3.ffn.w_up")
+        ('blocks.*.ffn.w_up', 3)
+        >>> split_layer("moe.experts.3.w_up")
+        ('moe.experts.3.w_up', -1)
+    """
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if part.isdigit() and not _is_expert_index(parts, i):
+            return ".".join([*parts[:i], "*", *parts[i + 1 :]]), int(part)
+    return name, -1
+
+
+@lru_cache(maxsize=1 << 17)
+def all_indices(name: str) -> str:
+    """A name with every layer index replaced by ``*`` and every expert's number by ``each``.
+
+    Example:
+        >>> all_indices("layers.1.blocks.0.experts.3.w1")
+        'layers.*.blocks.*.experts.each.w1'
+    """
+    parts = name.split(".")
+    replaced = ["each" if _is_expert_index(parts, i) else "*" for i in range(len(parts))]
+    return ".".join(new if part.isdigit() else part for part, new in zip(parts, replaced, strict=True))
+
+
+def is_head(name: str) -> bool:
+    """Whether a parameter or module is called an output head, outside the numbered layers.
+
+    A list of heads (``heads.0``) holds heads; the layers of one head in a Sequential (``head.0``) are told by their shapes, not
+    by their name.
+
+    Example:
+        >>> is_head("model.lm_head.weight"), is_head("decoder.layers.0.fc1.weight"), is_head("layers.0.head")
+        (True, False, False)
+    """
+    layer, index, inside = _owner(name)
+    if inside:
+        return False
+    if index:
+        return layer.endswith("heads")
+    return layer in _HEADS or layer.endswith("head") or "unembed" in layer
+
+
+def is_embedding(name: str) -> bool:
+    """Whether a parameter or module is called a look-up table; a list of tables (``value_embeds.0``) holds tables.
+
+    Example:
+        >>> is_embedding("transformer.wte.weight"), is_embedding("value_embeds.3.weight"), is_embedding("embed_proj")
+        (True, True, False)
+    """
+    layer, index, inside = _owner(name)
+    words = set(layer.split("_"))
+    if index and not words & {"embs", "embeds", "embeddings"}:
+        return False
+    if layer == "shared":  # T5's table
+        return not inside
+    return bool(words & _EMBEDDINGS) and not layer.endswith("proj") and not is_head(name)
+
+
+def is_vector(name: str) -> bool:
+    """Whether a parameter is called a bias, belongs to what is called a norm, or holds the lengths of weight_norm.
+
+    Example:
+        >>> is_vector("blocks.0.experts.b_up"), is_vector("ln_f.weight"), is_vector("blocks.0.w_up")
+        (True, True, False)
+    """
+    if name.endswith((".original0", "weight_g")):
+        return True
+    leaf = plain_name(name).lower().rpartition(".")[2]
+    return bool(set(_owner(name)[0].split("_")) & _VECTORS) or leaf.endswith("bias") or leaf.startswith("b_")
+
+
+def is_elementwise(name: str) -> bool:
+    """Whether a parameter acts on each channel by itself although it has two sides, e.g. ``A_log`` of Mamba.
+
+    Example:
+        >>> is_elementwise("backbone.layers.0.mixer.A_log")
+        True
+    """
+    return plain_name(name).lower().rpartition(".")[2] in _ELEMENTWISE
+
+
+@lru_cache(maxsize=1 << 17)
+def _owner(name: str) -> tuple[str, bool, bool]:
+    """(lower-case name of the layer that a parameter belongs to, a number follows it, it lies in a numbered layer)."""
+    path = plain_name(name).lower().split(".")
+    if len(path) > 1 and path[-1] in ("weight", "bias"):
+        path = path[:-1]
+    last = max((i for i, part in enumerate(path) if not part.isdigit()), default=0)
+    return path[last], last < len(path) - 1, any(part.isdigit() for part in path[:last])
+
+
+#: What loggers treat specially in a metric's key.
+_SPECIAL = re.compile(r"[^\w.\-]+")
+
+
+def metric_name(name: str) -> str:
+    """A qualified name as part of a metric's key: no characters that loggers treat specially; ``root`` for the empty name."""
+    return _SPECIAL.sub("_", name) or "root"
