@@ -7,14 +7,32 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from lightning_mue.callbacks import MuECallback, TransferMonitor
-    from lightning_mue.models import MoELanguageModel
-    from lightning_mue.moe import MoELayer
-    from lightning_mue.optim import HyperSphereOptimizer
-    from lightning_mue.parameterizations import ScalingPlan, initialize, param_groups, plan
+if TYPE_CHECKING:  # for type checkers and editors; tests/test_package.py compares it with `_PUBLIC`
+    from lightning_mue.analysis import coordinate_check as coordinate_check
+    from lightning_mue.callbacks import ActivationOutlierMonitor as ActivationOutlierMonitor
+    from lightning_mue.callbacks import LogitsZMonitor as LogitsZMonitor
+    from lightning_mue.callbacks import MuECallback as MuECallback
+    from lightning_mue.callbacks import RouterMonitor as RouterMonitor
+    from lightning_mue.callbacks import ThroughputMonitor as ThroughputMonitor
+    from lightning_mue.callbacks import TransferMonitor as TransferMonitor
+    from lightning_mue.data import TextDataModule as TextDataModule
+    from lightning_mue.data import TokenDataModule as TokenDataModule
+    from lightning_mue.models import MoELanguageModel as MoELanguageModel
+    from lightning_mue.moe import GlobalBatchBalance as GlobalBatchBalance
+    from lightning_mue.moe import LossFreeBalance as LossFreeBalance
+    from lightning_mue.moe import MoELayer as MoELayer
+    from lightning_mue.moe import clip_grad_norm as clip_grad_norm
+    from lightning_mue.moe import parallelize_experts as parallelize_experts
+    from lightning_mue.moe import replace_moe_blocks as replace_moe_blocks
+    from lightning_mue.optim import HyperSphereOptimizer as HyperSphereOptimizer
+    from lightning_mue.parameterizations import ScalingPlan as ScalingPlan
+    from lightning_mue.parameterizations import initialize as initialize
+    from lightning_mue.parameterizations import param_groups as param_groups
+    from lightning_mue.parameterizations import plan as plan
+    from lightning_mue.parameterizations import save_base as save_base
+    from lightning_mue.parameterizations.applying.weights import KeepsMultipliers as KeepsMultipliers
 
-# An application that configures no logging shall still see what was done to its parameters; one that does gets the records.
+# Where the application configures no logging, records go to stderr, so that users see what was done to their parameters.
 _logger = logging.getLogger(__name__)
 if _logger.level == logging.NOTSET:  # the program may have set it already
     _logger.setLevel(
@@ -28,33 +46,37 @@ __version__ = "0.1.0"
 
 #: Public name -> module that holds it. Loaded on first use: `import lightning_mue` alone is quick.
 _PUBLIC = {
-    "HyperSphereOptimizer": "lightning_mue.optim",
-    "MoELanguageModel": "lightning_mue.models",
-    "MoELayer": "lightning_mue.moe",
-    "MuECallback": "lightning_mue.callbacks",
-    "ScalingPlan": "lightning_mue.parameterizations",
-    "TransferMonitor": "lightning_mue.callbacks",
-    "initialize": "lightning_mue.parameterizations",
-    "param_groups": "lightning_mue.parameterizations",
-    "plan": "lightning_mue.parameterizations",
+    "ActivationOutlierMonitor": "callbacks",
+    "GlobalBatchBalance": "moe",
+    "HyperSphereOptimizer": "optim",
+    "KeepsMultipliers": "parameterizations.applying.weights",
+    "LogitsZMonitor": "callbacks",
+    "LossFreeBalance": "moe",
+    "MoELanguageModel": "models",
+    "MoELayer": "moe",
+    "MuECallback": "callbacks",
+    "RouterMonitor": "callbacks",
+    "ScalingPlan": "parameterizations",
+    "TextDataModule": "data",
+    "ThroughputMonitor": "callbacks",
+    "TokenDataModule": "data",
+    "TransferMonitor": "callbacks",
+    "clip_grad_norm": "moe",
+    "coordinate_check": "analysis",
+    "initialize": "parameterizations",
+    "parallelize_experts": "moe",
+    "param_groups": "parameterizations",
+    "plan": "parameterizations",
+    "replace_moe_blocks": "moe",
+    "save_base": "parameterizations",
 }
 
-__all__ = [
-    "HyperSphereOptimizer",
-    "MoELanguageModel",
-    "MoELayer",
-    "MuECallback",
-    "ScalingPlan",
-    "TransferMonitor",
-    "initialize",
-    "param_groups",
-    "plan",
-]
+__all__ = sorted(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
-        return getattr(import_module(_PUBLIC[name]), name)
+        return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,22 +1,47 @@
-"""The contract: every attribute by which a module of one's own joins. docs/extending.md shows an example of each.
+"""The contract: the attributes by which a user's own modules join. docs/extending.md has a runnable example of each kind.
 
-All attributes are optional and read by name: nothing of this package has to be inherited from, or even imported. This file is the
-only one that knows the names; everything else asks the functions below.
+All of them are optional and read by name, so no class of this package has to be inherited from or imported.
+
+Names that begin with ``mue_``, and the sizes of a branch, are read in this file only; other files call its functions:
 
 | attribute | on | type | meaning | read by |
 |---|---|---|---|---|
-| ``mue_roles`` | module | mapping: own parameter's name -> role | what each parameter does | plan, monitors, TransferMonitor |
+| ``mue_roles`` | module | mapping: name of an own parameter -> role | what each parameter does | plan, LogitsZMonitor |
 | ``mue_axes`` | model | method -> mapping: axis -> size | sizes along which the model scales | plan, coordinate check |
-| ``mue_multipliers`` | module | mapping: kind -> own attribute | forward multipliers (floats) that may be set | plan, MuECallback |
+| ``mue_multipliers`` | module | mapping: kind -> name of an own attribute | forward multipliers (floats) to set | plan, monitors |
 | ``mue_branch`` | module | str: "attention", "ffn" or another | ``forward`` returns a residual branch's output | plan, monitors |
-| ``active_width`` | branch | int | hidden width that a token passes through | plan |
-| ``n_experts``, ``top_k``, ``expert_width`` | branch | int | sizes of an MoE branch | plan, monitors |
-| ``mue_router`` | module | bool | its output has ``logits`` [T, E] and ``counts`` [E] | plan, monitors |
-| ``scoring``, ``gate`` | router | str | how the router makes gates, as `Router` names it | plan (notes) |
-| ``mue_attention_core`` | module | bool | ``forward(q, k, v)``, causal, with a float ``scale`` | monitors |
-| ``mue_role_of_output`` | module | str: "lm_logits" | what the module's output is | monitors |
-| ``mue_role`` | parameter | str | role, for an optimizer that sees no module; set by `tag_roles` | HyperSphereOptimizer |
+| ``mue_router`` | module | bool | the output has ``logits`` and ``counts`` | plan, monitors |
+| ``mue_attention_core`` | module | bool | ``forward(q, k, v)``, causal, with a float ``scale`` | LogitsZMonitor |
+| ``mue_role_of_output`` | module | str: "lm_logits" | what the output is | LogitsZMonitor |
+| ``mue_role`` | parameter | str | role, for optimizers that see no module (`tag_roles`) | HyperSphereOptimizer |
 | ``mue_family`` | optimizer | str: "adam", "sgd", "sphere", "muon" | which table holds its factors | MuECallback |
+| ``mue_scaled`` | param group (key) | bool | the factors are in it already (`param_groups`) | MuECallback |
+| ``active_width`` | branch | int | hidden width that a token passes through | plan |
+| ``n_experts``, ``top_k``, ``expert_width`` | MoE branch | int | its sizes | plan |
+
+Ordinary attributes, read where they are needed:
+
+| attribute | on | type | meaning | read by |
+|---|---|---|---|---|
+| ``logits`` | router's output | float [T, E] | scores before the selection | LogitsZMonitor, RouterMonitor |
+| ``counts`` | router's output | int [E] | assignments to each expert | RouterMonitor |
+| ``mask`` | router's output | bool [T] | False: a padding token, not measured | LogitsZMonitor, RouterMonitor |
+| ``gates`` | router's output | float [T, K] | weights of the chosen experts | TransferMonitor |
+| ``n_experts``, else ``weight`` | router | int; [E, d] | number of experts E | RouterMonitor |
+| ``scoring``, ``gate`` | router | str, as of `Router` | how the gates are made | plan (notes) |
+| ``scale`` | attention core | float | factor on the attention logits | LogitsZMonitor |
+| ``head_dim``, ``scaling`` or a synonym | undeclared attention | int; float | size and logit scale of a head | plan |
+| ``top_k`` or a synonym | undeclared MoE | int | experts per token | plan |
+| ``logits`` | any module's output | float tensor | by which the output is judged | coordinate check |
+| ``hparams`` | model | mapping | constructor arguments, to build the base | plan, ``explain`` |
+| ``configure_model`` | model | method | builds the layers, also the base's | plan |
+| ``optimizer`` | model | function: named parameters -> optimizer | makes the optimizer | ``explain``, ``coord-check`` |
+| ``vocab_size`` | model | int | size of the vocabulary | data modules; the text sample of ``fit`` |
+| ``generate`` | model | method: (prompt [S], n) -> ids | continues a prompt | the text sample of ``fit`` |
+| ``tokens_per_batch`` | datamodule | int | tokens in a batch of one process | MuECallback |
+| ``batch_size`` | datamodule or model | int | sequences in a batch of one process | MuECallback |
+| ``context_length`` or a synonym | datamodule or model | int | tokens in a sequence | MuECallback |
+| ``total_steps`` | scheduler | None | filled in with the run's steps | MoELanguageModel |
 """
 
 from __future__ import annotations
@@ -26,7 +51,7 @@ from typing import Any
 
 
 def declared_roles(module: object) -> Mapping[str, str]:
-    """``mue_roles``: name of a module's own parameter -> role; empty if it declares none."""
+    """``mue_roles``: name of an own parameter of a module -> role; empty if it declares none."""
     return getattr(module, "mue_roles", None) or {}
 
 

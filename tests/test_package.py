@@ -10,7 +10,7 @@ import pytest
 import lightning_mue
 
 PACKAGE = Path(lightning_mue.__file__).parent
-#: A package may import those that stand before it (design.md section 1). Packages of one entry are independent.
+#: A package may import those of earlier entries. Packages of one entry are independent.
 ORDER = [
     {"parameterizations", "diagnostics", "kernels"},
     {"optim", "moe"},
@@ -42,6 +42,13 @@ def test_imports_go_one_way(path):
         if top == "lightning_mue" and rest and any(rest[0] in parts for parts in ORDER):
             other = rest[0]
             assert other == own or layer_of(other) < layer_of(own), f"{own} imports {name}"
+
+
+def test_type_checkers_see_the_same_names_in_the_same_modules():
+    tree = ast.parse(Path(lightning_mue.__file__).read_text())
+    (block,) = [n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+    seen = {alias.asname: node.module for node in block.body for alias in node.names}
+    assert seen == {name: f"lightning_mue.{module}" for name, module in lightning_mue._PUBLIC.items()}
 
 
 def test_public_names():

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+import lightning_mue
+
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
 
@@ -24,6 +26,14 @@ def test_example_trains_and_scales():
     plan = trainer.callbacks[0].plan if hasattr(trainer.callbacks[0], "plan") else trainer.callbacks[-1].plan
     assert plan["net.2.weight"].lr == 1 / 16
     assert plan["net.4.weight"].role == "unembedding"
+
+
+def test_names_it_uses_can_be_imported_from_the_package():
+    foreign = {"LearningRateMonitor", "ModelParallelStrategy", "logsumexp"}
+    calls = re.findall(r"`(\w+)(?:\.\w+)?\(", README)  # `plan(...)`, `MoELayer.from_ffn(...)`
+    classes = re.findall(r"`([A-Z]\w+)`", README)
+    assert len(calls) >= 8
+    assert {*calls, *classes} - foreign <= set(lightning_mue.__all__)
 
 
 def test_every_file_it_names_is_there():
