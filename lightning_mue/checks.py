@@ -1,7 +1,4 @@
-"""Checks of arguments, with one form of message for all.
-
-<key>: found X, expected Y. Do Z.
-"""
+"""Checks of arguments. Every message has the form ``<key>: found X, expected Y. Do Z``, made by `mismatch`."""
 
 from __future__ import annotations
 
@@ -12,11 +9,11 @@ from typing import Any
 
 
 def mismatch(key: str, *, found: object, expected: str, do: str = "") -> str:
-    """The message of an error: what was found where something else was expected, and what to do about it.
+    """The message of an error: what was found, what was expected instead, and what to do about it.
 
     Args:
         key: The argument, option or file, as the user wrote it.
-        found: What was found there, as it is to be read.
+        found: What was found there, as the user should read it.
         expected: What was expected instead, without a full stop.
         do: One or more sentences that say what to do.
 

@@ -1,4 +1,4 @@
-"""Text for terminals and logs: a console that is wide enough for tables, what it would print, and counts in three digits."""
+"""Text for terminals and logs: a console wide enough for tables, its output as text, and counts in three digits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rich.console import Console, RenderableType
 
 
 def wide_console() -> Console:
-    """A console in which a table does not break into pieces, also where there is no terminal."""
+    """A console at least 140 columns wide, so that tables do not wrap, also where there is no terminal."""
     console = Console()
     return console if console.width >= 140 else Console(width=140)
 

@@ -1,6 +1,6 @@
 """What the name of a parameter or module means: wrappers, layer indices, heads, embeddings, vectors.
 
-The only place that knows such names. Where the module itself is at hand, its type decides before its name.
+The only place that knows such names. Where the module itself is available, its type decides before its name.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from functools import lru_cache
 
 #: Modules that torch.compile, FSDP1 and activation checkpointing put around another one.
 _INSERTED = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-#: Modules that hold another one under a name that says nothing: DistributedDataParallel, PEFT's LoRA layers.
+#: Attributes under which DistributedDataParallel and PEFT's LoRA layers hold the module that they wrap.
 _HOLDERS = frozenset({"module", "base_layer"})
 #: What weight_norm and spectral_norm of ``torch.nn.utils`` call the parts of a weight.
 _WEIGHT_PARTS = frozenset({"weight_g", "weight_v", "weight_orig"})
 
-#: Last layers that turn the residual stream into logits, as the field calls them; beside these, whatever ends in "head".
+#: Common names of the last layer, from the residual stream to logits; every name that ends in "head" is one, too.
 _HEADS = frozenset(
     {
         "classifier",
@@ -32,11 +32,11 @@ _HEADS = frozenset(
         "to_logits",
     }
 )
-#: Words in the names of look-up tables.
+#: Words in the names of embeddings (look-up tables).
 _EMBEDDINGS = frozenset({"emb", "embs", "embed", "embeds", "embedding", "embeddings", "wte", "wpe"})
-#: Words in the names of parameters that are vectors whatever their shape (a bias of stacked experts is [E, h]).
+#: Words in the names of parameters that count as vectors in any shape (a bias of stacked experts is [E, h]).
 _VECTORS = frozenset({"bias", "biases", "norm", "layernorm", "rmsnorm", "batchnorm", "ln"})
-#: Parameters of state-space models and RWKV that act on each channel by itself although they have two sides.
+#: Parameters of state-space models and RWKV that act on each channel separately although they have two dimensions.
 _ELEMENTWISE = frozenset(
     {"a_log", "a_logs", "log_a", "log_a_real", "a_real", "a_imag", "time_decay", "time_first", "time_faaaa"}
 )
@@ -57,9 +57,9 @@ def clean_name(name: str) -> str:
 
 @lru_cache(maxsize=1 << 17)
 def plain_name(name: str) -> str:
-    """The name that the model's author wrote, without the traces of any wrapper: what the name means can be read off it.
+    """The name that the model's author wrote, without the traces of any wrapper; it shows what a parameter is.
 
-    Several parameters may share it (the parts of a weight-normed weight), so it identifies none.
+    Several parameters may share it (the parts of a weight-normed weight), so it does not identify a parameter.
 
     Example:
         >>> plain_name("module.embed.parametrizations.weight.original1")
@@ -89,7 +89,7 @@ def _is_expert_index(parts: list[str], i: int) -> bool:
 
 @lru_cache(maxsize=1 << 17)
 def split_layer(name: str) -> tuple[str, int]:
-    """Splits off the layer index: the first number in a qualified name; the number of an expert in a list is none.
+    """Splits off the layer index: the first number in a qualified name that is not the index of an expert in a list.
 
     Returns:
         (name with the layer index replaced by ``*``, the index; -1 if there is none).
@@ -109,7 +109,7 @@ def split_layer(name: str) -> tuple[str, int]:
 
 @lru_cache(maxsize=1 << 17)
 def all_indices(name: str) -> str:
-    """A name with every layer index replaced by ``*`` and every expert's number by ``each``.
+    """A name with every layer index replaced by ``*`` and every expert's index by ``each``.
 
     Example:
         >>> all_indices("layers.1.blocks.0.experts.3.w1")
@@ -121,10 +121,10 @@ def all_indices(name: str) -> str:
 
 
 def is_head(name: str) -> bool:
-    """Whether a parameter or module is called an output head, outside the numbered layers.
+    """Whether a parameter or module outside the numbered layers has the name of an output head.
 
-    A list of heads (``heads.0``) holds heads; the layers of one head in a Sequential (``head.0``) are told by their shapes, not
-    by their name.
+    The members of a list of heads (``heads.0``) are heads. The layers of one head in a Sequential (``head.0``) are not: their
+    shapes must tell which is the last.
 
     Example:
         >>> is_head("model.lm_head.weight"), is_head("decoder.layers.0.fc1.weight"), is_head("layers.0.head")
@@ -139,7 +139,7 @@ def is_head(name: str) -> bool:
 
 
 def is_embedding(name: str) -> bool:
-    """Whether a parameter or module is called a look-up table; a list of tables (``value_embeds.0``) holds tables.
+    """Whether a parameter or module has the name of an embedding; so have the members of a list (``value_embeds.0``).
 
     Example:
         >>> is_embedding("transformer.wte.weight"), is_embedding("value_embeds.3.weight"), is_embedding("embed_proj")
@@ -155,7 +155,7 @@ def is_embedding(name: str) -> bool:
 
 
 def is_vector(name: str) -> bool:
-    """Whether a parameter is called a bias, belongs to what is called a norm, or holds the lengths of weight_norm.
+    """Whether a parameter has the name of a bias, belongs to a norm by its name, or holds the lengths of weight_norm.
 
     Example:
         >>> is_vector("blocks.0.experts.b_up"), is_vector("ln_f.weight"), is_vector("blocks.0.w_up")
@@ -168,7 +168,7 @@ def is_vector(name: str) -> bool:
 
 
 def is_elementwise(name: str) -> bool:
-    """Whether a parameter acts on each channel by itself although it has two sides, e.g. ``A_log`` of Mamba.
+    """Whether a parameter acts on each channel separately although it has two dimensions, e.g. ``A_log`` of Mamba.
 
     Example:
         >>> is_elementwise("backbone.layers.0.mixer.A_log")
@@ -179,7 +179,7 @@ def is_elementwise(name: str) -> bool:
 
 @lru_cache(maxsize=1 << 17)
 def _owner(name: str) -> tuple[str, bool, bool]:
-    """(lower-case name of the layer that a parameter belongs to, a number follows it, it lies in a numbered layer)."""
+    """(lower-case name of a parameter's layer, whether a number follows it, whether it lies inside a numbered layer)."""
     path = plain_name(name).lower().split(".")
     if len(path) > 1 and path[-1] in ("weight", "bias"):
         path = path[:-1]
@@ -187,10 +187,10 @@ def _owner(name: str) -> tuple[str, bool, bool]:
     return path[last], last < len(path) - 1, any(part.isdigit() for part in path[:last])
 
 
-#: What loggers treat specially in a metric's key.
+#: Characters that loggers treat specially in the key of a metric.
 _SPECIAL = re.compile(r"[^\w.\-]+")
 
 
 def metric_name(name: str) -> str:
-    """A qualified name as part of a metric's key: no characters that loggers treat specially; ``root`` for the empty name."""
+    """A qualified name as part of a metric's key, without characters that loggers treat specially; ``root`` if empty."""
     return _SPECIAL.sub("_", name) or "root"

@@ -1,4 +1,4 @@
-"""DTensors and plain tensors alike: whether a tensor is sharded, this rank's part of it, and the whole of it."""
+"""DTensors and plain tensors: whether a tensor is sharded, this rank's part of it, and the whole of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def is_sharded(tensor: object) -> bool:
-    """Whether a tensor is a DTensor, asked without importing what builds of torch without distributed lack."""
+    """Whether a tensor is a DTensor. Imports nothing, because builds of torch without distributed have no DTensor."""
     return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
 
 
@@ -26,7 +26,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def cutting_dims(tensor: Any) -> tuple[Any, tuple[int, ...]]:
-    """The mesh of a DTensor and those of its dimensions over which the tensor is cut; (None, ()) for a plain tensor."""
+    """The mesh of a DTensor and the mesh dimensions over which it is sharded; (None, ()) for a plain tensor."""
     if not is_sharded(tensor):
         return None, ()
     return tensor.device_mesh, tuple(i for i, placement in enumerate(tensor.placements) if hasattr(placement, "dim"))
