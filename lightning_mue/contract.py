@@ -2,7 +2,7 @@
 
 All of them are optional and read by name, so no class of this package has to be inherited from or imported.
 
-Names that begin with ``mue_``, and the sizes of a branch, are read in this file only; other files call its functions:
+These are read in this file only; other files call its functions:
 
 | attribute | on | type | meaning | read by |
 |---|---|---|---|---|
@@ -18,6 +18,7 @@ Names that begin with ``mue_``, and the sizes of a branch, are read in this file
 | ``mue_scaled`` | param group (key) | bool | the factors are in it already (`param_groups`) | MuECallback |
 | ``active_width`` | branch | int | hidden width that a token passes through | plan |
 | ``n_experts``, ``top_k``, ``expert_width`` | MoE branch | int | its sizes | plan |
+| ``flops_per_token`` | model | method -> number | FLOPs of one token in training, forward and backward | ThroughputMonitor |
 
 Ordinary attributes, read where they are needed:
 
@@ -111,6 +112,12 @@ def is_attention_core(module: object) -> bool:
 def returns_lm_logits(module: object) -> bool:
     """``mue_role_of_output``: whether a module declares its output to be the LM logits."""
     return getattr(module, "mue_role_of_output", None) == "lm_logits"
+
+
+def flops_per_token(module: object) -> float | None:
+    """``flops_per_token()``: FLOPs of one token in training, forward and backward; None if a module has no such method."""
+    count = getattr(module, "flops_per_token", None)
+    return float(count()) if callable(count) else None
 
 
 def declared_family(optimizer: object) -> Any:
