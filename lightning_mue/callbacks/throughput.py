@@ -62,7 +62,7 @@ class ThroughputMonitor(Callback):
         )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts anew, and writes the TensorBoard page, unless another callback has."""
+        """Resets the clock, and writes the TensorBoard page, unless another callback has."""
         self._clock = self._paused = None
         tensorboard_page.write(trainer)
 

@@ -168,7 +168,7 @@ class MuECallback(Callback):
         self.plan = plan = self.make_plan(pl_module, trainer.optimizers, trainer)
         self._module = weakref.ref(pl_module)
         has_checkpoint = checks.resumes(trainer)
-        # A strategy that restores later says nothing of it yet; what it restores overwrites what is drawn here.
+        # A strategy that restores after setup has not read the checkpoint yet; it will overwrite what is drawn here.
         late = trainer.strategy.restore_checkpoint_after_setup
         resumed = not late and (self._resumed or has_checkpoint)
         if resumed:

@@ -154,7 +154,7 @@ def _warn_of_kept_weights(pl_module: LightningModule, last: ScalingPlan, plan: S
     if {entry.name: entry.init for entry in last.parameters} != {entry.name: entry.init for entry in plan.parameters}:
         rank_zero_warn(
             f"MuECallback: {type(pl_module).__name__} was fitted before under another plan ({last.rule}; now {plan.rule}). Its "
-            "weights were kept, so the initial stds in the table of the plan do not hold. Make a new module to start anew."
+            "weights were kept, so the initial stds in the table of the plan do not hold. Make a new module to draw new weights."
         )
 
 

@@ -1,4 +1,4 @@
-"""Alarm: tells a sustained deviation from a single bad sample."""
+"""Alarm: distinguishes a sustained deviation from a single bad sample."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ class TransferMonitor(SampledMonitor):
 
     @property
     def state_key(self) -> str:
-        """Tells several monitors of one run apart."""
+        """Distinguishes several monitors of one run."""
         return self._generate_state_key(record=str(self.record), compare=str(self.compare))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
