@@ -1,6 +1,6 @@
-"""One TensorBoard page that answers "is this run healthy?": the custom-scalars layout shared by all callbacks.
+"""One TensorBoard page of custom scalars that answers "is this run healthy?", shared by all callbacks.
 
-TensorBoard keeps only the last layout that a run writes, so callbacks `register` their charts (in ``setup`` or
+TensorBoard keeps only the last page that a run writes, so callbacks `register` their charts (in ``setup`` or
 ``on_fit_start``) and the first of them to reach ``on_train_start`` writes all of them (`write`).
 """
 
@@ -13,11 +13,13 @@ from weakref import WeakKeyDictionary
 
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from lightning_mue.checks import mismatch
+
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 #: category -> chart title -> regexes of tags
-Layout = dict[str, dict[str, list[str]]]
+Charts = dict[str, dict[str, list[str]]]
 
 #: Shown for every run. `Trainer` appends "_step" to a metric logged both by step and by epoch.
 TRAINING_CHARTS: Mapping[str, Sequence[str]] = {
@@ -27,7 +29,7 @@ TRAINING_CHARTS: Mapping[str, Sequence[str]] = {
     "Learning rate": [r"lr(-.*)?"],
 }
 
-_layouts: WeakKeyDictionary[Trainer, Layout] = WeakKeyDictionary()
+_registered: WeakKeyDictionary[Trainer, Charts] = WeakKeyDictionary()
 _written: WeakKeyDictionary[TensorBoardLogger, dict[str, Any]] = WeakKeyDictionary()
 
 
@@ -46,9 +48,9 @@ def register(trainer: Trainer, category: str, charts: Mapping[str, Sequence[str]
     Raises:
         ValueError: If a tag is not a valid regular expression.
     """
-    layout = _layouts.setdefault(trainer, {"Training": {title: list(tags) for title, tags in TRAINING_CHARTS.items()}})
+    page = _registered.setdefault(trainer, {"Training": {title: list(tags) for title, tags in TRAINING_CHARTS.items()}})
     for title, tags in charts.items():
-        known = layout.setdefault(category, {}).setdefault(title, [])
+        known = page.setdefault(category, {}).setdefault(title, [])
         known.extend(_valid(tag, title) for tag in tags if tag not in known)
 
 
@@ -58,27 +60,27 @@ def write(trainer: Trainer) -> None:
     Args:
         trainer: A trainer that has begun to train. With nothing registered, or no TensorBoardLogger, nothing happens.
     """
-    layout = _layouts.get(trainer)
-    if layout is None or not trainer.is_global_zero:
+    registered = _registered.get(trainer)
+    if registered is None or not trainer.is_global_zero:
         return
     for logger in trainer.loggers:
         if not isinstance(logger, TensorBoardLogger):
             continue
-        page = _page(layout, logger._prefix)
+        page = _page(registered, logger._prefix)
         if _written.get(logger) != page:
             logger.experiment.add_custom_scalars(page)
             _written[logger] = page
 
 
-def _page(layout: Layout, prefix: str) -> dict[str, Any]:
-    """The layout in the form of ``SummaryWriter.add_custom_scalars``.
+def _page(registered: Charts, prefix: str) -> dict[str, Any]:
+    """The charts in the form of ``SummaryWriter.add_custom_scalars``.
 
     TensorBoard anchors a regex at the start only: without the ``$``, ``z/router`` would also draw ``z/router_max``.
     """
     start = re.escape(f"{prefix}-") if prefix else ""
     return {
         category: {title: ["Multiline", [f"{start}({tag})$" for tag in tags]] for title, tags in charts.items()}
-        for category, charts in layout.items()
+        for category, charts in registered.items()
     }
 
 
@@ -87,7 +89,11 @@ def _valid(tag: str, title: str) -> str:
         re.compile(tag)
     except re.error as error:
         raise ValueError(
-            f"charts[{title!r}] holds the tag {tag!r}, which is not a valid regular expression ({error}). Tags in a "
-            "custom-scalars chart are regular expressions: pass a literal tag through re.escape."
+            mismatch(
+                f"charts[{title!r}]",
+                found=f"the tag {tag!r}, which is not a valid regular expression ({error})",
+                expected="regular expressions",
+                do="Pass a literal tag through re.escape.",
+            )
         ) from error
     return tag

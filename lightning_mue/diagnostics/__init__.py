@@ -1,6 +1,6 @@
-"""Stability diagnostics: pure functions on tensors that know nothing of Lightning (theory.md section 6).
+"""Stability diagnostics: pure functions on tensors that know nothing of Lightning (docs/theory.md section 6).
 
-Every function computes in float32 whatever the input's dtype, changes nothing in place and returns a tensor. NaN in
+Every function computes in float32 for inputs of any dtype, changes nothing in place and returns a tensor. NaN in
 the input gives NaN in the output: a diagnostic never hides a broken activation. Unless a docstring says otherwise, a
 mean over nothing (an empty batch) is NaN.
 """

@@ -1,7 +1,7 @@
-"""Activation diagnostics: the scale of a branch output and how heavy its tails are.
+"""Activation diagnostics: the scale of a branch output and how heavy its tails are (docs/theory.md section 6).
 
-Two ways to the same numbers: one function a metric for a tensor in hand, and a mergeable summary (`activation_summary`,
-`merge_summaries`, `summary_metrics`) for a tensor that arrives in pieces, over several forward calls or ranks.
+Each metric can be computed in two ways: by a function of one tensor, and from a mergeable summary (`activation_summary`,
+`merge_summaries`, `summary_metrics`) of a tensor that arrives in pieces, over several forward calls or ranks.
 
 Shape legend: T tokens, d features.
 """
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from lightning_mue.checks import mismatch
 
 #: Elements of the largest float32 temporary (64 MiB).
 CHUNK_ELEMENTS = 1 << 24
@@ -76,7 +78,7 @@ def outlier_percent(x: Tensor, threshold: float = 5.0) -> Tensor:
 
 
 def activation_summary(x: Tensor, threshold: float = 5.0) -> Tensor:
-    """What `summary_metrics` needs to know of ``x``, in a form that merges exactly.
+    """The statistics of ``x`` for `summary_metrics`, in a form that merges exactly.
 
     Central moments rather than power sums, because a mean much larger than the spread would cancel a float32 sum of
     fourth powers. Works on chunks of tokens, so that the float32 temporaries stay small.
@@ -160,7 +162,7 @@ def _moments_about(summary: Tensor, shift: Tensor) -> Tensor:
 
 
 def _outliers(x_Td: Tensor, threshold: float) -> Tensor:
-    """Number of outlier entries; NaN where a token is not finite, since a comparison with NaN would count as none."""
+    """Number of outlier entries; NaN where a token is not finite, since comparisons with NaN are false."""
     variance_T1, mean_T1 = torch.var_mean(x_Td, dim=-1, correction=0, keepdim=True)
     count_T1 = ((x_Td - mean_T1).abs() > threshold * variance_T1.sqrt()).sum(dim=-1, keepdim=True)
     return torch.where(variance_T1.isfinite(), count_T1.float(), float("nan")).sum()
@@ -168,5 +170,7 @@ def _outliers(x_Td: Tensor, threshold: float) -> Tensor:
 
 def _as_tokens(x: Tensor) -> Tensor:
     if x.ndim == 0:
-        raise ValueError("x is a scalar, but activation metrics need [..., features]. Pass the branch output itself.")
+        raise ValueError(
+            mismatch("x", found="a scalar", expected="shape [..., features]", do="Pass the branch output itself.")
+        )
     return x.flatten(0, -2) if x.ndim > 1 else x.unsqueeze(0)

@@ -1,4 +1,4 @@
-"""Routing diagnostics: is the load balanced, and is the router decided?
+"""Routing diagnostics: balance of the load and entropy of the routing decisions (docs/theory.md section 6).
 
 Shape legend: T tokens, E experts. A load or count vector [E] may carry leading dimensions [..., E]; each row is then
 measured by itself.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from lightning_mue.checks import mismatch
 
 
 def max_violation(load: Tensor) -> Tensor:
@@ -81,9 +83,9 @@ def dead_experts(counts: Tensor) -> Tensor:
 def router_entropy(logits: Tensor) -> Tensor:
     """Mean over tokens of the entropy of softmax(logits) over the experts, in nats.
 
-    Near ln(E) the router does not tell tokens apart; near 0 it is certain. Read it beside `load_entropy`: a healthy
-    router is decided for each token (low here) yet balanced over tokens (high there). A sigmoid router is measured
-    through the same softmax, so that curves of different routers compare.
+    Near ln(E) all experts are equally likely for every token; near 0 the choice is certain. In a healthy router this one is
+    low (certain for each token) and `load_entropy` is high (balanced over tokens). A sigmoid router is measured through the
+    same softmax, so that curves of different routers compare.
 
     Args:
         logits: [..., E] router logits, before any balance bias.
@@ -101,7 +103,11 @@ def router_entropy(logits: Tensor) -> Tensor:
 def _per_expert(x: Tensor, name: str) -> Tensor:
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(
-            f"{name} has shape {list(x.shape)}, but its last dimension must hold at least one expert. Pass one number "
-            "for each expert, zeros included."
+            mismatch(
+                name,
+                found=f"shape {list(x.shape)}",
+                expected="at least one expert in the last dimension",
+                do="Pass one number for each expert, zeros included.",
+            )
         )
     return x.float()

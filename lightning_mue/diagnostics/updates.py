@@ -1,4 +1,4 @@
-"""Update diagnostics: how far one optimizer step moved a weight (theory.md section 6, "update RMS ratio").
+"""Update diagnostics: how far one optimizer step moved a weight (docs/theory.md section 6).
 
 A weight may be huge, sharded or a stack of experts, so it is measured on a fixed sample of its elements, spread evenly
 over the whole tensor; the sums of several shards (ranks) simply add up.
@@ -35,7 +35,7 @@ def even_sample(x: Tensor, max_elements: int) -> Tensor:
 
 
 def update_summary(before: Tensor, after: Tensor) -> Tensor:
-    """What `update_rms` and `weight_rms` need to know of one step, in a form that adds up over shards and ranks.
+    """The statistics of one step for `update_rms` and `weight_rms`, in a form that adds up over shards and ranks.
 
     Args:
         before: Weights (or a sample of them) before the step, any shape and floating dtype.
@@ -61,7 +61,7 @@ def weight_rms(summary: Tensor) -> Tensor:
 
 
 def update_ratio(before: Tensor, after: Tensor) -> Tensor:
-    """Update RMS ratio ``rms(W_{t+1} - W_t) / rms(W_t)``, float32 scalar (theory.md section 6).
+    """Update RMS ratio ``rms(W_{t+1} - W_t) / rms(W_t)``, float32 scalar (docs/theory.md section 6).
 
     Infinite for a weight that was all zero; NaN when it is empty or did not move from zero.
     """

@@ -1,4 +1,4 @@
-"""Z-values: how far logits have drifted from a normalized log-probability.
+"""Z-values: how far logits are from normalized log-probabilities (docs/theory.md section 6).
 
 Shape legend: B batch, Hq query heads, Hkv key/value heads, G = Hq / Hkv query heads a key head, S query positions,
 N key positions, C query positions in a chunk, k head dimension, V classes, R rows of logits.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from lightning_mue.checks import mismatch
 
 #: Elements of the largest float32 temporary (64 MiB): logits are widened and scored a chunk at a time.
 CHUNK_ELEMENTS = 1 << 24
@@ -32,8 +34,12 @@ def z_value(logits: Tensor, dim: int = -1) -> Tensor:
     """
     if logits.ndim == 0 or logits.shape[dim] == 0:
         raise ValueError(
-            f"logits has shape {list(logits.shape)}, but z_value needs at least one class along dim={dim}. "
-            "Pass the logits themselves, not a loss."
+            mismatch(
+                "logits",
+                found=f"shape {list(logits.shape)}",
+                expected=f"at least one class along dim={dim}",
+                do="Pass the logits themselves, not a loss.",
+            )
         )
     x_RV = logits.movedim(dim, -1).reshape(-1, logits.shape[dim])
     rows = max(1, CHUNK_ELEMENTS // x_RV.shape[1])
@@ -84,20 +90,18 @@ def attention_z_value(q: Tensor, k: Tensor, scale: float, causal: bool = True) -
 
 
 def _check_attention_shapes(q: Tensor, k: Tensor, causal: bool) -> None:
-    found = f"q has shape {list(q.shape)} and k has shape {list(k.shape)}"
     if q.ndim != 4 or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(
-            f"{found}, but attention_z_value needs q [batch, query heads, positions, head dimension] and k [batch, "
-            "key heads, positions, head dimension] with equal batch and head dimension. Transpose heads before "
-            "positions."
+        expected = (
+            "q [batch, query heads, positions, head dimension] and k [batch, key heads, positions, head dimension] with equal "
+            "batch and head dimension"
         )
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
-        raise ValueError(
-            f"{found}, but the {q.shape[1]} query heads cannot be shared out evenly over the {k.shape[1]} key heads. "
-            "Grouped-query attention needs a multiple; check the order of the dimensions."
-        )
-    if k.shape[2] == 0 or (causal and k.shape[2] < q.shape[2]):
-        raise ValueError(
-            f"{found}, so some query sees no key and its logsumexp is undefined. Pass at least as many key as query "
-            "positions with causal=True, and at least one key otherwise."
-        )
+        do = "Transpose heads before positions."
+    elif k.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
+        expected = f"query heads ({q.shape[1]}) that divide evenly among the key heads ({k.shape[1]})"
+        do = "Check the order of the dimensions."
+    elif k.shape[2] == 0 or (causal and k.shape[2] < q.shape[2]):
+        expected = "a key for every query; some query sees none, so its logsumexp is undefined"
+        do = "Pass at least as many key as query positions with causal=True, and at least one key otherwise."
+    else:
+        return
+    raise ValueError(mismatch("q, k", found=f"shapes {list(q.shape)} and {list(k.shape)}", expected=expected, do=do))

@@ -84,5 +84,5 @@ def test_nan_is_not_hidden():
 
 @pytest.mark.parametrize("function", [dead_experts, load_entropy, load_max_fraction, max_violation, router_entropy])
 def test_refuses_no_experts(function):
-    with pytest.raises(ValueError, match="at least one expert"):
+    with pytest.raises(ValueError, match=r"(load|counts|logits): found .*at least one expert"):
         function(torch.empty(3, 0))

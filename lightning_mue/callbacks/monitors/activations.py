@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_mue.callbacks.monitors.probes import Probe, find_modules, first_tensor, layer_labels, over_layers
 from lightning_mue.callbacks.monitors.sampling import SampledMonitor
+from lightning_mue.checks import mismatch
 from lightning_mue.contract import branch_kind
 from lightning_mue.diagnostics import activation_summary, merge_summaries, summary_metrics
 from lightning_mue.diagnostics.activation import SUMMARY_SIZE
@@ -45,7 +46,7 @@ class ActivationOutlierMonitor(SampledMonitor):
     A branch is a module with ``mue_branch = "attention"`` or ``"ffn"`` (or any other string), whose ``forward`` returns
     [..., features]. Metrics, for each branch kind and layer ("ffn/03"), over the global batch:
 
-    - ``stability/rms/<branch>/<layer>``: root mean square of the whole tensor.
+    - ``stability/rms/<branch>/<layer>``: root mean square of the whole tensor (docs/theory.md section 6, as all of these).
     - ``stability/outlier_percent/...``: % of entries over ``threshold`` standard deviations from their token's mean.
     - ``stability/max_over_rms/...`` and ``stability/kurtosis/...``: of the whole tensor.
 
@@ -71,9 +72,8 @@ class ActivationOutlierMonitor(SampledMonitor):
     def __init__(self, every_n_steps: int | None = None, *, threshold: float = 5.0) -> None:
         super().__init__(every_n_steps)
         if not threshold > 0:
-            raise ValueError(
-                f"threshold is {threshold}, but it must be a positive number of standard deviations; 5 is usual."
-            )
+            expected = "a positive number of standard deviations"
+            raise ValueError(mismatch("threshold", found=threshold, expected=expected, do="5 is usual."))
         self.threshold = threshold
 
     def find_probes(self, pl_module: LightningModule) -> list[Probe]:

@@ -18,6 +18,7 @@ from lightning_mue.callbacks.monitors.probes import (
     over_layers,
 )
 from lightning_mue.callbacks.monitors.sampling import SampledMonitor
+from lightning_mue.checks import mismatch
 from lightning_mue.contract import declared_roles, is_attention_core, is_router, returns_lm_logits
 from lightning_mue.diagnostics import attention_z_value, z_value
 from lightning_mue.names import is_head
@@ -50,13 +51,13 @@ class _AttentionZProbe(_ZProbe):
 
 
 class LogitsZMonitor(SampledMonitor):
-    """Logs the Z-value, the mean of ``logsumexp(logits)^2``, of every kind of logits in the model.
+    """Logs the Z-value, the mean of ``logsumexp(logits)^2`` (docs/theory.md section 6), of every kind of logits in the model.
 
     Metrics (the layer is the block's index, "03"): ``stability/z/lm_logits``; ``stability/z/attention/<layer>`` and
     ``stability/z/router/<layer>``, each with ``_mean`` and ``_max`` over layers. Means are over the global batch. A model
     with several heads (multi-token prediction) logs ``stability/z/lm_logits/<head>`` for each.
 
-    What is watched is found by attributes:
+    The logits are found by attributes:
 
     - LM logits: the output of a module with ``mue_role_of_output = "lm_logits"``; else of the module whose ``mue_roles``
       give one of its own parameters the role "unembedding"; else of the outermost linear layer that is called a
@@ -116,8 +117,12 @@ class LogitsZMonitor(SampledMonitor):
             return _infer_lm_heads(modules)
         if self.lm_logits not in modules:
             raise ValueError(
-                f"lm_logits is {self.lm_logits!r}, but {type(pl_module).__name__} has no module of that name. Pass a "
-                f"name from named_modules(), such as one of {[name for name in modules if name][-8:]}."
+                mismatch(
+                    "lm_logits",
+                    found=repr(self.lm_logits),
+                    expected=f"the name of a module of {type(pl_module).__name__}",
+                    do=f"Give a name from named_modules(), such as one of {[name for name in modules if name][-8:]}.",
+                )
             )
         return {self.lm_logits: modules[self.lm_logits]}
 

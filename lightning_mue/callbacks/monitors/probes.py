@@ -1,4 +1,4 @@
-"""Probes: what a sampled monitor knows about one watched module; how modules are found and named in the metrics."""
+"""Probes, each of which measures one module for a sampled monitor; how modules are found and named in the metrics."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Probe(ABC):
         """Return tag -> value from the merged statistics, float64 [size] on the CPU; empty if nothing was seen."""
 
     def attach(self, device: torch.device) -> RemovableHandle:
-        """Hook the module and forget the step before. The hook keeps no graph and computes outside autocast."""
+        """Hook the module and forget the previous step. The hook keeps no graph and computes outside autocast."""
         self.total = None
 
         def hook(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
@@ -60,7 +60,7 @@ class Probe(ABC):
 def find_modules(root: nn.Module, matches: Callable[[nn.Module], bool]) -> dict[str, nn.Module]:
     """Map the qualified name of each module below (and including) ``root`` that matches to the module.
 
-    Names are those of the bare model: the parts that `torch.compile`, activation checkpointing and FSDP insert are cut.
+    Names are those of the bare model: without the parts that `torch.compile`, activation checkpointing and FSDP insert.
     """
     return {clean_name(name): module for name, module in root.named_modules() if matches(module)}
 

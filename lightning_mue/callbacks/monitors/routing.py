@@ -1,4 +1,4 @@
-"""RouterMonitor: load balance and decidedness of every router."""
+"""RouterMonitor: load balance and token entropy of every router."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_mue.callbacks.monitors.probes import Probe, counted_logits, find_modules, layer_labels, over_layers
 from lightning_mue.callbacks.monitors.sampling import SampledMonitor
+from lightning_mue.checks import mismatch
 from lightning_mue.contract import is_router
 from lightning_mue.diagnostics import dead_experts, load_entropy, load_max_fraction, max_violation, router_entropy
 from lightning_mue.moe.balance import warn_of_missing_callbacks
@@ -29,8 +30,12 @@ class _RouterProbe(Probe):
             return None
         if counts_E.numel() != self.size - 2:
             raise ValueError(
-                f"The router {self.label!r} returned counts of {counts_E.numel()} experts, but its n_experts (or the rows "
-                f"of its weight) say {self.size - 2}. Return one count for each expert, zeros included."
+                mismatch(
+                    f"router {self.label}",
+                    found=f"counts of {counts_E.numel()} experts",
+                    expected=f"{self.size - 2}, which is its n_experts (or the rows of its weight)",
+                    do="Return one count for each expert, zeros included.",
+                )
             )
         tokens = logits_TE.shape[0]
         entropy = router_entropy(logits_TE) * tokens if tokens else logits_TE.new_zeros((), dtype=torch.float32)
@@ -51,7 +56,7 @@ class _RouterProbe(Probe):
 
 
 class RouterMonitor(SampledMonitor):
-    """Logs whether the experts' load is balanced and whether the routers are decided.
+    """Logs the balance of the experts' load and the entropy of the routers' decisions (docs/theory.md section 6).
 
     A router is a module with ``mue_router = True`` whose output has ``logits`` [T, E] and ``counts`` [E]; E is its
     ``n_experts``, or else the rows of its ``weight``. The loads are summed over ranks before anything is computed from
@@ -83,7 +88,7 @@ class RouterMonitor(SampledMonitor):
     }
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the routers, and see whether what their balance needs is there."""
+        """Find the routers, and warn of callbacks that their balance needs and the Trainer lacks."""
         super().on_fit_start(trainer, pl_module)
         warn_of_missing_callbacks(trainer, pl_module)
 
@@ -112,6 +117,10 @@ def _n_experts(module: nn.Module, label: str) -> int:
     if isinstance(weight, Tensor) and weight.ndim == 2:
         return weight.shape[0]
     raise ValueError(
-        f"The router {label!r} ({type(module).__name__}) says nowhere how many experts it has. Give it an integer "
-        "attribute n_experts, or a weight [n_experts, width]."
+        mismatch(
+            f"router {label}",
+            found=f"{type(module).__name__} without a number of experts",
+            expected="an integer attribute n_experts, or a weight [n_experts, width]",
+            do="Give it one of them.",
+        )
     )

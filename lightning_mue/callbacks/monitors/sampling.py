@@ -2,18 +2,16 @@
 
 A `SampledMonitor` finds `Probe`s when fitting begins. When a batch begins whose optimizer step will be logged, each
 probe hooks its module; while the batch runs, it adds up a short float32 vector on the device; when the batch ends, the
-hooks go, the vectors of all probes are gathered over ranks in ONE collective, merged, turned into metrics and logged.
-
-What shapes this:
+hooks are removed, and the vectors of all probes are gathered over ranks in ONE collective, merged, turned into metrics and
+logged.
 
 - With gradient accumulation only the micro-batch that steps is sampled: the metrics describe one micro-batch on every
   rank.
-- Metrics go straight to the loggers, as `LearningRateMonitor` sends them, and not through ``LightningModule.log``:
-  that one writes only when ``trainer.log_every_n_steps`` says so, would repeat a stale value between two samples, and
-  knows nothing of a monitor's own period. They also go to ``trainer.callback_metrics``, so that early stopping and
-  checkpointing can monitor them.
-- They are logged at the zero-based index of the optimizer step (``trainer.global_step`` when the batch begins), which is
-  where the Trainer puts the values of ``self.log`` for that step: a monitor and ``train/loss`` share their x axis.
+- Metrics go directly to the loggers, as those of `LearningRateMonitor` do, and not through ``LightningModule.log``, which
+  writes only every ``trainer.log_every_n_steps``, would repeat a stale value between two samples, and has no period of each
+  monitor's own. They also go to ``trainer.callback_metrics``, for early stopping and checkpointing.
+- They are logged at the zero-based index of the optimizer step (``trainer.global_step`` when the batch begins), as the
+  Trainer logs the values of ``self.log``: a monitor and ``train/loss`` share their x axis.
 - Compiled modules run their forward and backward eagerly in a sampled step, because a hook added after compilation
   does not fire inside compiled code, and one present at compilation would stay in it.
 - A module that runs again in the backward pass (activation checkpointing) is measured twice, which changes no metric:
@@ -36,6 +34,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_mue.callbacks import tensorboard_page
 from lightning_mue.callbacks.monitors.probes import Probe
+from lightning_mue.checks import require_integer
 
 
 class SampledMonitor(Callback, ABC):
@@ -61,7 +60,9 @@ class SampledMonitor(Callback, ABC):
 
     def __init__(self, every_n_steps: int | None = None) -> None:
         if every_n_steps is not None:
-            _check_period(every_n_steps)
+            require_integer(
+                "every_n_steps", every_n_steps, 1, do="It counts optimizer steps; None follows log_every_n_steps."
+            )
         self.every_n_steps = every_n_steps
         self._probes: list[Probe] = []
         self._handles: list[RemovableHandle] = []
@@ -86,7 +87,7 @@ class SampledMonitor(Callback, ABC):
         if self._probes:
             tensorboard_page.register(trainer, self.category, self.charts)
         else:
-            self._warn("empty", f"found nothing to watch: it looks for {self.looks_for}. It will log nothing.")
+            self._warn("empty", f"found nothing to watch, expected {self.looks_for}. It will log nothing.")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the TensorBoard page, once for all callbacks."""
@@ -128,7 +129,7 @@ class SampledMonitor(Callback, ABC):
             logger.log_metrics(metrics, step=self._step)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remove hooks left by a batch that did not end: the module's on_train_batch_start skipped the epoch's rest."""
+        """Remove hooks left by a batch that did not end, because on_train_batch_start of the module ended the epoch."""
         self._detach()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -201,7 +202,7 @@ def will_step(trainer: Trainer, batch_idx: int) -> bool:
 
 
 class _EagerSteps:
-    """Runs compiled code eagerly while at least one monitor holds it so; monitors may let go in any order."""
+    """Runs compiled code eagerly while at least one monitor asks for it; monitors may release it in any order."""
 
     def __init__(self) -> None:
         self._holders: set[int] = set()
@@ -224,15 +225,3 @@ _EAGER = _EagerSteps()
 
 def _is_compiled(module: nn.Module) -> bool:
     return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-
-
-def _check_period(every_n_steps: int) -> None:
-    if not isinstance(every_n_steps, int) or isinstance(every_n_steps, bool):
-        raise TypeError(
-            f"every_n_steps is {every_n_steps!r}, but it must be an integer number of optimizer steps, or None to follow "
-            "the Trainer's log_every_n_steps."
-        )
-    if every_n_steps < 1:
-        raise ValueError(
-            f"every_n_steps is {every_n_steps}, but it must be at least 1. To log nothing, leave the monitor out."
-        )

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_mue.callbacks import tensorboard_page
 from lightning_mue.callbacks.mue import checks
+from lightning_mue.callbacks.mue.announcement import announce
+from lightning_mue.callbacks.mue.averages import copy_to_averages
+from lightning_mue.callbacks.mue.process_group import set_process_groups
+from lightning_mue.callbacks.mue.rates import effective_rates
 from lightning_mue.callbacks.mue.run import known_to, run_sizes
-from lightning_mue.console import wide_console
-from lightning_mue.moe.balance import warn_of_missing_callbacks
 from lightning_mue.parameterizations import Parameterization, ScaledStep, ScalingPlan, get_rule, initialize, plan
 from lightning_mue.parameterizations.applying.weights import family_of, has_weights, keep_weights, named_tensors
 from lightning_mue.parameterizations.planning.multipliers import set_multipliers
-from lightning_mue.parameterizations.planning.render import as_markdown, headline
 from lightning_mue.parameterizations.reading.base import Base
 from lightning_mue.parameterizations.rules.kinds import Family
 
-_log = logging.getLogger(__name__)
 #: Attribute of a module that holds the plan of its last fit.
 _LAST_PLAN = "_mue_last_plan"
 
@@ -40,7 +38,9 @@ class MuECallback(Callback):
     base size it changes nothing, bit for bit. Logs ``mue/lr/<role>``, the rate that each role really had.
 
     Works on one device, with DDP, and with FSDP2 (ModelParallelStrategy); several optimizers (automatic or manual
-    optimization) may be of different families.
+    optimization) may be of different families. Under DDP it also tells each HyperSphereOptimizer without a ``process_group``
+    that the ranks are replicas, so that each rank orthogonalizes a part of the matrices and none is orthogonalized twice. (Not
+    where DDP ignores some of the module's parameters, or averages weights instead of gradients.)
 
     Args:
         rule: ``complete-mue``, ``complete-p``, ``moe-dmft``, ``mssp``, ``hyperp`` (for HyperSphereOptimizer or Muon), ``mup``,
@@ -147,11 +147,9 @@ class MuECallback(Callback):
         return {name: held.get(id(p), families[0]) for name, p in named_tensors(module).items()}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuses strategies that hide the parameters, and warns where training may start before the plan is applied."""
+        """Refuses strategies that flatten the parameters, and warns where training may start before the plan is applied."""
         self._resumed, self._saved_plan = False, None
-        checks.refuse_flattening(trainer)
-        checks.warn_of_tuners(trainer)
-        checks.warn_of_compiled(pl_module)
+        checks.check_setup(trainer, pl_module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Takes the plan out of a checkpoint, and refuses another one where fit has begun already (FSDP2)."""
@@ -161,68 +159,37 @@ class MuECallback(Callback):
         self._saved_plan = ScalingPlan.from_dict(state["plan"]) if "plan" in state else None
         self._resumed = True
         if trainer.state.fn == TrainerFn.FITTING and trainer.strategy.restore_checkpoint_after_setup:
-            self._refuse_other_plan()
+            assert self.plan is not None
+            checks.refuse_other_plan(self._saved_plan, self.plan)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Applies the plan: multipliers always; initial weights once; scaled steps for this fit."""
         self._detach()
-        checks.refuse_strange_parameters(trainer, pl_module)
-        self.plan = self.make_plan(pl_module, trainer.optimizers, trainer)
+        self.plan = plan = self.make_plan(pl_module, trainer.optimizers, trainer)
         self._module = weakref.ref(pl_module)
-        # A strategy that restores later says nothing of it yet; what it restores overwrites what is drawn here.
+        has_checkpoint = checks.resumes(trainer)
+        # A strategy that restores after setup has not read the checkpoint yet; it will overwrite what is drawn here.
         late = trainer.strategy.restore_checkpoint_after_setup
-        resumed = not late and (self._resumed or checks.resumes(trainer))
+        resumed = not late and (self._resumed or has_checkpoint)
         if resumed:
-            self._refuse_other_plan()
+            checks.refuse_other_plan(self._saved_plan, plan)
+        starts = self.initialize and not (resumed or has_checkpoint)
+        checks.check_fit_start(trainer, pl_module, plan, last=getattr(pl_module, _LAST_PLAN, None) if starts else None)
         drawn = self.initialize and not resumed and not has_weights(pl_module)
         if drawn:
-            initialize(pl_module, self.plan, seed=self.seed)
-            checks.copy_to_averages(trainer, pl_module)
+            initialize(pl_module, plan, seed=self.seed)
         else:  # restored, loaded, or trained before: the weights stay
-            set_multipliers(pl_module, self.plan.multipliers)
-            if self.initialize and not (resumed or checks.resumes(trainer)):
-                checks.warn_of_kept_weights(pl_module, getattr(pl_module, _LAST_PLAN, None), self.plan)
+            set_multipliers(pl_module, plan.multipliers)
         keep_weights(pl_module)
-        setattr(pl_module, _LAST_PLAN, self.plan)
-        if not self.plan.same_size:
-            self._steps = [ScaledStep(optimizer, self.plan, pl_module) for optimizer in trainer.optimizers]
+        setattr(pl_module, _LAST_PLAN, plan)
+        if drawn:
+            copy_to_averages(trainer, pl_module)
+        set_process_groups(trainer)
+        if not plan.same_size:
+            self._steps = [ScaledStep(optimizer, plan, pl_module) for optimizer in trainer.optimizers]
             self._logged = 0
             tensorboard_page.register(trainer, "Training", {"Effective learning rate by role": ["mue/lr/.*"]})
-        checks.warn_of_optimizers(trainer, pl_module, self.plan)
-        warn_of_missing_callbacks(trainer, pl_module)
-        self._announce(trainer, drawn)
-
-    def _refuse_other_plan(self) -> None:
-        """Compares with the checkpoint's plan, if it has one.
-
-        Raises:
-            ValueError: If a run with other factors, or without any, wrote it.
-        """
-        assert self.plan is not None
-        saved, self._saved_plan = self._saved_plan, None
-        if saved is None:
-            checks.refuse_missing_plan(self.plan)
-        else:
-            checks.refuse_differences(saved, self.plan)
-
-    def _announce(self, trainer: Trainer, drawn: bool) -> None:
-        assert self.plan is not None
-        if not trainer.is_global_zero:
-            return
-        if not self.plan.same_size:
-            _log.info("MuECallback: initial weights %s", "drawn by the plan" if drawn else "kept as they are")
-        if not self.verbose:
-            _log.info("MuECallback: %s", headline(self.plan))
-            for note in self.plan.notes:  # the table has them
-                _log.warning("MuECallback: %s", note)
-        else:
-            wide_console().print(self.plan)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("parameterization", as_markdown(self.plan), 0)
-            if isinstance(folder := getattr(logger, "log_dir", None), str):
-                Path(folder).mkdir(parents=True, exist_ok=True)
-                self.plan.save(Path(folder) / "plan.yaml")
+        announce(trainer, plan, drawn=drawn, verbose=self.verbose)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the TensorBoard page, unless another callback has."""
@@ -249,16 +216,7 @@ class MuECallback(Callback):
         A role with several rates has one tag each: ``<role>/<kind>``, ``<role>/group1``, ``<role>/x0.25`` (factor of the plan),
         and ``<role>/AdamW-1`` where several optimizers hold it.
         """
-        rates: dict[str, float] = {}
-        counts: dict[str, int] = {}
-        for step in self._steps:
-            name = type(step.optimizer).__name__
-            counts[name] = counts.get(name, 0) + 1
-            label = name if counts[name] == 1 else f"{name}-{counts[name] - 1}"
-            elsewhere = {tag for other in self._steps if other is not step for tag in other.effective_lr}
-            for tag, lr in step.effective_lr.items():
-                rates[f"mue/lr/{tag}/{label}" if tag in elsewhere else f"mue/lr/{tag}"] = float(lr)
-        return rates
+        return effective_rates(self._steps)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Gives the optimizers their own groups back, so that what is saved now stays readable."""
@@ -287,10 +245,9 @@ class MuECallback(Callback):
     def _set_multipliers(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._module is not None and self._module() is pl_module:
             return
-        # The weights of a checkpoint need the multipliers that they were trained with.
-        saved, self._saved_plan = self._saved_plan, None
-        # Multipliers do not depend on the optimizer's family, so any that the rule has a table for serves.
-        self.plan = saved or self.make_plan(pl_module, [], trainer, trains=False)
+        # The weights of a checkpoint need the multipliers that they were trained with. Where there is none: multipliers do not
+        # depend on the optimizer's family, so any that the rule has a table for serves.
+        self.plan = self._saved_plan or self.make_plan(pl_module, [], trainer, trains=False)
         self._module = weakref.ref(pl_module)
         set_multipliers(pl_module, self.plan.multipliers)
 

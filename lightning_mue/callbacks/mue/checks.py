@@ -1,4 +1,4 @@
-"""What MuECallback refuses and warns of, and the copies of the weights that other callbacks hold."""
+"""What MuECallback refuses and warns of: in ``setup``, at fit start, and about the checkpoint of a resumed run."""
 
 from __future__ import annotations
 
@@ -6,63 +6,43 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
 
+from lightning_mue.checks import mismatch
+from lightning_mue.moe.balance import warn_of_missing_callbacks
 from lightning_mue.parameterizations import ScalingPlan
 from lightning_mue.sharded import is_sharded
 
+#: Strategies under which a parameter has no shape of its own. By name: ``pytorch_lightning`` has classes of its own.
+_FLATTENING = {"FSDPStrategy", "DeepSpeedStrategy"}
 #: Checkpoints that lr_find and scale_batch_size write to come back from their trials.
 _TUNERS_CHECKPOINTS = (".lr_find_", ".scale_batch_size_")
 #: The smallest positive float16; half of it, and what is below, is rounded to 0.
 _SMALLEST_HALF = 2.0**-24
 
 
-def refuse_flattening(trainer: Trainer) -> None:
-    """Refuses strategies under which a parameter has no shape of its own.
+def check_setup(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Refuses strategies that flatten the parameters, and warns where training may start before the plan is applied.
 
     Raises:
         ValueError: For FSDP1 and DeepSpeed.
     """
-    if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
+    strategy = type(trainer.strategy)
+    if _FLATTENING & {base.__name__ for base in strategy.__mro__}:
         raise ValueError(
-            f"MuECallback: {type(trainer.strategy).__name__} flattens and regroups parameters, so they cannot be scaled by role. "
-            "Use FSDP2 (ModelParallelStrategy, with fully_shard in configure_model) or DDP."
-        )
-
-
-def refuse_strange_parameters(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Refuses an optimizer that was made before configure_model replaced the parameters: it would train nothing.
-
-    Raises:
-        ValueError: If an optimizer holds plain tensors while the module's parameters are sharded.
-    """
-    own = set(map(id, pl_module.parameters()))
-    if not any(is_sharded(p) for p in pl_module.parameters()):
-        return
-    for optimizer in trainer.optimizers:
-        held = [p for group in optimizer.param_groups for p in group["params"]]
-        if held and not any(id(p) in own for p in held):
-            raise ValueError(
-                f"MuECallback: {type(optimizer).__name__} holds none of the module's parameters, because it was made before "
-                "configure_model sharded them; it would train nothing. Make it in configure_optimizers (with LightningCLI: "
-                "auto_configure_optimizers=False and an OptimizerCallable argument of the module)."
+            mismatch(
+                "strategy",
+                found=f"{strategy.__name__}, which flattens and regroups parameters",
+                expected="one under which parameters keep their shapes, so that they can be scaled by role",
+                do="Use FSDP2 (ModelParallelStrategy, with fully_shard in configure_model) or DDP.",
             )
-
-
-def warn_of_tuners(trainer: Trainer) -> None:
-    """Warns where training may start before the plan is applied."""
+        )
     if any(type(c).__name__ in ("LearningRateFinder", "BatchSizeFinder") for c in trainer.callbacks):  # type: ignore[attr-defined]
         rank_zero_warn(
             "MuECallback: the tuner callbacks train before the parameterization is applied, so what they find holds for "
             "the unscaled model. Tune on the base model instead."
         )
-
-
-def warn_of_compiled(pl_module: LightningModule) -> None:
-    """Warns of ``trainer.fit(torch.compile(module))``, which traces Lightning's own hooks."""
-    if pl_module._compiler_ctx is not None:
+    if pl_module._compiler_ctx is not None:  # trainer.fit(torch.compile(module)) traces Lightning's own hooks
         rank_zero_warn(
             "MuECallback: the whole LightningModule was given to torch.compile; with torch 2.13 and Lightning 2.6 self.log then "
             "raises in training_step. Call module.compile() in configure_model, or compile its submodules: names, plan and "
@@ -70,73 +50,116 @@ def warn_of_compiled(pl_module: LightningModule) -> None:
         )
 
 
+def check_fit_start(
+    trainer: Trainer, pl_module: LightningModule, plan: ScalingPlan, *, last: ScalingPlan | None
+) -> None:
+    """Everything that is refused or warned of at fit start, except the checkpoint's plan (`refuse_other_plan`).
+
+    Args:
+        trainer: The trainer.
+        pl_module: The module.
+        plan: Plan of this fit.
+        last: Plan of the module's last fit, if it goes on with the weights of that one.
+
+    Raises:
+        ValueError: If an optimizer holds plain tensors while the module's parameters are sharded.
+    """
+    _refuse_unsupported_parameters(trainer, pl_module)
+    if last is not None and not plan.same_size:
+        _warn_of_kept_weights(pl_module, last, plan)
+    _warn_of_coupled_decay(trainer)
+    _warn_of_vanishing_eps(trainer, pl_module, plan)
+    warn_of_missing_callbacks(trainer, pl_module)
+
+
+def _refuse_unsupported_parameters(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Refuses an optimizer that was made before configure_model replaced the parameters: it would train nothing."""
+    own = set(map(id, pl_module.parameters()))
+    if not any(is_sharded(p) for p in pl_module.parameters()):
+        return
+    for optimizer in trainer.optimizers:
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        if held and not any(id(p) in own for p in held):
+            raise ValueError(
+                mismatch(
+                    "optimizer",
+                    found=f"{type(optimizer).__name__}, which holds none of the module's parameters, because it was made before "
+                    "configure_model sharded them",
+                    expected="one that holds the sharded parameters; this one would train nothing",
+                    do="Make it in configure_optimizers (with LightningCLI: auto_configure_optimizers=False and an "
+                    "OptimizerCallable argument of the module).",
+                )
+            )
+
+
 def is_tuners(path: str | Path | None) -> bool:
-    """True for a checkpoint by which a tuner undoes its trials: it holds no run to resume."""
+    """Whether a tuner wrote this checkpoint to undo its trials: it holds no run to resume."""
     return path is not None and Path(path).name.startswith(_TUNERS_CHECKPOINTS)
 
 
 def resumes(trainer: Trainer) -> bool:
-    """True if the trainer has restored a run's checkpoint (one without callback states included)."""
+    """Whether the trainer has restored a run's checkpoint (one without callback states included)."""
     return trainer.ckpt_path is not None and not is_tuners(trainer.ckpt_path)
 
 
-def refuse_missing_plan(plan: ScalingPlan) -> None:
-    """Refuses to go on from a checkpoint without a plan.
+def refuse_other_plan(saved: ScalingPlan | None, plan: ScalingPlan) -> None:
+    """Refuses to go on from the checkpoint of a run with another plan.
 
-    Raises:
-        ValueError: Unless this run's plan changes nothing.
-    """
-    if not plan.same_size:
-        raise ValueError(
-            "MuECallback: the checkpoint holds no plan, so it was written by a run without this callback, and going on with "
-            "it would change the hyperparameters in the middle. Resume without the callback, or start a new run. The "
-            "checkpoint was not changed."
-        )
-
-
-def refuse_differences(saved: ScalingPlan, plan: ScalingPlan) -> None:
-    """Refuses to go on under another plan than the checkpoint's.
+    Args:
+        saved: The checkpoint's plan; None if it has none, which is refused unless this run's plan changes nothing.
+        plan: This run's.
 
     Raises:
         ValueError: With the differences.
     """
-    differences = saved.diff(plan, init=False)  # the initial weights are in the checkpoint already
-    if differences:
-        shown = "\n  ".join(differences[:12])
-        more = f"\n  and {len(differences) - 12} more" if len(differences) > 12 else ""
-        old = saved.axes.get("tokens")
-        longer = (
-            f" `tokens` counts in the plan, and follows from the Trainer's max_steps unless given: MuECallback(tokens={old:g}, "
-            "...) goes on with the old run's scaling."
-            if old is not None and old != plan.axes.get("tokens")
-            else ""
-        )
-        raise ValueError(
-            "MuECallback: the checkpoint was written by a run with another plan, so going on would change the "
-            f"hyperparameters in the middle (checkpoint -> now):\n  {shown}{more}\nRestore the old rule, base and sizes, or "
-            f"start a new run from the weights alone.{longer} The checkpoint was not changed."
-        )
-
-
-def warn_of_kept_weights(pl_module: LightningModule, last: ScalingPlan | None, plan: ScalingPlan) -> None:
-    """Warns where a module goes on with the weights of its last fit, while this fit's plan would have drawn others.
-
-    Args:
-        pl_module: The module.
-        last: Plan of its last fit, if there was one.
-        plan: Plan of this fit.
-    """
-    if last is None or plan.same_size:
+    if saved is None:
+        if not plan.same_size:
+            raise ValueError(
+                mismatch(
+                    "ckpt_path",
+                    found="a checkpoint that holds no plan, so it was written by a run without MuECallback",
+                    expected="one of a run with this plan; going on would change the hyperparameters in the middle",
+                    do="Resume without the callback, or start a new run. The checkpoint was not changed.",
+                )
+            )
         return
+    differences = saved.diff(plan, init=False)  # the initial weights are in the checkpoint already
+    if not differences:
+        return
+    shown = "\n  ".join(differences[:12])
+    more = f"\n  and {len(differences) - 12} more" if len(differences) > 12 else ""
+    raise ValueError(
+        mismatch(
+            "ckpt_path",
+            found="a checkpoint of a run with another plan",
+            expected="one of a run with this plan; going on would change the hyperparameters in the middle",
+            do=f"The differences (checkpoint -> now) are:\n  {shown}{more}\nRestore the old rule, base and sizes, or start a "
+            f"new run from the weights alone.{_how_to_train_longer(saved, plan)} The checkpoint was not changed.",
+        )
+    )
+
+
+def _how_to_train_longer(saved: ScalingPlan, plan: ScalingPlan) -> str:
+    old = saved.axes.get("tokens")
+    if old is None or old == plan.axes.get("tokens"):
+        return ""
+    return (
+        f" `tokens` counts in the plan, and follows from the Trainer's max_steps unless given: MuECallback(tokens={old:g}, "
+        "...) goes on with the old run's scaling."
+    )
+
+
+def _warn_of_kept_weights(pl_module: LightningModule, last: ScalingPlan, plan: ScalingPlan) -> None:
+    """Warns where this fit's plan would have drawn other weights than those that the module keeps from its last fit."""
     if {entry.name: entry.init for entry in last.parameters} != {entry.name: entry.init for entry in plan.parameters}:
         rank_zero_warn(
             f"MuECallback: {type(pl_module).__name__} was fitted before under another plan ({last.rule}; now {plan.rule}). Its "
-            "weights were kept, so the initial stds in the table of the plan do not hold. Make a new module to start anew."
+            "weights were kept, so the initial stds in the table of the plan do not hold. Make a new module to draw new weights."
         )
 
 
-def warn_of_optimizers(trainer: Trainer, pl_module: LightningModule, plan: ScalingPlan) -> None:
-    """Warns of weight decay that the rules do not mean, and of an epsilon that is 0 in float16."""
+def _warn_of_coupled_decay(trainer: Trainer) -> None:
+    """Warns of weight decay that the rules do not mean."""
     for optimizer in trainer.optimizers:
         coupled = type(optimizer) is torch.optim.Adam and not optimizer.defaults.get("decoupled_weight_decay")
         if coupled and any(group["weight_decay"] for group in optimizer.param_groups):
@@ -144,6 +167,10 @@ def warn_of_optimizers(trainer: Trainer, pl_module: LightningModule, plan: Scali
                 "MuECallback: torch.optim.Adam adds weight decay to the gradient, while the rules scale decoupled decay. "
                 "Use AdamW."
             )
+
+
+def _warn_of_vanishing_eps(trainer: Trainer, pl_module: LightningModule, plan: ScalingPlan) -> None:
+    """Warns of an epsilon that is 0 in float16."""
     half = {n for n, p in pl_module.named_parameters() if p.dtype == torch.float16}
     eps = [group["eps"] for o in trainer.optimizers for group in o.param_groups if "betas" in group and "eps" in group]
     factor = min((entry.eps for entry in plan.parameters if entry.name in half), default=None)
@@ -153,15 +180,3 @@ def warn_of_optimizers(trainer: Trainer, pl_module: LightningModule, plan: Scali
             f"{min(eps) * factor:.1e}, is 0, so that a gradient of 0 gives NaN. Use 'bf16-true' or '16-mixed', or an eps of "
             f"at least {_SMALLEST_HALF / factor:.0e}."
         )
-
-
-@torch.no_grad()
-def copy_to_averages(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Gives the drawn weights to the copies that Lightning's weight averaging callbacks made in ``setup``, before the draw."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        average = getattr(callback, "_average_model", None)
-        if not isinstance(average, nn.Module):
-            continue
-        copy = getattr(average, "module", average)
-        for mine, drawn in zip(copy.parameters(), pl_module.parameters(), strict=True):
-            mine.copy_(drawn)

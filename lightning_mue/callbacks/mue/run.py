@@ -1,4 +1,4 @@
-"""Sizes of a run in tokens, as far as Trainer, datamodule and module tell them without being changed by the question."""
+"""Sizes of a run in tokens, inferred from Trainer, datamodule and module without changing any of them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from pathlib import Path
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 
+from lightning_mue.checks import mismatch
 from lightning_mue.parameterizations.reading.base import RUN_KEYS, Base
+from lightning_mue.parameterizations.reading.record import load_base
 
+_SET_MAX_STEPS = "Set max_steps of the Trainer (and max_epochs: -1)."
 #: Names under which data modules and models hold the length of a sequence.
 LENGTHS = (
     "context_length",
@@ -24,16 +27,14 @@ LENGTHS = (
 
 
 def known_to(base: Base | None) -> dict[str, float]:
-    """The sizes of the run that a base holds, of ``tokens`` and ``batch_tokens``: those for which this run's are needed."""
+    """``tokens`` and ``batch_tokens``, as far as a base holds them; for these this run's are needed."""
     if isinstance(base, (str, Path)):
-        from lightning_mue.parameterizations.reading.record import load_base
-
         base = load_base(base).run
     return {key: base[key] for key in RUN_KEYS if key in base} if isinstance(base, Mapping) else {}
 
 
 def infer_batch_tokens(trainer: Trainer | None, pl_module: object, datamodule: object | None = None) -> float:
-    """Tokens in one optimizer step over all ranks; nothing is loaded or made to find it.
+    """Tokens in one optimizer step over all ranks; no data is loaded to find it.
 
     That is ``datamodule.tokens_per_batch`` (of one process), or ``batch_size`` times the length of a sequence (see ``LENGTHS``),
     found as attributes or hyperparameters of the datamodule, else of the module; times accumulation and the number of
@@ -48,14 +49,20 @@ def infer_batch_tokens(trainer: Trainer | None, pl_module: object, datamodule: o
         LookupError: Saying what was looked for.
     """
     if trainer is None:
-        raise LookupError("there is no trainer")
+        raise LookupError(mismatch("trainer", found="no trainer", expected="one, to infer batch_tokens"))
     tokens = _find(("tokens_per_batch",), datamodule)
     if tokens is None:
         size, length = _find(("batch_size",), datamodule, pl_module), _find(LENGTHS, datamodule, pl_module)
         if size is None or length is None:
             missing = "batch_size" if size is None else f"sequence length ({', '.join(LENGTHS)})"
             where = " or ".join(type(owner).__name__ for owner in (datamodule, pl_module) if owner is not None)
-            raise LookupError(f"no {missing} and no tokens_per_batch among the attributes and hparams of {where}")
+            raise LookupError(
+                mismatch(
+                    "datamodule",
+                    found=f"no {missing} and no tokens_per_batch among the attributes and hparams of {where}",
+                    expected="one of these, to infer batch_tokens",
+                )
+            )
         tokens = size * length
     return tokens * trainer.accumulate_grad_batches * replicas(trainer)
 
@@ -68,7 +75,7 @@ def steps(trainer: Trainer, optimizers: int | None = None) -> int:
         optimizers: Number of optimizers; by default the trainer's, which has none before it is set up.
 
     Raises:
-        LookupError: If nothing tells them yet.
+        LookupError: If they are not known yet.
     """
     max_epochs, several = trainer.max_epochs, max(1, len(trainer.optimizers) if optimizers is None else optimizers)
     # Lightning holds global_step, which counts every optimizer's steps, against max_steps after each batch.
@@ -76,19 +83,30 @@ def steps(trainer: Trainer, optimizers: int | None = None) -> int:
     if max_epochs is None or max_epochs == -1:
         if max_steps > 0:
             return max_steps
-        raise LookupError("the Trainer has neither max_steps nor max_epochs")
+        raise LookupError(
+            mismatch(
+                "max_steps",
+                found="neither max_steps nor max_epochs",
+                expected="a run of known length",
+                do=_SET_MAX_STEPS,
+            )
+        )
     # Loading the data to count it would start a resumed loader at its first batch.
     estimate = trainer.estimated_stepping_batches if trainer.train_dataloader is not None else -1
     if not 0 < estimate < float("inf"):
         raise LookupError(
-            f"the Trainer has max_epochs={max_epochs}, and the length of an epoch is not known before the data is loaded; "
-            "set max_steps (and max_epochs: -1) instead"
+            mismatch(
+                "max_steps",
+                found=f"max_epochs={max_epochs} with epochs of a length that is not known before the data is loaded",
+                expected="a run of known length",
+                do=_SET_MAX_STEPS,
+            )
         )
     return min(int(estimate), max_steps) if max_steps > 0 else int(estimate)
 
 
 def replicas(trainer: Trainer) -> int:
-    """Number of data-parallel replicas, each of which sees batches of its own; tensor-parallel processes share them."""
+    """Number of data-parallel replicas, each with batches of its own; tensor-parallel ranks see the same batches."""
     strategy = trainer.strategy
     if isinstance(strategy, ModelParallelStrategy) and strategy._device_mesh is None:  # not set up: `explain`
         size = strategy._data_parallel_size
@@ -115,11 +133,11 @@ def run_sizes(
         trainer: The trainer, if there is one.
         pl_module: The module.
         datamodule: The datamodule, if there is one.
-        trains: False where no training follows: what cannot be told is then taken as in the base.
+        trains: False where no training follows: what cannot be inferred is then the base's.
         optimizers: Number of optimizers; see `steps`.
 
     Raises:
-        ValueError: For a size that the base holds, the user did not give, and nothing tells.
+        ValueError: For a size that the base holds and that is neither given nor can be inferred.
     """
     sizes = dict(given)
     for key in sorted(known):  # batch_tokens first
@@ -136,8 +154,13 @@ def run_sizes(
                 sizes[key] = known[key]
                 continue
             raise ValueError(
-                f"{key}: base.{key} is given, so this run's is needed, but it cannot be told: {error.args[0]}. Give {key}, e.g. "
-                f"MuECallback({key}=4e9, ...), or leave base.{key} out if it is not to count."
+                mismatch(
+                    f"base.{key}",
+                    found=f"{known[key]:g}, while {key} of this run is not given and cannot be inferred",
+                    expected=f"{key} of both runs or of none",
+                    do=f"Give {key}, e.g. MuECallback({key}=4e9, ...), or leave base.{key} out if it is not to count. It cannot "
+                    f"be inferred because of {error.args[0]}",
+                )
             ) from None
     return sizes
 

@@ -1,4 +1,4 @@
-"""Alarm: tells a sustained departure from a single bad sample."""
+"""Alarm: distinguishes a sustained deviation from a single bad sample."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Alarm:
 
     Args:
         band: Above 1.
-        patience: Samples in a row that make a departure.
+        patience: Samples in a row outside the band that raise the alarm.
     """
 
     def __init__(self, band: float, patience: int) -> None:

@@ -10,15 +10,15 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning_mue.callbacks.transfer.alarm import Alarm
 from lightning_mue.callbacks.transfer.expectation import COUNTERPARTS, Expectation
 from lightning_mue.callbacks.transfer.fingerprint import Fingerprint
-from lightning_mue.callbacks.transfer.probes import Layers
+from lightning_mue.callbacks.transfer.layers import Layers
 from lightning_mue.parameterizations import ScalingPlan
 
-#: Ratios are cut to this many octaves, so that a weight that does not move at all can be drawn.
+#: Ratios are clamped to this many octaves, so that a weight that does not move at all can be drawn.
 _OCTAVES = 10.0
 
 
 class Comparison:
-    """Compares one sample after the other.
+    """Turns samples into ratios, and warns of ratios that stay outside the band.
 
     Args:
         base: The base run.
@@ -53,7 +53,7 @@ class Comparison:
         return found
 
     def watch(self, ratios: Mapping[str, float], *, at: float, moved: bool) -> None:
-        """Warns of what has been off for long enough, and tells when it is back.
+        """Warns of ratios that have been off for `patience` samples, and reports when they are back.
 
         Args:
             ratios: From `ratios`.
@@ -103,7 +103,7 @@ class Comparison:
         return self._sources[key]
 
     def _note(self) -> None:
-        """Says once what only one side has."""
+        """Reports once which quantities only one of the two runs has."""
         self._noted = True
         used = {_what(source) for source in self._sources.values() if source is not None}
         here = {_what(key) for key in self._sources}
@@ -126,7 +126,7 @@ def octaves(ratio: float) -> float:
 
 
 def warn_of_other_base(base: Fingerprint, plan: ScalingPlan) -> None:
-    """Warns if the plan scales from another model than the one that was recorded: its factors are then wrong here."""
+    """Warns if the plan's base is not the model that was recorded: the plan's factors are then wrong."""
     if plan.same_size:
         return
     other = [

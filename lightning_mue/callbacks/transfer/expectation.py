@@ -1,4 +1,4 @@
-"""What a plan says that a target should do at each point of its base's curves, and which cell to suspect when it does not."""
+"""The factors that a plan predicts between a base's curves and its target's, and the cell to suspect when they do not hold."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from lightning_mue.parameterizations.rules.monomial import SYMBOLS, parse
 
 #: Roles that do the same work in a dense FFN, an expert and a shared expert: role -> counterparts, the nearest first.
 COUNTERPARTS = {role.value: tuple(other.value for other in others) for role, others in RELATED.items()}
-#: Weights that are read as they are drawn, and that therefore have an initial RMS to scale from.
+#: Initializations with a known RMS.
 _DRAWN = ("normal", "uniform", "constant")
 
 
 @dataclass(frozen=True)
-class _Group:
-    """The weights of one role in one place: their factors in the plan, averaged."""
+class _Factors:
+    """The plan's factors for the weights of one role in one place, averaged."""
 
     lr: float
     init: float | None
@@ -53,12 +53,12 @@ class Expectation:
         self.plan = None if plan.same_size else plan
         entries = {entry.name: entry for entry in plan.parameters}
         self._entries: dict[str, list[ParameterPlan]] = defaultdict(list)
-        groups: dict[str, list[tuple[ParameterPlan, float]]] = defaultdict(list)
+        weights: dict[str, list[tuple[ParameterPlan, float]]] = defaultdict(list)
         for probe in probes:
             role, place, name = probe.label.split("/", 2)
             self._entries[role].append(entries[name])
-            groups[f"{role}/{place}"].append((entries[name], probe.reach))
-        self._groups = {key: _group(found, drawn) for key, found in groups.items()}
+            weights[f"{role}/{place}"].append((entries[name], probe.reach))
+        self._factors = {key: _averaged(found, drawn) for key, found in weights.items()}
         self.classes = classes_of(entries.values())
 
     def factor(self, key: str, source: str, progress: float, weight: float | None) -> float:
@@ -78,23 +78,23 @@ class Expectation:
             return self.plan.folded.get("residual", 1.0)
         if quantity == "reach":
             return self.duration(role)
-        group = self._groups.get(f"{role}/{place}")
-        if quantity != "update" or self.plan is None or group is None:
+        factors = self._factors.get(f"{role}/{place}")
+        if quantity != "update" or self.plan is None or factors is None:
             return 1.0
-        return self._update_factor(group, source, role, progress, weight)
+        return self._update_factor(factors, source, role, progress, weight)
 
-    def _update_factor(self, group: _Group, source: str, role: str, progress: float, weight: float | None) -> float:
-        if group.kind in SPHERE_KINDS:
-            return group.lr
+    def _update_factor(self, factors: _Factors, source: str, role: str, progress: float, weight: float | None) -> float:
+        if factors.kind in SPHERE_KINDS:
+            return factors.lr
         curve = source.partition("/")[2]
         start, now = self.base.first(f"weight/{curve}"), self.base.at(f"weight/{curve}", progress)
         if start is None or now is None:
             return 1.0
-        lr = group.lr
-        if group.kind == "sgd":  # the size of its gradients is no cell of the plan: take what keeps the reach
+        lr = factors.lr
+        if factors.kind == "sgd":  # the plan has no cell for the scale of its gradients: take what keeps the reach
             update, reach = self.base.at(source, progress), self.base.at(f"reach/{curve}", progress)
-            lr = reach * self.duration(role) / group.reach / (update * now) if update and reach else lr
-        expected = _grown(group.init, lr, start, now) if group.init is not None else weight
+            lr = reach * self.duration(role) / factors.reach / (update * now) if update and reach else lr
+        expected = _grown(factors.init, lr, start, now) if factors.init is not None else weight
         return lr * now / expected if expected else 1.0
 
     def _z_factor(self, kind: str, base: float | None) -> float:
@@ -119,7 +119,7 @@ class Expectation:
         return 1.0 if row is None else parse(row.lr).evaluate({**dict.fromkeys(SYMBOLS, 1.0), **run}, self.plan.alpha)
 
     def suspect(self, key: str) -> str:
-        """Which cells of the table a curve that is off points to."""
+        """The cells of the table that a curve outside the band points to."""
         quantity, role, _ = key.split("/")
         if quantity == "update":
             return f"lr or eps cell of {self._cells(role)}; the optimizer does not do what the plan says"
@@ -159,10 +159,10 @@ def classes_of(entries: Iterable[ParameterPlan]) -> dict[str, int]:
     return {kinds[entry.role]: entry.shape[0] for entry in entries if entry.role in kinds and len(entry.shape) > 1}
 
 
-def _group(found: list[tuple[ParameterPlan, float]], drawn: bool) -> _Group:
+def _averaged(found: list[tuple[ParameterPlan, float]], drawn: bool) -> _Factors:
     entries = [entry for entry, _ in found]
     known = drawn and all(entry.init.kind in _DRAWN for entry in entries)
-    return _Group(
+    return _Factors(
         lr=math.exp(sum(math.log(entry.lr) for entry in entries) / len(entries)),
         init=math.sqrt(sum(entry.init.value**2 for entry in entries) / len(entries)) if known else None,
         reach=math.sqrt(sum(reach**2 for _, reach in found) / len(found)),
@@ -171,10 +171,10 @@ def _group(found: list[tuple[ParameterPlan, float]], drawn: bool) -> _Group:
 
 
 def _grown(init: float, lr: float, start: float, now: float) -> float:
-    """RMS that the target's weights should have by now.
+    """The RMS expected of the target's weights at this point of training.
 
-    The base's weights were drawn with RMS ``start`` and have ``now``. What training added is taken to stand at right
-    angles to the initial weights and to scale with the LR cell; what weight decay took, to be the same fraction.
+    The base's weights were drawn with RMS ``start`` and have RMS ``now``. What training added is taken to be orthogonal to the
+    initial weights and to scale with the LR cell; weight decay is taken to remove the same fraction.
     """
     if now < start:
         return init * now / start

@@ -14,7 +14,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-#: What a reader of this file must know; a change of meaning gets a new number.
+from lightning_mue.checks import mismatch
+
+#: Version of the file format; a change of meaning gets a new number.
 SCHEMA = 1
 _KIND = "lightning_mue.fingerprint"
 _DIGITS = 4
@@ -22,11 +24,11 @@ _DIGITS = 4
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a base run did, to compare a larger run with.
+    """The measured curves of a base run, to compare a larger run with.
 
     Attributes:
         steps: Optimizer steps of the whole run.
-        progress: Fractions of the run, in (0, 1], ascending: a point taken at the zero-based step t stands at (t + 1) / steps.
+        progress: Fractions of the run, in (0, 1], ascending: (t + 1) / steps for a point taken at the zero-based step t.
         curves: Key -> one value a point; None where there was nothing to measure.
         depths: Place -> mean relative depth of its layers, in (0, 1).
         classes: Kind of logits -> how many there are (experts, vocabulary): Z-values depend on it.
@@ -44,7 +46,7 @@ class Fingerprint:
 
     @classmethod
     def of_points(cls, steps: int, points: Mapping[int, Mapping[str, float]], **about: Any) -> Fingerprint:
-        """Builds it from step -> key -> value."""
+        """Makes a fingerprint from step -> key -> value; ``about`` holds its further attributes."""
         order = sorted(points)
         keys = sorted({key for point in points.values() for key in point})
         curves = {key: [_rounded(points[step].get(key)) for step in order] for key in keys}
@@ -85,11 +87,11 @@ class Fingerprint:
         return [*points[:1], *inner, *points[1:][-1:]]
 
     def first(self, key: str) -> float | None:
-        """The first value of a curve that is there."""
+        """The first measured value of a curve."""
         return next((value for value in self.curves.get(key, ()) if value is not None), None)
 
     def match(self, key: str, depths: Mapping[str, float], roles: tuple[str, ...] = ()) -> str | None:
-        """The curve to compare one of another run with.
+        """The curve to compare another run's curve with.
 
         Args:
             key: The other run's key.
@@ -110,7 +112,7 @@ class Fingerprint:
         return None
 
     def save(self, path: str | Path) -> None:
-        """Writes it as JSON, atomically: whoever reads sees the old file or the whole new one."""
+        """Writes it as JSON, atomically: a reader sees the old file or the whole new one."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -125,27 +127,30 @@ class Fingerprint:
         Raises:
             ValueError: If the file is missing, unreadable, no fingerprint or of another schema.
         """
-        again = "Record one with TransferMonitor(record=...) in the base run."
         try:
             plain = json.loads(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise ValueError(f"compare: there is no file {str(path)!r}. {again}") from None
+            raise _unreadable(path, "which does not exist") from None
         except (OSError, ValueError) as error:
-            raise ValueError(f"compare: {str(path)!r} cannot be read as a fingerprint ({error}). {again}") from error
+            raise _unreadable(path, f"which cannot be read as a fingerprint ({error})") from error
         if not isinstance(plain, dict) or plain.pop("kind", None) != _KIND:
-            raise ValueError(f"compare: {str(path)!r} is JSON, but no fingerprint of a base run. {again}")
+            raise _unreadable(path, "which is JSON, but no fingerprint")
         if (schema := plain.pop("schema", None)) != SCHEMA:
-            raise ValueError(
-                f"compare: {str(path)!r} has schema {schema!r}, but this version of lightning_mue reads {SCHEMA}. Record "
-                "the base again with this version."
+            raise _unreadable(
+                path, f"of schema {schema!r}", f"one of schema {SCHEMA}, which this version of lightning_mue reads"
             )
-        return _checked(plain, path, again)
+        return _checked(plain, path)
 
 
-def _checked(plain: dict[str, Any], path: str | Path, again: str) -> Fingerprint:
+def _unreadable(path: str | Path, what: str, expected: str = "the fingerprint of a base run") -> ValueError:
+    again = "Record one with this version's TransferMonitor(record=...) in the base run."
+    return ValueError(mismatch("compare", found=f"{str(path)!r}, {what}", expected=expected, do=again))
+
+
+def _checked(plain: dict[str, Any], path: str | Path) -> Fingerprint:
     missing = {f.name for f in fields(Fingerprint)} ^ set(plain)
     if missing:
-        raise ValueError(f"compare: {str(path)!r} lacks or has too many of the entries {sorted(missing)}. {again}")
+        raise _unreadable(path, f"which lacks or has too many of the entries {sorted(missing)}")
     found = Fingerprint(**plain)
     try:
         lengths = {len(curve) for curve in found.curves.values()}
@@ -154,11 +159,12 @@ def _checked(plain: dict[str, Any], path: str | Path, again: str) -> Fingerprint
     except (AttributeError, TypeError):
         well_formed = False
     if not well_formed:
-        raise ValueError(f"compare: {str(path)!r} is damaged: its curves are not lists of numbers. {again}")
+        raise _unreadable(path, "which is damaged: its curves are not lists of numbers")
     if not found.progress or lengths != {len(found.progress)} or found.progress != sorted(found.progress):
-        raise ValueError(
-            f"compare: the curves of {str(path)!r} have {sorted(lengths)} points for {len(found.progress)} ascending "
-            f"values of progress; they must agree. {again}"
+        raise _unreadable(
+            path,
+            f"whose curves have {sorted(lengths)} points for {len(found.progress)} values of progress",
+            "one point for each of the ascending values of progress",
         )
     return found
 

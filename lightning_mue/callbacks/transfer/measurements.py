@@ -1,4 +1,4 @@
-"""From what the probes of a sampled step saw to one value a quantity, role and place."""
+"""Merges the measurements of a sampled step into one value per quantity, role and place."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 
 from lightning_mue.callbacks.transfer.probes import UpdateProbe
 
-#: Of these the mean is taken over tensors or modules; of the rest, which are RMS values, the RMS.
+#: Averaged over tensors or modules by the mean; all others, which are RMS values, by the RMS.
 _MEANS = ("z/", "loss/")
-#: What serves to compute others only.
+#: Only used to compute others.
 _INNER = ("change/", "gates/")
 
 
 def measurements(raw: Mapping[str, float], keys: Mapping[str, str], updates: Sequence[UpdateProbe]) -> dict[str, float]:
-    """Merges what was measured of single tensors and modules.
+    """Merges the values of single tensors and modules.
 
     Args:
         raw: ``<quantity>/<role>/<place>/<name>`` (or a tag in ``keys``) -> value of one tensor or module.

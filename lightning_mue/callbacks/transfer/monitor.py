@@ -1,4 +1,4 @@
-"""TransferMonitor: does a larger run do what its tuned base did, at the same point of training?"""
+"""TransferMonitor: compares a larger run with its tuned base at the same point of training."""
 
 from __future__ import annotations
 
@@ -8,29 +8,23 @@ from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_mue.callbacks import tensorboard_page
 from lightning_mue.callbacks.monitors.probes import Probe
 from lightning_mue.callbacks.monitors.sampling import SampledMonitor, will_step
-from lightning_mue.callbacks.mue.callback import MuECallback
-from lightning_mue.callbacks.mue.run import steps
 from lightning_mue.callbacks.transfer.comparison import Comparison, octaves, warn_of_other_base
-from lightning_mue.callbacks.transfer.expectation import Expectation, classes_of
+from lightning_mue.callbacks.transfer.expectation import Expectation
 from lightning_mue.callbacks.transfer.fingerprint import Fingerprint, sampled_steps
+from lightning_mue.callbacks.transfer.layers import Layers
 from lightning_mue.callbacks.transfer.measurements import measurements
-from lightning_mue.callbacks.transfer.probes import (
-    Layers,
-    LossProbe,
-    UpdateProbe,
-    activation_probes,
-    forward_multipliers,
-    update_probes,
-)
+from lightning_mue.callbacks.transfer.plan_in_force import plan_in_force
+from lightning_mue.callbacks.transfer.probes import LossProbe, UpdateProbe, activation_probes, update_probes
+from lightning_mue.callbacks.transfer.reach import forward_multipliers
+from lightning_mue.callbacks.transfer.recording import make_folder, total_steps, write_fingerprint
+from lightning_mue.checks import mismatch, require_integer, require_number
 from lightning_mue.names import clean_name
-from lightning_mue.parameterizations import ScalingPlan, plan
-from lightning_mue.parameterizations.applying.weights import family_of
+from lightning_mue.parameterizations import ScalingPlan
 
 
 class TransferMonitor(SampledMonitor):
@@ -38,37 +32,38 @@ class TransferMonitor(SampledMonitor):
 
     In the base run, ``TransferMonitor(record="base.json")`` takes a few dozen samples, dense at the start, and writes them
     (some kB) at the end of `fit`, or with what there is when it raises. In the target run,
-    ``TransferMonitor(compare="base.json")`` logs, for every quantity, measured / (base at the same training progress x
-    what the plan in force says): 1 means that the transfer holds. `MuECallback` brings the plan; without one, or at base
-    size, its factors are 1. Progress is the fraction of the run's optimizer steps, so an LR schedule that is the same
-    function of it cancels. A ratio that stays outside the band is warned of, once until it comes back, with the cell of the
-    table to look at first.
+    ``TransferMonitor(compare="base.json")`` logs, for every quantity, measured / expected, where expected is the base's value
+    at the same training progress x a factor from the plan in force: 1 means that the transfer holds. `MuECallback` brings the
+    plan; without one, or at base size, all factors are 1. Progress is the fraction of the run's optimizer steps, so an LR
+    schedule that is the same function of it cancels. A ratio that stays outside the band is warned of, once until it comes
+    back, with the cell of the rule's table to look at first.
 
-    ``transfer/<quantity>/<role>/<place>``; places are quartiles of the depth, ``q1`` to ``q4``, and ``outside``:
+    The metrics are ``transfer/<quantity>/<role>/<place>``; places are quartiles of the depth, ``q1`` to ``q4``, and
+    ``outside``. They are defined in docs/theory.md sections 6 and 7:
 
-    - ``update/<role>``: ``rms(W_{t+1} - W_t) / rms(W_t)`` (theory.md section 6), RMS over the role's tensors. Expected, for
-      Adam and Muon: base x LR cell / how much larger the weights are, which at first is the init cell; later the weights
-      have grown, and what training added is taken to be at right angles to the initial weights and to scale with the LR
-      cell. On the sphere nothing grows: the LR cell. SGD's steps carry the gradient's own scale, which no cell states:
-      there it is taken to be what keeps ``reach``. It tells whether the optimizer DOES what the plan says (eps, clipping,
-      frozen weights, wrong groups), and says nothing about whether the plan is right.
-    - ``reach/<role>``: what the step can change in the residual stream (for the router and the unembedding: in the logits)
-      on inputs of RMS 1: RMS of the change, x fan-in for matrices (the steps of Adam and SGD align with their inputs;
-      sqrt(fan-in) for Muon), x the forward multipliers that really stand on the way, x the number of layers. On the sphere: the
-      relative change x residual multiplier x layers. Expected: base, x the rule's batch and duration factor. "Every weight
-      moves its layer as far at every size" is the condition that width and depth rules are derived from
-      (arXiv:2203.03466, 2310.17813), so this one does NOT depend on the plan's cells: it tells whether they are right.
-    - ``rms/attention``, ``rms/ffn`` (branch outputs), ``rms/residual`` (the stream after the last block): expected:
-      base.
-    - ``z/lm_logits``, ``z/attention``, ``z/router``: mean of ``logsumexp(logits)^2``; expected: base, where E times as
+    - ``update/<role>``: ``rms(W_{t+1} - W_t) / rms(W_t)``, RMS over the role's tensors. Tells whether the optimizer does what
+      the plan says (eps, clipping, frozen weights, wrong groups), not whether the plan is right. Expected factor:
+
+      - Adam and Muon: the LR cell / how much larger the weights are. At first that is the init cell; later the weights have
+        grown, and what training added is taken to be orthogonal to the initial weights and to scale with the LR cell.
+      - sphere: the LR cell, since the norms of the weights are constant.
+      - SGD: what keeps ``reach``, since its steps scale with the gradient, for which the plan has no cell.
+    - ``reach/<role>``: how far the step can change the residual stream (router and unembedding: the logits) for inputs of RMS
+      1. It is the RMS of the change x fan-in for matrices (steps of Adam and SGD align with their inputs; sqrt(fan-in) for
+      Muon) x the forward multipliers that follow x the number of layers; on the sphere the relative change x residual
+      multiplier x layers. Expected factor: the rule's batch and duration factor. That every weight's reach is the same at
+      every size is the condition from which width and depth rules are derived (arXiv:2203.03466, arXiv:2310.17813). The
+      plan's cells do not enter, so it tells whether they are right.
+    - ``rms/attention``, ``rms/ffn`` (branch outputs), ``rms/residual`` (the stream after the last block). Expected factor: 1.
+    - ``z/lm_logits``, ``z/attention``, ``z/router``: mean of ``logsumexp(logits)^2``. Expected factor: 1, except that E times as
       many experts raise a router's logsumexp by ln E.
-    - ``transfer/loss``: training loss / base's, never warned of: a larger model is to be better.
+    - ``transfer/loss``: training loss / the base's. Never warned of: a larger model should have a lower loss.
     - ``transfer/worst``: largest ``|log2 ratio|`` of all but the loss.
 
-    Experts are compared with the dense FFN where the base has none; what the base lacks altogether (a router) is left out
-    with one note. A step that moves no weight at all (skipped by a GradScaler, or of learning rate 0) gives no updates.
-    Each sampled step copies up to ``max_elements`` of each weight; between samples nothing runs. All statistics of all
-    ranks go into one collective. Without a logger ratios are still watched.
+    Experts are compared with the dense FFN where the base has no experts; what the base lacks altogether (a router) is left
+    out, with one note. A step that moves no weight at all (skipped by a GradScaler, or of learning rate 0) gives no updates.
+    Each sampled step copies up to ``max_elements`` of each weight; between samples nothing runs. The statistics of all ranks
+    are gathered in one collective. Without a logger ratios are still watched.
 
     Args:
         record: File to write the fingerprint to.
@@ -126,7 +121,7 @@ class TransferMonitor(SampledMonitor):
 
     @property
     def state_key(self) -> str:
-        """Tells several monitors of one run apart."""
+        """Distinguishes several monitors of one run."""
         return self._generate_state_key(record=str(self.record), compare=str(self.compare))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -138,9 +133,7 @@ class TransferMonitor(SampledMonitor):
             self._points = {}
         self._base = None if self.compare is None else Fingerprint.load(self.compare)
         if self.record is not None and trainer.is_global_zero:
-            if Path(self.record).is_dir():
-                raise ValueError(f"record: {str(self.record)!r} is a folder; give the name of a file, e.g. base.json.")
-            Path(self.record).parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self.record)
 
     def find_probes(self, pl_module: LightningModule) -> list[Probe]:
         """Probe weights, branches, blocks and logits."""
@@ -159,12 +152,9 @@ class TransferMonitor(SampledMonitor):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find what to watch, under the plan that is now in force."""
-        self._total, self._optimizers = _total_steps(trainer), max(1, len(trainer.optimizers))
+        self._total, self._optimizers = total_steps(trainer), max(1, len(trainer.optimizers))
         self._grid = sampled_steps(self._total, self.points) if self.record is not None else set()
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set through a connector
-        self._mue = next((c for c in callbacks if isinstance(c, MuECallback) and c.plan is not None), None)
-        made = None if self._mue is None else self._mue.plan
-        self._plan = made if made is not None else self._roles_alone(trainer, pl_module)
+        self._mue, self._plan = plan_in_force(trainer, pl_module, self.roles)
         self._probes = self.find_probes(pl_module)
         if self._base is not None:
             rule, drawn = (None, True) if self._mue is None else (self._mue.rule, self._mue.initialize)
@@ -237,19 +227,6 @@ class TransferMonitor(SampledMonitor):
         }
         return {**tags, "transfer/worst": max(worst)} if worst else tags
 
-    def _roles_alone(self, trainer: Trainer, module: LightningModule) -> ScalingPlan:
-        """A plan that changes nothing, for the roles and kinds of the parameters."""
-        try:
-            family = family_of(trainer.optimizers[0]) if trainer.optimizers else "adam"
-        except ValueError:  # no table covers it; the roles are the same
-            family = "adam"
-        try:
-            return plan(module, rule="sp", family=family, roles=self.roles)
-        except ValueError as error:
-            raise ValueError(
-                f"TransferMonitor needs to know every parameter's role. Give it roles=..., or add MuECallback. {error}"
-            ) from error
-
     def _write(self, trainer: Trainer) -> None:
         fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.fast_dev_run  # type: ignore[attr-defined]
         if (
@@ -261,41 +238,21 @@ class TransferMonitor(SampledMonitor):
             or not trainer.is_global_zero
         ):
             return
-        about = {
-            "depths": self._layers.depths,
-            "classes": classes_of(self._plan.parameters),
-            "rule": f"{self._plan.rule} ({self._plan.family})",
-            "axes": self._plan.axes,
-        }
-        try:
-            Fingerprint.of_points(self._total, self._points, **about).save(self.record)
-        except OSError as error:  # neither hides the exception that ended the run, nor makes a finished run fail
-            rank_zero_warn(f"TransferMonitor: the fingerprint could not be written to {str(self.record)!r}: {error}")
-            return
-        rank_zero_info(f"TransferMonitor: wrote {len(self._points)} points of {self._total} steps to {self.record}.")
-
-
-def _total_steps(trainer: Trainer) -> int:
-    try:
-        return steps(trainer)
-    except LookupError:
-        raise ValueError(
-            f"TransferMonitor: the length of this run is not known (max_steps={trainer.max_steps}, max_epochs="
-            f"{trainer.max_epochs}), so nobody can say how far it has come. Set max_steps of the Trainer."
-        ) from None
+        write_fingerprint(self.record, self._total, self._points, self._layers, self._plan)
 
 
 def _check(record: object, compare: object, **numbers: float) -> None:
     if record is None and compare is None:
         raise ValueError(
-            "TransferMonitor: record and compare are both None. Give record='base.json' in the base run, or "
-            "compare='base.json' in the target run."
+            mismatch(
+                "record",
+                found="None, and compare is None too",
+                expected="one of them",
+                do="Give record='base.json' in the base run, or compare='base.json' in the target run.",
+            )
         )
-    least = {"points": 2, "patience": 1, "max_elements": 1}
-    for name, minimum in least.items():
-        if not isinstance(numbers[name], int) or isinstance(numbers[name], bool) or numbers[name] < minimum:
-            raise ValueError(f"{name}: found {numbers[name]!r}, expected a whole number of at least {minimum}.")
+    for name, minimum in (("points", 2), ("patience", 1), ("max_elements", 1)):
+        require_integer(name, numbers[name], minimum)
     if not numbers["band"] > 1:
-        raise ValueError(f"band: found {numbers['band']!r}, expected a ratio above 1; 2 is usual.")
-    if not 0 <= numbers["warmup"] < 1:
-        raise ValueError(f"warmup: found {numbers['warmup']!r}, expected a fraction of the run in [0, 1).")
+        raise ValueError(mismatch("band", found=numbers["band"], expected="a ratio above 1", do="2 is usual."))
+    require_number("warmup", numbers["warmup"], at_least=0, below=1, do="It is a fraction of the run.")

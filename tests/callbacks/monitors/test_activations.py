@@ -90,5 +90,5 @@ def test_any_module_may_be_a_branch(toy):
 
 
 def test_bad_threshold_is_refused():
-    with pytest.raises(ValueError, match="threshold is 0"):
+    with pytest.raises(ValueError, match="threshold: found 0"):
         ActivationOutlierMonitor(threshold=0)

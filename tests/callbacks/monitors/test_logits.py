@@ -126,7 +126,7 @@ def test_the_outermost_head_is_the_lm_head(toy):
 
 
 def test_unknown_name_is_refused(toy):
-    with pytest.raises(ValueError, match=r"lm_logits is 'lm_heat'.*'lm_head'"):
+    with pytest.raises(ValueError, match=r"lm_logits: found 'lm_heat'.*'lm_head'"):
         toy.fit([LogitsZMonitor(lm_logits="lm_heat")])
 
 

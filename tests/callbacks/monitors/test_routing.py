@@ -82,12 +82,12 @@ def test_dense_model_warns_once_and_logs_nothing(toy):
 def test_number_of_experts_must_be_known_and_kept(toy):
     model = toy.make_model()
     model.blocks[0].ffn.router.n_experts = 5  # says five, counts four
-    with pytest.raises(ValueError, match="returned counts of 4 experts"):
+    with pytest.raises(ValueError, match="router 00: found counts of 4 experts, expected 5"):
         toy.fit([RouterMonitor()], model=model)
     router = nn.Identity()
     router.mue_router = True
     model.extra = router
-    with pytest.raises(ValueError, match="how many experts"):
+    with pytest.raises(ValueError, match="router extra: found Identity without a number of experts"):
         toy.fit([RouterMonitor()], model=model)
 
 

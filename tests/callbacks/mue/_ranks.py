@@ -1,4 +1,4 @@
-"""What test_mue_distributed.py runs under torchrun, on two CPU processes: one launch, many fits.
+"""What test_distributed.py runs under torchrun, on two CPU processes: one launch, many fits.
 
 Every rank writes what it saw to ``<folder>/rank<r>.pt``; the test asserts.
 """
@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Shard
 from lightning_mue import MoELanguageModel, MuECallback
 from lightning_mue.cli.lightning_cli import MuECLI
 from lightning_mue.data import TextDataModule
+from lightning_mue.optim import HyperSphereOptimizer
 from lightning_mue.parameterizations.planning.multipliers import read_multipliers
 
 BASE = {"width": 32, "n_heads": 2, "n_experts": 0}
@@ -217,11 +218,32 @@ class Early(Sharded):
         return self.early[0]
 
 
+class GroupedOptimizer(HyperSphereOptimizer):
+    """Stands for any HyperSphereOptimizer with a settable ``process_group``."""
+
+    process_group = None
+
+
+def process_groups(folder):
+    """Whether MuECallback gave all ranks' group to the optimizer."""
+    given = {}
+    for name in ("ddp", "ddp, ignoring", "fsdp2"):
+        model, made = make_model(), []
+        model.optimizer = lambda params, made=made: made.append(GroupedOptimizer(params, lr=0.01)) or made[0]
+        if "ignoring" in name:
+            model._ddp_params_and_buffers_to_ignore = ["transformer.unembedding.weight"]
+        fit(folder, name.partition(",")[0], model, 1, rule="hyperp")
+        given[name] = made[0].process_group is torch.distributed.group.WORLD
+        assert given[name] or made[0].process_group is None
+    return given
+
+
 def main(folder):
     torch.set_num_threads(1)
     seen = {name: strategies(folder, name) for name in ("ddp", "fsdp2", "fsdp2-full")}
     seen["float64"] = {name: in_float64(folder, name) for name in ("ddp", "fsdp2")}
     seen["early"] = message_of(fit, folder, "fsdp2", Early(**SIZES), 1)
+    seen["process groups"] = process_groups(folder)
     seen["run sizes"] = run_sizes(folder)
     seen["cli"] = cli(folder)
     torch.save(seen, folder / f"rank{os.environ['RANK']}.pt")

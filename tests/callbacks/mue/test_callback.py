@@ -227,7 +227,7 @@ def test_a_longer_resumed_run_is_told_how_to_go_on(tmp_path):
         fit(make_model(), [mue(**counted)], max_steps=4, ckpt_path=tmp_path / "last.ckpt")
     trainer = fit(make_model(), [mue(**counted, tokens=128.0)], max_steps=4, ckpt_path=tmp_path / "last.ckpt")
     assert trainer.global_step == 4
-    with pytest.raises(ValueError, match="another plan") as error:  # the length is not what differs
+    with pytest.raises(ValueError, match=r"ckpt_path: .*another plan") as error:  # the length is not what differs
         fit(make_model(), [mue(**counted, tokens=128.0, rule="sp")], max_steps=4, ckpt_path=tmp_path / "last.ckpt")
     assert "goes on" not in str(error.value)
 
@@ -256,7 +256,7 @@ def test_another_plan_on_resume_is_refused_with_the_differences(tmp_path):
     path = tmp_path / "model.ckpt"
     trainer.save_checkpoint(path)
     content = path.read_bytes()
-    with pytest.raises(ValueError, match=r"another plan.*\n.*base_axes\.width: 32 -> 16\n") as error:
+    with pytest.raises(ValueError, match=r"ckpt_path: found .*another plan.*\n.*base_axes\.width: 32 -> 16\n") as error:
         fit(make_model(), [mue(base={**BASE, "width": 16})], max_steps=4, ckpt_path=path)
     assert "hidden" not in str(error.value) or ".lr: 0.5 -> 0.25" in str(error.value)
     assert path.read_bytes() == content
@@ -315,7 +315,7 @@ def test_one_callback_serves_several_models():
 def test_checkpoint_of_a_run_without_the_callback_is_refused(tmp_path):
     trainer = fit(make_model(), [], max_steps=1)
     trainer.save_checkpoint(tmp_path / "model.ckpt")
-    with pytest.raises(ValueError, match="holds no plan"):
+    with pytest.raises(ValueError, match="ckpt_path: found a checkpoint that holds no plan"):
         fit(make_model(), [mue()], max_steps=2, ckpt_path=tmp_path / "model.ckpt")
     fit(make_model(), [mue(base={"width": 64})], max_steps=2, ckpt_path=tmp_path / "model.ckpt")
 

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy
 from lightning.pytorch.tuner import Tuner
 from torch import nn
 from torch.utils.data import DataLoader
@@ -220,8 +220,10 @@ def test_resume_with_an_average_is_exact(tmp_path):
     assert equal(weights(whole), weights(resumed))
 
 
-def test_flattening_strategies_are_refused():
+@pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy, type("FSDPStrategy", (Strategy,), {})])
+def test_flattening_strategies_are_refused(strategy):
+    """By name too: pytorch_lightning has classes of its own."""
     trainer = make_trainer([mue()], max_steps=1)
-    trainer.strategy.__class__ = type("FSDP", (FSDPStrategy,), {})
-    with pytest.raises(ValueError, match=r"FSDP flattens.*ModelParallelStrategy"):
+    trainer.strategy.__class__ = type("FSDP", (strategy,), {})
+    with pytest.raises(ValueError, match=r"strategy: found FSDP, which flattens.*ModelParallelStrategy"):
         mue().setup(trainer, Net(), "fit")

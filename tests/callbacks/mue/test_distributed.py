@@ -94,14 +94,14 @@ def test_second_fit_keeps_the_weights(seen, name):
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_another_plan_is_refused_on_every_rank(seen, name, rank):
     run = seen[rank][name]
-    assert "another plan" in run["mismatch"]
+    assert "ckpt_path: found a checkpoint of a run with another plan" in run["mismatch"]
     assert "base_axes.width: 32 -> " in run["mismatch"]
-    assert "holds no plan" in run["missing"]
+    assert "ckpt_path: found a checkpoint that holds no plan" in run["missing"]
     assert run["unchanged"]
 
 
 def test_order_of_events(seen):
-    """The table of lightning-mechanics.md, on which the callback is built."""
+    """What exists at which hook under each strategy, on which the callback is built."""
     for name, late in (("ddp", False), ("fsdp2", True), ("fsdp2-full", True)):
         resumed = seen[0][name]["resumed"]
         assert resumed["on_fit_start"]["ckpt_path"] is not late
@@ -114,7 +114,14 @@ def test_order_of_events(seen):
 
 
 def test_optimizer_made_before_sharding_is_refused(seen):
-    assert "holds none of the module's parameters" in seen[0]["early"]
+    assert "optimizer: found AdamW, which holds none of the module's parameters" in seen[0]["early"]
+
+
+def test_process_groups(seen):
+    """The ranks of DDP are replicas of each other; those of FSDP2 are not."""
+    assert (
+        seen[0]["process groups"] == seen[1]["process groups"] == {"ddp": True, "ddp, ignoring": False, "fsdp2": False}
+    )
 
 
 def test_run_sizes_count_the_replicas(seen):

@@ -270,7 +270,8 @@ def test_several_optimizers(both):
     assert kinds.pop("net.2.weight") == hidden
     assert set(kinds.values()) == {"adamw"}
     assert all(not torch.equal(start[0][n], p) for n, p in model.named_parameters())
-    if both is SGD:  # theory 4.2: hidden matrices keep their rate under SGD and lose it with the width under Adam
+    # Hidden matrices keep their rate under SGD and lose it with the width under Adam (docs/derivations/mup.md).
+    if both is SGD:
         assert callback.plan["net.2.weight"].lr == pytest.approx(1.0)
         assert callback.plan["net.4.weight"].lr == pytest.approx(BASE_WIDTH / WIDTH)
 

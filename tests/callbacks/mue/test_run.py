@@ -71,9 +71,9 @@ def test_where_sizes_are_looked_for():
     assert infer_batch_tokens(trainer(max_steps=1), module, Data(batch_size=4)) == 4 * 99
     assert infer_batch_tokens(trainer(max_steps=1), module, None) == 7 * 99
     assert infer_batch_tokens(trainer(max_steps=1), MODULE, Data(tokens_per_batch=1000, batch_size=4)) == 1000
-    with pytest.raises(LookupError, match="no sequence length"):
+    with pytest.raises(LookupError, match="datamodule: found no sequence length"):
         infer_batch_tokens(trainer(max_steps=1), MODULE, Data(batch_size=4))
-    with pytest.raises(LookupError, match="no trainer"):
+    with pytest.raises(LookupError, match="trainer: found no trainer"):
         infer_batch_tokens(None, MODULE, Data(batch_size=4, context_length=16))
 
 
@@ -81,7 +81,7 @@ def test_epochs_count_where_the_data_is_loaded():
     data = Data(batch_size=4, context_length=16)
     for unknown in (trainer(max_epochs=2), trainer(max_epochs=2, max_steps=100)):
         assert infer_batch_tokens(unknown, MODULE, data) == 64
-        with pytest.raises(LookupError, match="max_epochs=2"):
+        with pytest.raises(LookupError, match="max_steps: found max_epochs=2"):
             steps(unknown)
 
     class Loads(MoELanguageModel):
@@ -191,14 +191,22 @@ def test_explain_shows_them():
         (
             Data(batch_size=4),
             {"max_steps": 3},
-            r"batch_tokens: base\.batch_tokens is given.*sequence length.*Data or Namespace",
+            r"base\.batch_tokens: found 10, while .* not given.*no sequence length.*Data or Namespace",
         ),
         (Data(context_length=4), {"max_steps": 3}, r"no batch_size and no tokens_per_batch"),
-        (Data(batch_size=4, context_length=4), {"max_epochs": 3}, r"tokens: .*max_epochs=3.*set max_steps"),
-        (Data(batch_size=4, context_length=4), {"max_epochs": -1}, r"tokens: .*neither max_steps nor max_epochs"),
+        (
+            Data(batch_size=4, context_length=4),
+            {"max_epochs": 3},
+            r"base\.tokens: found 10.*max_steps: found max_epochs=3.*Set max_steps",
+        ),
+        (
+            Data(batch_size=4, context_length=4),
+            {"max_epochs": -1},
+            r"base\.tokens: found 10.*neither max_steps nor max_epochs",
+        ),
     ],
 )
-def test_what_cannot_be_told_is_asked_for(data, settings, message):
+def test_what_cannot_be_inferred_is_asked_for(data, settings, message):
     class Namespace(torch.nn.Linear):
         pass
 

@@ -96,21 +96,21 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_bad_files_are_explained(tmp_path):
     path = tmp_path / "base.json"
-    with pytest.raises(ValueError, match=r"compare: there is no file .*base.json.*record="):
+    with pytest.raises(ValueError, match=r"compare: found .*base.json., which does not exist.*record="):
         Fingerprint.load(path)
     path.write_text("{")
-    with pytest.raises(ValueError, match="cannot be read as a fingerprint"):
+    with pytest.raises(ValueError, match=r"compare: .*cannot be read as a fingerprint"):
         Fingerprint.load(path)
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="cannot be read as a fingerprint"):
+    with pytest.raises(ValueError, match=r"compare: .*cannot be read as a fingerprint"):
         Fingerprint.load(path)
     path.write_text("[1]")
-    with pytest.raises(ValueError, match="no fingerprint"):
+    with pytest.raises(ValueError, match=r"compare: .*no fingerprint"):
         Fingerprint.load(path)
     make().save(path)
     good = json.loads(path.read_text())
     for change, match in [
-        ({"schema": 99}, "schema 99"),
+        ({"schema": 99}, "compare: .* of schema 99, expected one of schema 1"),
         ({"kind": "else"}, "no fingerprint"),
         ({"surplus": 1}, "surplus"),
         ({"progress": [0.1]}, "points for 1"),

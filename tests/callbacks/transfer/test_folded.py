@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_mue.callbacks.transfer.probes import Layers, forward_multipliers, update_probes
+from lightning_mue.callbacks.transfer.layers import Layers
+from lightning_mue.callbacks.transfer.probes import update_probes
+from lightning_mue.callbacks.transfer.reach import forward_multipliers
 from lightning_mue.parameterizations import ScalingPlan, plan
 
 transformers = pytest.importorskip("transformers", reason="transformers needs Python 3.11")

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from lightning_mue import HyperSphereOptimizer, MoELanguageModel, MuECallback
 from lightning_mue.callbacks import TransferMonitor
 from lightning_mue.callbacks.transfer.fingerprint import Fingerprint
-from lightning_mue.callbacks.transfer.probes import Layers
+from lightning_mue.callbacks.transfer.layers import Layers
 from lightning_mue.cli.lightning_cli import MuECLI
 
 SIZES = {"vocab_size": 16, "context_length": 12, "width": 16, "n_heads": 2, "depth": 2, "n_experts": 4, "top_k": 2}
@@ -453,25 +453,25 @@ def test_layers_of_several_stacks():
 
 def test_bad_arguments_and_files_are_refused_before_step_0(tmp_path):
     for options, match in [
-        ({}, "record and compare are both None"),
+        ({}, "record: found None, and compare is None too"),
         ({"record": "a", "band": 1.0}, "band: found 1.0"),
         ({"record": "a", "points": 1}, "points: found 1"),
         ({"record": "a", "patience": 0}, "patience: found 0"),
         ({"record": "a", "warmup": 1.0}, "warmup: found 1.0"),
         ({"record": "a", "max_elements": 0}, "max_elements: found 0"),
-        ({"record": "a", "every_n_steps": 0}, "every_n_steps is 0"),
+        ({"record": "a", "every_n_steps": 0}, "every_n_steps: found 0"),
     ]:
         with pytest.raises(ValueError, match=match):
             TransferMonitor(**options)
     for monitor, match in [
-        (TransferMonitor(compare=tmp_path / "none.json"), "compare: there is no file"),
-        (TransferMonitor(record=tmp_path), "record: .* is a folder"),
+        (TransferMonitor(compare=tmp_path / "none.json"), "compare: .*does not exist"),
+        (TransferMonitor(record=tmp_path), "record: found .*, which is a folder"),
     ]:
         watch = Watch()
         with pytest.raises(ValueError, match=match):
             fit([monitor, watch])
         assert watch.before == []
-    with pytest.raises(ValueError, match=r"length of this run is not known.*Set max_steps"):
+    with pytest.raises(ValueError, match=r"max_steps: found -1 .*length of this run is not known.*Set max_steps"):
         fit([TransferMonitor(record=tmp_path / "a.json")], steps=-1, max_epochs=-1)
 
 

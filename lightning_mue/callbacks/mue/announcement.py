@@ -1,0 +1,42 @@
+"""Shows the plan of a fit: on the terminal, in TensorBoard, and as ``plan.yaml`` in the loggers' folders."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from lightning_mue.console import wide_console
+from lightning_mue.parameterizations import ScalingPlan
+from lightning_mue.parameterizations.planning.render import as_markdown, headline
+
+_log = logging.getLogger(__name__)
+
+
+def announce(trainer: Trainer, plan: ScalingPlan, *, drawn: bool, verbose: bool) -> None:
+    """Shows the plan, on rank zero.
+
+    Args:
+        trainer: The trainer, whose loggers get the plan.
+        plan: The plan.
+        drawn: Whether the initial weights were drawn by it.
+        verbose: Print the whole table; otherwise one line and the notes are logged.
+    """
+    if not trainer.is_global_zero:
+        return
+    if not plan.same_size:
+        _log.info("MuECallback: initial weights %s", "drawn by the plan" if drawn else "kept as they are")
+    if not verbose:
+        _log.info("MuECallback: %s", headline(plan))
+        for note in plan.notes:  # the table has them
+            _log.warning("MuECallback: %s", note)
+    else:
+        wide_console().print(plan)
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_text("parameterization", as_markdown(plan), 0)
+        if isinstance(folder := getattr(logger, "log_dir", None), str):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            plan.save(Path(folder) / "plan.yaml")

@@ -1,0 +1,94 @@
+"""Reach: how far a change of one weight moves the residual stream or the logits (see `TransferMonitor`)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import nn
+
+from lightning_mue.callbacks.transfer.layers import OUTSIDE, Layers
+from lightning_mue.parameterizations import MATRIX_ROLES, ParameterPlan, Role, ScalingPlan
+from lightning_mue.parameterizations.reading.inference import mark_folds
+from lightning_mue.parameterizations.reading.parameters import list_parameters
+from lightning_mue.parameterizations.reading.record import sites
+from lightning_mue.parameterizations.rules.kinds import SPHERE_KINDS
+
+#: Roles that are in no layer.
+OUTSIDE_ROLES = frozenset({Role.EMBEDDING, Role.UNEMBEDDING, Role.FINAL_NORM})
+#: Roles of the last matrix of an FFN or expert.
+_DOWN = frozenset({Role.FFN_DOWN, Role.EXPERT_DOWN, Role.SHARED_DOWN})
+
+
+def forward_multipliers(module: nn.Module, patterns: Mapping[str, str] | None) -> dict[str, list[tuple[str, float]]]:
+    """Qualified name of a module -> the forward multipliers that it applies now, as (kind, value).
+
+    Args:
+        module: The whole model.
+        patterns: Kind -> regular expression on paths of attributes, for modules that declare none (as for MuECallback).
+    """
+    found: dict[str, list[tuple[str, float]]] = defaultdict(list)
+    for site in sites(module, patterns):
+        found[site.path.rpartition(".")[0]].append((site.kind, site.value))
+    return found
+
+
+def folded_residuals(module: nn.Module, plan: ScalingPlan, layers: Layers) -> dict[str, float]:
+    """Name of a parameter inside a block -> the residual multiplier that the plan folded into later weights.
+
+    Where no module exposes the multiplier m, the last matrix of each branch carries it (docs/theory.md section 2), so the
+    weights before that matrix reach the residual stream through m. The change of the matrix itself contains m already, except
+    on the sphere, where the change is relative to the weight.
+
+    Args:
+        module: The whole model.
+        plan: The plan in force.
+        layers: The model's layers.
+    """
+    m, entries = plan.folded.get("residual", 1.0), {entry.name: entry for entry in plan.parameters}
+    if m == 1.0:
+        return {}
+    known = [info for info in list_parameters(module, None) if info.name in entries]
+    infos = mark_folds([replace(info, role=Role(entries[info.name].role)) for info in known])
+    carriers = {info.name for info in infos if "residual" in info.folds}
+    return {
+        name: m
+        for name, entry in entries.items()
+        if Role(entry.role) not in OUTSIDE_ROLES
+        and layers.place(name) != OUTSIDE
+        and (name not in carriers or entry.kind in SPHERE_KINDS)
+    }
+
+
+def reach_factor(entry: ParameterPlan, layers: Layers, multipliers: Mapping[str, list[tuple[str, float]]]) -> float:
+    """Reach / RMS of a change (see `TransferMonitor`); on the sphere, reach / (RMS of the change / RMS of the weight).
+
+    Args:
+        entry: The parameter: name, role, kind of update, and shape, [..., out, in] for a matrix.
+        layers: The model's layers.
+        multipliers: From `forward_multipliers`; those of all modules around the parameter count.
+    """
+    role, factor = Role(entry.role), 1.0
+    if role in MATRIX_ROLES and entry.kind in ("adamw", "sgd"):
+        factor *= entry.shape[-1]
+    elif role in MATRIX_ROLES and entry.kind == "muon":
+        factor *= entry.shape[-1] ** 0.5  # all singular values are equal, so no input aligns with many rows
+    if role not in OUTSIDE_ROLES:
+        factor *= layers.count(entry.name)  # blocks add up in the residual stream
+    parts = entry.name.split(".")
+    for end in range(len(parts)):
+        for kind, value in multipliers.get(".".join(parts[:end]), ()):
+            factor *= value if _applies(kind, role, entry.kind) else 1.0
+    return factor
+
+
+def _applies(multiplier: str, role: Role, kind: str) -> bool:
+    """Whether a multiplier acts between a weight and the tensor that its reach is measured on."""
+    if multiplier == "residual":
+        return role not in OUTSIDE_ROLES
+    return kind not in SPHERE_KINDS and (
+        (multiplier == "ffn" and role in _DOWN)
+        or (multiplier == "route" and role is Role.EXPERT_DOWN)
+        or (multiplier == "output" and role is Role.UNEMBEDDING)
+    )
