@@ -13,10 +13,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_mue.checks import mismatch, require_choice, require_number
-from lightning_mue.optim.announcement import announce, describe, warn_of_guesses
 from lightning_mue.optim.distributed.agreement import check_replicas
 from lightning_mue.optim.distributed.layout import Layout, layout_of
-from lightning_mue.optim.groups import named, split_group, to_groups, unique_name
+from lightning_mue.optim.groups import (
+    announce,
+    describe,
+    named,
+    split_group,
+    to_groups,
+    unique_name,
+    warn_of_guesses,
+)
 from lightning_mue.optim.options import checked, is_zero
 from lightning_mue.optim.state import check_loadable, check_new_group, prepare, restore_dtypes
 from lightning_mue.optim.updates import update
@@ -142,11 +149,10 @@ class HyperSphereOptimizer(Optimizer):
         if adamw_lr is not None:
             require_number("adamw_lr", adamw_lr, at_least=0)
         if process_group == "auto":
-            warnings.warn(
-                'process_group: found "auto", which means None: every rank orthogonalizes all of its plain matrices. '
-                "Under DDP pass torch.distributed.group.WORLD to share the work.",
-                stacklevel=2,
+            meaning = (
+                "every rank orthogonalizes all of its plain matrices. Under DDP pass torch.distributed.group.WORLD."
             )
+            warnings.warn(f'process_group: found "auto", which means None: {meaning}', stacklevel=2)
             process_group = None
         elif isinstance(process_group, str):
             raise ValueError(mismatch("process_group", found=repr(process_group), expected="a process group or None"))
@@ -257,7 +263,7 @@ class HyperSphereOptimizer(Optimizer):
         """Check once that the ranks of the process group hold replicas, at the first step with a learning rate.
 
         Not at a step with lr 0, which shares nothing: restoring takes one before the weights are loaded. All groups
-        decide, whatever their kinds, so that a rank without matrices takes part.
+        decide, of any kind, so that a rank without matrices takes part.
         """
         if self._replicas_checked or self._process_group is None or all(is_zero(g["lr"]) for g in self.param_groups):
             return

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_mue.optim import HyperSphereOptimizer, announcement
+from lightning_mue.optim import HyperSphereOptimizer, groups
 from lightning_mue.optim.groups import classify
 from lightning_mue.parameterizations.rules.roles import Role
 
@@ -84,7 +84,7 @@ def test_roles_decide_before_names(role):
     assert classify(name, weight) == (expected, f"role {role.value}")
     weight.mue_role = role.value
     assert classify(name, weight)[0] == expected
-    assert classify(name, param(6))[0] == "adamw", "a vector is no matrix, whatever its role"
+    assert classify(name, param(6))[0] == "adamw", "a vector is no matrix, for any role"
 
 
 def test_three_dimensions_are_a_stack_and_vectors_get_adamw():
@@ -150,7 +150,7 @@ def test_description_names_every_group():
 
 
 def test_groups_are_logged_once_and_by_the_first_rank_only(caplog, monkeypatch):
-    monkeypatch.setattr(announcement, "_logged", set())
+    monkeypatch.setattr(groups, "_logged", set())
     weights = [(f"blocks.{i}.weight", param(4, 4)) for i in range(3)]
     with caplog.at_level(logging.INFO, logger="lightning_mue"):
         optimizer = HyperSphereOptimizer(weights)
@@ -170,7 +170,7 @@ def test_groups_are_logged_once_and_by_the_first_rank_only(caplog, monkeypatch):
 
 def test_the_log_is_seen_without_setting_up_logging(monkeypatch):
     """The package's own handler, which stands back where a program (or pytest) has handlers on the root."""
-    monkeypatch.setattr(announcement, "_logged", set())
+    monkeypatch.setattr(groups, "_logged", set())
     (handler,) = logging.getLogger("lightning_mue").handlers
     for root_handlers, expected in (([], 1), ([logging.NullHandler()], 0)):
         monkeypatch.setattr(logging.root, "handlers", root_handlers)

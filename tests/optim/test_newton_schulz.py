@@ -249,7 +249,7 @@ def test_negative_control_all_steps_in_one_segment_are_less_exact(monkeypatch):
 
 
 @pytest.mark.parametrize("setting", ["highest", "high", "medium", "the newer one", "none"])
-def test_tf32_is_float32_on_a_cpu_whatever_was_set_and_the_setting_stays(setting):
+def test_tf32_is_float32_on_a_cpu_with_any_setting_and_the_setting_stays(setting):
     g = matrix("gaussian", 16, 48)
     matmul, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     saved = matmul.fp32_precision, cpu.fp32_precision

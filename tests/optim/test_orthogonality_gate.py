@@ -277,5 +277,5 @@ def test_float32_with_bfloat16_products_passes_the_gate_of_bfloat16():
             backend.fp32_precision = value
     assert newton_schulz._segments(case(shape).g_Boi, PRESETS["scheduled"]) == (2, 3)
     if torch.equal(result.whole, exact.whole):
-        pytest.skip("this CPU multiplies float32 matrices in float32 whatever it is told")
+        pytest.skip("this CPU multiplies float32 matrices in float32 in spite of the setting")
     passes(result, shape, "scheduled", torch.bfloat16)

@@ -32,7 +32,7 @@ def rank_of(rank, world):
         dist.destroy_process_group()
 
 
-def cut(shape, mesh, placements):
+def sharded(shape, mesh, placements):
     return distribute_tensor(torch.zeros(shape), mesh, placements, src_data_rank=None)
 
 
@@ -143,7 +143,7 @@ def test_all_ranks_that_share_matrices_make_the_same_assignment(mesh_shape):
         with rank_of(rank, world):
             mesh = init_device_mesh("cpu", mesh_shape)
             placements = [Replicate()] * (len(mesh_shape) - 1)
-            params = [cut(s, mesh, [*placements, Shard(1 if len(s) == 3 else 0)]) for s in shapes]
+            params = [sharded(s, mesh, [*placements, Shard(1 if len(s) == 3 else 0)]) for s in shapes]
             layouts = [layout_of(p) for p in params]
             assert all(layout.replicas * len(layout.split_sizes) == world for layout in layouts)
             plans.append([bucket.assignments for bucket in buckets_of(layouts)])
@@ -181,7 +181,7 @@ LAYOUTS = [
 def test_layouts_on_larger_meshes(mesh_shape, shape, placements, expected):
     with rank_of(3, 8):
         mesh = init_device_mesh("cpu", mesh_shape)
-        layout = layout_of(cut(shape, mesh, placements))
+        layout = layout_of(sharded(shape, mesh, placements))
         assert {key: getattr(layout, key) for key in expected} == expected
         assert (layout.split_group is None) == (layout.split_dim is None)
         assert layout.gather is None
@@ -201,7 +201,7 @@ def test_layouts_on_larger_meshes(mesh_shape, shape, placements, expected):
 def test_what_only_dtensor_can_put_together_is_gathered(shape, placements):
     with rank_of(3, 8):
         mesh = init_device_mesh("cpu", (2, 4))
-        layout = layout_of(cut(shape, mesh, placements))
+        layout = layout_of(sharded(shape, mesh, placements))
         assert layout.gather == (mesh, tuple(layout.gather[1]))
         assert (layout.split_group, layout.replica_group) == (None, None)
         assert len(layout.sum_groups) == sum(not p.is_replicate() for p in placements)
@@ -210,12 +210,12 @@ def test_what_only_dtensor_can_put_together_is_gathered(shape, placements):
 def test_a_mesh_in_another_order_than_its_group_is_refused():
     """torch 2.13's own full_tensor is wrong on it. Rank 0 is where it should be, but all ranks must do the same."""
     with rank_of(0, 4):
-        assert layout_of(cut((8, 6), DeviceMesh("cpu", [0, 1, 2, 3]), [Shard(0)])).gather is None
+        assert layout_of(sharded((8, 6), DeviceMesh("cpu", [0, 1, 2, 3]), [Shard(0)])).gather is None
         mesh = DeviceMesh("cpu", [0, 2, 1, 3])
         with pytest.raises(ValueError, match=r"found the ranks \[0, 2, 1, 3\], expected ascending order"):
-            layout_of(cut((8, 6), mesh, [Shard(0)]))
-        assert layout_of(cut((8, 6), mesh, [Replicate()])).replicas == 4
-        assert layout_of(cut((8, 6, 4), mesh, [Shard(0)])).indices == (0, 1)
+            layout_of(sharded((8, 6), mesh, [Shard(0)]))
+        assert layout_of(sharded((8, 6), mesh, [Replicate()])).replicas == 4
+        assert layout_of(sharded((8, 6, 4), mesh, [Shard(0)])).indices == (0, 1)
 
 
 def test_plain_parameters_and_ranks_outside():
@@ -226,7 +226,7 @@ def test_plain_parameters_and_ranks_outside():
         assert layout_of(torch.zeros(4, 6), dist.group.WORLD).replicas == 4
         assert layout_of(torch.zeros(4, 6), dist.group.WORLD).replica_rank == 3
         mesh = DeviceMesh("cpu", [0, 1])
-        outside = layout_of(cut((4, 6), mesh, [Shard(0)]))
+        outside = layout_of(sharded((4, 6), mesh, [Shard(0)]))
         assert outside.count == 0
         ((done,),) = orthogonalize_sharded([outside], [torch.zeros(0)], lambda x: x, dtype=torch.bfloat16)
         assert (done[0], list(done[1].shape), done[1].dtype) == (0, [0], torch.bfloat16)
@@ -254,7 +254,7 @@ def test_volume_of_the_dense_set():
         world = dist.group.WORLD
         ddp = sent_bytes([layout_of(torch.zeros(s), world) for s in DENSE], torch.float32, torch.bfloat16)
         mesh = init_device_mesh("cpu", (2,))
-        fsdp = sent_bytes([layout_of(cut(s, mesh, [Shard(0)])) for s in DENSE], torch.float32, torch.bfloat16)
+        fsdp = sent_bytes([layout_of(sharded(s, mesh, [Shard(0)])) for s in DENSE], torch.float32, torch.bfloat16)
     # Replicas: half of the results, in bf16. 5 % for padding, which is what uneven shares cost.
     assert ddp.total == ddp.replicas
     assert numbers / 2 * 2 <= ddp.replicas <= 1.05 * numbers / 2 * 2
@@ -264,6 +264,18 @@ def test_volume_of_the_dense_set():
     assert fsdp.results == pytest.approx(numbers / 4 * 2, rel=0.05)
     whole = numbers / 2 * 4  # an all-gather of all directions
     assert fsdp.total < 0.8 * whole
+
+
+@pytest.mark.parametrize(("world", "ddp", "fsdp"), [(2, 36.8, 55.1), (8, 66.5, 24.2)])
+def test_the_documented_volumes(world, ddp, fsdp):
+    """The table of docs/optimizer.md, in MiB."""
+    with rank_of(0, world):
+        mesh = init_device_mesh("cpu", (world,))
+        replicated = [layout_of(torch.zeros(s), dist.group.WORLD) for s in DENSE]
+        fsdp_layouts = [layout_of(sharded(s, mesh, [Shard(0)])) for s in DENSE]
+        for layouts, expected in ((replicated, ddp), (fsdp_layouts, fsdp)):
+            sent = sent_bytes(layouts, torch.float32, torch.bfloat16).total
+            assert sent / 2**20 == pytest.approx(expected, abs=0.05)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ VARIANTS = ["small buckets", "bf16 results", "bf16"]
 
 
 def check(reports, name, pairs):
-    """Every rank got torch's own cut of the whole results, bit for bit, and the work was shared as far as it can be."""
+    """Every rank got torch's own shards of the whole results, bit for bit, and the work was shared as far as it can be."""
     for report in reports:
         assert report[name]["wrong"] == []
         assert report[name]["count"] == len(pairs)

@@ -174,7 +174,7 @@ def test_negative_control_reading_a_meta_tensor_raises():
         bool((torch.ones(3, device="meta") != 0).all())
 
 
-# Experts, groups, copies
+# Experts, groups, deep copies
 
 
 @pytest.mark.parametrize("kind", ["sphere", "muon"])

@@ -373,7 +373,7 @@ def test_folding_a_multiplier_into_the_radius_leaves_the_training_unchanged(lr_f
 
 
 def test_only_copies_are_written_back(monkeypatch):
-    """A view of a weight is the weight, whatever stride it gives to a side of length 1; a copy is not."""
+    """A view of a weight is the weight, with any stride of a side of length 1; a copy is not."""
     copied = []
     copy = torch._foreach_copy_
     monkeypatch.setattr(torch, "_foreach_copy_", lambda to, source: (copied.extend(to), copy(to, source)))
