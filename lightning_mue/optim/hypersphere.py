@@ -149,9 +149,7 @@ class HyperSphereOptimizer(Optimizer):
         if adamw_lr is not None:
             require_number("adamw_lr", adamw_lr, at_least=0)
         if process_group == "auto":
-            meaning = (
-                "every rank orthogonalizes all of its plain matrices. Under DDP pass torch.distributed.group.WORLD."
-            )
+            meaning = "no rank shares its work. Under DDP pass torch.distributed.group.WORLD."
             warnings.warn(f'process_group: found "auto", which means None: {meaning}', stacklevel=2)
             process_group = None
         elif isinstance(process_group, str):

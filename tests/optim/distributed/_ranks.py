@@ -77,7 +77,7 @@ if torch.__version__ < "2.12":  # whose DTensor cannot gather a strided shard th
 
 
 def one_by_one(batch):
-    """Exact whatever the batch: products of other batch sizes may round differently."""
+    """Orthogonalize one matrix at a time, because products of other batch sizes may round differently."""
     return torch.stack([orthogonalize(x, dtype=torch.float32) for x in batch])
 
 
@@ -93,7 +93,7 @@ def expected(whole):
 
 
 def place(whole, how, mesh):
-    """A parameter as this rank has it: torch's own cut."""
+    """A parameter as this rank has it, sharded by torch."""
     return nn.Parameter(
         whole.clone() if isinstance(how, str) else distribute_tensor(whole, mesh, how, src_data_rank=None)
     )
@@ -138,7 +138,7 @@ class Spy:
 
 
 def check(name, mesh_shape, pairs, dtype=torch.float32, result=torch.float32, bucket_bytes=None):
-    """Orthogonalize a case; return how far this rank's pieces are from torch's cut of the whole results, and more."""
+    """Orthogonalize a case; return which of this rank's pieces differ from torch's shards of the whole results, and more."""
     mesh = init_device_mesh("cpu", mesh_shape)
     whole = wholes(pairs, dtype)
     params = [place(w, how, mesh) for w, (_, how) in zip(whole, pairs, strict=True)]
@@ -187,22 +187,22 @@ def sums_error(layouts, directions, whole, pairs, mesh):
 
 
 def check_fsdp():
-    """A model that fully_shard has cut: gradients of a backward pass, in the optimizer's place."""
+    """A model sharded by fully_shard, with the gradients of a backward pass in place of directions."""
     torch.manual_seed(0)
     plain = nn.Sequential(
         nn.Linear(7, 5, bias=False), nn.Tanh(), nn.Linear(5, 9, bias=False), nn.Linear(9, 1, bias=False)
     )
     torch.manual_seed(0)
-    cut = nn.Sequential(
+    sharded = nn.Sequential(
         nn.Linear(7, 5, bias=False), nn.Tanh(), nn.Linear(5, 9, bias=False), nn.Linear(9, 1, bias=False)
     )
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    fully_shard(cut, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
     x = torch.randn(4, 7)
-    for model in (plain, cut):
+    for model in (plain, sharded):
         model(x).square().sum().backward()
-    layouts = [layout_of(p) for p in cut.parameters()]
-    grads = [local(p.grad) for p in cut.parameters()]
+    layouts = [layout_of(p) for p in sharded.parameters()]
+    grads = [local(p.grad) for p in sharded.parameters()]
     found = dict(
         pair for done in orthogonalize_sharded(layouts, grads, one_by_one, dtype=torch.float32) for pair in done
     )
@@ -214,7 +214,7 @@ def check_fsdp():
 
 
 def check_real_function():
-    """The package's own batched function; and the mathematics that is not ours: each rank's piece for itself."""
+    """The package's own batched function; and as a control each rank's piece by itself, which is other mathematics."""
     mesh = init_device_mesh("cpu", (2,))
     whole = [torch.randn(48, 64, generator=torch.Generator().manual_seed(i)) for i in range(5)]
     params = [place(w, [S(0)], mesh) for w in whole]

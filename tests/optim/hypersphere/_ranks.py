@@ -250,7 +250,7 @@ def agreement(world):
 
 
 def without_communication():
-    """The mathematics that is not ours: every rank orthogonalizes its own piece."""
+    """A control with other mathematics: every rank orthogonalizes its own piece."""
 
     def pieces(layouts, directions, fn, **kwargs):
         for index, u in enumerate(directions):
