@@ -1,6 +1,6 @@
 """HyperSphereOptimizer's step on CPU against the peers' Muon: the same matrices, the same gradients, one process.
 
-torch.optim.Muon takes no stacks, so it gets the experts as single matrices, which is how its users have to hold them.
+torch.optim.Muon takes no stacks, so it gets the experts as single matrices, as its users have to store them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def tensors(shapes: Iterable[tuple[int, ...]], stacks: bool) -> list[torch.nn.Pa
 
 
 def contenders(shapes: list[tuple[int, ...]]) -> dict[str, torch.optim.Optimizer]:
-    """The optimizers, each on weights of its own; a rate so small that the weights keep their size."""
+    """The optimizers, each on its own weights; the rate is so small that the weights keep their size."""
     rate = 1e-6
 
     def ours(**options: object) -> torch.optim.Optimizer:

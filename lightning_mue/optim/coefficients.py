@@ -1,8 +1,10 @@
-"""The named Newton-Schulz schedules, each with its source and with what it promises."""
+"""The named Newton-Schulz schedules: coefficients, source, and the range of singular values that they guarantee."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from lightning_mue.checks import mismatch, require_choice
 
 
 @dataclass(frozen=True)
@@ -24,14 +26,13 @@ class Coefficients:
 
     def __post_init__(self) -> None:
         if not self.steps or any(a <= 0 or b >= 0 or c <= 0 for a, b, c in self.steps):
-            raise ValueError(
-                f"steps must hold one (a, b, c) or more, with a > 0, b < 0 and c > 0; found {self.steps}. Only such "
-                "a polynomial raises small singular values and turns large ones back."
-            )
+            expected = "one (a, b, c) or more with a > 0, b < 0 and c > 0"
+            do = "Only such a polynomial raises small singular values and lowers large ones."
+            raise ValueError(mismatch("steps", found=self.steps, expected=expected, do=do))
 
     @property
     def gain(self) -> float:
-        """By how much a very small singular value grows: the product of the a."""
+        """Factor by which a very small singular value grows: the product of the a."""
         gain = 1.0
         for a, _, _ in self.steps:
             gain *= a
@@ -68,6 +69,5 @@ def get_preset(name: str) -> Coefficients:
     Raises:
         ValueError: If there is none.
     """
-    if name not in PRESETS:
-        raise ValueError(f"preset must name a Newton-Schulz schedule, one of {sorted(PRESETS)}; found {name!r}.")
+    require_choice("preset", name, PRESETS)
     return PRESETS[name]

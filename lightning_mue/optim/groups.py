@@ -1,30 +1,38 @@
-"""Which update a parameter gets, decided from its role, else its name, else its shape."""
+"""Param groups: the kind of update of each parameter, from its role, else its name, else its shape; and reports of it."""
 
 from __future__ import annotations
 
+import logging
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from lightning_mue.checks import listed, mismatch
 from lightning_mue.contract import declared_role
 from lightning_mue.names import all_indices, is_elementwise, is_embedding, is_head, is_vector
 from lightning_mue.parameterizations.rules.kinds import KINDS
 from lightning_mue.parameterizations.rules.roles import MATRIX_ROLES, Role
 
-_FOREIGN_OPTIONS = {"amsgrad", "fused", "ns_steps", "dampening"}  # of torch's optimizers, not of this one
-_STATE = {"momentum", "radius", "exp_avg", "exp_avg_sq", "step"}
+logger = logging.getLogger(__name__)
+
+#: What has been logged in this process: sets of (kind, name with its numbers removed).
+_logged: set[frozenset[tuple[str, str]]] = set()
 
 
 def classify(name: str | None, param: Tensor, *, sphere: bool = True) -> tuple[str, str]:
-    """Decide the update of one parameter.
+    """Decide the kind of update of one parameter; the first rule that applies counts.
 
-    The order is: vectors and scalars get `adamw`; then the role in the tensor's `mue_role` attribute, where a layer
-    set one; then the name, which recognizes embeddings, output heads, norms and biases; then the shape, which makes
-    everything else a matrix. The unembedding gets `adam_sphere` and the embedding `adamw` (arXiv:2603.28743).
+    1. Vectors and scalars get `adamw`.
+    2. The role in the tensor's `mue_role` attribute, where a layer set one.
+    3. The name, which recognizes embeddings, output heads, norms and biases.
+    4. The shape: everything else is a matrix.
+
+    The unembedding gets `adam_sphere` and the embedding `adamw` (arXiv:2603.28743).
 
     Args:
         name: The parameter's dotted name, or None.
@@ -39,10 +47,11 @@ def classify(name: str | None, param: Tensor, *, sphere: bool = True) -> tuple[s
         TypeError: If the parameter is complex.
     """
     if param.is_complex():
-        raise TypeError(
-            f"{label(name, param)} is complex, and this optimizer is for real parameters. Hold it as a real tensor "
-            "with a last dimension of 2 (torch.view_as_real), or give it to another optimizer."
+        do = (
+            "Hold it as a real tensor with a last dimension of 2 (torch.view_as_real), or give it to another optimizer."
         )
+        found = f"the complex {param.dtype}"
+        raise TypeError(mismatch(label(name, param), found=found, expected="a real dtype", do=do))
     kind, reason = _classify(name, param)
     return (kind if sphere else {"sphere": "muon", "adam_sphere": "adamw"}.get(kind, kind)), reason
 
@@ -63,25 +72,31 @@ def _role(given: object, name: str | None, param: Tensor) -> Role:
     try:
         return Role(given)
     except ValueError:
-        roles = ", ".join(role.value for role in Role)
-        raise ValueError(f"mue_role of {label(name, param)} must be one of {roles}; found {given!r}.") from None
+        expected = f"one of {', '.join(role.value for role in Role)}"
+        raise ValueError(mismatch(f"mue_role of {label(name, param)}", found=repr(given), expected=expected)) from None
 
 
 def _has_one_side(param: Tensor) -> bool:
-    """Whether a tensor of more dimensions holds a vector or a number (a layer scale [C, 1, 1], a class token [1, 1, d])."""
+    """Whether a tensor with several dimensions is a vector or scalar (layer scale [C, 1, 1], class token [1, 1, d])."""
     return sum(size != 1 for size in param.shape) < 2 and (param.ndim > 2 or param.numel() == 1)
 
 
 def _kind_by_name(name: str) -> str | None:
-    """Recognize what shape cannot tell: a head or a look-up table from a hidden matrix."""
+    """Return the kind of what shape cannot tell from a hidden matrix (heads, tables, vectors), or None."""
     if is_vector(name) or is_elementwise(name) or is_embedding(name):
         return "adamw"
     return "adam_sphere" if is_head(name) else None
 
 
 def label(name: str | None, param: Tensor, place: str = "(unnamed)") -> str:
-    """Say in a message which parameter is meant: by name, else by its place, and by shape."""
+    """Return what a message calls a parameter: its name, else its place, and its shape."""
     return f"parameter {repr(name) if name else place} of shape {list(param.shape)}"
+
+
+def label_in(group: Mapping[str, Any], index: int) -> str:
+    """Return what a message calls a parameter of an optimizer's group."""
+    names, place = group.get("param_names"), f"number {index} of group '{group.get('name', group['kind'])}'"
+    return label(names[index] if names else None, group["params"][index], place)
 
 
 def named(group: Mapping[str, Any]) -> list[tuple[str | None, Tensor]]:
@@ -93,46 +108,46 @@ def named(group: Mapping[str, Any]) -> list[tuple[str | None, Tensor]]:
 
 
 def to_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
-    """Bring parameters, (name, parameter) pairs or groups to a list of new group dicts, whose `params` are lists.
+    """Convert parameters, (name, parameter) pairs or groups to a list of new group dicts, whose `params` are lists.
 
     Raises:
         TypeError: If the parameters are not an ordered collection of tensors or of (name, tensor) pairs, or are mixed
             with groups.
         ValueError: If a group has no `params`.
     """
-    items = _listed(params)
+    items = _as_list(params)
     groups = [item for item in items if isinstance(item, Mapping)]
     if groups and len(groups) != len(items):
-        raise TypeError("params mixes group dicts with parameters; put the loose parameters in a group of their own.")
+        found, do = "group dicts mixed with parameters", "Put the loose parameters in a group."
+        raise TypeError(mismatch("params", found=found, expected="either groups or parameters", do=do))
     if not groups:
         groups = [{"params": items}]
     for group in groups:
         if "params" not in group:
-            raise ValueError(f"A param group needs the key params; found only {sorted(group)}.")
-    one = [[group["params"]] if isinstance(group["params"], Tensor) else group["params"] for group in groups]
-    copies = [{**group, "params": _listed(members)} for group, members in zip(groups, one, strict=True)]
-    for name, param in (pair for group in copies for pair in named(group)):
+            found = f"only the keys {listed(sorted(group))}"
+            raise ValueError(mismatch("param group", found=found, expected="the key 'params'"))
+    members = [[group["params"]] if isinstance(group["params"], Tensor) else group["params"] for group in groups]
+    result = [{**group, "params": _as_list(params)} for group, params in zip(groups, members, strict=True)]
+    for name, param in (pair for group in result for pair in named(group)):
         if not isinstance(param, Tensor) or not (name is None or isinstance(name, str)):
-            raise TypeError(
-                f"params must hold tensors, (name, tensor) pairs or group dicts; found ({name!r}, {type(param)})."
-            )
-    return copies
+            expected = "tensors, (name, tensor) pairs or group dicts"
+            raise TypeError(mismatch("params", found=f"({name!r}, {type(param)})", expected=expected))
+    return result
 
 
-def _listed(params: Iterable[Any]) -> list[Any]:
+def _as_list(params: Iterable[Any]) -> list[Any]:
     if isinstance(params, (Tensor, Mapping, set, frozenset)):
-        raise TypeError(
-            f"params must be an ordered iterable of parameters, pairs or groups; found {type(params)}. Pass a list."
-        )
+        expected = "an ordered iterable of parameters, pairs or groups"
+        raise TypeError(mismatch("params", found=type(params), expected=expected, do="Pass a list."))
     return list(params)
 
 
 def split_group(group: Mapping[str, Any], adamw_lr: float | None, *, sphere: bool = True) -> list[dict[str, Any]]:
-    """Split a group without `kind` into one group a kind; a group with a `kind` comes back alone.
+    """Split a group without `kind` into one group for each kind; a group with a `kind` is not split.
 
     Args:
-        group: A param group. Its own `adamw_lr`, where present, comes before the argument, and is consumed.
-        adamw_lr: Learning rate of `adamw` groups that do not bring their own; None leaves it to the group's `lr`.
+        group: A param group. Its own `adamw_lr`, where present, takes precedence over the argument, and is removed.
+        adamw_lr: Learning rate of `adamw` groups without one of their own; None means the group's `lr`.
         sphere: See `classify`.
 
     Returns:
@@ -161,14 +176,35 @@ def split_group(group: Mapping[str, Any], adamw_lr: float | None, *, sphere: boo
 
 
 def unique_name(name: str, taken: Iterable[str]) -> str:
-    """Return `name`, with a number appended if it is taken; learning-rate monitors refuse two of a name."""
+    """Return `name`, with a number appended if it is taken, because learning-rate monitors refuse equal names."""
     taken = set(taken)
     numbered = (name if i == 1 else f"{name}-{i}" for i in range(1, len(taken) + 2))
     return next(candidate for candidate in numbered if candidate not in taken)
 
 
+def announce(groups: Sequence[Mapping[str, Any]], *, sphere: bool) -> None:
+    """Log, as INFO and on the first rank only, which parameter is in which group.
+
+    The package shows its INFO records on stderr unless the program configures logging itself. To silence them:
+    `logging.getLogger("lightning_mue").setLevel(logging.WARNING)`. A process that builds one model in many sizes (a
+    sweep, a coordinate check) logs once: sizes, and numbers in names, do not count.
+
+    Args:
+        groups: The optimizer's groups.
+        sphere: See `classify`.
+    """
+    if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
+        return
+    content = frozenset(
+        (group["kind"], re.sub(r"\d+", "*", name or "")) for group in groups for name, _ in named(group)
+    )
+    if content not in _logged:
+        _logged.add(content)
+        logger.info("HyperSphereOptimizer has these groups:\n%s", describe(groups, sphere=sphere))
+
+
 def describe(groups: Iterable[Mapping[str, Any]], *, sphere: bool = True) -> str:
-    """Say in a few lines which parameter is in which group, and why; numbered blocks share a line."""
+    """Return which parameter is in which group and what decided it; parameters of numbered blocks share a line."""
     lines = []
     for group in groups:
         pairs = named(group)
@@ -188,69 +224,26 @@ def describe(groups: Iterable[Mapping[str, Any]], *, sphere: bool = True) -> str
 
 
 def warn_of_guesses(groups: Iterable[Mapping[str, Any]]) -> None:
-    """Warn once of nameless two-dimensional parameters without a role: shape does not tell a matrix from a table."""
+    """Warn of parameters that were classified by shape although shape cannot tell: nameless tables, convolutions."""
     pairs = [(*pair, "kind" in group) for group in groups for pair in named(group)]
-    guessed = [
-        index
-        for index, (name, param, decided) in enumerate(pairs)
-        if not decided and not name and param.ndim == 2 and classify(name, param)[1] == "shape"
+    guesses = [
+        (index, name, param)
+        for index, (name, param, given) in enumerate(pairs)
+        if not given and classify(name, param)[1] == "shape"
     ]
-    if guessed:
+    nameless = [index for index, name, param in guesses if not name and param.ndim == 2]
+    if nameless:
         warnings.warn(
-            f"{len(guessed)} of {len(pairs)} parameters (numbers {', '.join(map(str, guessed))}) have two dimensions, "
-            "no name and no role, so they are taken for hidden matrices and put on the sphere, where an embedding or "
-            "an output head does not belong. Pass model.named_parameters(), or groups with a `kind`.",
+            f"params: found {len(nameless)} of {len(pairs)} parameters (numbers {listed(nameless)}) with two dimensions but "
+            "no name and no role. They are taken for hidden matrices and put on the sphere, where an embedding or an output "
+            "head does not belong. Pass model.named_parameters(), or groups with a `kind`.",
             stacklevel=3,
         )
-    convolutions = [
-        name
-        for name, param, decided in pairs
-        if not decided and name and param.ndim == 3 and "conv" in name.lower() and classify(name, param)[1] == "shape"
-    ]
+    convolutions = [name for _, name, param in guesses if name and param.ndim == 3 and "conv" in name.lower()]
     if convolutions:
         warnings.warn(
-            f"{', '.join(convolutions)}: three dimensions are a stack of matrices, but the names say convolution (over one "
-            "dimension), whose weight [out, in, k] would be taken for `out` matrices [in, k]. Put them in a group of kind "
+            f"params: found {listed(convolutions)} with three dimensions, which are taken for a stack of `out` matrices "
+            "[in, k], although the names say convolution (over one dimension, [out, in, k]). Put them in a group of kind "
             "'adamw', or make them Conv2d with a side of 1.",
             stacklevel=3,
         )
-
-
-def check_loadable(
-    groups: Sequence[Mapping[str, Any]],
-    states: Iterable[Mapping[str, Any]],
-    pairs: Iterable[tuple[str | None, Tensor]],
-) -> None:
-    """Check that saved groups are this optimizer's and that the saved state fits the parameters, in order.
-
-    Raises:
-        ValueError: If they do not.
-    """
-    states = list(states)
-    foreign_state = set().union(*states) - _STATE
-    for index, group in enumerate(groups):
-        # torch.distributed.checkpoint's full state dicts merge what was saved into this optimizer's own groups.
-        foreign = sorted((_FOREIGN_OPTIONS & set(group)) | foreign_state)
-        if group.get("kind") not in KINDS or foreign:
-            found = f"has {', '.join(foreign)}" if foreign else f"has no kind among {', '.join(KINDS)}"
-            raise ValueError(
-                f"state_dict is not a HyperSphereOptimizer's: its param group {index} {found}, as torch.optim.AdamW or "
-                "Muon would save. Their state holds no radii; load the model's weights only and start this optimizer "
-                "afresh."
-            )
-    pairs = list(pairs)
-    saved = [name for group in groups for name in group.get("param_names") or [None] * len(group["params"])]
-    for before, (name, _) in zip(saved, pairs, strict=False):  # torch compares how many there are
-        if before and name and before != name:
-            raise ValueError(
-                f"state_dict holds the state of {before!r} where this optimizer has {name!r}: parameters are matched by "
-                "their order. Build the optimizer from the same parameters in the same order and groups."
-            )
-    for state, (name, param) in zip(states, pairs, strict=False):
-        radius = param.shape[:1] if param.ndim == 3 else torch.Size([])
-        for key, shape in (("momentum", param.shape), ("exp_avg", param.shape), ("radius", radius)):
-            if key in state and state[key].shape != shape:
-                raise ValueError(
-                    f"state_dict holds {key} of shape {list(state[key].shape)} for {label(name, param)}: it was saved "
-                    "from another model, or from parameters grouped in another order."
-                )

@@ -1,18 +1,19 @@
 """Orthogonalization of batches of matrices by Newton-Schulz iterations.
 
 Two forms of the same polynomials. The standard form multiplies the matrix X by a polynomial of its Gram matrix at every
-step. The Gram form keeps to the small side: it iterates on the Gram matrix, gathers the polynomials' product there, and
-multiplies X only at the end of a segment of steps. Rounding grows within a segment, so each type has its longest one.
+step. The Gram form works on the smaller side: it iterates on the Gram matrix, multiplies the steps' polynomials there,
+and multiplies X only at the end of a segment of steps. Rounding grows within a segment, so each type has its own longest
+segment. The forms, their operation counts and their errors: docs/derivations/hypersphere.md.
 
 A step `a X + (b G + c G^2) X`, `G = XX^T`, is computed as `a P X` with the square completed: with `K = -(b/a) G` and
 `rho = a c / b^2`,
 
     P = I - K + rho K^2 = rho (K - I / (2 rho))^2 + (1 - 1 / (4 rho)) I,
 
-which leaves nothing but products and diagonals. The factors a are put into the scale of X beforehand, the others into
-the products' coefficients, which are applied to float32 accumulators. (The obvious way adds matrices with coefficients,
-which costs a CPU a fifth of the time, and torch rounds a coefficient of an addition to bfloat16 where the operands have
-that type: singular values then settle 1.5% too high.)
+so that only products and additions to diagonals are left. The factors a go into the scale of X beforehand; the other
+coefficients go into the products, which apply them to float32 accumulators. (Adding matrices with coefficients, the
+obvious way, costs a fifth of the time on a CPU, and torch rounds the coefficient of an addition to bfloat16 where the
+operands have that type: singular values then settle 1.5% too high.)
 
 Shape legend:
     B  matrices in a batch            n  smaller side of a matrix
@@ -21,56 +22,24 @@ Shape legend:
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from lightning_mue.checks import mismatch
 from lightning_mue.kernels.symmetric.op import kernel_fits, symmetric_matmul
 from lightning_mue.optim.coefficients import Coefficients, get_preset
+from lightning_mue.optim.matrices import Pool, chunk_count, peak
+from lightning_mue.optim.precision import default_dtype, math_dtype, product_precision, tf32_products
 
-#: How many steps the Gram form gathers before it goes back to X: in the first segment, and in the later ones, where
-#: rounding has less to grow by. So the largest singular value stays under 1.17 and the error under 1.2 times the
-#: standard form's, which `tests/optim/test_newton_schulz.py` holds every type to. Not options: (2, 3) in bfloat16 reaches
-#: 1.25, and all five steps in float32 are off by 1% on a matrix of rank one.
+#: Steps in a segment of the Gram form: of the first segment, and of the later ones, where rounding has less to grow by.
+#: With these the largest singular value stays under 1.17 and the error under 1.2 times the standard form's, which
+#: `tests/optim/test_orthogonality_gate.py` checks for every type. They are not options: (2, 3) in bfloat16 reaches 1.25,
+#: and all five steps in float32 are off by 1% on a matrix of rank one.
 _SEGMENTS = {"bfloat16": (2, 2)}
 _SEGMENTS_ELSEWHERE = (2, 3)
-
-
-def math_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the type for elementwise math on tensors of `dtype`: float64 for float64, float32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def chunk_bytes(device: torch.device) -> int:
-    """Return how many bytes of matrices to work on at once: a cache's worth on CPU, a GPU's worth elsewhere."""
-    return 8 << 20 if device.type == "cpu" else 256 << 20
-
-
-def default_dtype(g: Tensor) -> torch.dtype:
-    """Return the type that multiplies fastest on `g`'s device and is exact enough; float64 input stays float64.
-
-    On CUDA float16, as fast as bfloat16 and more exact (the iteration keeps within its range); on a CPU with bfloat16
-    matrix units (AMX) bfloat16; else float32.
-    """
-    if g.dtype == torch.float64:
-        return torch.float64
-    if g.is_cuda:
-        return torch.float16
-    return torch.bfloat16 if g.device.type == "cpu" and _cpu_has_bfloat16_units() else torch.float32
-
-
-def _cpu_has_bfloat16_units() -> bool:
-    capabilities = getattr(torch.cpu, "get_capabilities", None)  # not in torch 2.11
-    return bool(capabilities and capabilities().get("amx_bf16", False))
-
-
-def peak(x_Boi: Tensor) -> Tensor:
-    """Return each matrix's largest magnitude, `[B, 1, 1]`: zero for a zero matrix only, NaN if it holds a NaN."""
-    # Several times faster on CPU than the infinity norm or `abs().amax()`, and without a temporary.
-    return torch.maximum(x_Boi.amax((-2, -1), keepdim=True), -x_Boi.amin((-2, -1), keepdim=True))
 
 
 @torch.no_grad()
@@ -83,15 +52,15 @@ def orthogonalize(
 ) -> Tensor:
     """Replace each matrix by (nearly) its polar factor: same singular vectors, singular values moved to about 1.
 
-    Each matrix is scaled to one Frobenius norm (any finite entries, from subnormal to the largest, are safe) and then
-    taken through the schedule's polynomials on its smaller side, in the standard or the Gram form, whichever takes
-    fewer operations. How close the singular values come to 1, and from how small a start, is the schedule's `band` and
-    `floor`. A zero matrix gives exactly zero. A matrix with a NaN or an infinity gives NaN and leaves the others of its
-    batch alone.
+    Each matrix is scaled to a given Frobenius norm (any finite entries, from subnormal to the largest, are safe). Then the
+    schedule's polynomials are applied on its smaller side, in the standard or the Gram form, whichever takes fewer
+    operations. The schedule's `band` says how close the singular values come to 1, its `floor` how small they may be at
+    the start. A zero matrix gives exactly zero. A matrix with a NaN or an infinity gives NaN and does not affect the
+    others of its batch.
 
     Args:
         g: `[out, in]` or a batch `[B, out, in]`, any real floating dtype, any strides.
-        preset: A name in `PRESETS`, or a schedule of your own.
+        preset: A name in `PRESETS`, or another schedule.
         dtype: Type of the matrix products: a `torch.dtype`, or "tf32" for float32 with tf32 products on CUDA. None
             chooses by device (see `default_dtype`).
         compile: Run the iteration through `torch.compile`, once a shape.
@@ -105,12 +74,13 @@ def orthogonalize(
     """
     schedule = get_preset(preset) if isinstance(preset, str) else preset
     if g.ndim not in (2, 3):
-        raise ValueError(f"g must be a matrix [out, in] or a batch [B, out, in], found shape {list(g.shape)}.")
-    compute = (
-        default_dtype(g) if dtype is None else torch.float32 if isinstance(dtype, str) and dtype == "tf32" else dtype
-    )
-    if not (g.is_floating_point() and isinstance(compute, torch.dtype) and compute.is_floating_point):
-        raise TypeError(f"g and dtype must be real floating point, found g of {g.dtype} and dtype {dtype}.")
+        expected = "a matrix [out, in] or a batch [B, out, in]"
+        raise ValueError(mismatch("g", found=f"shape {list(g.shape)}", expected=expected))
+    if not g.is_floating_point():
+        raise TypeError(mismatch("g", found=g.dtype, expected="a real floating-point dtype"))
+    compute = default_dtype(g) if dtype is None else torch.float32 if dtype == "tf32" else dtype
+    if not (isinstance(compute, torch.dtype) and compute.is_floating_point):
+        raise TypeError(mismatch("dtype", found=repr(dtype), expected='a real floating-point dtype or "tf32"'))
     result = torch.empty(g.shape, dtype=math_dtype(g.dtype), device=g.device)
     if not result.numel():
         return result
@@ -122,14 +92,6 @@ def orthogonalize(
             out_Boi.copy_(o_Boi)
             pool.give(o_Boi)
     return result
-
-
-def chunk_count(g_Boi: Tensor) -> int:
-    """Return how many of these matrices to work on at once; a multiple of the threads, which share a batch out."""
-    size = g_Boi.shape[1] * g_Boi.shape[2] * math_dtype(g_Boi.dtype).itemsize
-    count = chunk_bytes(g_Boi.device) // max(1, size)
-    threads = torch.get_num_threads() if g_Boi.device.type == "cpu" else 1
-    return max(1, count // threads * threads)
 
 
 def orthogonalize_chunk(
@@ -162,7 +124,7 @@ def _compiled() -> Callable[[Tensor, Coefficients, tuple[int, ...], Pool], Tenso
 def _normalize(u_Boi: Tensor, size: float, out: Tensor) -> Tensor:
     """Write every matrix scaled to the Frobenius norm `size` to `out`; zero matrices stay zero."""
     if u_Boi.device.type == "cpu":
-        # The plain way where no square can have left the range of float32; asking costs a GPU a synchronization.
+        # No scaling beforehand where no square can leave the range of float32. On a GPU the test would synchronize.
         norm_B11 = torch.linalg.vector_norm(u_Boi, dim=(-2, -1), keepdim=True)
         if bool(((norm_B11 > 1e-15) & (norm_B11 < 1e15)).all()):
             return torch.mul(u_Boi, size / norm_B11, out=out)
@@ -174,27 +136,29 @@ def _normalize(u_Boi: Tensor, size: float, out: Tensor) -> Tensor:
 
 
 def flops(n: int, m: int, segments: tuple[int, ...], *, symmetric: bool = False) -> int:
-    """Floating-point operations of the products for one matrix with sides n <= m.
+    """Return the floating-point operations of the products for one matrix with sides n <= m.
+
+    The table of docs/derivations/hypersphere.md, section "Orthogonalization".
 
     Args:
         n: Smaller side.
         m: Larger side.
-        segments: Steps between two products with X; all ones is the standard form, in which nothing is gathered.
+        segments: Steps between two products with X; all ones is the standard form, without products of polynomials.
         symmetric: Whether products known to be symmetric cost half (the Triton kernel on CUDA).
     """
     inner = sum(segments) - len(segments)  # steps that do not start a segment
     half = 1 if symmetric else 2
-    # K^2 of every step; the next Gram matrix, two products; the product of polynomials, which is taken in full.
+    # K^2 of every step; the next Gram matrix, two products; the product of polynomials, computed in full.
     small = half * sum(segments) + 2 * half * inner + 2 * inner
     return len(segments) * (half + 2) * n * n * m + small * n**3
 
 
 def _segments(x_Boi: Tensor, schedule: Coefficients) -> tuple[int, ...]:
-    """Choose the form by counted operations: the lengths of the segments, all ones for the standard form."""
+    """Return the lengths of the segments of the form with fewer operations; all ones is the standard form."""
     n, m = sorted(x_Boi.shape[1:])
     steps = len(schedule.steps)
     standard = (1,) * steps
-    first, others = _SEGMENTS.get(_precision(x_Boi), _SEGMENTS_ELSEWHERE)
+    first, others = _SEGMENTS.get(product_precision(x_Boi), _SEGMENTS_ELSEWHERE)
     gram = [min(first, steps)]
     while (left := steps - sum(gram)) > 0:
         gram.append(min(others, left))
@@ -203,56 +167,10 @@ def _segments(x_Boi: Tensor, schedule: Coefficients) -> tuple[int, ...]:
     return min(forms, key=lambda segments: flops(n, m, segments, symmetric=symmetric))
 
 
-def _precision(x: Tensor) -> str:
-    """Name the precision that products of this tensor really have."""
-    if x.dtype != torch.float32:
-        return str(x.dtype).removeprefix("torch.")
-    # `set_float32_matmul_precision("medium")` makes a CPU multiply in bfloat16. Read here, because the function that reads
-    # it back raises once this newer switch differs between backends.
-    backend = torch.backends.cuda.matmul if x.is_cuda else torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    return {"tf32": "tf32", "bf16": "bfloat16"}.get(backend.fp32_precision, "float32")
-
-
-@contextlib.contextmanager
-def tf32_products(wanted: bool) -> Iterator[None]:
-    """Let CUDA multiply float32 matrices in tf32 for a while."""
-    before = torch.backends.cuda.matmul.fp32_precision
-    if wanted:
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
-    try:
-        yield
-    finally:
-        if wanted:
-            torch.backends.cuda.matmul.fp32_precision = before
-
-
-class Pool:
-    """Scratch tensors that are used again: fresh memory costs a CPU a tenth of an orthogonalization in page faults."""
-
-    def __init__(self) -> None:
-        self._free: dict[tuple[object, ...], list[Tensor]] = {}
-        #: Bytes of all that was ever taken new.
-        self.nbytes = 0
-
-    def take(self, shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Return an uninitialized contiguous tensor."""
-        dtype = dtype or like.dtype
-        if free := self._free.get((*shape, dtype, like.device)):
-            return free.pop()
-        x = torch.empty(*shape, dtype=dtype, device=like.device)
-        self.nbytes += x.nbytes
-        return x
-
-    def give(self, *tensors: Tensor) -> None:
-        """Take back tensors that nobody needs any more."""
-        for x in tensors:
-            self._free.setdefault((*x.shape, x.dtype, x.device), []).append(x)
-
-
 def _iterate(x_Boi: Tensor, schedule: Coefficients, segments: tuple[int, ...], pool: Pool) -> Tensor:
-    """Run the schedule on matrices of Frobenius norm at most `schedule.gain`; takes `x_Boi` from its owner.
+    """Run the schedule on matrices of Frobenius norm at most `schedule.gain`; `x_Boi` goes to the pool.
 
-    The true X is `scale * x_Boi`: the factors a of the steps are in the norm that the matrices start with.
+    The iterate X is `scale * x_Boi`: the matrices were scaled by all factors a beforehand.
     """
     tall = x_Boi.shape[1] > x_Boi.shape[2]
     small = (len(x_Boi), *[min(x_Boi.shape[1:])] * 2)
@@ -291,7 +209,7 @@ def _gather(k_Bnn: Tensor, segment: Sequence[tuple[float, float, float]], pool: 
         p_Bnn = symmetric_matmul(shifted_Bnn, shifted_Bnn, alpha=rho, out=pool.take(k_Bnn.shape, k_Bnn))
         _add_to_diagonal(p_Bnn, 1 - 1 / (4 * rho))
         if after is not None:
-            # All of these are polynomials of one Gram matrix: they commute, so that their products are symmetric.
+            # All of these are polynomials of one Gram matrix, so they commute and their products are symmetric.
             half_Bnn = symmetric_matmul(p_Bnn, k_Bnn, out=shifted_Bnn)
             k_Bnn = symmetric_matmul(half_Bnn, p_Bnn, alpha=a * a * (after[1] / after[0]) / (b / a), out=k_Bnn)
         pool.give(shifted_Bnn)
@@ -299,7 +217,9 @@ def _gather(k_Bnn: Tensor, segment: Sequence[tuple[float, float, float]], pool: 
             gathered_Bnn = p_Bnn
         else:
             factors = (gathered_Bnn, p_Bnn) if tall else (p_Bnn, gathered_Bnn)
-            both_Bnn = torch.bmm(*factors, out=pool.take(k_Bnn.shape, k_Bnn))  # half of it would be in the other order
+            both_Bnn = torch.bmm(
+                *factors, out=pool.take(k_Bnn.shape, k_Bnn)
+            )  # in full: mirroring one half would change its order
             pool.give(gathered_Bnn, p_Bnn)
             gathered_Bnn = both_Bnn
     assert gathered_Bnn is not None

@@ -1,14 +1,16 @@
-"""The options of a param group: what they may be, and what to say when they are not."""
+"""Options of a param group: their allowed values, and the options of a step that are read from a group."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_mue.checks import mismatch, require_choice, require_number, require_type
 from lightning_mue.optim.coefficients import get_preset
 from lightning_mue.parameterizations.rules.kinds import CONVENTIONS, KINDS
 
@@ -24,86 +26,122 @@ COMPUTE_DTYPES = {
 #: Types of the momentum.
 STATE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
-#: Ways back onto the sphere. `project`: along the radius, as the paper does. `geodesic`: the step is a rotation by
-#: exactly `lr` radians.
+#: Ways back onto the sphere. `project`: along the radius (arXiv:2603.28743). `geodesic`: the step is a rotation by exactly
+#: `lr` radians (docs/derivations/hypersphere.md).
 RETRACTIONS = ("project", "geodesic")
 
 
-def check_kind(group: Mapping[str, Any]) -> str:
-    """Return the group's kind.
+def is_zero(lr: float | Tensor) -> bool:
+    """Whether a learning rate is known to be zero; False for a tensor, which would have to be read from a device."""
+    return not isinstance(lr, Tensor) and lr == 0
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """Options of one step of a group of matrices; those of `HyperSphereOptimizer` under the same names.
+
+    Attributes:
+        dtype: Type of the Newton-Schulz products; None chooses by device.
+        factor: Muon's factor on `lr` for one shape of matrix, from `lr_convention`; not used on the sphere.
+    """
+
+    lr: float | Tensor
+    momentum: float
+    nesterov: bool
+    weight_decay: float
+    preset: str
+    retraction: str
+    lr_convention: str
+    maximize: bool
+    compile: bool
+    dtype: torch.dtype | None
+    factor: float = 1.0
+
+    @property
+    def is_zero_lr(self) -> bool:
+        """Whether the learning rate is known to be zero."""
+        return is_zero(self.lr)
+
+    @property
+    def sign(self) -> int:
+        """Sign of the gradient in the momentum."""
+        return -1 if self.maximize else 1
+
+    def for_matrix(self, sides: tuple[int, int]) -> StepOptions:
+        """Return the options with Muon's factor for matrices of these sides, `(out, in)`."""
+        return replace(self, factor=CONVENTIONS[self.lr_convention](*sides))
+
+
+def step_options(group: Mapping[str, Any]) -> StepOptions:
+    """Read the options of a step from a param group.
 
     Raises:
-        ValueError: If it is missing or unknown.
+        ValueError: If an option that is a name was changed in the group to an unknown one.
     """
-    if (kind := group.get("kind")) not in KINDS:
-        raise ValueError(f"kind of a param group must be one of {', '.join(KINDS)}; found {kind!r}.")
-    return kind
-
-
-def check_number(key: str, value: object, below: float = math.inf) -> None:
-    """Check that an option is a number in [0, below).
-
-    Raises:
-        ValueError: If it is out of range or NaN.
-        TypeError: If it is not a Python number.
-    """
-    expected = "a finite number >= 0" if below == math.inf else f"a number in [0, {below:g})"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{key} must be {expected}; found {value!r} of {type(value).__name__}. Pass a Python float.")
-    if not 0 <= value < below:
-        raise ValueError(f"{key} must be {expected}; found {value}.")
+    _check_choices(group)
+    keys = (
+        "lr",
+        "momentum",
+        "nesterov",
+        "weight_decay",
+        "preset",
+        "retraction",
+        "lr_convention",
+        "maximize",
+        "compile",
+    )
+    return StepOptions(**{key: group[key] for key in keys}, dtype=COMPUTE_DTYPES.get(group["compute_dtype"]))
 
 
 def checked(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a group with its options checked, and turned into the plain types that a state dict should hold.
+    """Return a group with its options checked and converted to the plain types that a state dict should hold.
 
     Raises:
         ValueError: If an option is out of range or unknown.
         TypeError: If an option has the wrong type.
     """
     group = dict(group)
-    if not (isinstance(group["lr"], Tensor) and group["capturable"]):
-        check_number("lr", group["lr"])
-    elif group["lr"].numel() != 1 or group["lr"].ndim > 1:
-        raise ValueError(f"lr must be a number or a tensor of one; found shape {list(group['lr'].shape)}.")
-    for key in ("eps", "weight_decay"):
-        check_number(key, group[key])
-    check_number("momentum", group["momentum"], below=1)
+    _check_lr(group)
+    for key, below in (("eps", math.inf), ("weight_decay", math.inf), ("momentum", 1.0)):
+        require_number(key, group[key], at_least=0, below=below)
+        group[key] = float(group[key])
     for key in ("nesterov", "maximize", "capturable", "compile"):
-        if not isinstance(group[key], bool):
-            raise TypeError(f"{key} must be true or false; found {group[key]!r}.")
-    betas = group["betas"]
-    if not isinstance(betas, Sequence) or len(betas) != 2:
-        raise ValueError(f"betas must be two numbers in [0, 1); found {betas!r}.")
-    for beta in betas:
-        check_number("betas", beta, below=1)
-    group["betas"] = tuple(betas)
+        require_type(key, group[key], bool, "true or false")
+    group["betas"] = _checked_betas(group["betas"])
     for key in ("compute_dtype", "state_dtype"):
         if group[key] is not None:
             group[key] = str(group[key]).removeprefix("torch.")
-    check_choices(group)
+    _check_choices(group)
     if group["radius"] is not None:
-        check_number("radius", group["radius"])
+        require_number("radius", group["radius"], at_least=0)
         if group["radius"] == 0:
-            raise ValueError("radius must be None or a number > 0; found 0, a sphere without directions.")
+            raise ValueError(mismatch("radius", found=0, expected="None or a number above 0"))
     if "kind" in group:
-        check_kind(group)
+        require_choice("kind", group["kind"], KINDS)
     return group
 
 
-def check_choices(group: Mapping[str, Any]) -> None:
-    """Check the options that are names.
+def _check_lr(group: dict[str, Any]) -> None:
+    if not (isinstance(group["lr"], Tensor) and group["capturable"]):
+        require_number("lr", group["lr"], at_least=0)
+        group["lr"] = float(group["lr"])
+    elif group["lr"].numel() != 1 or group["lr"].ndim > 1:
+        found = f"a tensor of shape {list(group['lr'].shape)}"
+        raise ValueError(mismatch("lr", found=found, expected="a number or a tensor of one number"))
 
-    Raises:
-        ValueError: If one is unknown.
-    """
+
+def _checked_betas(betas: object) -> tuple[float, ...]:
+    if not isinstance(betas, Sequence) or len(betas) != 2:
+        raise ValueError(mismatch("betas", found=repr(betas), expected="two numbers in [0, 1)"))
+    for beta in betas:
+        require_number("betas", beta, at_least=0, below=1)
+    return tuple(float(beta) for beta in betas)
+
+
+def _check_choices(group: Mapping[str, Any]) -> None:
+    """Check the options that are names; they may have been changed in the group since they were given."""
     get_preset(group["preset"])
-    _check_choice("compute_dtype", group["compute_dtype"], [None, *COMPUTE_DTYPES])
-    _check_choice("state_dtype", group["state_dtype"], [None, *STATE_DTYPES])
-    _check_choice("retraction", group["retraction"], RETRACTIONS)
-    _check_choice("lr_convention", group["lr_convention"], CONVENTIONS)
-
-
-def _check_choice(key: str, value: object, known: Collection[Any]) -> None:
-    if value not in known:
-        raise ValueError(f"{key} must be one of {', '.join(map(str, known))}; found {value!r}.")
+    require_choice("compute_dtype", group["compute_dtype"], [None, *COMPUTE_DTYPES])
+    require_choice("state_dtype", group["state_dtype"], [None, *STATE_DTYPES])
+    require_choice("retraction", group["retraction"], RETRACTIONS)
+    require_choice("lr_convention", group["lr_convention"], CONVENTIONS)

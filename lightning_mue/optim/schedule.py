@@ -1,4 +1,4 @@
-"""A learning-rate schedule that is configured from YAML without knowing the number of steps."""
+"""A learning-rate schedule that can be configured from YAML before the number of steps is known."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lightning_mue.checks import mismatch, require_choice
+
 
 class WarmupDecay(LRScheduler):
     """Linear warm-up, then a plateau, then decay to a fraction of the peak.
 
-    The factor is a closed form of the step, so a resumed run continues exactly; groups keep the ratios of their rates.
+    The factor is a closed form of the step, so a resumed run continues exactly. The ratios between the groups' rates stay.
 
     Args:
         optimizer: The optimizer.
@@ -42,42 +44,38 @@ class WarmupDecay(LRScheduler):
     ) -> None:
         for name, value in (("warmup", warmup), ("decay", decay), ("final", final)):
             if not 0.0 <= value <= 1.0:
-                raise ValueError(f"{name}: found {value}, expected a fraction between 0 and 1.")
+                raise ValueError(mismatch(name, found=value, expected="a fraction between 0 and 1"))
         if warmup == 1.0:
-            raise ValueError("warmup: found 1.0, which leaves nothing to train at the peak; expected less than 1.")
+            raise ValueError(mismatch("warmup", found=1.0, expected="less than 1, to leave steps at the peak rate"))
         if total_steps is not None and total_steps < 1:
-            raise ValueError(
-                f"total_steps: found {total_steps}, expected at least 1, or null for the trainer's number."
-            )
-        if shape not in ("linear", "cosine"):
-            raise ValueError(f"shape: found {shape!r}, expected 'linear' or 'cosine'.")
+            expected = "at least 1, or null for the trainer's number of steps"
+            raise ValueError(mismatch("total_steps", found=total_steps, expected=expected))
+        require_choice("shape", shape, ("linear", "cosine"))
         self._total_steps = total_steps
         self.warmup, self.decay, self.final, self.shape = warmup, min(decay, 1.0 - warmup), final, shape
         super().__init__(optimizer, last_epoch)
 
     @property
     def total_steps(self) -> int | None:
-        """Optimizer steps of the whole run."""
+        """Optimizer steps of the whole run; setting it sets the groups' rates."""
         return self._total_steps
 
     @total_steps.setter
     def total_steps(self, steps: int) -> None:
-        # A trainer without an end (max_steps=-1) has none to decay towards.
+        # A trainer without an end (max_steps=-1) gives inf or -1.
         if not 0 < steps < math.inf:
-            raise ValueError(
-                "scheduler: WarmupDecay needs the number of steps, but the trainer has no end. Set trainer.max_steps, or "
-                "the scheduler's total_steps."
-            )
+            do = "The trainer has no end: set trainer.max_steps, or total_steps of WarmupDecay."
+            raise ValueError(mismatch("total_steps", found=steps, expected="a finite number of at least 1", do=do))
         self._total_steps = int(steps)
         for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
             group["lr"] = rate
 
     def factor(self, step: int) -> float:
-        """Factor on the peak rate for the update after ``step`` updates."""
+        """Return the factor on the peak rate for the update that follows ``step`` updates."""
         if self._total_steps is None:
             return 1.0
         progress = step / self._total_steps
-        # The first update has a step of its own: one at rate 0 would be lost.
+        # The warm-up starts above 0: an update at rate 0 would be lost.
         if progress < self.warmup:
             return (step + 1) / (self.warmup * self._total_steps + 1)
         if self.decay == 0.0 or progress <= 1.0 - self.decay:
@@ -88,17 +86,17 @@ class WarmupDecay(LRScheduler):
         return self.final + (1.0 - self.final) * left
 
     def state_dict(self) -> dict[str, Any]:
-        """The step, not the shape: a run resumed with more steps decays towards its new end."""
+        """Return the step but not the settings, so that a run resumed with more steps decays towards its new end."""
         return {key: value for key, value in super().state_dict().items() if key not in self._SETTINGS}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the step over, and sets the groups to the rates of this shape at that step."""
+        """Load the step and set the groups' rates to this schedule's at that step."""
         super().load_state_dict(state_dict)
         for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
             group["lr"] = rate
 
     def get_lr(self) -> list[float | Tensor]:
-        """Learning rates of the groups at the present step."""
+        """Return the groups' learning rates at the current step."""
         return [float(base) * self.factor(self.last_epoch) for base in self.base_lrs]
 
 

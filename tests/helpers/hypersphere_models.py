@@ -17,7 +17,7 @@ from lightning_mue.optim import HyperSphereOptimizer
 
 
 class Experts(nn.Module):
-    """A mixture of five experts; who gets a token is in its number, so one expert may get none in a batch."""
+    """A mixture of five experts; a token's number selects its expert, so an expert may get none in a batch."""
 
     def __init__(self, count=5, d=12, h=8):
         super().__init__()
@@ -70,9 +70,9 @@ def optimizer_of(model, **options):
 
 
 def shard(model, how="rows"):
-    """FSDP2, the experts and the rest apart; HSDP on four ranks: two copies of two pieces."""
+    """FSDP2, the experts and the rest apart; HSDP on four ranks: two replicas of two shards."""
     world = dist.get_world_size()
-    sizes = {"copies": 2, "pieces": world // 2} if how == "hsdp" else {"pieces": world}
+    sizes = {"replicas": 2, "shards": world // 2} if how == "hsdp" else {"shards": world}
     mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     # Other dimensions than the first must divide.
     columns = lambda p: Shard(p.ndim - 1 if p.shape[-1] % world == 0 else 0)  # noqa: E731

@@ -1,4 +1,4 @@
-"""Parameters of every form, given gradients and an orthogonalization of its own, for the tests of a step."""
+"""Parameters of every form, given gradients and a reference orthogonalization, for the tests of a step."""
 
 from __future__ import annotations
 

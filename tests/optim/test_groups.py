@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_mue.optim import HyperSphereOptimizer, announcement
+from lightning_mue.optim import HyperSphereOptimizer, groups
 from lightning_mue.optim.groups import classify
 from lightning_mue.parameterizations.rules.roles import Role
 
@@ -84,7 +84,7 @@ def test_roles_decide_before_names(role):
     assert classify(name, weight) == (expected, f"role {role.value}")
     weight.mue_role = role.value
     assert classify(name, weight)[0] == expected
-    assert classify(name, param(6))[0] == "adamw", "a vector is no matrix, whatever its role"
+    assert classify(name, param(6))[0] == "adamw", "a vector is no matrix, for any role"
 
 
 def test_three_dimensions_are_a_stack_and_vectors_get_adamw():
@@ -149,8 +149,8 @@ def test_description_names_every_group():
     assert ", lr 0.25, " in HyperSphereOptimizer([("w", param(4, 4))], lr=rate, capturable=True).describe()
 
 
-def test_it_is_said_once_where_parameters_went_and_by_the_first_rank_only(caplog, monkeypatch):
-    monkeypatch.setattr(announcement, "_told", set())
+def test_groups_are_logged_once_and_by_the_first_rank_only(caplog, monkeypatch):
+    monkeypatch.setattr(groups, "_logged", set())
     weights = [(f"blocks.{i}.weight", param(4, 4)) for i in range(3)]
     with caplog.at_level(logging.INFO, logger="lightning_mue"):
         optimizer = HyperSphereOptimizer(weights)
@@ -168,9 +168,9 @@ def test_it_is_said_once_where_parameters_went_and_by_the_first_rank_only(caplog
             assert len(caplog.records) == (3 if rank else 4)
 
 
-def test_it_is_seen_without_setting_up_logging(monkeypatch):
+def test_the_log_is_seen_without_setting_up_logging(monkeypatch):
     """The package's own handler, which stands back where a program (or pytest) has handlers on the root."""
-    monkeypatch.setattr(announcement, "_told", set())
+    monkeypatch.setattr(groups, "_logged", set())
     (handler,) = logging.getLogger("lightning_mue").handlers
     for root_handlers, expected in (([], 1), ([logging.NullHandler()], 0)):
         monkeypatch.setattr(logging.root, "handlers", root_handlers)
@@ -183,7 +183,7 @@ def test_it_is_seen_without_setting_up_logging(monkeypatch):
 
 
 def test_guesses_are_warned_of_once_and_only_when_they_are_guesses():
-    with pytest.warns(UserWarning, match=r"2 of 4 parameters \(numbers 0, 3\)") as caught:
+    with pytest.warns(UserWarning, match=r"found 2 of 4 parameters \(numbers 0, 3\)") as caught:
         HyperSphereOptimizer([{"params": [param(3, 3), param(3)]}, {"params": [param(2, 2, 2), param(5, 3)]}])
     assert len(caught) == 1
     assert caught[0].filename == __file__
@@ -222,16 +222,22 @@ ZERO_EXPERT[1] = 0
     [
         (
             [("router.weight", nn.Parameter(torch.zeros(3, 3)))],
-            r"'router.weight' of shape \[3, 3\] is zero.*adamw",
+            r"'router.weight' of shape \[3, 3\]: found zero .*adamw",
         ),
-        ([("experts", nn.Parameter(ZERO_EXPERT))], r"'experts'.*matrix 1 of the stack"),
+        ([("experts", nn.Parameter(ZERO_EXPERT))], r"'experts'.*matrix 1 of the stack: found zero"),
         ([("lm_head.weight", nn.Parameter(torch.zeros(3, 3)))], "'lm_head.weight'.*Initialize it"),
         ([param(3), nn.Parameter(torch.zeros(3, 3))], "parameter number 1 of shape"),
-        ([{"params": [param(3)], "kind": "sphere"}], r"number 0 of shape \[3\] is not a matrix"),
-        ([{"params": [param(3)], "kind": "lion"}], "kind.*sphere, muon, adam_sphere, adamw; found 'lion'"),
-        ([{"weights": [param(3)]}], "needs the key params.*weights"),
-        ([], "^params is empty"),
-        ([{"params": []}], "^params is empty"),
+        (
+            [{"params": [param(3)], "kind": "sphere"}],
+            r"number 0 of shape \[3\]: found a vector or scalar, expected a matrix in a group of kind 'sphere'",
+        ),
+        (
+            [{"params": [param(3)], "kind": "lion"}],
+            "kind: found 'lion', expected one of 'sphere', 'muon', 'adam_sphere', 'adamw'",
+        ),
+        ([{"weights": [param(3)]}], "param group: found only the keys weights, expected the key 'params'"),
+        ([], "^params: found no parameters"),
+        ([{"params": []}], "^params: found no parameters"),
         ([("w", nn.Parameter(torch.full((3, 3), 1e-30)))], "Frobenius norm is 0"),  # too small to have one in float32
     ],
 )
@@ -244,9 +250,9 @@ def test_parameters_that_are_refused(params, words):
     ("params", "words"),
     [
         (param(3), "ordered iterable"),
-        ({param(3)}, "ordered iterable.*set"),
-        ([{"params": {param(3)}}], "ordered iterable.*set"),
-        ([param(3), {"params": [param(3)]}], "mixes group dicts"),
+        ({param(3)}, "params: found .*set.*ordered iterable"),
+        ([{"params": {param(3)}}], "params: found .*set.*ordered iterable"),
+        ([param(3), {"params": [param(3)]}], "params: found group dicts mixed with parameters"),
         ([("w", 3)], "'w'"),
         ([3.0], "float"),
         ([("w", nn.Parameter(torch.ones(2, 2, dtype=torch.complex64)))], "'w'.*complex"),
@@ -261,7 +267,7 @@ def test_params_of_a_wrong_type(params, words):
 def test_unknown_role_is_refused():
     weight = param(3, 3)
     weight.mue_role = "expert"
-    with pytest.raises(ValueError, match=r"mue_role of parameter 'w'.*expert_up.*found 'expert'"):
+    with pytest.raises(ValueError, match=r"mue_role of parameter 'w'.*found 'expert', expected one of .*expert_up"):
         HyperSphereOptimizer([("w", weight)])
 
 
@@ -279,9 +285,9 @@ def test_zero_is_found_at_the_first_step():
     unnamed = HyperSphereOptimizer([{"params": [weight], "kind": "sphere"}])
     weight.data.zero_()
     weight.grad = torch.ones(3, 3)
-    with pytest.raises(ValueError, match=r"'w' of shape.*is zero"):
+    with pytest.raises(ValueError, match=r"'w' of shape.*: found zero"):
         optimizer.step()
-    with pytest.raises(ValueError, match=r"number 0 of group 'sphere'.*is zero"):
+    with pytest.raises(ValueError, match=r"number 0 of group 'sphere'.*: found zero"):
         unnamed.step()
 
 
@@ -312,10 +318,10 @@ def test_zero_is_found_at_the_first_step():
 )
 def test_options_out_of_range_are_named(options, error):
     (key,) = options
-    with pytest.raises(error, match=f"^{key}"):
+    with pytest.raises(error, match=f"^{key}: found "):
         HyperSphereOptimizer([("w", param(3, 3))], **options)
     if key != "adamw_lr":
-        with pytest.raises(error, match=f"^{key}"):
+        with pytest.raises(error, match=f"^{key}: found "):
             HyperSphereOptimizer([{"params": [("w", param(3, 3))], **options}])
 
 
@@ -334,7 +340,7 @@ def test_vectors_in_disguise_get_adamw_and_convolutions_over_one_dimension_are_n
         "row.weight": (1, 8),
     }
     params = [(name, nn.Parameter(torch.ones(shape))) for name, shape in shapes.items()]
-    with pytest.warns(UserWarning, match=r"conv1\.weight: three dimensions.*kind 'adamw'"):
+    with pytest.warns(UserWarning, match=r"found conv1\.weight with three dimensions.*kind 'adamw'"):
         optimizer = HyperSphereOptimizer(params)
     kinds = {name: group["kind"] for group in optimizer.param_groups for name in group["param_names"]}
     assert kinds == {**dict.fromkeys(shapes, "adamw"), "conv1.weight": "sphere", "row.weight": "sphere"}
@@ -343,9 +349,9 @@ def test_vectors_in_disguise_get_adamw_and_convolutions_over_one_dimension_are_n
 
 def test_a_parameter_given_twice_is_refused_before_anything_changes():
     weight = param(3, 3)
-    with pytest.raises(ValueError, match=r"'w'.*given twice"):
+    with pytest.raises(ValueError, match=r"'w'.*found it given twice"):
         HyperSphereOptimizer([{"params": [("w", weight), ("w", weight)], "kind": "sphere"}])
     optimizer = HyperSphereOptimizer([("w", weight)])
-    with pytest.raises(ValueError, match="given twice"):
+    with pytest.raises(ValueError, match="found it given twice"):
         optimizer.add_param_group({"params": [("bias", param(3)), ("w", weight)]})
     assert len(optimizer.param_groups) == 1

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import lightning_mue.optim.matrices as matrices
 import lightning_mue.optim.newton_schulz as newton_schulz
 from lightning_mue.optim import PRESETS, orthogonalize
-from lightning_mue.optim.newton_schulz import Coefficients
+from lightning_mue.optim.coefficients import Coefficients
 
 # The polynomials have slope up to 493 (the product of the a) at zero, so float32's 6e-8 of rounding can grow to 3e-5 in the
 # directions that hold nothing; the worst over the matrices below is 8e-6.
@@ -114,7 +115,7 @@ def test_zero_gives_zero_and_nan_stays_in_its_matrix():
 def test_batch_equals_its_matrices_however_it_is_cut_and_strided(monkeypatch, shape):
     g = torch.stack([matrix("gaussian", *shape, seed) for seed in range(7)])
     whole = orthogonalize(g)
-    monkeypatch.setattr(newton_schulz, "chunk_bytes", lambda device: 3 * g[0].numel() * 4)
+    monkeypatch.setattr(matrices, "chunk_bytes", lambda device: 3 * g[0].numel() * 4)
     cut = orthogonalize(g)
     strided = orthogonalize(g.mT.contiguous().mT)
     single = torch.stack([orthogonalize(x) for x in g])
@@ -129,7 +130,7 @@ def test_bfloat16_products_keep_the_largest_singular_value():
     o = orthogonalize(g, dtype=torch.bfloat16)
     s = torch.linalg.svdvals(o.double())
     assert o.dtype == torch.float32
-    assert s.max() < 1.17  # performance.md section 5; 1.03 here in float32
+    assert s.max() < 1.17  # docs/derivations/hypersphere.md; 1.03 here in float32
     assert s.min() > 0.9
     assert not torch.equal(o, orthogonalize(g, dtype=torch.float32))
 
@@ -195,7 +196,7 @@ def test_results_share_no_memory_with_each_other_or_the_input():
 
 
 def test_pool_gives_out_what_came_back_and_nothing_twice():
-    pool, like = newton_schulz.Pool(), torch.empty(0)
+    pool, like = matrices.Pool(), torch.empty(0)
     a, b = pool.take((2, 3), like), pool.take((2, 3), like)
     assert a.data_ptr() != b.data_ptr()
     pool.give(a)
@@ -211,10 +212,7 @@ UNITS = {(1,) * 5: (20, 10, 15, 5), (2, 3): (8, 28, 6, 17), (2, 2, 1): (12, 22, 
 
 @pytest.mark.parametrize("segments", UNITS, ids=str)
 def test_operations_are_those_of_the_theory(segments):
-    """performance.md, section 3: per n^3, `p r + q` with plain products and `ps r + qs` with symmetric kernels.
-
-    There the Gram forms have 14 and 11 for qs; here the product of polynomials is taken in full, for its rounding.
-    """
+    """docs/derivations/hypersphere.md: per n^3, `p r + q` with plain products and `ps r + qs` with symmetric kernels."""
     p, q, ps, qs = UNITS[segments]
     for n, r in ((8, 1), (8, 4), (16, 11)):
         assert newton_schulz.flops(n, n * r, segments) == (p * r + q) * n**3
@@ -251,7 +249,7 @@ def test_negative_control_all_steps_in_one_segment_are_less_exact(monkeypatch):
 
 
 @pytest.mark.parametrize("setting", ["highest", "high", "medium", "the newer one", "none"])
-def test_tf32_is_float32_on_a_cpu_whatever_was_set_and_the_setting_stays(setting):
+def test_tf32_is_float32_on_a_cpu_with_any_setting_and_the_setting_stays(setting):
     g = matrix("gaussian", 16, 48)
     matmul, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     saved = matmul.fp32_precision, cpu.fp32_precision
@@ -281,12 +279,27 @@ def test_compiled_is_the_same():
 @pytest.mark.parametrize(
     ("g", "kwargs", "error", "words"),
     [
-        (torch.ones(3), {}, ValueError, "g must be a matrix"),
+        (torch.ones(3), {}, ValueError, r"g: found shape \[3\], expected a matrix"),
         (torch.ones(2, 2, 2, 2), {}, ValueError, r"\[2, 2, 2, 2\]"),
-        (torch.ones(3, 3), {"preset": "quintic"}, ValueError, "classic.*scheduled.*quintic"),
-        (torch.ones(3, 3, dtype=torch.int64), {}, TypeError, "real floating point"),
-        (torch.ones(3, 3, dtype=torch.complex64), {}, TypeError, "real floating point"),
-        (torch.ones(3, 3), {"dtype": torch.int8}, TypeError, "int8"),
+        (
+            torch.ones(3, 3),
+            {"preset": "quintic"},
+            ValueError,
+            "preset: found 'quintic', expected one of 'classic', 'scheduled'",
+        ),
+        (torch.ones(3, 3, dtype=torch.int64), {}, TypeError, "g: found torch.*, expected a real floating-point dtype"),
+        (
+            torch.ones(3, 3, dtype=torch.complex64),
+            {},
+            TypeError,
+            "g: found torch.*, expected a real floating-point dtype",
+        ),
+        (
+            torch.ones(3, 3),
+            {"dtype": torch.int8},
+            TypeError,
+            "dtype: found torch.int8, expected a real floating-point dtype",
+        ),
     ],
 )
 def test_bad_input(g, kwargs, error, words):

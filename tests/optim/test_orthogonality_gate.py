@@ -17,7 +17,7 @@ from torch import Tensor
 
 import lightning_mue.optim.newton_schulz as newton_schulz
 from lightning_mue.optim import PRESETS, orthogonalize
-from lightning_mue.optim.newton_schulz import Coefficients
+from lightning_mue.optim.coefficients import Coefficients
 
 SHAPES = [(48, 48), (48, 132), (132, 48), (48, 192)]  # square, aspect 2.75 lying and standing, 4
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -166,7 +166,7 @@ def worst(names: list[str], x_B: Tensor) -> str:
 
 
 def passes(result: Result, shape: tuple[int, int], preset: str, dtype: torch.dtype) -> None:
-    """Assert the gate of performance.md, section 5, and the schedule's band."""
+    """Assert the gates of docs/derivations/hypersphere.md, and the schedule's band."""
     names, schedule, other = case(shape).names, PRESETS[preset], standard(shape, preset, dtype)
     low, high = schedule.band
     limit = min(high + ROUNDING[dtype], 1.17 if preset == "scheduled" else 2)
@@ -277,5 +277,5 @@ def test_float32_with_bfloat16_products_passes_the_gate_of_bfloat16():
             backend.fp32_precision = value
     assert newton_schulz._segments(case(shape).g_Boi, PRESETS["scheduled"]) == (2, 3)
     if torch.equal(result.whole, exact.whole):
-        pytest.skip("this CPU multiplies float32 matrices in float32 whatever it is told")
+        pytest.skip("this CPU multiplies float32 matrices in float32 in spite of the setting")
     passes(result, shape, "scheduled", torch.bfloat16)

@@ -1,1 +1,1 @@
-"""How the optimizer's work is divided among ranks."""
+"""The optimizer over several ranks: layouts of parameters, assignment of the work, communication."""

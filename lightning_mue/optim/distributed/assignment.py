@@ -1,8 +1,8 @@
-"""Who orthogonalizes which matrix, in which order: pure bookkeeping, the same on all ranks that share matrices.
+"""Assigns matrices to ranks by estimated cost; pure bookkeeping, with the same result on all ranks that share matrices.
 
 Shape legend:
-    S  ranks that a matrix is cut over       C  copies of those ranks
-    W  workers, S * C; number c * S + s      n, m  smaller and larger side of a matrix
+    S  ranks that a matrix is sharded over       C  replicas of those ranks
+    W  workers, S * C; number c * S + s          n, m  smaller and larger side of a matrix
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ import torch
 from lightning_mue.optim.distributed.layout import Layout, piece_shape
 
 
-class Run(NamedTuple):
-    """Neighboring matrices `start:stop`, in this rank's count, of the parameter number `param`."""
+class MatrixRange(NamedTuple):
+    """Neighboring matrices `start:stop`, as this rank counts them, of the parameter number `param`."""
 
     param: int
     start: int
     stop: int
 
 
-class Kind(NamedTuple):
-    """Shape of a matrix and how it is cut; the fields are as in `Layout`."""
+class ShardedShape(NamedTuple):
+    """Shape of a matrix and how it is sharded; the fields are as in `Layout`."""
 
     matrix: tuple[int, int]
     split_dim: int | None
@@ -40,80 +40,81 @@ class Kind(NamedTuple):
         return piece_shape(self.matrix, self.split_dim, self.split_sizes[rank] if self.split_sizes else 0)
 
 
-class Batch(NamedTuple):
-    """Matrices of one kind that one worker orthogonalizes in one call."""
+class Assignment(NamedTuple):
+    """Matrices of one shape that one worker orthogonalizes in one call."""
 
-    kind: Kind
-    runs: tuple[Run, ...]
+    shape: ShardedShape
+    ranges: tuple[MatrixRange, ...]
 
     @property
     def size(self) -> int:
-        """How many matrices they are."""
-        return sum(run.stop - run.start for run in self.runs)
+        """Number of matrices."""
+        return sum(each.stop - each.start for each in self.ranges)
 
     def piece(self, rank: int) -> tuple[int, int, int]:
         """Shape of the pieces that rank s of the split group holds of them."""
-        return (self.size, *self.kind.piece(rank))
+        return (self.size, *self.shape.piece(rank))
 
 
 #: Number of a parameter, and of a matrix in it.
-Place = tuple[int, int]
+_Place = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Matrices that travel together, dealt over the workers.
+    """Matrices that are communicated together, with their assignment to the workers.
 
     Attributes:
-        layout: The layout of one of its parameters: its groups are everyone's.
-        hands: For each worker, what it orthogonalizes.
+        layout: The layout of one of its parameters; all have the same groups.
+        assignments: For each worker, what it orthogonalizes.
     """
 
     layout: Layout
-    hands: tuple[tuple[Batch, ...], ...]
+    assignments: tuple[tuple[Assignment, ...], ...]
 
     @property
     def splits(self) -> int:
-        """How many ranks a matrix is cut over."""
+        """How many ranks a matrix is sharded over."""
         return max(1, len(self.layout.split_sizes))
 
-    def hand(self, copy: int, split: int) -> tuple[Batch, ...]:
-        """What the worker at rank `split` of the copy number `copy` orthogonalizes."""
-        return self.hands[copy * self.splits + split]
+    def assigned(self, replica: int, split: int) -> tuple[Assignment, ...]:
+        """What the worker at rank `split` of the replica number `replica` orthogonalizes."""
+        return self.assignments[replica * self.splits + split]
 
-    def numel(self, copy: int, owner: int, rank: int) -> int:
-        """How many numbers `rank` of the split group holds of what `owner` of it, in this copy, orthogonalizes."""
-        return sum(math.prod(batch.piece(rank)) for batch in self.hand(copy, owner))
+    def numel(self, replica: int, owner: int, rank: int) -> int:
+        """How many numbers `rank` of the split group holds of what `owner`, in this replica, orthogonalizes."""
+        return sum(math.prod(each.piece(rank)) for each in self.assigned(replica, owner))
 
-    def share(self, copy: int) -> int:
-        """How many numbers of this rank's pieces come from a copy's work."""
-        return sum(self.numel(copy, owner, self.layout.split_rank) for owner in range(self.splits))
+    def numel_here(self, replica: int) -> int:
+        """How many numbers of this rank's pieces are results of a replica."""
+        return sum(self.numel(replica, owner, self.layout.split_rank) for owner in range(self.splits))
 
 
 def cost(matrix: tuple[int, int]) -> int:
-    """Return what Newton-Schulz costs for a matrix, up to a factor: `n^2 (m + n/2)`, in half units.
+    """Return the cost of Newton-Schulz for a matrix, up to a factor: `n^2 (m + n/2)`, in half units.
 
-    Source: three products a step, of which two have an `m` (performance.md section 3: 20r + 10 in units of n^3).
+    This is `20 r + 10` in units of n^3, with r = m / n: five steps of the standard form, three products each, of which
+    two have a side m. Source: the table of docs/derivations/hypersphere.md, section "Orthogonalization".
     """
     n, m = sorted(matrix)
     return n * n * (2 * m + n)
 
 
-def deal(costs: Sequence[int], loads: list[int]) -> list[int]:
-    """Deal items over workers: in the order given, each to the worker with the least so far.
+def assign(costs: Sequence[int], loads: list[int]) -> list[int]:
+    """Assign items to workers: in the given order, each to the worker with the smallest load so far.
 
-    With falling costs this is the longest-processing-time rule, whose fullest worker has at most 4/3 of the best
-    possible (Graham, SIAM J. Appl. Math. 17, 1969). Ties go to the first worker, so that all ranks deal alike.
+    With falling costs this is the longest-processing-time rule, whose largest load is at most 4/3 of the optimum (Graham,
+    SIAM J. Appl. Math. 17, 1969). Ties go to the first worker, so that all ranks assign alike.
 
     Args:
         costs: Cost of each item.
-        loads: What each worker has already, a number each; updated in place.
+        loads: Load of each worker; updated in place.
 
     Returns:
         The worker of each item.
 
     Example:
-        >>> deal([3, 3, 2, 2, 2], loads=[0, 0])
+        >>> assign([3, 3, 2, 2, 2], loads=[0, 0])
         [0, 1, 0, 1, 0]
     """
     heap = [(load, worker) for worker, load in enumerate(loads)]
@@ -128,59 +129,60 @@ def deal(costs: Sequence[int], loads: list[int]) -> list[int]:
 
 
 @lru_cache(maxsize=16)
-def plan(
+def assign_matrices(
     layouts: tuple[Layout, ...], buffers: tuple[Hashable, ...], itemsize: int, bucket_bytes: int
 ) -> tuple[Bucket, ...]:
-    """Deal the matrices of all parameters, and cut the work into buckets.
+    """Assign the matrices of all parameters to workers, in buckets.
 
     Args:
         layouts: The parameters' layouts.
         buffers: For each parameter, what two must have in common to share a buffer (dtype, device).
         itemsize: Bytes a number.
-        bucket_bytes: Bytes of pieces that this rank holds in a bucket, at most; but every worker gets a matrix.
+        bucket_bytes: Largest size in bytes of the pieces that this rank holds in a bucket; but every worker gets a
+            matrix.
 
     Returns:
         The buckets, in the order in which all ranks must take them.
     """
     routes: dict[tuple[Hashable, ...], list[int]] = defaultdict(list)
     for index, (layout, buffer) in enumerate(zip(layouts, buffers, strict=True)):
-        # What only DTensor can put together goes alone.
+        # What only DTensor can gather has a bucket of its own.
         alone = index if layout.gather else None
-        routes[layout.split_group, len(layout.split_sizes), layout.copy_group, layout.copies, buffer, alone].append(
-            index
-        )
-    loads: dict[Hashable, list[int]] = {}  # what the workers have from earlier routes among the same ranks
+        workers = (layout.split_group, len(layout.split_sizes), layout.replica_group, layout.replicas)
+        route = (*workers, buffer, alone)
+        routes[route].append(index)
+    loads: dict[Hashable, list[int]] = {}  # of the workers, from earlier routes among the same ranks
     buckets: list[Bucket] = []
-    for (*workers, _, _), members in routes.items():
+    for (*workers_of_route, _, _), members in routes.items():
         layout = layouts[members[0]]
-        load = loads.setdefault(tuple(workers), [0] * (max(1, len(layout.split_sizes)) * layout.copies))
-        buckets += _route(layouts, members, load, itemsize, bucket_bytes)
+        load = loads.setdefault(tuple(workers_of_route), [0] * (max(1, len(layout.split_sizes)) * layout.replicas))
+        buckets += _buckets_of_route(layouts, members, load, itemsize, bucket_bytes)
     return tuple(buckets)
 
 
-def _route(
+def _buckets_of_route(
     layouts: Sequence[Layout], members: list[int], loads: list[int], itemsize: int, bucket_bytes: int
 ) -> Iterator[Bucket]:
-    """Deal the parameters that go the same way, dearest matrices first and equal ones side by side."""
+    """Assign the parameters that share their groups: the most expensive matrices first, equal shapes side by side."""
     layout = layouts[members[0]]
-    places: dict[Kind, list[Place]] = defaultdict(list)
+    places: dict[ShardedShape, list[_Place]] = defaultdict(list)
     for index in members:
         each = layouts[index]
-        kind = Kind(each.matrix, each.split_dim, each.split_sizes)
-        places[kind] += [(index, number) for number in range(each.count)]
-    items = [(kind, at) for kind in sorted(places, key=lambda kind: -cost(kind.matrix)) for at in places[kind]]
-    sizes = [itemsize * math.prod(kind.matrix) for kind, _ in items]
+        shape = ShardedShape(each.matrix, each.split_dim, each.split_sizes)
+        places[shape] += [(index, number) for number in range(each.count)]
+    items = [(shape, at) for shape in sorted(places, key=lambda shape: -cost(shape.matrix)) for at in places[shape]]
+    sizes = [itemsize * math.prod(shape.matrix) for shape, _ in items]
     splits = max(1, len(layout.split_sizes))
     limit = sum(sizes) if layout.gather else bucket_bytes * splits
     if len(loads) > 1:
-        # Several buckets, if they are of some size: the first to arrive is worked on while the others travel.
+        # Several buckets unless they are small: the first is worked on while the others are communicated.
         limit = min(limit, max(sum(sizes) // 4, splits << 20))
-    for start, stop in _stretches(sizes, limit, len(loads)):
-        yield Bucket(layout, _hands(items[start:stop], loads))
+    for start, stop in _bucket_bounds(sizes, limit, len(loads)):
+        yield Bucket(layout, _assign_bucket(items[start:stop], loads))
 
 
-def _stretches(sizes: Sequence[int], limit: int, workers: int) -> Iterator[tuple[int, int]]:
-    """Cut items into stretches `start:stop` of at most `limit` in sum, but of a multiple of `workers` items."""
+def _bucket_bounds(sizes: Sequence[int], limit: int, workers: int) -> Iterator[tuple[int, int]]:
+    """Divide items into `start:stop` of at most `limit` in sum, but of a multiple of `workers` items."""
     start, total = 0, 0
     for at in range(0, len(sizes), workers):
         more = sum(sizes[at : at + workers])
@@ -192,33 +194,35 @@ def _stretches(sizes: Sequence[int], limit: int, workers: int) -> Iterator[tuple
         yield start, len(sizes)
 
 
-def _hands(items: Sequence[tuple[Kind, Place]], loads: list[int]) -> tuple[tuple[Batch, ...], ...]:
-    """Deal a bucket. Which of equal matrices a worker gets is free: neighbors, so that stacks are sliced, not picked."""
-    counts: dict[Kind, list[int]] = {}
-    places: dict[Kind, list[Place]] = defaultdict(list)
-    for (kind, at), worker in zip(items, deal([cost(kind.matrix) for kind, _ in items], loads), strict=True):
-        counts.setdefault(kind, [0] * len(loads))[worker] += 1
-        places[kind].append(at)
-    hands: list[list[Batch]] = [[] for _ in loads]
-    for kind, numbers in counts.items():
+def _assign_bucket(
+    items: Sequence[tuple[ShardedShape, _Place]], loads: list[int]
+) -> tuple[tuple[Assignment, ...], ...]:
+    """Assign a bucket. Of equal matrices a worker gets neighbors, so that stacks are sliced rather than indexed."""
+    counts: dict[ShardedShape, list[int]] = {}
+    places: dict[ShardedShape, list[_Place]] = defaultdict(list)
+    for (shape, at), worker in zip(items, assign([cost(shape.matrix) for shape, _ in items], loads), strict=True):
+        counts.setdefault(shape, [0] * len(loads))[worker] += 1
+        places[shape].append(at)
+    assignments: list[list[Assignment]] = [[] for _ in loads]
+    for shape, numbers in counts.items():
         start = 0
-        for hand, number in zip(hands, numbers, strict=True):
+        for assigned, number in zip(assignments, numbers, strict=True):
             if number:
-                hand.append(Batch(kind, _runs(places[kind][start : start + number])))
+                assigned.append(Assignment(shape, _ranges(places[shape][start : start + number])))
             start += number
-    return tuple(tuple(hand) for hand in hands)
+    return tuple(tuple(assigned) for assigned in assignments)
 
 
-def _runs(places: Sequence[Place]) -> tuple[Run, ...]:
-    runs: list[Run] = []
+def _ranges(places: Sequence[_Place]) -> tuple[MatrixRange, ...]:
+    ranges: list[MatrixRange] = []
     for param, number in places:
-        if runs and runs[-1].param == param and runs[-1].stop == number:
-            runs[-1] = runs[-1]._replace(stop=number + 1)
+        if ranges and ranges[-1].param == param and ranges[-1].stop == number:
+            ranges[-1] = ranges[-1]._replace(stop=number + 1)
         else:
-            runs.append(Run(param, number, number + 1))
-    return tuple(runs)
+            ranges.append(MatrixRange(param, number, number + 1))
+    return tuple(ranges)
 
 
 def default_bucket_bytes(device: torch.device | str) -> int:
-    """Return the scratch for one bucket: enough for whole batches of matrices, and little beside a model."""
+    """Return the scratch for one bucket: enough for whole batches of matrices, and little compared to a model."""
     return 32 << 20 if torch.device(device).type == "cpu" else 256 << 20

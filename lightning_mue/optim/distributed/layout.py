@@ -1,8 +1,8 @@
-"""How a parameter's matrices lie over the ranks: whole or cut, alone or in copies.
+"""How a parameter's matrices lie over the ranks: whole or sharded, on one rank or as replicas on several.
 
 Shape legend:
-    E  matrices (experts) in one stacked parameter      S  ranks that a matrix is cut over
-    out, in  rows and columns of a whole matrix         C  ranks that hold the same (copies)
+    E  matrices (experts) in one stacked parameter      S  ranks that a matrix is sharded over
+    out, in  rows and columns of a whole matrix         C  ranks that hold the same (replicas)
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_mue.checks import mismatch
 from lightning_mue.parameterizations.rules.kinds import matrix_sides
 from lightning_mue.sharded import is_sharded
 
@@ -37,15 +38,15 @@ class Layout:
         local_shape: Shape of this rank's part of it.
         matrix: `(out, in)` of a whole matrix.
         indices: Which matrices of the stack this rank holds, whole or in part; `(0,)` for a single matrix.
-        split_dim: Side along which each matrix is cut over `split_group`: 0 rows, 1 columns, None if it is whole here.
+        split_dim: Side along which each matrix is sharded over `split_group`: 0 rows, 1 columns, None if it is whole here.
         split_group: The ranks that each hold a piece of the same matrices.
-        split_rank: This rank's place among them.
-        split_sizes: How much of the cut side each of them holds, in order; 0 is possible. `()` if matrices are whole.
-        copy_group: The ranks that hold the same tensor as this one and step it by the same gradient; None if alone.
-        copy_rank: This rank's place among them.
-        copies: How many they are.
-        gather: `(mesh, placements)` if matrices are cut in a way that only DTensor itself knows how to undo.
-        sum_groups: The groups whose ranks hold pieces of the same matrices, one for each mesh dimension that cuts.
+        split_rank: This rank's number among them.
+        split_sizes: Size of the sharded side on each of them, in order; 0 is possible. `()` if matrices are whole.
+        replica_group: The ranks that hold the same tensor as this one and step it by the same gradient; None if alone.
+        replica_rank: This rank's number among them.
+        replicas: How many they are.
+        gather: `(mesh, placements)` if matrices are sharded in a way that only DTensor itself can undo.
+        sum_groups: The groups whose ranks hold pieces of the same matrices, one for each mesh dimension that shards.
     """
 
     shape: tuple[int, ...]
@@ -56,9 +57,9 @@ class Layout:
     split_group: ProcessGroup | None = None
     split_rank: int = 0
     split_sizes: tuple[int, ...] = ()
-    copy_group: ProcessGroup | None = None
-    copy_rank: int = 0
-    copies: int = 1
+    replica_group: ProcessGroup | None = None
+    replica_rank: int = 0
+    replicas: int = 1
     gather: tuple[DeviceMesh, tuple[Placement, ...]] | None = None
     sum_groups: tuple[ProcessGroup, ...] = ()
 
@@ -67,79 +68,83 @@ class Layout:
         """How many matrices this rank holds, whole or in part."""
         return len(self.indices)
 
+    @property
+    def is_distributed(self) -> bool:
+        """Whether other ranks hold the same matrices, or parts of them."""
+        return bool(self.sum_groups or self.replica_group or self.gather)
+
 
 def by_expert(placements: Sequence[Placement]) -> list[Placement]:
-    """Return the placements of a stack that is cut as these cut it by expert, and in no other way."""
+    """Return the placements of a stack that is sharded by expert as by these, and in no other way."""
     from torch.distributed.tensor import Replicate
 
     return [p if getattr(p, "dim", None) == 0 else Replicate() for p in placements]
 
 
-def layout_of(param: Tensor, copies: ProcessGroup | None = None) -> Layout:
-    """Find out how a parameter lies over the ranks.
+def layout_of(param: Tensor, process_group: ProcessGroup | None = None) -> Layout:
+    """Return how a parameter lies over the ranks.
 
-    Every rank must ask for the same parameters in the same order: a mesh with more than one dimension of copies needs
+    Every rank must ask for the same parameters in the same order: a mesh with more than one dimension of replicas needs
     a process group of its own, which is made here.
 
     Args:
         param: The parameter. A DTensor's mesh and placements say everything; mesh dimensions of one rank do not count.
-        copies: For a plain tensor: the ranks that hold it too, with the same gradients (see `find_copies`), or None.
+        process_group: For a plain tensor: the ranks that hold replicas of it, with the same gradients, or None.
 
     Raises:
         ValueError: If the parameter is not a matrix, its placement is partial (a sum that is still to be done) or
-            unknown, the mesh that cuts it lists ranks out of order, or this rank's part is not the one that the
+            unknown, the mesh that shards it lists ranks out of order, or this rank's part is not the one that the
             placements say.
     """
     if param.ndim < 2:
-        raise ValueError(f"param must have at least two dimensions to hold matrices, found shape {list(param.shape)}.")
+        raise ValueError(mismatch("param", found=f"shape {list(param.shape)}", expected="at least two dimensions"))
     if is_sharded(param):
         return _sharded(param)
     shape = tuple(param.shape)
     layout = Layout(shape, shape, matrix_sides(shape), tuple(range(_stacked(shape))))
-    return _with_copies(layout, copies) if copies is not None else layout
+    return layout if process_group is None else _with_replicas(layout, process_group)
 
 
 def _stacked(shape: Sequence[int]) -> int:
     return shape[0] if len(shape) == 3 else 1
 
 
-def _with_copies(layout: Layout, group: ProcessGroup) -> Layout:
+def _with_replicas(layout: Layout, group: ProcessGroup) -> Layout:
     size = dist.get_world_size(group)
     if size <= 1:  # -1 where this rank is not in the group
         return layout
-    return replace(layout, copy_group=group, copy_rank=dist.get_rank(group), copies=size)
+    return replace(layout, replica_group=group, replica_rank=dist.get_rank(group), replicas=size)
 
 
 def _sharded(param: Any) -> Layout:
-    """Read a DTensor's layout off its mesh and placements."""
+    """Read a DTensor's layout from its mesh and placements."""
     mesh, placements, shape = param.device_mesh, tuple(param.placements), tuple(param.shape)
     local_shape = tuple(param._local_tensor.shape)  # to_local would record a node of the graph
     if mesh.get_coordinate() is None:
         return Layout(shape, local_shape, matrix_sides(shape), ())
-    copied, cut = [], []
+    replicated, sharded = [], []
     for dim, placement in enumerate(placements):
         if mesh.size(dim) == 1:
             continue
         if placement.is_replicate():
-            copied.append(dim)
+            replicated.append(dim)
         elif placement.is_partial() or not hasattr(placement, "dim"):
-            raise ValueError(
-                f"The parameter of shape {list(shape)} has the placements {list(placements)}; expected Shard or "
-                "Replicate on every mesh dimension. Redistribute it before it goes to the optimizer."
-            )
+            key, expected = f"parameter of shape {list(shape)}", "Shard or Replicate on every mesh dimension"
+            do = "Redistribute it before it goes to the optimizer."
+            raise ValueError(mismatch(key, found=f"placements {list(placements)}", expected=expected, do=do))
         elif len(shape) != 3 or placement.dim != 0:
-            cut.append(dim)
+            sharded.append(dim)
     layout = Layout(shape, local_shape, matrix_sides(shape), _indices(shape, mesh, placements))
-    if cut:
-        layout = _cut(layout, mesh, placements, cut)
-    if copied and not layout.gather:
-        layout = _with_copies(layout, _copy_group(mesh, tuple(copied)))
+    if sharded:
+        layout = _with_shards(layout, mesh, placements, sharded)
+    if replicated and not layout.gather:
+        layout = _with_replicas(layout, _replica_group(mesh, tuple(replicated)))
     _check_local(layout, placements)
     return layout
 
 
 def _indices(shape: tuple[int, ...], mesh: DeviceMesh, placements: Sequence[Placement]) -> tuple[int, ...]:
-    """Which matrices of a stack are here, by torch's own split of their numbers (no communication)."""
+    """Return which matrices of a stack are here, by torch's own split of their numbers (no communication)."""
     if len(shape) != 3:
         return (0,)
     from torch.distributed.tensor import distribute_tensor
@@ -149,18 +154,20 @@ def _indices(shape: tuple[int, ...], mesh: DeviceMesh, placements: Sequence[Plac
     return tuple(placed_E.to_local().tolist())
 
 
-def _cut(layout: Layout, mesh: DeviceMesh, placements: tuple[Placement, ...], dims: list[int]) -> Layout:
-    """Add how the matrices are cut by the mesh dimensions `dims`."""
+def _with_shards(layout: Layout, mesh: DeviceMesh, placements: tuple[Placement, ...], dims: list[int]) -> Layout:
+    """Add how the matrices are sharded by the mesh dimensions `dims`."""
     from torch.distributed.tensor import Shard
 
     for dim in dims:
         ranks = _ranks_along(mesh, (dim,))
         if ranks != sorted(ranks):
-            raise ValueError(
-                f"The mesh of the parameter of shape {list(layout.shape)} counts the ranks {ranks} in another order "
-                "than their process group, and torch's DTensor mixes up the pieces of such a tensor. Make the mesh "
-                "with init_device_mesh, or list ranks in ascending order."
+            key, found = f"mesh of the parameter of shape {list(layout.shape)}", f"the ranks {ranks}"
+            expected = "ascending order, as in their process group"
+            do = (
+                "torch's DTensor mixes up the pieces of such a tensor: make the mesh with init_device_mesh, or list its "
+                "ranks in ascending order."
             )
+            raise ValueError(mismatch(key, found=found, expected=expected, do=do))
     groups = tuple(mesh.get_group(dim) for dim in dims)
     group, placement = groups[0], placements[dims[0]]
     side: int = placement.dim - (len(layout.shape) == 3)  # type: ignore[attr-defined]
@@ -179,7 +186,7 @@ def _cut(layout: Layout, mesh: DeviceMesh, placements: tuple[Placement, ...], di
 
 
 def shard_sizes(size: int, ranks: int) -> tuple[int, ...]:
-    """Cut `size` rows as `Shard` does: equal parts, rounded up, until nothing is left.
+    """Return how many of `size` rows each rank gets from `Shard`: equal parts, rounded up, until none are left.
 
     Example:
         >>> shard_sizes(5, 2), shard_sizes(5, 4), shard_sizes(1, 2)
@@ -190,7 +197,7 @@ def shard_sizes(size: int, ranks: int) -> tuple[int, ...]:
 
 
 def piece_shape(matrix: tuple[int, int], split_dim: int | None, size: int) -> tuple[int, int]:
-    """Return the shape of a piece of a matrix that has `size` of the cut side; the matrix itself if it is not cut."""
+    """Return the shape of a piece with `size` of the sharded side; the matrix's own shape if it is not sharded."""
     return matrix if split_dim is None else (size, matrix[1]) if split_dim == 0 else (matrix[0], size)
 
 
@@ -202,13 +209,16 @@ def _check_local(layout: Layout, placements: Sequence[Placement]) -> None:
     local = (_stacked(layout.local_shape), *matrix_sides(layout.local_shape))
     if local != expected:
         raise ValueError(
-            f"This rank's part of the parameter of shape {list(layout.shape)} has shape {list(layout.local_shape)}; "
-            f"expected {list(expected)} (matrices, rows, columns) from its placements {list(placements)}. Shard the "
-            "parameter with fully_shard or distribute_tensor."
+            mismatch(
+                f"this rank's part of the parameter of shape {list(layout.shape)}",
+                found=f"shape {list(layout.local_shape)}",
+                expected=f"{list(expected)} (matrices, rows, columns) from its placements {list(placements)}",
+                do="Shard the parameter with fully_shard or distribute_tensor.",
+            )
         )
 
 
-def _copy_group(mesh: DeviceMesh, dims: tuple[int, ...]) -> ProcessGroup:
+def _replica_group(mesh: DeviceMesh, dims: tuple[int, ...]) -> ProcessGroup:
     """Return the ranks that differ from this one only along the mesh dimensions `dims`."""
     if len(dims) == 1:
         return mesh.get_group(dims[0])
@@ -223,5 +233,5 @@ def _ranks_along(mesh: DeviceMesh, dims: tuple[int, ...]) -> list[int]:
 
 @lru_cache(maxsize=16)
 def _group_of(ranks: tuple[int, ...], world: ProcessGroup) -> ProcessGroup:
-    """Make a group once; `world` is there so that one of an earlier world is not used again."""
+    """Make a group once; `world` is in the cache's key, so that a group of an earlier world is not used again."""
     return dist.new_group(list(ranks), use_local_synchronization=True)

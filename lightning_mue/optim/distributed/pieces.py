@@ -1,22 +1,21 @@
-"""A rank's part of a parameter, its state and its radius, whatever the parameter is: plain, sharded, replicated."""
+"""A rank's part of a gradient, of norms and of radii, for plain and sharded parameters."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
 from lightning_mue.optim.distributed.layout import Layout, by_expert
 from lightning_mue.optim.distributed.sharding import reduce_sums
-from lightning_mue.optim.newton_schulz import math_dtype
-from lightning_mue.optim.step import as_matrices, sum_squares
+from lightning_mue.optim.matrices import as_matrices, sum_squares
+from lightning_mue.optim.precision import math_dtype
 from lightning_mue.sharded import is_sharded, local
 
 
 def local_grad(param: Tensor) -> Tensor:
-    """Return this rank's part of a parameter's gradient, placed as the parameter is."""
+    """Return this rank's part of a parameter's gradient, with the parameter's placements."""
     grad = param.grad
     assert grad is not None
     if is_sharded(param) and grad.placements != param.placements:  # type: ignore[attr-defined]
@@ -25,7 +24,7 @@ def local_grad(param: Tensor) -> Tensor:
 
 
 def total(layouts: Sequence[Layout], sums: Sequence[Tensor]) -> list[Tensor]:
-    """Add up each matrix's `[E]` sums over the ranks that hold parts of it; see `reduce_sums`."""
+    """Add each matrix's `[E]` sums over the ranks that hold parts of it; see `reduce_sums`."""
     if not any(layout.sum_groups for layout in layouts):
         return list(sums)
     return [x[:, 0] for x in reduce_sums(layouts, [x[:, None] for x in sums])]
@@ -45,7 +44,7 @@ def norms(params: Sequence[Tensor], layouts: Sequence[Layout]) -> list[Tensor]:
 
 
 def as_state(radius_E: Tensor, param: Tensor) -> Tensor:
-    """Bring norms to the form that the state keeps: `[]` for a matrix, `[E]` for a stack, sharded as its experts are."""
+    """Return norms in the form of the state: `[]` for a matrix, `[E]` for a stack, sharded as its experts are."""
     if param.ndim != 3:
         return radius_E.reshape(())
     if not is_sharded(param):
@@ -56,8 +55,3 @@ def as_state(radius_E: Tensor, param: Tensor) -> Tensor:
     placements = by_expert(placed.placements)
     mesh = placed.device_mesh
     return DTensor.from_local(radius_E, mesh, placements, run_check=False, shape=param.shape[:1], stride=(1,))
-
-
-def world() -> int:
-    """Return the number of processes that step together; 1 without torch.distributed."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -1,25 +1,24 @@
-"""Orthogonalize matrices that are cut or copied over ranks: whole, each once, wherever the parameters lie.
+"""Orthogonalizes matrices that are sharded or replicated over ranks: gathered whole, each on one rank only.
 
-Newton-Schulz needs whole matrices: the pieces' orthogonalizations are not the pieces of the orthogonalization. So the
-pieces of a matrix travel to one rank, the result's pieces travel back, and ranks that hold the same share out the work.
+Newton-Schulz needs whole matrices: orthogonalized pieces are not the pieces of the orthogonalized matrix. So the pieces
+of a matrix are sent to one rank, the results' pieces are sent back, and ranks that hold replicas share the work.
 
-Shape legend: as in `transfers.py`.
+Shape legend: as in `transfer.py`.
 """
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_mue.optim.distributed.assignment import Bucket, default_bucket_bytes, plan
-from lightning_mue.optim.distributed.layout import Layout, layout_of
-from lightning_mue.optim.distributed.replicas import find_copies
+from lightning_mue.checks import mismatch
+from lightning_mue.optim.distributed.assignment import Bucket, assign_matrices, default_bucket_bytes
+from lightning_mue.optim.distributed.layout import Layout
 from lightning_mue.optim.distributed.transfer import GatheredTransfer, Orthogonalizer, Piece, Transfer
 
 if TYPE_CHECKING:
@@ -35,24 +34,24 @@ def orthogonalize_sharded(
     dtype: torch.dtype,
     bucket_bytes: int | None = None,
 ) -> Iterator[list[tuple[int, Tensor]]]:
-    """Orthogonalize the whole matrices that the directions are pieces of, and give back this rank's pieces.
+    """Orthogonalize the whole matrices that the directions are pieces of, and return this rank's pieces.
 
-    The result is the same function of the whole directions in every layout. Matrices are dealt out by cost: cut ones
-    over the ranks that hold the pieces and over the copies of those, whole ones over their copies. They travel in
-    buckets, asynchronously: while one is orthogonalized, the pieces of the next arrive and the results of the one
-    before return, and so they do while the caller works on what it was given.
+    The result is the same function of the whole directions in every layout. Matrices are assigned to ranks by cost:
+    sharded ones to the ranks that hold the pieces and to the replicas of those, whole ones to their replicas. They are
+    communicated in buckets, asynchronously: while one is orthogonalized, or while the caller uses results, the pieces of
+    the next bucket arrive and the results of the previous one return.
 
-    All ranks must call it with the same parameters in the same order and dtypes, and run it to its end. Parameters
+    All ranks must call it with the same parameters in the same order and dtypes, and exhaust the iterator. Parameters
     without a gradient may be left out, on all ranks or on none. Scratch is about four buckets, besides the results of
-    a stack that is under way.
+    a stack that is not complete yet.
 
     Args:
         layouts: How each parameter lies over the ranks.
         directions: What to orthogonalize: this rank's part of each, of shape `layout.local_shape`. Not changed.
         fn: Called with contiguous batches `[B, out, in]` of whole matrices, in the directions' dtype. It must not
             change a batch, which may share memory with a direction.
-        dtype: Type of the results, in which they travel.
-        bucket_bytes: Bytes of this rank's pieces that travel together; a bucket has at least one matrix for each rank
+        dtype: Type of the results, in which they are sent.
+        bucket_bytes: Bytes of this rank's pieces that are sent together; a bucket has at least one matrix for each rank
             that works on it. None: 32 MiB on CPU, 256 MiB elsewhere.
 
     Yields:
@@ -70,33 +69,34 @@ def orthogonalize_sharded(
     if len(empty) == len(layouts):
         return
     limit = bucket_bytes or default_bucket_bytes(directions[0].device)
-    kinds = tuple((direction.dtype, direction.device) for direction in directions)
+    buffers = tuple((direction.dtype, direction.device) for direction in directions)
     itemsize = max(direction.dtype.itemsize for direction in directions)
-    parts = _pipeline(plan(tuple(layouts), kinds, itemsize, limit), directions, fn, dtype)
+    parts = _pipeline(assign_matrices(tuple(layouts), buffers, itemsize, limit), directions, fn, dtype)
     yield from _joined(layouts, parts)
 
 
 def _check(layouts: Sequence[Layout], directions: Sequence[Tensor]) -> None:
     for index, (layout, direction) in enumerate(zip(layouts, directions, strict=True)):
         if tuple(direction.shape) != layout.local_shape:
+            expected = f"that of this rank's part of the parameter, {list(layout.local_shape)}"
+            do = "Pass the local tensor of a DTensor."
             raise ValueError(
-                f"directions[{index}] must have the shape of this rank's part of the parameter, "
-                f"{list(layout.local_shape)}; found {list(direction.shape)}. Pass the local tensor of a DTensor."
+                mismatch(f"directions[{index}]", found=f"shape {list(direction.shape)}", expected=expected, do=do)
             )
 
 
 def _pipeline(
     buckets: Sequence[Bucket], directions: Sequence[Tensor], fn: Orthogonalizer, dtype: torch.dtype
 ) -> Iterator[list[Piece]]:
-    """Keep four buckets under way: k + 1 comes in, k is worked on, k - 1 goes back and on to copies, k - 2 is done.
+    """Keep four buckets under way: k + 1 arrives, k is orthogonalized, k - 1 goes back and to replicas, k - 2 is done.
 
-    All ranks start the same collectives in this order, however long each of them works.
+    All ranks start the same collectives in this order, regardless of how long each of them works.
     """
     under_way: dict[int, Transfer] = {}
     for tick in range(len(buckets) + 3):
         if tick < len(buckets):
-            kind = GatheredTransfer if buckets[tick].layout.gather else Transfer
-            under_way[tick] = kind(buckets[tick], directions, fn, dtype)
+            transfer = GatheredTransfer if buckets[tick].layout.gather else Transfer
+            under_way[tick] = transfer(buckets[tick], directions, fn, dtype)
             under_way[tick].collect()
         if tick - 1 in under_way:
             under_way[tick - 1].orthogonalize()
@@ -107,25 +107,26 @@ def _pipeline(
 
 
 def _joined(layouts: Sequence[Layout], parts: Iterable[list[Piece]]) -> Iterator[list[tuple[int, Tensor]]]:
-    """Put each parameter's pieces together, and give it out when the last one is here."""
+    """Join each parameter's pieces, and return it once the last one is here."""
     found: dict[int, list[Piece]] = defaultdict(list)
     for pieces in parts:
         done = []
-        for run, piece in pieces:
-            found[run.param].append((run, piece))
-            if sum(each.stop - each.start for each, _ in found[run.param]) == layouts[run.param].count:
-                ordered = [part for _, part in sorted(found.pop(run.param), key=lambda item: item[0].start)]
+        for which, piece in pieces:
+            param = which.param
+            found[param].append((which, piece))
+            if sum(each.stop - each.start for each, _ in found[param]) == layouts[param].count:
+                ordered = [part for _, part in sorted(found.pop(param), key=lambda item: item[0].start)]
                 whole = ordered[0] if len(ordered) == 1 else torch.cat(ordered)
-                done.append((run.param, whole.reshape(layouts[run.param].local_shape)))
+                done.append((param, whole.reshape(layouts[param].local_shape)))
         if done:
             yield done
 
 
 def reduce_sums(layouts: Sequence[Layout], sums: Sequence[Tensor]) -> list[Tensor]:
-    """Add up, for each matrix, what the ranks that hold its pieces have summed over theirs.
+    """Add, for each matrix, the sums of the ranks that hold its pieces.
 
-    One all-reduce a group, for all parameters together; none where no matrix is cut. All ranks must pass the same
-    parameters in the same order.
+    One all-reduce for each group, for all parameters together; none where no matrix is sharded. All ranks must pass the
+    same parameters in the same order.
 
     Args:
         layouts: The parameters' layouts.
@@ -141,10 +142,8 @@ def reduce_sums(layouts: Sequence[Layout], sums: Sequence[Tensor]) -> list[Tenso
     members: dict[ProcessGroup, list[int]] = {}
     for index, (layout, total) in enumerate(zip(layouts, totals, strict=True)):
         if total.ndim != 2 or len(total) != layout.count:
-            raise ValueError(
-                f"sums[{index}] must have shape [{layout.count}, k], a row for each matrix that this rank holds; "
-                f"found {list(total.shape)}."
-            )
+            expected = f"[{layout.count}, k], a row for each matrix that this rank holds"
+            raise ValueError(mismatch(f"sums[{index}]", found=f"shape {list(total.shape)}", expected=expected))
         for group in layout.sum_groups:
             members.setdefault(group, []).append(index)
     for group, indices in members.items():
@@ -154,70 +153,3 @@ def reduce_sums(layouts: Sequence[Layout], sums: Sequence[Tensor]) -> list[Tenso
         for index, part in zip(indices, parts, strict=True):
             totals[index] = part.view_as(totals[index])
     return totals
-
-
-class Traffic(NamedTuple):
-    """Bytes that this rank sends to others in a step.
-
-    Attributes:
-        pieces: Pieces of directions, to the ranks that put the matrices together (all-to-all).
-        results: Pieces of orthogonalized matrices, back (all-to-all).
-        copies: Results for the ranks that hold the same (all-gather, with its padding).
-        gathered: Whole tensors of the layouts that only DTensor can put together (all-gather, without padding).
-    """
-
-    pieces: int = 0
-    results: int = 0
-    copies: int = 0
-    gathered: int = 0
-
-    @property
-    def total(self) -> int:
-        """All of them."""
-        return sum(self)
-
-
-def communication_bytes(
-    layouts: Sequence[Layout],
-    direction_dtype: torch.dtype,
-    result_dtype: torch.dtype,
-    bucket_bytes: int | None = None,
-    device: torch.device | str = "cpu",
-) -> Traffic:
-    """Predict what `orthogonalize_sharded` makes this rank send in a step; `reduce_sums` adds some bytes a matrix.
-
-    An all-gather sends a rank's part to each of the others, as counted here, or passes it around a ring; the volume
-    is the same.
-
-    Args:
-        layouts: The parameters' layouts.
-        direction_dtype: Type of the directions.
-        result_dtype: Type of the results.
-        bucket_bytes: As given to `orthogonalize_sharded`.
-        device: Where the parameters are; decides on the default of `bucket_bytes`.
-    """
-    limit = bucket_bytes or default_bucket_bytes(device)
-    pieces = results = copies = gathered = 0
-    for bucket in plan(tuple(layouts), (direction_dtype,) * len(layouts), direction_dtype.itemsize, limit):
-        layout, others = bucket.layout, range(bucket.splits)
-        if layout.gather:
-            whole, local = math.prod(layout.shape), math.prod(layout.local_shape)
-            gathered += (whole - local) * direction_dtype.itemsize
-            continue
-        me, copy = layout.split_rank, layout.copy_rank
-        pieces += sum(bucket.numel(copy, s, me) for s in others if s != me) * direction_dtype.itemsize
-        results += sum(bucket.numel(copy, me, s) for s in others if s != me) * result_dtype.itemsize
-        longest = max(bucket.share(c) for c in range(layout.copies))
-        copies += longest * (layout.copies - 1) * result_dtype.itemsize
-    return Traffic(pieces, results, copies, gathered)
-
-
-__all__ = [
-    "Layout",
-    "Traffic",
-    "communication_bytes",
-    "find_copies",
-    "layout_of",
-    "orthogonalize_sharded",
-    "reduce_sums",
-]

@@ -6,24 +6,21 @@ import sys
 
 import torch
 import torch.distributed as dist
+from helpers.optimizer_traffic import sent_bytes
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from lightning_mue.optim.distributed.sharding import (
-    communication_bytes,
-    find_copies,
-    layout_of,
-    orthogonalize_sharded,
-    reduce_sums,
-)
+from lightning_mue.optim.distributed.agreement import check_replicas
+from lightning_mue.optim.distributed.layout import layout_of
+from lightning_mue.optim.distributed.sharding import orthogonalize_sharded, reduce_sums
 from lightning_mue.optim.newton_schulz import orthogonalize
 
 GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 R, S = Replicate(), Shard
-ALONE, COPIED = "alone", "copied"  # plain tensors: on this rank only, or the same on all
+ALONE, REPLICATED = "alone", "replicated"  # plain tensors: on this rank only, or the same on all
 MATRICES = [(6, 8), (8, 6), (5, 7), (1, 9), (9, 1), (6, 8), (16, 4)]  # 5 rows on 2 ranks; 1 row: an empty shard
 STACKS = [(4, 5, 6), (3, 6, 4), (1, 4, 4), (5, 1, 3)]
 FILTERS = [(6, 4, 3, 3), (5, 3, 2, 2), (4, 2, 2, 2, 2), (1, 2, 3, 3)]
@@ -34,12 +31,12 @@ def each(shapes, *hows):
 
 
 MIXED = [
-    *each(MATRICES, [S(0)], [S(1)], COPIED, ALONE),
-    *each(STACKS, [S(0)], [S(1)], [S(2)], [R], COPIED, ALONE),
-    *each(FILTERS, [S(0)], [S(1)], [S(2)], COPIED),
+    *each(MATRICES, [S(0)], [S(1)], REPLICATED, ALONE),
+    *each(STACKS, [S(0)], [S(1)], [S(2)], [R], REPLICATED, ALONE),
+    *each(FILTERS, [S(0)], [S(1)], [S(2)], REPLICATED),
 ]
 
-#: For each number of ranks: name -> (mesh, [(shape, placements or ALONE or COPIED)]).
+#: For each number of ranks: name -> (mesh, [(shape, placements or ALONE or REPLICATED)]).
 CASES = {
     2: {
         "rows": ((2,), each(MATRICES, [S(0)])),
@@ -49,19 +46,19 @@ CASES = {
         "stack columns": ((2,), each(STACKS, [S(2)])),
         "filters": ((2,), each(FILTERS, [S(0)], [S(1)])),
         "filters gathered": ((2,), each(FILTERS, [S(2)], [S(3)])),
-        "ddp": ((2,), each(MATRICES + STACKS + FILTERS, COPIED)),
+        "ddp": ((2,), each(MATRICES + STACKS + FILTERS, REPLICATED)),
         "replicate": ((2,), each(MATRICES + STACKS, [R])),
         "alone": ((2,), each(MATRICES + STACKS + FILTERS, ALONE)),
         "strided": ((2,), each(MATRICES + STACKS, [_StridedShard(0, split_factor=2)])),
         "mixed": ((2,), MIXED),
-        "one each": ((2,), [((1, 9), [S(0)]), ((1, 4, 4), [S(0)]), ((3, 3), COPIED)]),
-        "one": ((2,), [((4, 6), COPIED)]),
+        "one each": ((2,), [((1, 9), [S(0)]), ((1, 4, 4), [S(0)]), ((3, 3), REPLICATED)]),
+        "one": ((2,), [((4, 6), REPLICATED)]),
     },
     4: {
         "hsdp": ((2, 2), each(MATRICES + STACKS + FILTERS, [R, S(0)], [R, S(1)])),
         "hsdp turned": ((2, 2), each(MATRICES + STACKS, [S(0), R], [S(1), R])),
         "hsdp one": ((2, 2), [((3, 4), [R, S(0)])]),
-        "two copies": ((2, 2), each(MATRICES + STACKS, [R, R])),
+        "two replicas": ((2, 2), each(MATRICES + STACKS, [R, R])),
         "fsdp x experts": ((2, 2), each(STACKS, [S(1), S(0)], [S(0), S(2)], [_StridedShard(0, split_factor=2), S(0)])),
         "fsdp x tensor": ((2, 2), each(MATRICES, [S(0), S(1)], [_StridedShard(0, split_factor=2), S(0)], [S(1), S(0)])),
         "stack x tensor": ((2, 2), each(STACKS, [S(1), S(2)])),
@@ -69,7 +66,7 @@ CASES = {
         "all": (
             (2, 2),
             [
-                *each(MATRICES, [R, S(0)], [S(0), S(1)], COPIED, ALONE),
+                *each(MATRICES, [R, S(0)], [S(0), S(1)], REPLICATED, ALONE),
                 *each(STACKS, [S(1), S(0)], [R, R], [R, S(1)], [S(1), S(2)]),
             ],
         ),
@@ -80,7 +77,7 @@ if torch.__version__ < "2.12":  # whose DTensor cannot gather a strided shard th
 
 
 def one_by_one(batch):
-    """Exact whatever the batch: products of other batch sizes may round differently."""
+    """Orthogonalize one matrix at a time, because products of other batch sizes may round differently."""
     return torch.stack([orthogonalize(x, dtype=torch.float32) for x in batch])
 
 
@@ -96,7 +93,7 @@ def expected(whole):
 
 
 def place(whole, how, mesh):
-    """A parameter as this rank has it: torch's own cut."""
+    """A parameter as this rank has it, sharded by torch."""
     return nn.Parameter(
         whole.clone() if isinstance(how, str) else distribute_tensor(whole, mesh, how, src_data_rank=None)
     )
@@ -141,12 +138,12 @@ class Spy:
 
 
 def check(name, mesh_shape, pairs, dtype=torch.float32, result=torch.float32, bucket_bytes=None):
-    """Orthogonalize a case; return how far this rank's pieces are from torch's cut of the whole results, and more."""
+    """Orthogonalize a case; return which of this rank's pieces differ from torch's shards of the whole results, and more."""
     mesh = init_device_mesh("cpu", mesh_shape)
     whole = wholes(pairs, dtype)
     params = [place(w, how, mesh) for w, (_, how) in zip(whole, pairs, strict=True)]
     layouts = [
-        layout_of(p, dist.group.WORLD if how == COPIED else None) for p, (_, how) in zip(params, pairs, strict=True)
+        layout_of(p, dist.group.WORLD if how == REPLICATED else None) for p, (_, how) in zip(params, pairs, strict=True)
     ]
     directions = [local(p).detach() for p in params]
     kept = [d.clone() for d in directions]
@@ -161,7 +158,7 @@ def check(name, mesh_shape, pairs, dtype=torch.float32, result=torch.float32, bu
         want, o = local(place(expected(w).to(result), how, mesh)), found[index]
         if not (o.dtype == result and o.shape == want.shape and torch.equal(o, want)):
             wrong.append(f"{shape} {how} {list(o.shape)} {o.dtype}")
-    traffic = communication_bytes(layouts, dtype, result, bucket_bytes)
+    traffic = sent_bytes(layouts, dtype, result, bucket_bytes)
     return {
         "wrong": wrong + [f"changed {i}" for i, k in enumerate(kept) if not torch.equal(k, directions[i])],
         "count": len(found),
@@ -190,22 +187,22 @@ def sums_error(layouts, directions, whole, pairs, mesh):
 
 
 def check_fsdp():
-    """A model that fully_shard has cut: gradients of a backward pass, in the optimizer's place."""
+    """A model sharded by fully_shard, with the gradients of a backward pass in place of directions."""
     torch.manual_seed(0)
     plain = nn.Sequential(
         nn.Linear(7, 5, bias=False), nn.Tanh(), nn.Linear(5, 9, bias=False), nn.Linear(9, 1, bias=False)
     )
     torch.manual_seed(0)
-    cut = nn.Sequential(
+    sharded = nn.Sequential(
         nn.Linear(7, 5, bias=False), nn.Tanh(), nn.Linear(5, 9, bias=False), nn.Linear(9, 1, bias=False)
     )
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    fully_shard(cut, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
     x = torch.randn(4, 7)
-    for model in (plain, cut):
+    for model in (plain, sharded):
         model(x).square().sum().backward()
-    layouts = [layout_of(p) for p in cut.parameters()]
-    grads = [local(p.grad) for p in cut.parameters()]
+    layouts = [layout_of(p) for p in sharded.parameters()]
+    grads = [local(p.grad) for p in sharded.parameters()]
     found = dict(
         pair for done in orthogonalize_sharded(layouts, grads, one_by_one, dtype=torch.float32) for pair in done
     )
@@ -217,7 +214,7 @@ def check_fsdp():
 
 
 def check_real_function():
-    """The package's own batched function; and the mathematics that is not ours: each rank's piece for itself."""
+    """The package's own batched function; and as a control each rank's piece by itself, which is other mathematics."""
     mesh = init_device_mesh("cpu", (2,))
     whole = [torch.randn(48, 64, generator=torch.Generator().manual_seed(i)) for i in range(5)]
     params = [place(w, [S(0)], mesh) for w in whole]
@@ -237,11 +234,23 @@ def with_grad(weight, grad):
     return param
 
 
-def check_copies(rank):
-    """`find_copies` in all its cases; each name says what is expected."""
+def message_of(groups, process_group=None):
+    """The error of `check_replicas`, or None."""
+    try:
+        check_replicas(groups, process_group or dist.group.WORLD)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def check_agreement(rank):
+    """`check_replicas` in all its cases, which begin with what is expected: the message on both ranks."""
 
     def draw(*shape, seed=0):
         return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+    def sphere(*params):
+        return [{"params": list(params), "kind": "sphere", "param_names": [f"w{i}" for i in range(len(params))]}]
 
     w, g = draw(40, 50), draw(40, 50, seed=1)
     big = draw(1100, 1001, seed=2)  # more than one chunk
@@ -251,33 +260,40 @@ def check_copies(rank):
     late = big.clone()
     if rank:
         late[-1] = big[-1].flip(0)
+    good = with_grad(w, g)
+    one_more = [good, good][: 1 + rank]
+    other_shape = with_grad(w.view(-1, 40 + 10 * rank), g.view(-1, 40 + 10 * rank))
+    sharded = place(draw(40, 50, seed=rank), [S(0)], init_device_mesh("cpu", (dist.get_world_size(),)))
     cases = {
-        "true: copies": with_grad(w, g),
-        "true: round-off": with_grad(w, g * (1 + rank * 1e-6)),
-        "true: bfloat16": with_grad(w.bfloat16(), g.bfloat16()),
-        "true: big and strided": with_grad(big.mT, big.mT * 2),
-        "true: stack": with_grad(draw(3, 4, 5), draw(3, 4, 5, seed=3)),
-        "false: experts of this rank": with_grad(draw(3, 4, 5, seed=rank), draw(3, 4, 5, seed=rank)),
-        "false: gradients of this rank": with_grad(w, draw(40, 50, seed=10 + rank)),
-        "false: gradients a little apart": with_grad(w, g * (1 + rank * 1e-3)),
-        "false: weights a little apart": with_grad(w * (1 + rank * 1e-5), g),
-        "false: other order": with_grad(w, swapped),
-        "false: other order at the end": with_grad(w.new_ones(1100, 1001), late),
-        "false: no gradient": with_grad(w, None),
-        "false: no gradient on one": with_grad(w, g if rank else None),
-        "false: zero gradient": with_grad(w, torch.zeros_like(w)),
-        "false: NaN": with_grad(w, g * torch.nan),
-        "false: DTensor": place(w, [S(0)], init_device_mesh("cpu", (dist.get_world_size(),))),
+        "agree: replicas": sphere(good, good),
+        "agree: rounding": sphere(with_grad(w, g * (1 + rank * 1e-6))),
+        "agree: bfloat16": sphere(with_grad(w.bfloat16(), g.bfloat16())),
+        "agree: big and strided": sphere(with_grad(big.mT, big.mT * 2)),
+        "agree: stack": sphere(with_grad(draw(3, 4, 5), draw(3, 4, 5, seed=3))),
+        "agree: no gradient": sphere(with_grad(w, None)),
+        "agree: zero gradient": sphere(with_grad(w, torch.zeros_like(w))),
+        "agree: NaN": sphere(with_grad(w, g * torch.nan)),
+        "agree: empty": sphere(with_grad(torch.zeros(0, 3), torch.zeros(0, 3))),
+        "agree: other vectors": [{"params": [with_grad(draw(5, seed=rank), None)], "kind": "adamw"}],
+        "agree: other shards": sphere(sharded),
+        "weights: experts of this rank": sphere(good, with_grad(draw(3, 4, 5, seed=rank), draw(3, 4, 5, seed=3))),
+        "weights: a little apart": sphere(good, with_grad(w * (1 + rank * 1e-5), g)),
+        "gradient: of this rank": sphere(good, with_grad(w, draw(40, 50, seed=10 + rank))),
+        "gradient: a little apart": sphere(good, with_grad(w, g * (1 + rank * 1e-3))),
+        "gradient: other order": sphere(good, with_grad(w, swapped)),
+        "gradient: other order at the end": sphere(good, with_grad(w.new_ones(1100, 1001), late)),
+        "gradient: on one rank": sphere(good, with_grad(w, g if rank else None)),
+        "gradient: NaN on one rank": sphere(good, with_grad(w, g * torch.nan if rank else g)),
+        "list: other lengths": sphere(*one_more),
+        "list: other shapes": sphere(other_shape, good),
+        "list: other dtypes": sphere(with_grad(w.to((torch.float32, torch.float64)[rank]), None)),
+        "list: empty on one rank": sphere(*([good, good] if rank else [])),
     }
-    flags = dict(zip(cases, find_copies(cases.values()), strict=True))
-    good = [with_grad(w, g), with_grad(w, g)]
-    flags["lists of other lengths"] = find_copies(good[: 1 + rank])
-    flags["lists of other shapes"] = find_copies(
-        [with_grad(w.view(-1, 40 + 10 * rank), g.view(-1, 40 + 10 * rank)), good[0]]
-    )
-    flags["empty on one"] = find_copies(good if rank else [])
-    flags["group"] = find_copies(good, dist.new_group([0, 1]))
-    return flags
+    found = {name: message_of(groups) for name, groups in cases.items()}
+    found["agree: group"] = message_of(sphere(good), dist.new_group([0, 1]))
+    alone = [dist.new_group([number]) for number in (0, 1)][rank]
+    found["agree: group of one"] = message_of(sphere(with_grad(draw(4, 5, seed=rank), None)), alone)
+    return found
 
 
 def report(rank, folder):
@@ -293,8 +309,8 @@ def report(rank, folder):
         found[name] = check(name, *CASES[world][largest], **kwargs)
     if world == 2:
         found["many buckets"] = check("", (2,), [((8, 6), [S(0)])] * 12, bucket_bytes=8 * 6 * 4)
-        found["many dealt"] = check("", (2,), [((8, 6), COPIED)] * 12, bucket_bytes=2 * 8 * 6 * 4)
-        found |= {"fsdp": check_fsdp(), "real": check_real_function(), "copies": check_copies(rank)}
+        found["many replicated"] = check("", (2,), [((8, 6), REPLICATED)] * 12, bucket_bytes=2 * 8 * 6 * 4)
+        found |= {"fsdp": check_fsdp(), "real": check_real_function(), "replicas": check_agreement(rank)}
     return found
 
 

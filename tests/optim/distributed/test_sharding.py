@@ -1,6 +1,8 @@
-"""Orthogonalization of sharded and copied matrices, on real processes, against whole matrices in one process."""
+"""Orthogonalization of sharded and replicated matrices, on real processes, against whole matrices in one process."""
 
 from __future__ import annotations
+
+import re
 
 import pytest
 from helpers.processes import launch
@@ -21,7 +23,7 @@ VARIANTS = ["small buckets", "bf16 results", "bf16"]
 
 
 def check(reports, name, pairs):
-    """Every rank got torch's own cut of the whole results, bit for bit, and the work was shared as far as it can be."""
+    """Every rank got torch's own shards of the whole results, bit for bit, and the work was shared as far as it can be."""
     for report in reports:
         assert report[name]["wrong"] == []
         assert report[name]["count"] == len(pairs)
@@ -77,9 +79,9 @@ def test_the_next_bucket_is_sent_before_the_present_one_is_worked_on(two):
         for number, at in enumerate(fn):
             collected, returned = min(number + 2, 6), number
             assert events[:at].count("swap") == collected + returned
-        # Among copies: what is worked on first is on its way while the rest is worked on.
-        assert report["many dealt"]["events"].index("gather") == 2
-        assert report["many dealt"]["events"].count("gather") == 6
+        # Among replicas: what is worked on first is on its way while the rest is worked on.
+        assert report["many replicated"]["events"].index("gather") == 2
+        assert report["many replicated"]["events"].count("gather") == 6
 
 
 def test_ranks_issue_the_same_collectives(two):
@@ -88,13 +90,19 @@ def test_ranks_issue_the_same_collectives(two):
         assert first == second, name
 
 
-def test_copies_are_told_from_what_only_looks_alike(two):
-    for rank, report in enumerate(two):
-        flags = report["copies"]
-        for name, flag in flags.items():
-            if name.startswith(("true", "false")):
-                assert flag == name.startswith("true"), name
-        assert flags["lists of other lengths"] == [False] * (1 + rank)
-        assert flags["lists of other shapes"] == [False, False]
-        assert flags["empty on one"] == [False, False] * rank
-        assert flags["group"] == [True, True]
+def test_ranks_without_replicas_are_told_the_first_difference_on_all_ranks(two):
+    first, second = (report["replicas"] for report in two)
+    assert first == second
+    words = {
+        "weights": r"process_group: found other weights of parameter 'w1' .* on rank 1 .*expected the weights of parameter 'w1'",
+        "gradient": r"process_group: found (another|a|no) gradient of parameter 'w1' .* on rank 1 of the group, expected ",
+        "list": r"process_group: found .* on rank 1 of the group, expected .* as on its rank 0\. Pass a group of ranks",
+    }
+    for name, message in first.items():
+        expected = words.get(name.partition(":")[0])
+        assert (message is None) if expected is None else re.search(expected, message), (name, message)
+    assert "found parameter 'w1' of shape [40, 50] on rank 1" in first["list: other lengths"]
+    assert "expected no further matrix" in first["list: other lengths"]
+    assert "found parameter 'w0' of shape [40, 50] (torch.float32)" in first["list: other shapes"]
+    assert "expected parameter 'w0' of shape [50, 40] (torch.float32)" in first["list: other shapes"]
+    assert "found a gradient" in first["gradient: on one rank"]

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from helpers.hypersphere_models import Model, fit, optimizer_of, shard
 from helpers.processes import main
@@ -34,7 +35,7 @@ LAYOUTS = ("rows", "columns")
 
 
 def build(layout=None, seed=0, optimizer=optimizer_of):
-    """A model, cut where a layout is named, and its optimizer."""
+    """A model, sharded where a layout is named, and its optimizer."""
     model = Model(seed=seed) if layout is None else shard(Model(seed=seed), layout)
     return model, optimizer(model)
 
@@ -147,13 +148,19 @@ def two_again(rank, folder):
     return report
 
 
+def make_optimizer(strategy, params):
+    """Called once the processes have met; under DDP they share the work."""
+    group = dist.group.WORLD if strategy == "ddp" else None
+    return HyperSphereOptimizer(params, lr=0.02, compute_dtype="float32", process_group=group)
+
+
 def lightning(folder):
     """Fits of the project's model by Lightning's Trainer, under torchrun: a whole run and one resumed in the middle."""
     from callbacks.mue import _ranks as ranks
 
     def run(strategy, steps, **kwargs):
         model = ranks.make_model()
-        model.optimizer = functools.partial(HyperSphereOptimizer, lr=0.02, compute_dtype="float32")
+        model.optimizer = functools.partial(make_optimizer, strategy)
         _, record = ranks.fit(folder, strategy, model, steps, rule="hyperp", **kwargs)
         return model, model.trainer.optimizers[0], record.at["on_train_start"]["weights"]
 
@@ -162,6 +169,13 @@ def lightning(folder):
         model, optimizer, start = run(strategy, ranks.STEPS, save=folder / strategy)
         path = folder / strategy / f"step={ranks.STOP}.ckpt"
         again, restored, middle = run(strategy, ranks.STEPS, ckpt_path=path)
+        plain = [
+            p
+            for group in optimizer.param_groups
+            if group["kind"] == "sphere"
+            for p in group["params"]
+            if not isinstance(p, DTensor)
+        ]
         report[strategy] = {
             "start": start,
             "middle": middle,
@@ -169,7 +183,8 @@ def lightning(folder):
             "resumed end": state_of(again, restored),
             "radii": how_radii_lie(model, optimizer),
             "kinds": [group["kind"] for group in optimizer.param_groups],
-            "copies": len(optimizer._copies),
+            "plain": len(plain),
+            "shared": sum(optimizer._layout(p).replicas > 1 for p in plain),
         }
     return report
 

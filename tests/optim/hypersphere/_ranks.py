@@ -11,6 +11,7 @@ import sys
 import torch
 import torch.distributed as dist
 from helpers.hypersphere_models import Model, fit, optimizer_of, shard
+from helpers.optimizer_traffic import sent_bytes
 from helpers.processes import main
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -18,12 +19,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-import lightning_mue.optim.hypersphere as hypersphere
-import lightning_mue.optim.step as updates
+import lightning_mue.optim.distributed.update as distributed_update
+import lightning_mue.optim.step as step_module
 from lightning_mue.optim import HyperSphereOptimizer
 from lightning_mue.optim.distributed.assignment import cost
-from lightning_mue.optim.distributed.layout import layout_of
-from lightning_mue.optim.distributed.sharding import communication_bytes
+from lightning_mue.optim.matrices import as_matrices
 from lightning_mue.optim.options import COMPUTE_DTYPES
 
 GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
@@ -46,7 +46,7 @@ SHAPES = {
     "norm.weight": (13,),
 }
 
-#: Ranks -> name -> (mesh, placements of a parameter with so many dimensions, None for plain copies).
+#: Ranks -> name -> (mesh, placements of a parameter with so many dimensions, None for plain replicas).
 LAYOUTS = {
     2: {
         "ddp": ((2,), lambda ndim: None),
@@ -109,14 +109,16 @@ def gradients(step):
 
 
 def place(whole, layout, mesh):
-    """A tensor as this rank has it: torch's own cut."""
+    """A tensor as this rank has it, sharded by torch."""
     placements = layout(whole.ndim) if mesh is not None else None
     return whole.clone() if placements is None else distribute_tensor(whole, mesh, placements, src_data_rank=None)
 
 
 def build(layout=None, mesh=None, **options):
     params = {name: nn.Parameter(place(w, layout, mesh)) for name, w in weights().items()}
-    return params, HyperSphereOptimizer(params.items(), **{"lr": 0.05, "compute_dtype": "float32", **options})
+    group = dist.group.WORLD if mesh is not None and layout(2) is None else None
+    options = {"lr": 0.05, "compute_dtype": "float32", "process_group": group, **options}
+    return params, HyperSphereOptimizer(params.items(), **options)
 
 
 def train(params, optimizer, steps, layout=None, mesh=None):
@@ -158,8 +160,8 @@ class Spy:
             (dist, "all_to_all_single", self.swap),
             (dist, GATHER, self.gather),
             (dist, "all_reduce", self.reduce),
-            (hypersphere, "orthogonalize_chunk", self.orthogonalize),
-            (updates, "orthogonalize_chunk", self.orthogonalize),
+            (distributed_update, "orthogonalize_chunk", self.orthogonalize),
+            (step_module, "orthogonalize_chunk", self.orthogonalize),
         ):
             real = getattr(owner, name)
             setattr(owner, name, lambda *args, real=real, mine=mine, **kwargs: mine(real, *args, **kwargs))
@@ -188,13 +190,12 @@ class Spy:
 
 
 def predicted(optimizer):
-    """What `communication_bytes` says for the groups that are orthogonalized."""
+    """What `sent_bytes` predicts for the groups that are orthogonalized."""
     groups = [group for group in optimizer.param_groups if group["kind"] in ("sphere", "muon")]
     members = [p for group in groups for p in group["params"]]
-    copies = [dist.group.WORLD if p in optimizer._copies else None for p in members]
-    layouts = [layout_of(p, group) for p, group in zip(members, copies, strict=True)]
+    layouts = [optimizer._layout(p) for p in members]
     dtype = COMPUTE_DTYPES[groups[0]["compute_dtype"]]
-    traffic = communication_bytes(layouts, torch.float32, dtype)
+    traffic = sent_bytes(layouts, torch.float32, dtype)
     return traffic.total - traffic.gathered  # what DTensor gathers does not pass through the functions that Spy knows
 
 
@@ -249,44 +250,68 @@ def agreement(world):
 
 
 def without_communication():
-    """The mathematics that is not ours: every rank orthogonalizes its own piece."""
+    """A control with other mathematics: every rank orthogonalizes its own piece."""
 
     def pieces(layouts, directions, fn, **kwargs):
         for index, u in enumerate(directions):
-            yield [(index, fn(updates.as_matrices(u).contiguous()).reshape(u.shape) if u.numel() else u)]
+            yield [(index, fn(as_matrices(u).contiguous()).reshape(u.shape) if u.numel() else u)]
 
     mesh, layout = init_device_mesh("cpu", (2,)), LAYOUTS[2]["rows"][1]
-    real, hypersphere.orthogonalize_sharded = hypersphere.orthogonalize_sharded, pieces
+    real, distributed_update.orthogonalize_sharded = distributed_update.orthogonalize_sharded, pieces
     try:
         params, optimizer = build(layout, mesh)
         train(params, optimizer, range(STEPS), layout, mesh)
     finally:
-        hypersphere.orthogonalize_sharded = real
+        distributed_update.orthogonalize_sharded = real
     return wholes(params)
 
 
-def own_experts(rank, process_group, cases=("even", "all")):
-    """Expert parallelism by hand: plain tensors that hold other experts on each rank, beside true copies."""
-    cuts = {"experts": (2, 2), "uneven": (3, 2), "few": (1, 0)}
-    start = {name: weights()[name] for name in ("a.weight", "b.weight", *cuts)}
-    mine = {name: w.split(cuts[name])[rank] if name in cuts else w for name, w in start.items()}
-    report = {}
-    # Ranks whose lists of shapes differ share nothing, so the even experts are asked alone, too.
-    for case in cases:
-        names = ("a.weight", "b.weight", "experts") if case == "even" else tuple(mine)
-        params = {name: nn.Parameter(mine[name].clone()) for name in names}
-        optimizer = HyperSphereOptimizer(params.items(), lr=0.05, compute_dtype="float32", process_group=process_group)
-        for step in range(STEPS):
-            for name, p in params.items():
-                grad = gradients(step)[name]
-                p.grad = grad.split(cuts[name])[rank].clone() if name in cuts else grad
+def own_experts(rank, process_group):
+    """Expert parallelism by hand: plain tensors that hold other experts on each rank, beside true replicas."""
+    parts = {"experts": (2, 2), "uneven": (3, 2), "few": (1, 0)}
+    start = {name: weights()[name] for name in ("a.weight", "b.weight", *parts)}
+    mine = {name: w.split(parts[name])[rank] if name in parts else w for name, w in start.items()}
+    params = {name: nn.Parameter(w.clone()) for name, w in mine.items()}
+    optimizer = HyperSphereOptimizer(params.items(), lr=0.05, compute_dtype="float32")
+    optimizer.process_group = process_group
+    for step in range(STEPS):
+        for name, p in params.items():
+            grad = gradients(step)[name]
+            p.grad = grad.split(parts[name])[rank].clone() if name in parts else grad
+        try:
             optimizer.step()
-        report[case] = {
-            "copies": [name for name, p in params.items() if p in optimizer._copies],
-            "weights": {name: p.detach().clone() for name, p in params.items()},
-            "cuts": {name: cuts[name] for name in names if name in cuts},
-        }
-    return report
+        except ValueError as error:
+            return str(error)
+    return {"weights": {name: p.detach().clone() for name, p in params.items()}, "parts": parts}
+
+
+def changing_groups(rank):
+    """Work that is shared from the third of six steps on, with a matrix that is added after the fourth."""
+    params = {name: nn.Parameter(w) for name, w in weights().items()}
+    late = params.pop("b.weight")
+    optimizer = HyperSphereOptimizer(params.items(), lr=0.05, compute_dtype="float32")
+    costs = []
+    for step in range(6):
+        if step == 2:
+            optimizer.process_group = dist.group.WORLD
+        if step == 4:
+            optimizer.add_param_group({"params": [("b.weight", late)]})
+            params["b.weight"] = late
+        with Spy() as spy:
+            for name, p in params.items():
+                p.grad = gradients(step)[name]
+            optimizer.step()
+        costs.append(spy.cost)
+    if rank:  # a parameter that only differs here is found when it is added
+        optimizer.add_param_group({"params": [("other.weight", nn.Parameter(draw((4, 6), 1)))]})
+    else:
+        optimizer.add_param_group({"params": [("other.weight", nn.Parameter(draw((4, 6), 2)))]})
+    try:
+        optimizer.step()
+        message = None
+    except ValueError as error:
+        message = str(error)
+    return {"costs": costs, "weights": wholes(params), "message": message}
 
 
 def models(rank, world, names):
@@ -294,20 +319,20 @@ def models(rank, world, names):
     for name in names:
         plain = Model()
         model = DistributedDataParallel(plain) if name == "ddp" else shard(plain, name)
-        optimizer = optimizer_of(plain)
+        optimizer = optimizer_of(plain, process_group=dist.group.WORLD if name == "ddp" else None)
         with Spy() as spy:
             fit(model, optimizer, range(STEPS), rank, world)
         report[name] = {
             "weights": wholes(dict(plain.named_parameters())),
             "cost": spy.cost,
-            "copies": len(optimizer._copies),
+            "shared": sum(optimizer._layout(p).replicas > 1 for p in plain.parameters() if p.ndim > 1),
             "memory": optimizer.memory(),
         }
     return report
 
 
 def sharded_experts():
-    """Experts over two ranks, and what each rank has of them cut by fully_shard over two more; given gradients."""
+    """Experts sharded over two ranks, and each rank's experts by fully_shard over two more; given gradients."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "experts"))
     names = ("experts", "uneven")
     report = {}
@@ -340,8 +365,9 @@ def two(rank, folder):
         "agreement": agreement(2),
         "models": models(rank, 2, ("ddp", "rows", "columns")),
         "without communication": without_communication(),
-        "own experts": own_experts(rank, "auto"),
-        "own experts taken for copies": own_experts(rank, dist.group.WORLD, ["even"]),
+        "own experts": own_experts(rank, None),
+        "own experts taken for replicas": own_experts(rank, dist.group.WORLD),
+        "changing groups": changing_groups(rank),
     }
 
 

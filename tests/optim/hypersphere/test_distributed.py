@@ -1,6 +1,8 @@
-"""HyperSphereOptimizer on real processes: whatever the layout, the step of one process. See _ranks.py."""
+"""HyperSphereOptimizer on real processes: in every layout the step of one process. See _ranks.py."""
 
 from __future__ import annotations
+
+import re
 
 import pytest
 import torch
@@ -117,7 +119,7 @@ def test_negative_control_pieces_orthogonalized_where_they_are(reports, alone):
 
 @pytest.mark.parametrize(("world", "how"), MODELS)
 def test_a_model_trains_as_in_one_process(reports, model_alone, world, how):
-    """DistributedDataParallel and fully_shard, with gradients of their own, of a batch that is shared out."""
+    """DistributedDataParallel and fully_shard, with gradients of their own, of a batch that is divided."""
     for report in reports(world):
         distance = ranks.distances(report["models"][how]["weights"], model_alone["weights"])
         assert max(distance.values()) < TOLERANCE
@@ -129,12 +131,12 @@ def test_ranks_share_the_work(reports, model_alone, world, how):
     costs = [report["models"][how]["cost"] for report in reports(world)]
     assert sum(costs) == model_alone["cost"]
     assert max(costs) < 1.2 * model_alone["cost"] / world
-    copies = {report["models"][how]["copies"] for report in reports(world)}
-    assert copies == ({4} if how == "ddp" else {0})  # narrow, widen and two stacks
+    shared = {report["models"][how]["shared"] for report in reports(world)}
+    assert shared == ({6} if how == "ddp" else {0})  # narrow, widen, two stacks; embedding and head, which need no work
 
 
 @pytest.mark.parametrize("world", [on(2), on(4)])
-def test_momentum_is_shared_out_where_weights_are(reports, model_alone, world):
+def test_momentum_is_sharded_where_weights_are(reports, model_alone, world):
     whole = model_alone["memory"]["momentum"]
     for how, each in (("ddp", whole), ("columns", whole // world)):
         assert all(report["models"][how]["memory"]["momentum"] == each for report in reports(world))
@@ -145,32 +147,39 @@ def test_momentum_is_shared_out_where_weights_are(reports, model_alone, world):
 
 
 def test_experts_of_each_rank_in_plain_tensors(reports, alone):
-    """They look like copies and are none; true copies beside them are shared out."""
     wanted = ranks.wholes(alone["project"][0])
     for rank, report in enumerate(reports(2)):
-        for case, found in report["own experts"].items():
-            # Ranks whose parameters have other shapes are not compared one by one.
-            assert found["copies"] == (["a.weight", "b.weight"] if case == "even" else [])
-            mine = {
-                name: wanted[name].split(found["cuts"][name])[rank] if name in found["cuts"] else wanted[name]
-                for name in found["weights"]
-            }
-            for name, w in mine.items():
-                assert (found["weights"][name] - w).norm() <= TOLERANCE * w.norm(), (case, name)
-    assert reports(2)[1]["own experts"]["all"]["weights"]["few"].shape == (0, 8, 6)
+        found = report["own experts"]
+        for name, w in found["weights"].items():
+            mine = wanted[name].split(found["parts"][name])[rank] if name in found["parts"] else wanted[name]
+            assert (w - mine).norm() <= TOLERANCE * mine.norm(), name
+    assert reports(2)[1]["own experts"]["weights"]["few"].shape == (0, 8, 6)
 
 
-def test_negative_control_experts_of_each_rank_taken_for_copies(reports, alone):
-    wanted = ranks.wholes(alone["project"][0])
-    for rank, report in enumerate(reports(2)):
-        found = report["own experts taken for copies"]["even"]
-        w = wanted["experts"].split(2)[rank]
-        assert (found["weights"]["experts"] - w).norm() > 0.1 * w.norm()
+def test_experts_of_each_rank_are_refused_in_a_process_group(reports):
+    """On all ranks, at the first step, and nothing hangs."""
+    messages = [report["own experts taken for replicas"] for report in reports(2)]
+    assert messages[0] == messages[1]
+    assert re.search(
+        r"process_group: found other weights of parameter 'experts' .* on rank 1 of the group", messages[0]
+    )
+
+
+def test_the_process_group_may_be_set_later_and_new_parameters_are_checked(reports):
+    for report in reports(2):
+        found = report["changing groups"]
+        assert found["costs"][0] == found["costs"][1]
+        assert all(cost < 0.7 * found["costs"][0] for cost in found["costs"][2:4])
+        assert "other weights of parameter 'other.weight'" in found["message"]
+    first, second = (report["changing groups"]["weights"] for report in reports(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    start = ranks.weights()
+    assert all(not torch.equal(w, start[name]) for name, w in first.items())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("side", [0, 1])
-def test_experts_over_ranks_cut_again_by_fully_shard(reports, alone, side):
+def test_experts_over_ranks_sharded_again_by_fully_shard(reports, alone, side):
     wanted = ranks.wholes(alone["project"][0])
     shapes = set()
     for report in reports(4):
@@ -179,5 +188,5 @@ def test_experts_over_ranks_cut_again_by_fully_shard(reports, alone, side):
         assert max(distance.values()) < TOLERANCE
         assert all(f"Shard(dim={side})" in placement for placement in found["placements"])
         shapes.add(tuple(shape for (shape,) in found["radii"]))
-    # Of 4 and of 5 experts: a stack cut by rows keeps all of its radii.
+    # Of 4 and of 5 experts: a stack sharded by rows keeps all of its radii.
     assert all(even == 2 for even, _ in shapes) if side else all(even == 1 for even, _ in shapes)

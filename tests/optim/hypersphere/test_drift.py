@@ -16,7 +16,7 @@ RUNS = {
     "float32 geodesic": {"dtype": torch.float32, "retraction": "geodesic"},
     "bfloat16 project": {"dtype": torch.bfloat16, "retraction": "project"},
 }
-#: Largest relative error of a norm: what issue 4 asks for. Every weight is rounded once a step, at random, and that does
+#: Largest relative error of a norm. Every weight is rounded once a step, at random, and that does
 #: not add up: 1.5e-7 is seen in float32. In bfloat16 384 entries, each up to 2^-9 off, make 1.4e-4 (standard deviation).
 LIMITS = {torch.float32: 1e-6, torch.bfloat16: 1e-3}
 

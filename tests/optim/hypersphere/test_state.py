@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -171,7 +172,10 @@ def test_state_of_another_optimizer_is_refused(other):
     theirs = other(matrices)
     train(params, theirs, range(1))
     mine = HyperSphereOptimizer([{"params": matrices, "kind": "sphere"}])
-    with pytest.raises(ValueError, match=r"not a HyperSphereOptimizer's.*AdamW or Muon.*afresh"):
+    with pytest.raises(
+        ValueError,
+        match=r"state_dict: found param group 0 with .*expected a HyperSphereOptimizer's.*AdamW or Muon.*from scratch",
+    ):
         mine.load_state_dict(theirs.state_dict())
     assert not mine.state
 
@@ -200,7 +204,7 @@ def test_kind_may_change_between_steps_and_old_state_stays():
     assert torch.equal(state["momentum"], momentum)
     assert torch.allclose(params["up"].detach().norm(), state["radius"], rtol=1e-6)
     sphere["kind"] = "somewhere"
-    with pytest.raises(ValueError, match="found 'somewhere'"):
+    with pytest.raises(ValueError, match="kind: found 'somewhere'"):
         train(params, optimizer, range(3, 4))
 
 
@@ -234,7 +238,9 @@ def test_sparse_gradients_are_refused():
     table = nn.Embedding(10, 4, sparse=True)
     optimizer = HyperSphereOptimizer([("embed.weight", table.weight)])
     table(torch.tensor([1, 2])).sum().backward()
-    with pytest.raises(RuntimeError, match=r"'embed.weight'.*sparse=False"):
+    with pytest.raises(
+        RuntimeError, match=r"gradient of parameter 'embed.weight'.*found a sparse tensor.*sparse=False"
+    ):
         optimizer.step()
 
 
@@ -244,7 +250,7 @@ def test_state_in_another_order_and_truncated_radii_are_refused():
     for _, weight in pairs:
         weight.grad = torch.randn(4, 4)
     optimizer.step()
-    with pytest.raises(ValueError, match="state of 'a' where this optimizer has 'b'"):
+    with pytest.raises(ValueError, match="state_dict: found the state of 'a', expected that of 'b'"):
         HyperSphereOptimizer(pairs[::-1]).load_state_dict(optimizer.state_dict())
     state = optimizer.state_dict()
     state["state"][0]["radius"] = torch.ones(3)
@@ -252,17 +258,34 @@ def test_state_in_another_order_and_truncated_radii_are_refused():
         HyperSphereOptimizer(pairs).load_state_dict(state)
 
 
-def test_a_copy_shares_out_as_the_original_and_an_old_pickle_gets_the_new_options():
+def test_a_copy_has_no_process_group_and_auto_of_older_versions_means_none():
     weight = nn.Parameter(torch.randn(4, 4))
-    optimizer = HyperSphereOptimizer([("w", weight)], process_group=None)
-    assert copy.deepcopy(optimizer)._process_group is None
-    assert copy.deepcopy(HyperSphereOptimizer([("w", weight)]))._process_group == "auto"
+    assert HyperSphereOptimizer([("w", weight)]).process_group is None
+    group = object()  # stands in for one, which cannot be copied or pickled
+    optimizer = HyperSphereOptimizer([("w", weight)], process_group=group)
+    assert optimizer.process_group is group
+    assert copy.deepcopy(optimizer).process_group is None
+    assert pickle.loads(pickle.dumps(optimizer)).process_group is None
+    with pytest.warns(UserWarning, match='process_group: found "auto", which means None') as caught:
+        assert HyperSphereOptimizer([("w", weight)], process_group="auto").process_group is None
+    assert [warning.filename for warning in caught] == [__file__]
+    with pytest.raises(ValueError, match="process_group: found 'all', expected a process group or None"):
+        HyperSphereOptimizer([("w", weight)], process_group="all")
+
+
+def test_an_old_pickle_gets_the_new_options():
+    weight = nn.Parameter(torch.randn(4, 4))
+    optimizer = HyperSphereOptimizer([("w", weight)])
     old = optimizer.__getstate__()
+    old["defaults"]["process_group"] = "auto"
     new = ("retraction", "radius", "state_dtype", "lr_convention", "maximize", "capturable", "compile", "sphere")
     old["defaults"] = {key: value for key, value in old["defaults"].items() if key not in new}
     old["param_groups"] = [{k: v for k, v in group.items() if k not in new} for group in old["param_groups"]]
     restored = HyperSphereOptimizer.__new__(HyperSphereOptimizer)
-    restored.__setstate__(old)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        restored.__setstate__(old)
+    assert restored.process_group is None
     weight.grad = torch.randn(4, 4)
     restored.step()
 
@@ -283,5 +306,5 @@ def test_an_option_changed_to_nonsense_is_named_at_the_step():
     optimizer = HyperSphereOptimizer([("w", weight)])
     optimizer.param_groups[0]["retraction"] = "geodetic"
     weight.grad = torch.randn(4, 4)
-    with pytest.raises(ValueError, match="retraction must be one of project, geodesic; found 'geodetic'"):
+    with pytest.raises(ValueError, match="retraction: found 'geodetic', expected one of 'project', 'geodesic'"):
         optimizer.step()

@@ -1,4 +1,4 @@
-"""The arithmetic of a step, against a literal float64 transcription of theory.md section 5.1 in numpy."""
+"""The arithmetic of a step, against a literal float64 transcription of docs/theory.md section 5.1 in numpy."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-import lightning_mue.optim.hypersphere as hypersphere
-import lightning_mue.optim.newton_schulz as newton_schulz
-import lightning_mue.optim.step as updates
+import lightning_mue.optim.distributed.update as update
+import lightning_mue.optim.matrices as matrices_module
 from lightning_mue.optim import PRESETS, HyperSphereOptimizer
 
 SHAPES = {"square": (16, 16), "wide": (12, 40), "tall": (40, 12), "stack": (5, 12, 20), "conv": (8, 3, 3, 3)}
@@ -123,7 +122,7 @@ def test_sum_of_squares_is_accurate_at_every_shape(shape):
     x = torch.rand(shape, generator=torch.Generator().manual_seed(0))
     exact = x.double().flatten(1).norm(dim=1)
     # Rows are rounded to float32, at random. A plain float32 sum is 8e-5 off at the first.
-    assert (updates.sum_squares(x).sqrt() / exact - 1).abs().max() < 6e-8
+    assert (matrices_module.sum_squares(x).sqrt() / exact - 1).abs().max() < 6e-8
 
 
 @pytest.mark.parametrize("kind", ["sphere", "adam_sphere"])
@@ -223,7 +222,7 @@ def test_nan_gradient_is_shown_and_stays_in_its_expert():
 def test_large_stacks_and_many_matrices_are_cut_without_changing_the_step(monkeypatch):
     def train(cut: int | None) -> list[torch.Tensor]:
         if cut:
-            monkeypatch.setattr(newton_schulz, "chunk_bytes", lambda device: cut * 12 * 20 * 4)
+            monkeypatch.setattr(matrices_module, "chunk_bytes", lambda device: cut * 12 * 20 * 4)
         params = [
             nn.Parameter(normal(shape, i)) for i, shape in enumerate([(12, 20), (7, 12, 20), (12, 20), (2, 12, 20)])
         ]
@@ -241,21 +240,26 @@ def test_large_stacks_and_many_matrices_are_cut_without_changing_the_step(monkey
 
 
 def test_chunks_hold_every_matrix_once_within_the_limit(monkeypatch):
-    monkeypatch.setattr(newton_schulz, "chunk_bytes", lambda device: 3 * 4 * 4 * 4)
+    monkeypatch.setattr(matrices_module, "chunk_bytes", lambda device: 3 * 4 * 4 * 4)
     shapes = [(4, 4), (7, 4, 4), (4, 4), (1, 4, 4), (2, 4, 4)]
-    items = [updates.Matrix(*[torch.ones(s)] * 3, torch.ones(s[0]) if len(s) == 3 else torch.ones(())) for s in shapes]
-    sizes = [[len(updates.as_matrices(piece.weight)) for piece in chunk] for chunk in updates.chunks(items)]
+    items = [
+        matrices_module.Matrix(*[torch.ones(s)] * 3, torch.ones(s[0]) if len(s) == 3 else torch.ones(()))
+        for s in shapes
+    ]
+    sizes = [
+        [len(matrices_module.as_matrices(piece.weight)) for piece in chunk] for chunk in matrices_module.chunks(items)
+    ]
     assert sum(map(sum, sizes)) == 12
     assert all(0 < sum(chunk) <= 3 for chunk in sizes)
 
 
 def test_rounds_of_communication_are_of_one_dtype_and_bounded_in_the_math_type(monkeypatch):
     """A round is orthogonalized in one type: in float32, a float64 matrix beside it was off by 7e-4 after three steps."""
-    monkeypatch.setattr(hypersphere, "_ROUND_BYTES", 400)
+    monkeypatch.setattr(update, "_ROUND_BYTES", 400)
     one, two, other = torch.bfloat16, torch.float32, torch.float64
     params = [torch.empty(5, 8, dtype=dtype) for dtype in (one, one, one, two, two, other, other, two)]
     params += [torch.empty(20, 8), torch.empty(5, 8)]
-    rounds = list(hypersphere._rounds(params))
+    rounds = list(update.rounds(params))
     assert [param.data_ptr() for members in rounds for param in members] == [param.data_ptr() for param in params]
     dtypes = [[param.dtype for param in members] for members in rounds]
     assert dtypes == [[one, one], [one], [two, two], [other], [other], [two], [two], [two]]
@@ -347,7 +351,7 @@ class TwoLayers(nn.Module):
 
 @pytest.mark.parametrize(("lr_factor", "same"), [(1.0, True), (3.0, False)])
 def test_folding_a_multiplier_into_the_radius_leaves_the_training_unchanged(lr_factor, same):
-    """theory.md section 2: on the sphere, m -> 1 means init std x m, and the learning rate stays (3.0: the control)."""
+    """docs/theory.md section 2: on the sphere, m -> 1 means init std x m, and the learning rate stays (3.0: the control)."""
     with_multipliers, folded = TwoLayers(3.0, 0.2), TwoLayers(1.0, 1.0)
     with torch.no_grad():
         folded.up *= 3.0
@@ -369,17 +373,17 @@ def test_folding_a_multiplier_into_the_radius_leaves_the_training_unchanged(lr_f
 
 
 def test_only_copies_are_written_back(monkeypatch):
-    """A view of a weight is the weight, whatever stride it gives to a side of length 1; a copy is not."""
+    """A view of a weight is the weight, with any stride of a side of length 1; a copy is not."""
     copied = []
     copy = torch._foreach_copy_
     monkeypatch.setattr(torch, "_foreach_copy_", lambda to, source: (copied.extend(to), copy(to, source)))
     narrow, filters = torch.zeros(9, 9)[:1].as_strided((1, 9), (1, 1)), torch.zeros(6, 3, 4, 4).mT.transpose(1, 2)
-    matrices = [updates.as_matrices(narrow), updates.as_matrices(filters)]
+    matrices = [matrices_module.as_matrices(narrow), matrices_module.as_matrices(filters)]
     assert matrices[0].data_ptr() == narrow.data_ptr()
     assert matrices[0].reshape(narrow.shape).stride() != narrow.stride()
     for matrix in matrices:
         matrix += 1
-    updates.write_back([narrow, filters], matrices)
+    matrices_module.write_back([narrow, filters], matrices)
     assert [w is filters for w in copied] == [True]
     assert narrow.eq(1).all()
     assert filters.eq(1).all()

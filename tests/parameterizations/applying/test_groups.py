@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import AdamW
 
 from lightning_mue import HyperSphereOptimizer, MoELanguageModel, param_groups, plan
-from lightning_mue.optim.step import as_matrices
+from lightning_mue.optim.matrices import as_matrices
 from lightning_mue.parameterizations import Init, ParameterPlan, ScaledStep, ScalingPlan
 from lightning_mue.parameterizations.applying.groups import _MUON_FACTORS, family_of
 from lightning_mue.parameterizations.rules.kinds import CONVENTIONS
@@ -211,7 +211,6 @@ def test_all_options_survive_the_swap(sphere):
         "eps",
         "weight_decay",
         "sphere",
-        "process_group",
     }
     scaling = plan(model, base=BASE, rule="hyperp", family=family_of(optimizer))
     own = [dict(group) for group in optimizer.param_groups]

@@ -1,0 +1,172 @@
+"""State of the optimizer: creation at the first step with a gradient, checks of new parameters, loading."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_mue.checks import listed, mismatch
+from lightning_mue.optim.distributed.layout import Layout, layout_of
+from lightning_mue.optim.distributed.pieces import as_state, norms
+from lightning_mue.optim.groups import classify, label, label_in, named
+from lightning_mue.optim.options import STATE_DTYPES
+from lightning_mue.parameterizations.rules.kinds import KINDS, MUON_KINDS, SPHERE_KINDS
+from lightning_mue.sharded import is_sharded
+
+#: Options and state of torch's own optimizers that this one does not have.
+_FOREIGN_OPTIONS = {"amsgrad", "fused", "ns_steps", "dampening"}
+_STATE = {"momentum", "radius", "exp_avg", "exp_avg_sq", "step"}
+
+#: State of each parameter, as `torch.optim.Optimizer.state`.
+States = MutableMapping[Tensor, dict[str, Any]]
+
+
+def prepare(group: Mapping[str, Any], states: States, layout: Callable[[Tensor], Layout]) -> list[Tensor]:
+    """Return a group's parameters that have a gradient, and create the state that their kind needs.
+
+    Args:
+        group: The param group.
+        states: The optimizer's state; entries of another kind are kept.
+        layout: Returns a parameter's layout.
+
+    Raises:
+        ValueError: If a matrix that is to be put on the sphere is zero.
+        RuntimeError: If a gradient is sparse.
+    """
+    params, new = [], []
+    for index, param in enumerate(group["params"]):
+        if param.grad is None or (param.numel() == 0 and not is_sharded(param)):
+            continue
+        if param.grad.is_sparse:
+            do = "Build its embedding with sparse=False, or give it to torch.optim.SparseAdam."
+            key = f"gradient of {label_in(group, index)}"
+            raise RuntimeError(mismatch(key, found="a sparse tensor", expected="a dense one", do=do))
+        if group["kind"] in SPHERE_KINDS and "radius" not in states[param]:
+            new.append((param, label_in(group, index)))
+        _add_buffers(states[param], param, group)
+        params.append(param)
+    _add_radii(new, group, states, layout)
+    return params
+
+
+def _add_buffers(state: dict[str, Any], param: Tensor, group: Mapping[str, Any]) -> None:
+    """Create the buffers that the group's kind needs, where missing."""
+    if group["kind"] in MUON_KINDS:
+        if "momentum" not in state:
+            dtype = STATE_DTYPES.get(group["state_dtype"], param.dtype)
+            state["momentum"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+    elif "step" not in state:
+        on_device = group["capturable"] and param.device.type != "cpu"
+        state["step"] = torch.tensor(0.0, device=param.device if on_device else "cpu")
+        state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+
+
+def _add_radii(
+    new: Sequence[tuple[Tensor, str]], group: Mapping[str, Any], states: States, layout: Callable[[Tensor], Layout]
+) -> None:
+    """Set the radii of new parameters to their norms or to the given radius; a collective for sharded matrices."""
+    params = [param for param, _ in new]
+    for (param, what), norm_E in zip(new, norms(params, [layout(param) for param in params]), strict=True):
+        _refuse_zero(param, norm_E, what)
+        radius_E = norm_E if group["radius"] is None else torch.full_like(norm_E, group["radius"])
+        states[param]["radius"] = as_state(radius_E, param)
+
+
+def check_new_group(group: Mapping[str, Any], groups: Iterable[Mapping[str, Any]], *, start: int, sphere: bool) -> None:
+    """Check the parameters of a new group, before anything is changed.
+
+    Args:
+        group: The group, which need not have a `kind`.
+        groups: The groups that the optimizer has.
+        start: Number of the group's first parameter, for messages.
+        sphere: See `classify`.
+
+    Raises:
+        ValueError: If a parameter is given twice, or a trainable parameter of a matrix kind is a vector or zero. Sharded
+            matrices are checked for zeros only at their first step.
+    """
+    seen = {param for other in groups for param in other["params"]}
+    for index, (name, param) in enumerate(named(group), start):
+        what = label(name, param, f"number {index}")
+        by_default, _ = classify(name, param, sphere=sphere)  # refuses complex parameters of any kind
+        kind = group.get("kind", by_default)
+        if kind != "adamw" and param.requires_grad:
+            _check_matrix(param, what, kind)
+    for name, param in named(group):
+        if param in seen:
+            do = "Give each parameter once, in one group."
+            raise ValueError(mismatch(label(name, param), found="it given twice", expected="it once", do=do))
+        seen.add(param)
+
+
+def _check_matrix(param: Tensor, what: str, kind: str) -> None:
+    if param.ndim < 2:
+        do = "Put it in a group of kind 'adamw', or leave `kind` out."
+        found, expected = "a vector or scalar", f"a matrix in a group of kind '{kind}'"
+        raise ValueError(mismatch(what, found=found, expected=expected, do=do))
+    if kind in SPHERE_KINDS and not is_sharded(param) and not param.is_meta and param.numel():
+        with torch.no_grad():
+            _refuse_zero(param, norms([param], [layout_of(param)])[0], what)
+
+
+def _refuse_zero(param: Tensor, norm_E: Tensor, what: str) -> None:
+    if not param.is_meta and bool((norm_E == 0).any()):
+        which = f", matrix {int((norm_E == 0).nonzero()[0])} of the stack" if param.ndim == 3 else ""
+        found, expected = "zero (its Frobenius norm is 0)", "a nonzero matrix, with a direction to keep on the sphere"
+        do = "Initialize it with random values, or put it in a group of kind 'adamw'."
+        raise ValueError(mismatch(what + which, found=found, expected=expected, do=do))
+
+
+def check_loadable(
+    groups: Sequence[Mapping[str, Any]],
+    states: Sequence[Mapping[str, Any]],
+    pairs: Sequence[tuple[str | None, Tensor]],
+) -> None:
+    """Check that saved groups are this optimizer's and that the saved state fits the parameters, in order.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    foreign_state = set().union(*states) - _STATE
+    for index, group in enumerate(groups):
+        # torch.distributed.checkpoint's full state dicts merge what was saved into this optimizer's own groups.
+        foreign = sorted((_FOREIGN_OPTIONS & set(group)) | foreign_state)
+        if group.get("kind") not in KINDS or foreign:
+            raise ValueError(
+                mismatch(
+                    "state_dict",
+                    found=f"param group {index} with {listed(foreign)}"
+                    if foreign
+                    else f"param group {index} without a kind",
+                    expected=f"a HyperSphereOptimizer's, with a kind among {', '.join(KINDS)}",
+                    do="State of torch.optim.AdamW or Muon holds no radii. Load the model's weights only and start this "
+                    "optimizer from scratch.",
+                )
+            )
+    saved = [name for group in groups for name in group.get("param_names") or [None] * len(group["params"])]
+    for before, (name, _) in zip(saved, pairs, strict=False):  # torch compares how many there are
+        if before and name and before != name:
+            do = "Parameters are matched by order: build the optimizer from the same ones in the same order and groups."
+            found, expected = f"the state of {before!r}", f"that of {name!r} in this place"
+            raise ValueError(mismatch("state_dict", found=found, expected=expected, do=do))
+    for state, (name, param) in zip(states, pairs, strict=False):
+        radius = param.shape[:1] if param.ndim == 3 else torch.Size([])
+        for key, shape in (("momentum", param.shape), ("exp_avg", param.shape), ("radius", radius)):
+            if key in state and state[key].shape != shape:
+                found = f"{key} of shape {list(state[key].shape)} for {label(name, param)}"
+                do = "It was saved from another model, or from parameters grouped in another order."
+                raise ValueError(mismatch("state_dict", found=found, expected=f"{list(shape)}", do=do))
+
+
+def restore_dtypes(state: dict[str, Any], saved: Mapping[str, Any], param: Tensor) -> None:
+    """Load `radius` and `momentum` in the type they were saved in; torch casts them to the parameter's.
+
+    A radius rounded to bfloat16 would be another radius.
+    """
+    for key in ("radius", "momentum"):
+        if key in saved:
+            state[key] = saved[key].to(device=param.device, copy=True)
