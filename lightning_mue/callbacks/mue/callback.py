@@ -20,10 +20,11 @@ from lightning_mue.callbacks.mue.run import known_to, run_sizes
 from lightning_mue.console import wide_console
 from lightning_mue.moe.balance import warn_of_missing_callbacks
 from lightning_mue.parameterizations import Parameterization, ScaledStep, ScalingPlan, get_rule, initialize, plan
-from lightning_mue.parameterizations.applying.weights import family_of, has_weights, keep_weights, named_tensors
-from lightning_mue.parameterizations.planning.multipliers import set_multipliers
+from lightning_mue.parameterizations.applying.initial_weights import has_weights, keep_weights, set_multipliers
 from lightning_mue.parameterizations.planning.render import as_markdown, headline
 from lightning_mue.parameterizations.reading.base import Base
+from lightning_mue.parameterizations.reading.optimizer_family import family_of
+from lightning_mue.parameterizations.reading.parameters import named_tensors
 from lightning_mue.parameterizations.rules.kinds import Family
 
 _log = logging.getLogger(__name__)

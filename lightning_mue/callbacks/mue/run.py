@@ -26,7 +26,7 @@ LENGTHS = (
 def known_to(base: Base | None) -> dict[str, float]:
     """The sizes of the run that a base holds, of ``tokens`` and ``batch_tokens``: those for which this run's are needed."""
     if isinstance(base, (str, Path)):
-        from lightning_mue.parameterizations.reading.record import load_base
+        from lightning_mue.parameterizations.reading.base_record import load_base
 
         base = load_base(base).run
     return {key: base[key] for key in RUN_KEYS if key in base} if isinstance(base, Mapping) else {}

@@ -30,7 +30,7 @@ from lightning_mue.callbacks.transfer.probes import (
 )
 from lightning_mue.names import clean_name
 from lightning_mue.parameterizations import ScalingPlan, plan
-from lightning_mue.parameterizations.applying.weights import family_of
+from lightning_mue.parameterizations.reading.optimizer_family import family_of
 
 
 class TransferMonitor(SampledMonitor):

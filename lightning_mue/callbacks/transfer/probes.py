@@ -22,9 +22,9 @@ from lightning_mue.diagnostics import even_sample, update_rms, update_summary, w
 from lightning_mue.diagnostics.updates import UPDATE_SIZE
 from lightning_mue.names import clean_name, split_layer
 from lightning_mue.parameterizations import MATRIX_ROLES, ParameterPlan, Role, ScalingPlan
-from lightning_mue.parameterizations.reading.inference import mark_folds
+from lightning_mue.parameterizations.reading.folding import mark_folds
 from lightning_mue.parameterizations.reading.parameters import list_parameters
-from lightning_mue.parameterizations.reading.record import sites
+from lightning_mue.parameterizations.reading.sites import sites
 from lightning_mue.parameterizations.rules.kinds import SPHERE_KINDS
 
 OUTSIDE = "outside"

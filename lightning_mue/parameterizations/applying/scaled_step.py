@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_mue.names import clean_name
+from lightning_mue.checks import mismatch
 from lightning_mue.parameterizations.applying.groups import Part, rate_tags, scaled_group, split
 from lightning_mue.parameterizations.planning.scaling_plan import ScalingPlan
+from lightning_mue.parameterizations.reading.parameters import named_tensors
 
 _MISSING = object()
 #: Settings that are ours while the groups are swapped in.
@@ -37,7 +38,7 @@ class ScaledStep:
     def __init__(self, optimizer: torch.optim.Optimizer, plan: ScalingPlan, model: nn.Module) -> None:
         self.optimizer = optimizer
         self.plan = plan
-        self.names: dict[Tensor, str] = {p: clean_name(name) for name, p in model.named_parameters()}
+        self.names: dict[Tensor, str] = {p: name for name, p in named_tensors(model).items()}
         #: The user's groups, while the scaled ones are in the optimizer.
         self.own_groups: list[dict[str, Any]] | None = None
         self._scaled: list[dict[str, Any]] = []
@@ -126,9 +127,13 @@ class ScaledStep:
                 before = noted.setdefault((part.group, key), value)
                 if key in _OURS or not _same(before, value):
                     raise ValueError(
-                        f"optimizer: {type(self.optimizer).__name__} keeps {key!r} in its parameter groups and it came out "
-                        "different for parameters that share one of them, so it cannot be kept there. Build the optimizer "
-                        "from param_groups(model, plan) instead of using MuECallback's swap."
+                        mismatch(
+                            "optimizer",
+                            found=f"{type(self.optimizer).__name__} keeps {key!r} in its parameter groups, with different values "
+                            "for parameters of one group",
+                            expected="one value a group",
+                            do="Build the optimizer from param_groups(model, plan) instead of using MuECallback's swap.",
+                        )
                     )
         for (index, key), value in noted.items():
             own[index][key] = value
@@ -149,6 +154,3 @@ def _same(a: Any, b: Any) -> bool:
     if a is b:
         return True
     return not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b)
-
-
-__all__ = ["ScaledStep"]

@@ -13,10 +13,11 @@ from torch import nn
 
 from lightning_mue.console import to_text
 from lightning_mue.names import split_layer
+from lightning_mue.parameterizations.planning.parameter_plan import ParameterPlan
 from lightning_mue.parameterizations.planning.plan import plan
-from lightning_mue.parameterizations.planning.scaling_plan import ParameterPlan, ScalingPlan
+from lightning_mue.parameterizations.planning.scaling_plan import ScalingPlan
 from lightning_mue.parameterizations.rules.kinds import Family
-from lightning_mue.parameterizations.rules.table import get_rule
+from lightning_mue.parameterizations.rules.table import NotCoveredError, get_rule
 
 #: Column of a plan -> its title here.
 _QUANTITIES = {
@@ -126,8 +127,6 @@ def compare_rules(
         chosen = family if family in rule.tables else next(iter(rule.tables))
         try:
             plans[name] = plan(model, rule=rule, family=chosen, **arguments)  # type: ignore[arg-type]
-        except ValueError as error:
-            if not str(error).startswith("rule="):
-                raise
+        except NotCoveredError as error:
             failures[name] = str(error)
     return RuleComparison(plans, failures)

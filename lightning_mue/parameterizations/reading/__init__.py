@@ -1,1 +1,1 @@
-"""What a model is: its parameters, their roles, its sizes, and the base that it is compared with."""
+"""What one model tells by itself: its parameters, their roles, sizes, forward multipliers and initial weights."""

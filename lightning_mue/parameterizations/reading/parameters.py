@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from lightning_mue.checks import listed, mismatch, require_choice
 from lightning_mue.contract import branch_kind, branch_sizes, declared_roles, note_role
 from lightning_mue.names import clean_name, split_layer
 from lightning_mue.parameterizations.rules.roles import Role
@@ -64,6 +65,11 @@ class ParameterInfo:
         return re.sub(r"[._](weight|bias)$", "", self.name)
 
 
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Qualified name -> parameter, names as in a plan; a shared parameter under its first name."""
+    return {clean_name(name): p for name, p in model.named_parameters()}
+
+
 def branch_ratios(branch: Mapping[str, float] | None, base: Mapping[str, float] | None) -> dict[str, float]:
     """Ratios target/base of a branch's own sizes; empty where one side is not known. Blocks of a model may differ."""
     if not branch or not base:
@@ -97,9 +103,9 @@ def list_parameters(module: nn.Module, roles: Mapping[str, str] | None = None) -
                 used.add(pattern.pattern)
                 break
         if isinstance(tensor, nn.parameter.UninitializedParameter):
-            raise ValueError(
-                f"model: {name} has no shape yet, because it belongs to a lazy layer. Run one batch through the model first."
-            )
+            found_lazy = f"{name} without a shape, because it belongs to a lazy layer"
+            do = "Run one batch through the model first."
+            raise ValueError(mismatch("model", found=found_lazy, expected="parameters that have shapes", do=do))
         form, first = module_form(owner), found.get(id(tensor))
         if first is None:
             fans = _fans(tuple(tensor.shape), owner)
@@ -110,8 +116,12 @@ def list_parameters(module: nn.Module, roles: Mapping[str, str] | None = None) -
     unused = [pattern.pattern for pattern, _ in patterns if pattern.pattern not in used]
     if unused:
         raise ValueError(
-            f"roles: the pattern(s) {unused} match no parameter. Parameters: {some(found.values())}. "
-            "Correct or remove them."
+            mismatch(
+                "roles",
+                found=f"pattern(s) {unused}, which match no parameter",
+                expected=f"patterns on names of parameters: {some(found.values())}",
+                do="Correct or remove them.",
+            )
         )
     return list(found.values())
 
@@ -125,9 +135,14 @@ def role_patterns(roles: Mapping[str, str] | None) -> list[tuple[re.Pattern[str]
     patterns = []
     for pattern, role in (roles or {}).items():
         try:
-            patterns.append((re.compile(pattern), _role(pattern, role)))
+            compiled = re.compile(pattern)
         except re.error as error:
-            raise ValueError(f"roles: {pattern!r} is no regular expression ({error}). Correct it.") from error
+            found = f"{pattern!r} ({error})"
+            raise ValueError(
+                mismatch("roles", found=found, expected="a regular expression", do="Correct it.")
+            ) from error
+        require_choice(f"roles[{pattern!r}]", role, [known.value for known in Role])
+        patterns.append((compiled, Role(role)))
     return patterns
 
 
@@ -151,15 +166,6 @@ def _walk(module: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module, dict[str,
             yield from visit(f"{prefix}.{name}" if prefix else name, child, branch)
 
     return visit("", module, None)
-
-
-def _role(pattern: str, role: str) -> Role:
-    try:
-        return Role(role)
-    except ValueError:
-        raise ValueError(
-            f"roles: the pattern {pattern!r} names the role {role!r}; expected one of {', '.join(r.value for r in Role)}."
-        ) from None
 
 
 def _declared_role(owner: nn.Module, leaf: str, dim: int) -> Role | None:
@@ -206,7 +212,7 @@ def _fans(shape: tuple[int, ...], owner: nn.Module) -> tuple[int, int]:
 
 def tag_roles(module: nn.Module) -> None:
     """Notes the declared roles on the parameters themselves (``mue_role``), for optimizers that see only those."""
-    tensors = {clean_name(name): tensor for name, tensor in module.named_parameters()}
+    tensors = named_tensors(module)
     for info in list_parameters(module):
         if info.role is not None:
             note_role(tensors[info.name], Role.EMBEDDING if info.tied else info.role)
@@ -214,6 +220,4 @@ def tag_roles(module: nn.Module) -> None:
 
 def some(infos: Iterable[ParameterInfo], limit: int = 8) -> str:
     """Names and shapes for a message, the first few of them."""
-    listed = [f"{info.name} {list(info.shape)}" for info in infos]
-    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
-    return ", ".join(listed[:limit]) + more
+    return listed([f"{info.name} {list(info.shape)}" for info in infos], limit=limit)

@@ -155,7 +155,7 @@ def test_attention_multiplier_is_folded_into_the_query_or_set_where_it_is_named(
     initialize(model, named)
     assert model.model.model.layers[1].self_attn.scaling == pytest.approx(0.125)
     with pytest.raises(
-        ValueError, match=r"multipliers\.attention: the pattern 'nowhere' matches no attribute.*scaling"
+        ValueError, match=r"multipliers\.attention: found the pattern 'nowhere', which matches no attribute.*scaling"
     ):
         plan(model, base={"width": 64, "head_dim": 16}, multipliers={"attention": "nowhere"})
 
@@ -295,7 +295,9 @@ def test_number_of_active_experts_must_be_known():
             self.hparams = {"width": width}
             self.layers = nn.ModuleList([Layer(width)])
 
-    with pytest.raises(ValueError, match=r"4 experts, but how many of them a token uses is not known\..*mue_axes"):
+    with pytest.raises(
+        ValueError, match=r"base: found 4 experts, but how many of them a token uses is not known.*mue_axes"
+    ):
         plan(Model(64), base={"width": 32})
 
 
@@ -501,7 +503,7 @@ def test_weight_norm_is_not_scaled_by_mistake():
             self.hparams = {"width": width}
             self.inner = nn.utils.weight_norm(nn.Linear(width, width))
 
-    with pytest.raises(ValueError, match=r"no role is known for inner\.weight_"):
+    with pytest.raises(ValueError, match=r"roles: found no role for inner\.weight_"):
         plan(Normed(64), base={"width": 32})
 
 
@@ -510,10 +512,10 @@ def test_weight_norm_is_not_scaled_by_mistake():
     [
         ({"base": {"widht": 32}}, r"base\.widht: .*Did you mean 'width'"),
         ({"base": [64]}, r"base: found \[64\], expected overrides"),
-        ({"base": {"width": 32}, "roles": {"(": "hidden"}}, r"roles: '\(' is no regular expression"),
+        ({"base": {"width": 32}, "roles": {"(": "hidden"}}, r"roles: found '\(' .*, expected a regular expression"),
         (
             {"base": {"width": 32}, "multipliers": {"atention": "scaling"}},
-            r"found the kind\(s\) atention; expected residual",
+            r"multipliers: found the kind\(s\) atention, expected kinds among residual",
         ),
     ],
 )

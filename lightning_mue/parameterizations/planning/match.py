@@ -1,75 +1,68 @@
-"""Roles, counterparts and sizes of target and base: declared by the modules, or inferred from both together."""
+"""Matches the target with its base: roles, counterparts and sizes, declared by the modules or inferred from both together."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from lightning_mue.parameterizations.reading.inference import (
-    infer_roles,
-    infer_sizes,
-    mark_folds,
-    orient,
-    residual_widths,
-    stack_depths,
-)
-from lightning_mue.parameterizations.reading.matching import match_parameters
+from lightning_mue.checks import mismatch
+from lightning_mue.parameterizations.planning.counterparts import match_parameters
+from lightning_mue.parameterizations.planning.role_growth import infer_roles
+from lightning_mue.parameterizations.reading.folding import mark_folds
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo
 from lightning_mue.parameterizations.reading.record import ModelRecord
+from lightning_mue.parameterizations.reading.size_inference import infer_sizes, orient, residual_widths, stack_depths
 from lightning_mue.parameterizations.rules.axes import Axes
 from lightning_mue.parameterizations.rules.roles import Role
 
 
-class Sizes:
-    """Roles, counterparts and sizes of target and base, declared or inferred.
+class Pair:
+    """A target and its base, matched.
 
     Attributes:
+        target: The target as it was read.
         infos: The target's parameters, each with its role.
         matched: Target name -> the base's parameter.
         axes: Sizes of the target.
         base_axes: Sizes of the base.
+        same_shapes: True if both models have the same shapes and sizes; their runs may differ.
         notes: What of this a person should know.
     """
 
     def __init__(self, target: ModelRecord, base: ModelRecord) -> None:
-        mine, theirs = list(target.parameters), list(base.parameters)
-        matched = match_parameters(mine, theirs)
-        mine = infer_roles(mine, matched)
-        # What the target's growth tells holds for the base's counterpart.
-        by_base = {matched[info.name].name: info.role for info in mine if info.name in matched}
-        theirs = [replace(old, role=old.role or by_base.get(old.name)) for old in theirs]
+        self.target = target
         self.notes: list[str] = []
-        self.axes, mine = self._declared_or_inferred(target, mine)
-        self.base_axes, theirs = self._declared_or_inferred(base, theirs)
+        mine, theirs = _with_roles(target, base)
+        self.axes, mine = _sizes(target, mine)
+        self.base_axes, theirs = _sizes(base, theirs)
+        # A second time: now the roles are known, by which what has no counterpart of its name is matched.
         self.infos, self.matched = mark_folds(mine), match_parameters(mine, theirs)
         if self.axes.width is None or self.base_axes.width is None:
             width, base_width = self._widths()
             self.axes, self.base_axes = replace(self.axes, width=width), replace(self.base_axes, width=base_width)
         if not (target.sizes and base.sizes):
             self._note_stacks(theirs)
-
-    @staticmethod
-    def _declared_or_inferred(record: ModelRecord, infos: list[ParameterInfo]) -> tuple[Axes, list[ParameterInfo]]:
-        seen = set(residual_widths(infos).values())
-        width = record.sizes.get("width") or (seen.pop() if len(seen) == 1 else None)
-        infos = orient(infos, width)
-        return Axes(**{**infer_sizes(infos, {**record.inferred, **record.sizes}), **record.sizes}), infos
+        self.same_shapes = target.same_shapes(base) and not self.axes.changed(self.base_axes)
 
     def _widths(self) -> tuple[float, float]:
         """(target's, base's) residual width, or their ratio and 1 where only that is known.
 
         Raises:
-            ValueError: If nothing but sides of matrices tells, and they tell different ratios.
+            ValueError: If only the sides of matrices tell it, and they tell different ratios.
         """
         pairs = self._residual_sides()
         if not pairs:  # no norm, embedding or head: the sides of the matrices must do
             ratios = sorted({new / old for new, old in self._grown_sides()})
             if len(ratios) > 1:
                 raise ValueError(
-                    f"base: the sides of the matrices grow by different ratios ({_listed(ratios)}), so the width ratio cannot be "
-                    "inferred. Give the module a method `mue_axes()` that returns its sizes, e.g. "
-                    "{'width': ..., 'depth': ..., 'ffn_width': ...}."
+                    mismatch(
+                        "base",
+                        found=f"matrices whose sides grow by different ratios ({_listed(ratios)})",
+                        expected="one ratio, from which the width ratio can be inferred",
+                        do="Give the module a method `mue_axes()` that returns its sizes, e.g. "
+                        "{'width': ..., 'depth': ..., 'ffn_width': ...}.",
+                    )
                 )
             return (ratios[0], 1.0) if ratios else (1.0, 1.0)
         grown = [pair for pair in pairs if pair[0] != pair[1]] or pairs  # a part may keep its size, e.g. positions
@@ -83,7 +76,7 @@ class Sizes:
         return Counter(pair for pair in grown if pair[0] / pair[1] == ratio).most_common(1)[0][0]
 
     def _residual_sides(self) -> list[tuple[float, float]]:
-        """(target's, base's) size wherever one of the residual stream is seen: norms, else embeddings and heads."""
+        """(target's, base's) size of each parameter that has the residual width: norms, else embeddings and heads."""
         found: dict[str, list[tuple[float, float]]] = {"norm": [], "other": []}
         for info in self.infos:
             old = self.matched.get(info.name)
@@ -114,6 +107,60 @@ class Sizes:
             for new, was in zip(info.fans, self.matched[info.name].fans, strict=True)
             if new != was
         ]
+
+
+def match(
+    target: ModelRecord, base: ModelRecord, *, tokens: float | None = None, batch_tokens: float | None = None
+) -> Pair:
+    """Matches a target with its base.
+
+    Args:
+        target: The target.
+        base: The base, with its run if that is known.
+        tokens: Training length of the target.
+        batch_tokens: Batch size of the target.
+
+    Raises:
+        ValueError: If a parameter has no role, a size cannot be inferred, or only one side knows a size of the run.
+    """
+    run = {"tokens": tokens, "batch_tokens": batch_tokens}
+    for key, value in run.items():
+        _check_run(key, value, base.run)
+    pair = Pair(target, base)
+    pair.axes = replace(pair.axes, **run)
+    pair.base_axes = replace(pair.base_axes, **{key: base.run.get(key) for key in run})
+    return pair
+
+
+def _check_run(key: str, value: float | None, base_run: Mapping[str, float]) -> None:
+    if (value is None) == (key not in base_run):
+        return
+    given, missing = (f"base.{key}", f"`{key}`") if value is None else (f"`{key}`", f"base.{key}")
+    raise ValueError(
+        mismatch(
+            key,
+            found=f"{given} without {missing}, so there is no ratio to scale by",
+            expected="both or neither",
+            do=f"Give both, e.g. {key}: 4e9 and base: {{..., {key}: 1e9}}, or neither.",
+        )
+    )
+
+
+def _with_roles(target: ModelRecord, base: ModelRecord) -> tuple[list[ParameterInfo], list[ParameterInfo]]:
+    """(target's, base's) parameters with the roles that their growth tells; the base's take those of their counterparts."""
+    theirs = list(base.parameters)
+    matched = match_parameters(list(target.parameters), theirs)
+    mine = infer_roles(list(target.parameters), matched)
+    by_base = {matched[info.name].name: info.role for info in mine if info.name in matched}
+    return mine, [replace(old, role=old.role or by_base.get(old.name)) for old in theirs]
+
+
+def _sizes(record: ModelRecord, infos: list[ParameterInfo]) -> tuple[Axes, list[ParameterInfo]]:
+    """The sizes that a model declares or, where it does not, that its parameters tell; and these, their fans turned."""
+    seen = set(residual_widths(infos).values())
+    width = record.sizes.get("width") or (seen.pop() if len(seen) == 1 else None)
+    infos = orient(infos, width)
+    return Axes(**{**infer_sizes(infos, {**record.inferred, **record.sizes}), **record.sizes}), infos
 
 
 def _listed(ratios: Iterable[float]) -> str:

@@ -1,4 +1,4 @@
-"""Finds, for what the target has, its counterpart in the base: by path, at the same relative depth, else by role."""
+"""Finds the base's counterpart of a parameter or multiplier of the target: by path at the same relative depth, else by role."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lightning_mue.names import all_indices, split_layer
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo
 from lightning_mue.parameterizations.rules.roles import Role
 
-#: Where a role may take its base values from if the base has none of its own, best first.
+#: Roles from which a role takes its base values if the base has no parameter of that role, best first.
 RELATED: Mapping[Role, Sequence[Role]] = {
     Role.EXPERT_UP: (Role.FFN_UP, Role.SHARED_UP),
     Role.EXPERT_DOWN: (Role.FFN_DOWN, Role.SHARED_DOWN),
