@@ -1,6 +1,6 @@
 """Writes the tables of the derivation pages from the code, so that both agree.
 
-``python -m lightning_mue.parameterizations.document`` rewrites what stands between the markers of every page in
+``python -m lightning_mue.parameterizations.document`` rewrites the text between the markers of every page in
 ``docs/derivations``; ``--check`` only reports pages that are out of date.
 """
 
@@ -132,14 +132,14 @@ def _preset(name: str, preset: Preset) -> str:
 
 
 def rewrite(page: str, names: Sequence[str]) -> str:
-    """A page with the tables between its markers rendered anew.
+    """A page with the tables between its markers rendered again.
 
     Args:
         page: The page's text.
         names: Its rules.
 
     Raises:
-        ValueError: If a marker is missing or stands twice, or they stand in the wrong order.
+        ValueError: If a marker is missing or occurs twice, or they are in the wrong order.
     """
     if page.count(START) != 1 or page.count(END) != 1 or page.index(START) > page.index(END):
         found = f"{page.count(START)} line(s) {START} and {page.count(END)} line(s) {END}"

@@ -19,8 +19,8 @@ from lightning_mue.callbacks.mue import checks
 from lightning_mue.callbacks.mue.run import known_to, run_sizes
 from lightning_mue.console import wide_console
 from lightning_mue.moe.balance import warn_of_missing_callbacks
-from lightning_mue.parameterizations import Parameterization, ScaledStep, ScalingPlan, get_rule, initialize, plan
-from lightning_mue.parameterizations.applying.initial_weights import has_weights, keep_weights, set_multipliers
+from lightning_mue.parameterizations import Parameterization, ScaledStep, ScalingPlan, get_rule, plan
+from lightning_mue.parameterizations.applying.initial_weights import apply_plan, set_multipliers
 from lightning_mue.parameterizations.planning.render import as_markdown, headline
 from lightning_mue.parameterizations.reading.base import Base
 from lightning_mue.parameterizations.reading.optimizer_family import family_of
@@ -175,15 +175,12 @@ class MuECallback(Callback):
         resumed = not late and (self._resumed or checks.resumes(trainer))
         if resumed:
             self._refuse_other_plan()
-        drawn = self.initialize and not resumed and not has_weights(pl_module)
+        # Restored, loaded, or trained before: the weights stay.
+        drawn = apply_plan(pl_module, self.plan, seed=self.seed, draw=self.initialize and not resumed)
         if drawn:
-            initialize(pl_module, self.plan, seed=self.seed)
             checks.copy_to_averages(trainer, pl_module)
-        else:  # restored, loaded, or trained before: the weights stay
-            set_multipliers(pl_module, self.plan.multipliers)
-            if self.initialize and not (resumed or checks.resumes(trainer)):
-                checks.warn_of_kept_weights(pl_module, getattr(pl_module, _LAST_PLAN, None), self.plan)
-        keep_weights(pl_module)
+        elif self.initialize and not (resumed or checks.resumes(trainer)):
+            checks.warn_of_kept_weights(pl_module, getattr(pl_module, _LAST_PLAN, None), self.plan)
         setattr(pl_module, _LAST_PLAN, self.plan)
         if not self.plan.same_size:
             self._steps = [ScaledStep(optimizer, self.plan, pl_module) for optimizer in trainer.optimizers]

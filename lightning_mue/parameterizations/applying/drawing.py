@@ -60,7 +60,7 @@ def draw_all(
     with ThreadPoolExecutor(threads) as pool:
         pending = deque((target, [pool.submit(target.fill, block) for block in target.blocks]) for target in targets)
         targets.clear()
-        while pending:  # in order, each let go when it is finished
+        while pending:  # in order; each is released when it is finished
             target, futures = pending.popleft()
             for future in futures:
                 future.result()
@@ -81,7 +81,7 @@ class _Target:
 
     def __init__(self, tensor: Tensor, entry: ParameterPlan, seed: int, padding_row: int | None) -> None:
         self.entry, self.seed, self.padding_row = entry, seed, padding_row
-        # Detached: worker threads know nothing of the caller's no_grad.
+        # Detached, because the caller's no_grad does not hold in worker threads.
         self.local, self.offset = _local_part(tensor, entry.name)
         self.name, shape = entry.name, tuple(tensor.shape)
         self.part, offset = self.local, self.offset
@@ -94,7 +94,7 @@ class _Target:
         self.whole = self.part.shape == shape
         self.first_column = offset[-1] if len(shape) > 1 else 0
         self.row_ids = None if self.whole or not self.part.numel() else _row_ids(shape, tuple(self.part.shape), offset)
-        # What has no contiguous rows to write to is drawn beside it.
+        # A part without contiguous rows is drawn into a buffer and copied.
         self.out = self.part if self.part.is_contiguous() else torch.empty(self.part.shape, dtype=torch.float32)
         self.blocks = self._blocks()
 
@@ -108,7 +108,7 @@ class _Target:
         return torch.unique(self.row_ids // self.block_rows).tolist()
 
     def fill(self, block: int) -> None:
-        """Draws one block and writes what of it belongs to this rank."""
+        """Draws one block and writes the part of it that this rank holds."""
         start = block * self.block_rows
         stop = min(self.rows, start + self.block_rows)
         in_place = self.whole and self.out.dtype == torch.float32 and self.out.device.type == "cpu"
@@ -134,7 +134,7 @@ class _Target:
             out.normal_(0.0, std, generator=generator)
 
     def finish(self) -> None:
-        """What has to wait for all blocks."""
+        """Constants, copies from the buffer, further experts and padding rows, once all blocks are drawn."""
         if self.entry.init.kind == "constant":
             self.local.fill_(self.entry.init.value)
         elif self.out is not self.part:
@@ -150,7 +150,7 @@ class _Target:
 def tied_name(entry: ParameterPlan) -> str:
     """The name under which all experts of a layer draw: that of a stack, or with ``*`` for the index in a list of experts.
 
-    The index is the number after a part that speaks of experts, else the last number.
+    The index is the number after a part with "expert" in its name, else the last number.
 
     Example:
         >>> from lightning_mue.parameterizations.reading.initializer import Init

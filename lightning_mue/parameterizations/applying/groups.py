@@ -16,7 +16,7 @@ from lightning_mue.parameterizations.rules.kinds import CONVENTIONS, SPHERE_KIND
 
 #: Marks a parameter group whose factors are already in it.
 SCALED = "mue_scaled"
-#: `CONVENTIONS` under the names of HyperSphereOptimizer's `lr_convention` and of torch.optim.Muon's `adjust_lr_fn`.
+#: `CONVENTIONS` by the names of HyperSphereOptimizer's `lr_convention` and of torch.optim.Muon's `adjust_lr_fn`.
 _MUON_FACTORS = {**CONVENTIONS, "match_rms_adamw": CONVENTIONS["rms"]}
 
 
@@ -28,7 +28,7 @@ class Part:
         group: Index of the group that holds them.
         source: Index of the group whose settings they take.
         entry: The plan of one of them; None for frozen parameters outside the plan.
-        muon: Factor on the learning rate that makes up for a Muon's own dependence on the shape.
+        muon: Factor on the learning rate that corrects for a Muon's own dependence on the shape.
         params: The parameters.
         roles: Their roles.
     """
@@ -150,7 +150,7 @@ def scale_groups(
 
 
 def rate_tags(parts: Sequence[Part], groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
-    """Names for the learning rates of parts: the role, with what tells its parts apart where there are several.
+    """Names for the learning rates of parts: the role, with the differences between its parts where there are several.
 
     Args:
         parts: Parts as `split` gives them.
@@ -201,7 +201,7 @@ def _muon_correction(group: Mapping[str, Any], entry: ParameterPlan) -> float:
         convention = group.get("lr_convention")
     if entry.kind != "muon" or entry.base_shape is None:
         return 1.0
-    factor = _MUON_FACTORS.get(convention)  # None, or one of an optimizer that is not known here: as it is
+    factor = _MUON_FACTORS.get(convention)  # None, or an unknown convention: no correction
     return 1.0 if factor is None else factor(*matrix_sides(entry.base_shape)) / factor(*matrix_sides(entry.shape))
 
 

@@ -72,8 +72,32 @@ def set_multipliers(module: nn.Module, values: Mapping[str, float]) -> None:
         setattr(child, attribute, float(values[path]))
 
 
+def apply_plan(model: nn.Module, plan: ScalingPlan, *, seed: int = 0, draw: bool = True) -> bool:
+    """Applies a plan once: draws the initial weights, or keeps the weights that are there and sets the multipliers alone.
+
+    Args:
+        model: The module that the plan was made for, with real parameters.
+        plan: The plan.
+        seed: Seed of all draws.
+        draw: Draw the weights, unless the module has weights that must be kept (`has_weights`).
+
+    Returns:
+        True if the weights were drawn. In both cases the module is marked by `keep_weights`.
+
+    Raises:
+        ValueError: If the model's parameters or multipliers are not those of the plan.
+    """
+    drawn = draw and not has_weights(model)
+    if drawn:
+        initialize(model, plan, seed=seed)
+    else:
+        set_multipliers(model, plan.multipliers)
+    keep_weights(model)
+    return drawn
+
+
 def keep_weights(model: nn.Module) -> None:
-    """Marks a module whose weights are worth keeping: drawn by a plan, trained, or loaded from a checkpoint."""
+    """Marks a module whose weights must be kept: drawn by a plan, trained, or loaded from a checkpoint."""
     setattr(model, _HAS_WEIGHTS, True)
 
 

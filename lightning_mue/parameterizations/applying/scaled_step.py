@@ -15,15 +15,15 @@ from lightning_mue.parameterizations.planning.scaling_plan import ScalingPlan
 from lightning_mue.parameterizations.reading.parameters import named_tensors
 
 _MISSING = object()
-#: Settings that are ours while the groups are swapped in.
+#: Settings that this class sets while the groups are swapped in.
 _OURS = frozenset({"params", "lr", "weight_decay", "eps", "betas", "kind", "param_names", "roles"})
 
 
 class ScaledStep:
     """Swaps scaled groups into an optimizer while it updates, and the user's own groups back after.
 
-    Splitting the groups for good breaks LR schedulers, checkpoints and LearningRateMonitor; during the update nobody else looks
-    at them. A closure (in Lightning forward, backward and clipping run in it) sees the user's groups, and what it changes in
+    Splitting the groups permanently would break LR schedulers, checkpoints and LearningRateMonitor; during the update nothing else
+    reads them. A closure (in Lightning forward, backward and clipping run in it) sees the user's groups, and what it changes in
     them counts for this step. The post hook is not reached if the update raises: call :meth:`restore`.
 
     Args:
@@ -44,7 +44,7 @@ class ScaledStep:
         self._scaled: list[dict[str, Any]] = []
         self._parts: list[Part] = []
         self._shape: list[tuple[Any, list[Tensor]]] = []
-        # Finds unknown parameters and groups that are scaled already now, not in the middle of the first step.
+        # Splits now, so that unknown parameters and scaled groups are found before the first step.
         self._scale(optimizer.param_groups)
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
@@ -88,7 +88,7 @@ class ScaledStep:
         self._given = [dict(group) for group in self._scaled]
 
     def _scale(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Scaled groups for the user's; the split is kept between steps and only the numbers are written anew."""
+        """Scaled groups for the user's; the split is kept between steps and only the numbers are computed again."""
         if not self._is_split(groups):
             self._parts = split(groups, self.plan, self.names, by_role=False)
             self._shape = [(group.get("kind"), list(group["params"])) for group in groups]
@@ -116,7 +116,7 @@ class ScaledStep:
             self._keep_changes(own)
 
     def _keep_changes(self, own: list[dict[str, Any]]) -> None:
-        """Writes what the optimizer noted in the scaled groups (a step count, say) into the user's."""
+        """Copies what the optimizer stored in the scaled groups (a step count, say) to the user's groups."""
         noted: dict[tuple[int, str], Any] = {}
         for part, group, given in zip(self._parts, self._scaled, self._given, strict=True):
             if len(group) == len(given) and all(map(is_, group.values(), given.values())):
@@ -139,7 +139,7 @@ class ScaledStep:
             own[index][key] = value
 
     def restore(self) -> None:
-        """Gives the optimizer its own groups back; does nothing if it has them."""
+        """Restores the optimizer's own groups; does nothing if it has them."""
         if self.own_groups is not None:
             self.optimizer.param_groups, self.own_groups = self.own_groups, None
 

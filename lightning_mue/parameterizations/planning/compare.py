@@ -98,7 +98,7 @@ def _shown(p: ParameterPlan, quantity: str) -> str:
         return f"{getattr(p, quantity):.4g}"
     if p.init.kind == "keep":
         return "as it is"
-    # Two digits: stds are measured on the base, so more would be sampling noise; like layers stand in one row.
+    # Two digits: stds are measured on the base, so more would be sampling noise; equal layers share a row.
     text = f"= {p.init.value:.2g}" if p.init.kind == "constant" else f"{p.init.value:.2g}"
     return text + (" tied" if p.tied else "")
 

@@ -18,7 +18,7 @@ from lightning_mue.parameterizations.rules.monomial import parse
 from lightning_mue.parameterizations.rules.roles import Role
 from lightning_mue.parameterizations.rules.table import RULES, NotCoveredError, Parameterization, Preset, Row
 
-#: Roles whose own shape tells the active width of an undeclared dense FFN.
+#: Roles whose own shape shows the active width of an undeclared dense FFN.
 _DENSE = (Role.FFN_UP, Role.FFN_DOWN)
 
 
@@ -131,7 +131,7 @@ class Scale:
         )
 
     def _hidden_shape(self, info: ParameterInfo) -> tuple[int, ...] | None:
-        """What a router that the base lacks is compared with."""
+        """The shape with which a router that the base lacks is compared."""
         return None if _is_vector(info) else (int(self.base_sizes["d"]),) * 2
 
     def _refuse_zero_router(self, info: ParameterInfo, init: Init) -> None:

@@ -27,7 +27,7 @@ class Pair:
         axes: Sizes of the target.
         base_axes: Sizes of the base.
         same_shapes: True if both models have the same shapes and sizes; their runs may differ.
-        notes: What of this a person should know.
+        notes: Warnings for people.
     """
 
     def __init__(self, target: ModelRecord, base: ModelRecord) -> None:
@@ -36,7 +36,7 @@ class Pair:
         mine, theirs = _with_roles(target, base)
         self.axes, mine = _sizes(target, mine)
         self.base_axes, theirs = _sizes(base, theirs)
-        # A second time: now the roles are known, by which what has no counterpart of its name is matched.
+        # Matched again, now that all roles are known: parameters without a counterpart by name are matched by role.
         self.infos, self.matched = mark_folds(mine), match_parameters(mine, theirs)
         if self.axes.width is None or self.base_axes.width is None:
             width, base_width = self._widths()
@@ -49,10 +49,10 @@ class Pair:
         """(target's, base's) residual width, or their ratio and 1 where only that is known.
 
         Raises:
-            ValueError: If only the sides of matrices tell it, and they tell different ratios.
+            ValueError: If only the sides of matrices show it, and they grow by different ratios.
         """
         pairs = self._residual_sides()
-        if not pairs:  # no norm, embedding or head: the sides of the matrices must do
+        if not pairs:  # no norm, embedding or head: only the sides of the matrices are left
             ratios = sorted({new / old for new, old in self._grown_sides()})
             if len(ratios) > 1:
                 raise ValueError(
@@ -65,13 +65,15 @@ class Pair:
                     )
                 )
             return (ratios[0], 1.0) if ratios else (1.0, 1.0)
-        grown = [pair for pair in pairs if pair[0] != pair[1]] or pairs  # a part may keep its size, e.g. positions
+        grown = [
+            pair for pair in pairs if pair[0] != pair[1]
+        ] or pairs  # a part may keep its size, e.g. a table of positions
         counts = Counter(new / old for new, old in grown)
         ratio = counts.most_common(1)[0][0]
         if len(counts) > 1:
             self.notes.append(
                 f"parts of the model grow by different ratios ({_listed(counts)}); matrices scale by their own fan-in, and the "
-                f"width ratio of what has none is taken as {ratio:g}. mue_axes() of the module can tell another"
+                f"width ratio of other parameters is taken as {ratio:g}. Declare mue_axes() on the module to change it"
             )
         return Counter(pair for pair in grown if pair[0] / pair[1] == ratio).most_common(1)[0][0]
 
@@ -95,7 +97,7 @@ class Pair:
         if len(ratios) > 1:
             self.notes.append(
                 f"stacks of layers grow by different ratios ({_listed(ratios)}); the depth ratio is taken as "
-                f"{(self.axes.depth or 1) / (self.base_axes.depth or 1):g}. mue_axes() of the module can tell another"
+                f"{(self.axes.depth or 1) / (self.base_axes.depth or 1):g}. Declare mue_axes() on the module to change it"
             )
 
     def _grown_sides(self) -> list[tuple[int, int]]:
@@ -147,7 +149,7 @@ def _check_run(key: str, value: float | None, base_run: Mapping[str, float]) -> 
 
 
 def _with_roles(target: ModelRecord, base: ModelRecord) -> tuple[list[ParameterInfo], list[ParameterInfo]]:
-    """(target's, base's) parameters with the roles that their growth tells; the base's take those of their counterparts."""
+    """(target's, base's) parameters with roles inferred from their growth; the base's take those of their counterparts."""
     theirs = list(base.parameters)
     matched = match_parameters(list(target.parameters), theirs)
     mine = infer_roles(list(target.parameters), matched)
@@ -156,7 +158,7 @@ def _with_roles(target: ModelRecord, base: ModelRecord) -> tuple[list[ParameterI
 
 
 def _sizes(record: ModelRecord, infos: list[ParameterInfo]) -> tuple[Axes, list[ParameterInfo]]:
-    """The sizes that a model declares or, where it does not, that its parameters tell; and these, their fans turned."""
+    """(sizes that a model declares or its parameters show, parameters with the fans of transposed expert stacks swapped)."""
     seen = set(residual_widths(infos).values())
     width = record.sizes.get("width") or (seen.pop() if len(seen) == 1 else None)
     infos = orient(infos, width)

@@ -61,7 +61,7 @@ def folded_cells(
 
     Returns:
         Kind -> (the base's own value, cell that multiplies it). The scale of undeclared attention logits is read from the
-        attention modules, else taken to be ``head_dim^-1/2``; what is folded is the rest.
+        attention modules, else taken to be ``head_dim^-1/2``; the remaining factor is folded.
 
     Raises:
         ValueError: If one other than 1 is needed where it cannot be folded.
@@ -72,7 +72,7 @@ def folded_cells(
         if kind in present:
             continue
         start = next((site.value for site in base.sites if site.kind == kind), 1.0)
-        if kind == "attention":  # what the modules' own scales do not do already
+        if kind == "attention":  # beyond the modules' own scales
             scales = [record.inferred.get("attention_scale") for record in (base, target)]
             start, cell = (scales[0] / scales[1], cell) if all(scales) else (1.0, f"{cell} k^1/2")  # type: ignore[operator]
         value = start * parse(cell).evaluate(ratios, alpha)
@@ -97,7 +97,7 @@ class _Counterparts:
 
     def __init__(self, target: tuple[Site, ...], base: tuple[Site, ...]) -> None:
         self._paths, self._base = [site.path for site in target], base
-        # One index a group of sites, not one a site: a deep model has thousands of them.
+        # One index for each group of sites, not for each site: a deep model has thousands.
         self._groups: dict[tuple[str, tuple[str, ...] | None], tuple[dict[str, Site], BaseIndex]] = {}
 
     def find(self, site: Site) -> Site | None:

@@ -49,7 +49,7 @@ def _unclaimed_moves(rule: Parameterization, pair: Pair, changed: list[str], alp
 
 
 def _unknown_modules(rule: Parameterization, pair: Pair, changed: list[str]) -> list[str]:
-    """Modules that do not tell what the rule depends on."""
+    """What the rule depends on and the modules do not show."""
     notes = []
     undeclared = not pair.target.routing and any(info.role is Role.ROUTER for info in pair.infos)
     if rule.routing and undeclared and _experts_changed(changed):

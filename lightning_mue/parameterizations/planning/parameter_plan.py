@@ -21,7 +21,7 @@ class ParameterPlan:
         weight_decay: Factor on the group's weight decay.
         eps: Factor on Adam's epsilon.
         kind: The update it gets (``adamw``, ``sgd``, ``sphere``, ``adam_sphere``, ``muon``).
-        source: Where its row stands in the literature, and the page that derives it.
+        source: The paper of its row, with table or section, and the page of docs/ that derives it.
         base_shape: Shape of the base's parameter; of its hidden matrices for one that the base lacks.
         tied: Every expert of the layer starts from the same draw.
     """

@@ -41,7 +41,7 @@ def plan(
         base: The tuned model: keyword overrides of the target's own hyperparameters (which may also hold the base's
             ``tokens`` and ``batch_tokens``), a module, a factory, or the path of a file that :func:`save_base` wrote. ``None``
             or ``{}``: the target is the base.
-        rule: A name in ``RULES``, or a table of one's own.
+        rule: A name in ``RULES``, or your own `Parameterization`.
         family: Optimizer family: ``adam``, ``sgd``, ``sphere`` (HyperSphereOptimizer) or ``muon``; or parameter name -> family
             where there are several optimizers.
         alpha: Depth exponent in [1/2, 1]; 1 is CompleteP.

@@ -1,4 +1,4 @@
-"""Roles that follow from which sides of a parameter grow between base and target, where no name tells them."""
+"""Infers roles from the sides of a parameter that grow between base and target, where its name does not show the role."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_mue.parameterizations.rules.roles import Role
 
 
 def infer_roles(infos: list[ParameterInfo], base: Mapping[str, ParameterInfo]) -> list[ParameterInfo]:
-    """Gives roles to layers that have none yet, by which of their sides grow between base and target (as the package `mup` does).
+    """Gives roles to layers without one by the sides that grow between base and target, as the package `mup` does.
 
     Both sides grow: hidden. Only the input side: unembedding. Only the output side: embedding (an input layer). Neither side:
     hidden, or bias for a vector; their cells are then 1 in width.

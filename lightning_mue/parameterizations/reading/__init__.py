@@ -1,1 +1,1 @@
-"""What one model tells by itself: its parameters, their roles, sizes, forward multipliers and initial weights."""
+"""Reads one model: its parameters and their roles, sizes, forward multipliers and initial weights."""

@@ -1,4 +1,4 @@
-"""Makes the base model: the small, tuned reference from which a plan scales."""
+"""Builds the base model: the small, tuned reference from which a plan scales."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ RUN_KEYS = ("tokens", "batch_tokens")
 
 @contextmanager
 def _fixed_rng(seed: int = 0) -> Any:
-    """Runs on a fixed CPU seed and gives the global generators back as they were: making a base changes no run."""
+    """Seeds the CPU generator for the duration and restores the global generators: building a base changes no run."""
     with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed: that would reseed the GPUs too, which are not given back.
+        # Not torch.manual_seed: that would reseed the GPUs too, which are not restored.
         torch.default_generator.manual_seed(seed)
         yield
 
 
 def build_base(model: nn.Module, base: Base, *, device: str | None = None) -> nn.Module:
-    """Makes the base instance.
+    """Builds the base.
 
     Args:
         model: The target module; overrides are applied to its ``hparams``.

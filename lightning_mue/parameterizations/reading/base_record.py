@@ -108,7 +108,7 @@ def save_base(
     roles: Mapping[str, str] | None = None,
     multipliers: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes what plans need of a base to a YAML file, which then stands for it: ``base="base.yaml"``.
+    """Writes what plans need of a base to a YAML file, which can be used in its place: ``base="base.yaml"``.
 
     Args:
         model: The base itself, freshly initialized; or a target whose hyperparameters ``base`` overrides.

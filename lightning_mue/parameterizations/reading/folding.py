@@ -13,7 +13,7 @@ from lightning_mue.parameterizations.rules.roles import MATRIX_ROLES, Role
 _QUERY = re.compile(r"\.(q_proj|w_?q|query|q_lin|to_q|q)$")
 _OUT = re.compile(r"\.(o_proj|w_?o|out_proj|c_proj|out_lin|to_out(\.0)?|output\.dense|dense|proj|o)$")
 _QUERY_NORM = re.compile(r"(^|[._])(q|query)_?(layer_?)?norm(\.|$)|(^|[._])norm_q(\.|$)", re.IGNORECASE)
-# Blocks that normalize what a branch puts out, before it is added (Gemma, OLMo): there the norm comes last.
+# Blocks that normalize a branch's output before it is added (Gemma, OLMo): there the norm comes last.
 _POST_FFN = re.compile(r"(^|\.)post_(feedforward|ffn|ff|mlp)_?(layer)?norm(\.|$)")
 _POST_NORM = re.compile(r"(^|\.)post_(feedforward|ffn|ff|mlp|attention|attn|self_attn)_?(layer)?norm(\.|$)")
 
@@ -22,13 +22,13 @@ def mark_folds(infos: list[ParameterInfo]) -> list[ParameterInfo]:
     """Marks the parameters into which a forward multiplier can be folded.
 
     An FFN's output: its down matrices. A residual branch: its last matrix, or the norm behind it. Attention logits: the query
-    norm, or the query matrix. A layer's bias goes with its matrix.
+    norm, or the query matrix. A layer's bias is marked like its matrix.
     """
     folds: dict[str, frozenset[str]] = {info.path: _folds_of(info) for info in infos if info.role in MATRIX_ROLES}
     query_norms = {info.path for info in infos if info.role is Role.QK_NORM and _QUERY_NORM.search(info.name)}
     attentions = {_parent(path) for path in query_norms}
     for path, kinds in folds.items():
-        if _parent(path) in attentions:  # the norm undoes what stands before it
+        if _parent(path) in attentions:  # the norm undoes a factor in front of it
             folds[path] = kinds - {"attention"}
     folds |= dict.fromkeys(query_norms, frozenset({"attention"}))
     normed = {layer_of(info.path) for info in infos if info.role is Role.NORM and _POST_FFN.search(info.name)}
@@ -71,7 +71,7 @@ def why_not_foldable(infos: list[ParameterInfo], kind: str) -> str | None:
             wants[f"{layer_of(info.path)}, {part}"].append(info)
         if kind in info.folds:
             has |= {f"{layer_of(info.path)}, {part}"}
-            if info.role is Role.NORM:  # the norm behind a branch may stand for either branch
+            if info.role is Role.NORM:  # a norm behind a branch may belong to either branch
                 has |= {f"{layer_of(info.path)}, {p}" for p in ("attention", "FFN")}
     if not wants:
         return "no numbered layers with matrices of known roles were found"

@@ -1,4 +1,4 @@
-"""Reads off an optimizer in which table its factors stand."""
+"""Finds the optimizer family, and so the table, of an optimizer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning_mue.parameterizations.rules.kinds import Family
 
 
 def family_of(optimizer: torch.optim.Optimizer) -> Family:
-    """The family in whose table an optimizer's factors stand.
+    """The family whose table holds the factors of an optimizer.
 
     HyperSphereOptimizer declares whether it is on the sphere or a Muon. Of the others, only torch.optim.Muon is recognised as a
     Muon by its type, because only its factors of the matrix shape are known (`split` corrects for them). Another Muon has to

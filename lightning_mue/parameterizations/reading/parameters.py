@@ -1,4 +1,4 @@
-"""Reads a module tree: which parameters there are, of what form, and what is declared about them."""
+"""Lists the parameters of a module tree: shapes, forms, and the roles that are declared or given by pattern."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NORM_TYPES = (
     nn.modules.instancenorm._InstanceNorm,
 )
 
-#: What kind of module holds a parameter: what its sides mean depends on it. ``raw``: a module of a type not known here.
+#: Kind of the module that holds a parameter, which decides what its sides mean. ``raw``: a module of another type.
 Form = Literal["linear", "conv", "embedding", "norm", "raw"]
 
 
@@ -35,13 +35,13 @@ class ParameterInfo:
         name: Fully qualified name, without what torch.compile, FSDP and activation checkpointing insert.
         shape: Its (global) shape.
         fans: (fan-in, fan-out) of one matrix.
-        form: What kind of module holds it.
+        form: Kind of the module that holds it.
         role: Its role, or None while unknown.
         branch: Sizes of the enclosing FFN or MoE branch by the tables' symbols (:func:`branch_sizes`), if it declares any.
         tied: True if an embedding and an unembedding share it.
         trainable: False if it is frozen.
-        folds: Kinds of forward multipliers that can be folded into it, because it is the last (or, for ``attention``, the
-            only) factor of what they multiply.
+        folds: Kinds of forward multipliers that can be folded into it, because it is the last factor of what they multiply (for
+            ``attention``, the only one).
     """
 
     name: str
@@ -79,7 +79,7 @@ def branch_ratios(branch: Mapping[str, float] | None, base: Mapping[str, float] 
 
 
 def list_parameters(module: nn.Module, roles: Mapping[str, str] | None = None) -> list[ParameterInfo]:
-    """Lists the parameters with the roles that are declared, matched by pattern, or plain from the type.
+    """Lists the parameters with the roles that are declared, matched by pattern, or certain from the type.
 
     Args:
         module: Any module.
@@ -169,7 +169,7 @@ def _walk(module: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module, dict[str,
 
 
 def _declared_role(owner: nn.Module, leaf: str, dim: int) -> Role | None:
-    """The role that the owner declares, or the one that its type and the parameter's form leave no doubt about."""
+    """The role that the owner declares, or the one that follows from its type and the parameter's form."""
     declared = declared_roles(owner)
     if leaf in declared:
         return Role(declared[leaf])
@@ -184,7 +184,7 @@ def _declared_role(owner: nn.Module, leaf: str, dim: int) -> Role | None:
 
 
 def module_form(owner: nn.Module) -> Form:
-    """What kind of module holds a parameter, by its type."""
+    """Kind of the module that holds a parameter, by its type."""
     kind = type(owner)
     if isinstance(owner, nn.modules.conv._ConvNd):
         return "conv"

@@ -104,17 +104,18 @@ def describe(
     Raises:
         ValueError: For a pattern that matches nothing, or sizes by names that are no axes.
     """
+    sizes, routing = _declared_sizes(model), _routing(model)
     infos = name_roles(list_parameters(model, roles))
     known = {info.name for info in infos}
     tensors = named_tensors(model) if measure else {}
     return ModelRecord(
         model=type(model).__name__,
-        sizes=_declared_sizes(model),
+        sizes=sizes,
         parameters=tuple(infos),
         sites=tuple(sites(model, multipliers)),
         inferred=_attributes(model, infos),
         inits={name: measure_init(whole(tensor)) for name, tensor in tensors.items() if name in known},
-        routing=_routing(model),
+        routing=routing,
     )
 
 
@@ -138,7 +139,7 @@ _ATTENTION_SCALE = ("scaling", "scale", "softmax_scale")
 
 
 def _attributes(module: nn.Module, infos: list[ParameterInfo]) -> dict[str, float]:
-    """What the shapes do not show: the size and scale of an attention head, and how many experts a token uses."""
+    """Reads what the shapes do not show: size and scale of an attention head, and the number of experts that a token uses."""
     experts = [info.name for info in infos if info.role in (Role.ROUTER, Role.EXPERT_UP, Role.EXPERT_DOWN)]
     found: dict[str, float] = {}
     for name, child in module.named_modules():

@@ -1,4 +1,4 @@
-"""Roles that the names of parameters tell, where their modules declare none.
+"""Infers roles from the names of parameters, where their modules declare none.
 
 Declared roles, patterns of the user, and the types of embeddings and norms come first (parameters.py). Names decide only
 inside numbered layers, where an ``up_proj`` is the up matrix of a block; a ``fc1`` of a plain MLP is judged by its sides.
@@ -51,13 +51,13 @@ def name_roles(infos: list[ParameterInfo]) -> list[ParameterInfo]:
         elif role is Role.NORM and _QK_NORM.search(info.name):
             role = Role.QK_NORM
         elif role is Role.NORM and i > last_layer and info.form == "norm":
-            role = Role.FINAL_NORM  # outside the layers and after them
+            role = Role.FINAL_NORM  # behind the layers
         result.append(replace(info, role=role))
     return result
 
 
 def _is_head(info: ParameterInfo, width: int | None) -> bool:
-    """True for a linear layer outside and after the layers that leaves the residual width, or is called a head."""
+    """True for a linear layer that reads the residual width and has another output width, or is called a head."""
     leaves = info.fans[0] == width != info.fans[1]
     return info.form == "linear" and (leaves or is_head(info.path))
 
@@ -68,7 +68,7 @@ def in_attention(path: str) -> bool:
 
 
 def layer_of(path: str) -> str:
-    """A path up to and with its layer index, or the empty path."""
+    """A path up to and including its layer index; empty without one."""
     template, layer = split_layer(path)
     return f"{template.split('*')[0]}{layer}" if layer >= 0 else ""
 

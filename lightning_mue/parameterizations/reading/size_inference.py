@@ -1,4 +1,4 @@
-"""Sizes of a model that its parameters and attributes tell, where it declares none."""
+"""Infers the sizes that a model does not declare, from its parameters and attributes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lightning_mue.parameterizations.rules.roles import MATRIX_ROLES, Role
 
 
 def infer_sizes(infos: list[ParameterInfo], attributes: Mapping[str, float]) -> dict[str, float]:
-    """Sizes that a module does not declare, as far as its parameters and attributes tell them.
+    """Infers the sizes that a module does not declare.
 
     Args:
         infos: Its parameters with roles.
-        attributes: Its ``head_dim`` and ``top_k``, which leave no trace in the shapes.
+        attributes: Its ``head_dim`` and ``top_k``, which the shapes do not show.
 
     Returns:
         Name of an axis -> size.
@@ -56,7 +56,7 @@ def infer_sizes(infos: list[ParameterInfo], attributes: Mapping[str, float]) -> 
 
 
 def residual_widths(infos: Iterable[ParameterInfo]) -> dict[str, int]:
-    """What may be the residual width, by where it is seen: the size of most norms, of embeddings, of the unembedding."""
+    """Candidates for the residual width, by where they are found: most norms, embeddings, the unembedding."""
     infos = list(infos)
     norms = [i.shape[0] for i in infos if i.role in (Role.NORM, Role.FINAL_NORM) and len(i.shape) == 1]
     tables = [i.shape[-1] if i.form in ("embedding", "raw") else i.fans[1] for i in infos if i.role is Role.EMBEDDING]
@@ -66,7 +66,7 @@ def residual_widths(infos: Iterable[ParameterInfo]) -> dict[str, int]:
 
 
 def stack_depths(infos: Iterable[ParameterInfo]) -> dict[str, int]:
-    """Name of each stack of like layers (an encoder, a decoder, ...) -> how many layers it has, nested ones multiplied out."""
+    """Name of each stack of equal layers (an encoder, a decoder, ...) -> number of its layers; those of nested stacks multiply."""
     layers: dict[str, set[str]] = defaultdict(set)
     for info in infos:
         if info.position[1] >= 0 and info.role in MATRIX_ROLES:
@@ -91,7 +91,7 @@ def _n_experts(infos: list[ParameterInfo]) -> int:
 
 
 def orient(infos: list[ParameterInfo], width: float | None) -> list[ParameterInfo]:
-    """Turns the fans of expert stacks that are stored as [E, in, out], recognised by which side is the residual width."""
+    """Swaps the fans of expert stacks that are stored as [E, in, out], recognised by the side that is the residual width."""
     result = []
     for info in infos:
         fan_in, fan_out = info.fans

@@ -58,7 +58,7 @@ _MUON_MATRIX = {
 _ADAM: Table = {
     **_VECTORS,
     **rows(
-        "2603.28743's public code, muP++ head (folded)",
+        "2603.28743, muP++ head (folded)",
         "code",
         unembedding={"init": "d^-1", "lr": f"d^-1 {_LR}", "wd": "d"},
     ),
@@ -66,7 +66,7 @@ _ADAM: Table = {
 _MUON: Table = {
     **_ADAM,
     **rows(
-        "2603.28743's public code, plain Muon; T^-0.32 taken over",
+        "2603.28743, plain Muon; T^-0.32 taken over",
         "code",
         hidden=_MUON_MATRIX,
         ffn_up=_MUON_MATRIX,

@@ -20,7 +20,7 @@ Status = Literal["paper", "code", "derived", "measured"]
 
 
 class NotCoveredError(ValueError):
-    """A rule says nothing about a model: it has no table, row or multiplier for something in it. The message says what."""
+    """A rule does not cover a model: no table for the optimizer, no row for a role, or a multiplier that is missing."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Row:
         lr: Learning rate.
         wd: Weight decay in PyTorch's decoupled form (applied as lr * wd).
         eps: Adam's epsilon.
-        source: Where the row stands in the literature: paper and table or section.
+        source: The paper, with table or section.
         status: How far the row is the paper's own word.
         absent_init: Absolute init std at the base size for a role that the base lacks (a dense base has no router);
             the symbols then stand for the base's absolute sizes, not for ratios.
@@ -69,7 +69,7 @@ class Preset:
     """Constants that a paper reports for its own base; unlike cells, they do not depend on the ratios.
 
     Attributes:
-        source: Where they stand.
+        source: The paper, and where in it.
         base: The paper's base, as overrides of a module's hyperparameters; used where the user gives no base.
         hyperparameters: What the paper tuned at that base (``lr``, ...). Shown to the user, who sets them.
         factors: Regular expression on parameter names -> column (``init`` or ``lr``) -> constant that multiplies it, at

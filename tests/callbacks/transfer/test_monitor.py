@@ -136,7 +136,7 @@ def test_one_wrong_cell_is_named_and_no_other(toy, base):
     assert named(messages, "reach") == {"expert_down"}
     assert not named(messages, "update")
     assert "lr cell of expert_down (plan: lr x 1," in messages[0]
-    assert "theory 4.6" in messages[0]
+    assert "2605.23893, Bridges I and II" in messages[0]
 
 
 def test_an_optimizer_that_does_not_do_what_the_plan_says_is_told_apart(toy, base):

@@ -206,7 +206,7 @@ class Multiplied(nn.Module):
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_folding_a_multiplier_keeps_the_trajectory(kind):
-    """Theory section 2: the function trains alike, to float64 round-off over 30 steps."""
+    """docs/theory.md section 2: the function trains alike, to float64 round-off over 30 steps."""
     m = 0.3
     factors = fold({"init": 1.0, "lr": 1.0, "wd": 1.0, "eps": 1.0}, m, kind)
     losses = []

@@ -18,7 +18,7 @@ def make_model(**kwargs):
 
 
 class Net(nn.Module):
-    """A module that nobody declared anything for; `hparams` as a LightningModule would have."""
+    """A module that declares nothing; `hparams` as a LightningModule has them."""
 
     def __init__(self, width=32, classes=10):
         super().__init__()
@@ -133,6 +133,21 @@ def test_plan_on_meta_equals_plan_on_cpu():
     with torch.device("meta"):
         model = make_model()
     assert plan(model, base=BASE) == plan(make_model(), base=BASE)
+
+
+@pytest.mark.parametrize(
+    ("width", "made_on_meta"), [(64, [True]), (32, [True, False])], ids=["same size", "another size"]
+)
+def test_real_weights_of_the_base_are_made_only_where_the_plan_changes_something(width, made_on_meta):
+    made = []
+
+    def base():
+        net = Net(width)
+        made.append(net.head.weight.is_meta)
+        return net
+
+    plan(Net(64), base=base, rule="mup")
+    assert made == made_on_meta
 
 
 def test_base_as_module_and_factory():
