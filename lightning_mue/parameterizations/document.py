@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import lightning_mue.parameterizations  # noqa: F401  (registers the rules)
 from lightning_mue.checks import mismatch
 from lightning_mue.parameterizations.rules.kinds import Family
 from lightning_mue.parameterizations.rules.monomial import SYMBOLS, parse

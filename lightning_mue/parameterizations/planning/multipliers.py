@@ -16,7 +16,7 @@ from lightning_mue.parameterizations.rules.monomial import parse
 from lightning_mue.parameterizations.rules.table import NotCoveredError, Parameterization
 
 #: Kinds: of a residual branch, of attention logits, of an FFN's or MoE's output, of its routed part, of the logits.
-KINDS = ("residual", "attention", "ffn", "route", "output")
+MULTIPLIER_KINDS = ("residual", "attention", "ffn", "route", "output")
 #: The value that a kind has in a base without it: a dense FFN is an MoE of one expert with route scale 1.
 _ABSENT = {"route": 1.0, "ffn": 1.0}
 
@@ -64,7 +64,7 @@ def folded_cells(
         attention modules, else taken to be ``head_dim^-1/2``; the remaining factor is folded.
 
     Raises:
-        ValueError: If one other than 1 is needed where it cannot be folded.
+        NotCoveredError: If one other than 1 is needed where it cannot be folded.
     """
     present = {site.kind for site in target.sites}
     folded: dict[str, tuple[float, str]] = {}

@@ -10,7 +10,7 @@ from torch import nn
 from lightning_mue.checks import listed, mismatch
 from lightning_mue.parameterizations.planning.evaluate import evaluate
 from lightning_mue.parameterizations.planning.match import match
-from lightning_mue.parameterizations.planning.multipliers import KINDS
+from lightning_mue.parameterizations.planning.multipliers import MULTIPLIER_KINDS
 from lightning_mue.parameterizations.planning.notes import plan_notes
 from lightning_mue.parameterizations.planning.scaling_plan import ScalingPlan
 from lightning_mue.parameterizations.reading.base import Base
@@ -79,9 +79,9 @@ def plan(
 def _check(alpha: float, multipliers: Mapping[str, str] | None) -> None:
     if not 0.5 <= alpha <= 1.0:
         raise ValueError(mismatch("alpha", found=alpha, expected="a depth exponent in [0.5, 1]"))
-    if unknown := sorted(set(multipliers or {}) - set(KINDS)):
+    if unknown := sorted(set(multipliers or {}) - set(MULTIPLIER_KINDS)):
         found = f"the kind(s) {listed(unknown)}"
-        raise ValueError(mismatch("multipliers", found=found, expected=f"kinds among {listed(KINDS)}"))
+        raise ValueError(mismatch("multipliers", found=found, expected=f"kinds among {listed(MULTIPLIER_KINDS)}"))
 
 
 def _preset(rule: Parameterization, name: str | None) -> Preset | None:
