@@ -27,7 +27,7 @@ def language_model(**sizes):
 
 
 def one_direction(model):
-    """A gradient of rank one for every matrix: its only singular value is its norm, whatever the shape, so that Newton-Schulz
+    """A gradient of rank one for every matrix: its only singular value is its norm for every shape, so that Newton-Schulz
     gives the same spectral norm at every size."""
     generator = torch.Generator().manual_seed(0)
     for p in model.parameters():

@@ -215,7 +215,7 @@ def test_groups_come_back_after_a_closure_or_an_update_that_raises():
     assert optimizer.param_groups is not own
     scaled.restore()
     assert optimizer.param_groups is own
-    # The next step also heals itself, if nobody restored.
+    # The next step restores the groups first, if nothing else has.
     with pytest.raises(RuntimeError):
         optimizer.step(closure_of(model, optimizer))
     optimizer.fails = False
@@ -231,7 +231,7 @@ def test_remove_detaches():
 
 
 def test_changes_of_the_groups_are_followed():
-    """Groups added, parameters moved, states loaded: the split that is kept between steps is made anew."""
+    """Groups added, parameters moved, states loaded: the split that is kept between steps is computed again."""
     model, optimizer, _ = setup()
     optimizer.step(closure_of(model, optimizer))
     moved = optimizer.param_groups[0]["params"].pop()

@@ -1,4 +1,4 @@
-"""Modules that nobody here wrote: what each parameter does, how large the module is, and where multipliers are folded in."""
+"""Third-party modules: roles of their parameters, their sizes, and where multipliers are folded in."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_query_norm_takes_the_attention_multiplier():
 
 
 def test_norm_behind_a_branch_takes_its_multiplier():
-    """Olmo2 normalizes what a branch puts out; a factor on the matrix before the norm would be undone."""
+    """Olmo2 normalizes the output of a branch, so a factor on the matrix before the norm would have no effect."""
     scaling = plan(CausalLM("Olmo2", depth=4), base={"depth": 2})
     scaled = {p.name.split("layers.0.")[1] for p in scaling.parameters if ".0." in p.name and p.init.value == 0.5}
     assert scaled == {f"post_{branch}_layernorm.weight" for branch in ("attention", "feedforward")}
@@ -347,7 +347,7 @@ def test_shrinking_and_widening_an_mlp_keeps_its_ends():
     assert scaling["net.4.weight"].init.value == pytest.approx(64**-0.5 / 3**0.5 / 2, rel=0.05)
 
 
-def test_part_that_keeps_its_size_tells_no_width():
+def test_part_that_keeps_its_size_does_not_count_for_the_width():
     scaling = plan(MLP(256, norm_inputs=True), base={"width": 64}, rule="mup")
     assert (scaling.axes["width"], scaling.base_axes["width"]) == (256, 64)
 

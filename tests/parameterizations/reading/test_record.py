@@ -63,7 +63,7 @@ def test_saved_base_knows_its_run(tmp_path):
 
 
 def test_files_of_earlier_versions_load():
-    """A saved base and a plan, written before the record was split: they still stand for the same base and plan."""
+    """A saved base and a plan, written by an earlier version, give the same plan."""
     base = {**BASE, "depth": 1, "tokens": 1e6}
     made = plan(make_model(shared_width=16, top_k=2), base=base, tokens=4e6)
     assert plan(make_model(shared_width=16, top_k=2), base=DATA / "base.yaml", tokens=4e6) == made

@@ -234,7 +234,7 @@ def alpha_of(rule):
     return ALPHA if get_rule(rule).alpha is None else get_rule(rule).alpha
 
 
-#: Rules whose theory cells write d for the sides of a matrix between widths, where the code has its own fan-in and fan-out.
+#: Roles for which the papers' cells write d for sides between widths, where the code has the matrix's own fan-in and fan-out.
 STREAM = {"hidden", "ffn_up", "expert_up", "shared_up", "unembedding"}
 
 
