@@ -1,7 +1,7 @@
 """What MuECallback costs: the swap of parameter groups in an optimizer step, and the draw of initial weights.
 
 An AdamW step (foreach) of a 12-layer MoE language model, on one list of parameters: plain; with scaled groups swapped in and
-out; with the split of the parameters computed anew every step, which is what is saved by keeping it; and with explicit
+out; with the split of the parameters computed again every step, which shows what keeping it saves; and with explicit
 param_groups, which shows how much of the cost is that there are more groups, not the swapping.
 """
 

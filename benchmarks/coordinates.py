@@ -49,6 +49,14 @@ def unembedding_init(cell: str) -> Parameterization:
     return replace(rule, name=f"hyperp, unembedding {cell}", tables={"sphere": table})
 
 
+def fan_in() -> Parameterization:
+    """``moe-dmft`` with the fan-in draw of the experts' down matrix, which is wrong: the control."""
+    rule = get_rule("moe-dmft")
+    table = dict(rule.tables["adam"])
+    table[Role.EXPERT_DOWN] = replace(table[Role.EXPERT_DOWN], init="alpha_ffn^-1/2 d^-1/2")
+    return replace(rule, name="moe-dmft-fan-in", tables={"adam": table})
+
+
 @dataclass
 class Experiment:
     """One coordinate check.
@@ -145,7 +153,7 @@ EXPERIMENTS = {
         "moe-dmft", EXPERT_WIDTHS, "claimed", {"width": 32, "n_experts": 4, "top_k": 2, **SIGMOID}, adamw(1e-2)
     ),
     "moe-dmft-fan-in, expert width": Experiment(
-        "moe-dmft-fan-in",
+        fan_in(),
         EXPERT_WIDTHS,
         "control",
         {"width": 32, "n_experts": 4, "top_k": 2, **SIGMOID},

@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # for type checkers and editors; tests/test_package.py compar
     from lightning_mue.parameterizations import param_groups as param_groups
     from lightning_mue.parameterizations import plan as plan
     from lightning_mue.parameterizations import save_base as save_base
-    from lightning_mue.parameterizations.applying.weights import KeepsMultipliers as KeepsMultipliers
+    from lightning_mue.parameterizations.applying.keeps_multipliers import KeepsMultipliers as KeepsMultipliers
 
 # Where the application configures no logging, records go to stderr, so that users see what was done to their parameters.
 _logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ _PUBLIC = {
     "ActivationOutlierMonitor": "callbacks",
     "GlobalBatchBalance": "moe",
     "HyperSphereOptimizer": "optim",
-    "KeepsMultipliers": "parameterizations.applying.weights",
+    "KeepsMultipliers": "parameterizations.applying.keeps_multipliers",
     "LogitsZMonitor": "callbacks",
     "LossFreeBalance": "moe",
     "MoELanguageModel": "models",

@@ -20,9 +20,9 @@ from lightning_mue.analysis.probe import ModuleProbe
 from lightning_mue.analysis.slopes import Record
 from lightning_mue.parameterizations import ScaledStep, ScalingPlan, initialize, plan
 from lightning_mue.parameterizations.applying.drawing import draw_
-from lightning_mue.parameterizations.applying.groups import family_of
-from lightning_mue.parameterizations.applying.weights import named_tensors
-from lightning_mue.parameterizations.reading.record import measure_init
+from lightning_mue.parameterizations.reading.initializer import measure_init
+from lightning_mue.parameterizations.reading.optimizer_family import family_of
+from lightning_mue.parameterizations.reading.parameters import named_tensors
 
 Loss = Callable[[Any, Any], Tensor]
 OptimizerFactory = Callable[[list[tuple[str, nn.Parameter]]], Optimizer]

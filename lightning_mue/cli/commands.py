@@ -22,7 +22,7 @@ from lightning_mue.callbacks import MuECallback
 from lightning_mue.console import wide_console
 from lightning_mue.parameterizations.planning.compare import compare_rules
 from lightning_mue.parameterizations.reading.base import RUN_KEYS, build_base
-from lightning_mue.parameterizations.reading.record import save_base as write_base
+from lightning_mue.parameterizations.reading.base_record import save_base as write_base
 from lightning_mue.parameterizations.rules.kinds import Family
 
 

@@ -25,7 +25,7 @@ from lightning_mue.moe import FeedForward, MoELayer, clip_grad_norm, parallelize
 from lightning_mue.moe.balance import SCOPES, balance_callbacks
 from lightning_mue.moe.layer import BALANCES
 from lightning_mue.moe.router import require_groups
-from lightning_mue.parameterizations.applying.weights import KeepsMultipliers
+from lightning_mue.parameterizations.applying.keeps_multipliers import KeepsMultipliers
 from lightning_mue.parameterizations.reading.parameters import tag_roles
 
 Batch = dict[str, Tensor]

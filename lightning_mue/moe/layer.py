@@ -34,7 +34,7 @@ from lightning_mue.moe.balance import (
 from lightning_mue.moe.experts import Experts
 from lightning_mue.moe.feed_forward import FeedForward
 from lightning_mue.moe.router import Router, RoutingInfo
-from lightning_mue.parameterizations.applying.weights import KeepsMultipliers
+from lightning_mue.parameterizations.applying.keeps_multipliers import KeepsMultipliers
 from lightning_mue.parameterizations.reading.parameters import tag_roles
 from lightning_mue.parameterizations.rules.roles import Role
 

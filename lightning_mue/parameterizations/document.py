@@ -1,6 +1,6 @@
-"""Writes the papers' tables into their derivation pages, from the code: a page can never say what the code does not do.
+"""Writes the tables of the derivation pages from the code, so that both agree.
 
-``python -m lightning_mue.parameterizations.document`` rewrites what stands between the markers of every page in
+``python -m lightning_mue.parameterizations.document`` rewrites the text between the markers of every page in
 ``docs/derivations``; ``--check`` only reports pages that are out of date.
 """
 
@@ -11,22 +11,25 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from lightning_mue.checks import mismatch
 from lightning_mue.parameterizations.rules.kinds import Family
 from lightning_mue.parameterizations.rules.monomial import SYMBOLS, parse
 from lightning_mue.parameterizations.rules.roles import Role
-from lightning_mue.parameterizations.rules.table import Parameterization, Preset, Row, get_rule
+from lightning_mue.parameterizations.rules.table import RULES, Parameterization, Preset, Row, get_rule
 
 START, END = "<!-- table:start -->", "<!-- table:end -->"
 
+
+def _pages() -> dict[str, list[str]]:
+    pages: dict[str, list[str]] = {}
+    for name, rule in RULES.items():
+        if rule.page and rule.resolve is None:  # `mssp` is one of its regimes
+            pages.setdefault(Path(rule.page).stem, []).append(name)
+    return pages
+
+
 #: Page -> its rules. The first is shown in full, the others by what differs from it.
-PAGES: Mapping[str, Sequence[str]] = {
-    "mup": ("mup",),
-    "complete-p": ("complete-p",),
-    "moe-dmft": ("moe-dmft", "moe-dmft-half", "moe-dmft-fan-in"),
-    "mssp": ("mssp-I", "mssp-II", "mssp-III"),
-    "hyperp": ("hyperp", "hyperp-paper"),
-    "complete-mue": ("complete-mue",),
-}
+PAGES: Mapping[str, Sequence[str]] = _pages()
 
 
 def render(names: Sequence[str]) -> str:
@@ -128,17 +131,19 @@ def _preset(name: str, preset: Preset) -> str:
 
 
 def rewrite(page: str, names: Sequence[str]) -> str:
-    """A page with the tables between its markers rendered anew.
+    """A page with the tables between its markers rendered again.
 
     Args:
         page: The page's text.
         names: Its rules.
 
     Raises:
-        ValueError: If a marker is missing or stands twice, or they stand in the wrong order.
+        ValueError: If a marker is missing or occurs twice, or they are in the wrong order.
     """
     if page.count(START) != 1 or page.count(END) != 1 or page.index(START) > page.index(END):
-        raise ValueError(f"expected one line {START} and after it one line {END}. Put them where the tables belong.")
+        found = f"{page.count(START)} line(s) {START} and {page.count(END)} line(s) {END}"
+        expected = f"one line {START} and after it one line {END}"
+        raise ValueError(mismatch("page", found=found, expected=expected, do="Put them where the tables belong."))
     before, rest = page.split(START)
     return f"{before}{START}\n\n{render(names)}\n\n{END}{rest.split(END)[1]}"
 
@@ -165,7 +170,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         if options.check:
             stale += 1
-            print(f"{path}: its tables are not those of the code; run `python -m {__package__}.document`.")
+            do = f"Run `python -m {__package__}.document`."
+            print(mismatch(str(path), found="tables that are out of date", expected="the code's", do=do))
         else:
             path.write_text(new, encoding="utf-8")
             print(f"{path}: written")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.controls import moe_dmft_fan_in
 from lightning.pytorch import LightningModule
 from torch import nn
 
@@ -352,7 +353,7 @@ def test_what_cannot_be_placed_on_the_x_axis():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("rule", "passes"), [("moe-dmft", True), ("moe-dmft-fan-in", False)], ids=["moe-dmft", "fan-in control"]
+    ("rule", "passes"), [("moe-dmft", True), (moe_dmft_fan_in(), False)], ids=["moe-dmft", "fan-in control"]
 )
 def test_the_down_initialization_of_moe_dmft_matters(rule, passes):
     """Expert width alone grows: with fan-in init of the down matrix the update of the up matrix grows as its square root."""

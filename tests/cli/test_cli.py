@@ -192,8 +192,8 @@ BAD = {
     "rule and optimizer": (mue_args(rule="complete-mue"), r"no table .*'sphere'"),
     "alpha": (mue_args(alpha=3.0), "alpha: found 3"),
     "tokens without the base's": (mue_args(tokens=1e6), "tokens: .*base: {..., tokens: 1e9}"),
-    "role": (mue_args(roles={"w_q": "matrix"}), "names the role 'matrix'"),
-    "pattern": (mue_args(roles={"w_z": "hidden"}), r"\['w_z'\] match no"),
+    "role": (mue_args(roles={"w_q": "matrix"}), r"roles\['w_q'\]: found 'matrix', expected one of 'embedding'"),
+    "pattern": (mue_args(roles={"w_z": "hidden"}), r"roles: found pattern\(s\) \['w_z'\], which match no"),
     "zero matrix on the sphere": (model_args(unembedding_std=0.0), r"unembedding\.weight.*zero"),
     "vocabulary": (model_args(vocab_size=100), r"vocab_size.*100|100.*vocab"),
     "corpus not there": (data_args(path="/not/there"), "/not/there"),
@@ -427,7 +427,13 @@ def test_explain_compares_rules(capsys):
     config = CONFIGS / "dense_to_moe.yaml"
     status, out = run(capsys, "explain", "--config", config, "--rules", "sp,mup,complete-p,mssp,complete-mue")
     assert status == 0
-    for part in ("initial std", "forward multipliers", "agree", "complete-p: rule='complete-p'", "mup does not claim"):
+    for part in (
+        "initial std",
+        "forward multipliers",
+        "agree",
+        "complete-p: rule: found 'complete-p'",
+        "mup does not claim",
+    ):
         assert part in out, part
     status, out = run(capsys, "explain", "--config", config, "--rules", "sp,mop")
     assert status == 2

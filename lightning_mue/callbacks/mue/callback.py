@@ -19,10 +19,11 @@ from lightning_mue.callbacks.mue.averages import copy_to_averages
 from lightning_mue.callbacks.mue.process_group import set_process_groups
 from lightning_mue.callbacks.mue.rates import effective_rates
 from lightning_mue.callbacks.mue.run import known_to, run_sizes
-from lightning_mue.parameterizations import Parameterization, ScaledStep, ScalingPlan, get_rule, initialize, plan
-from lightning_mue.parameterizations.applying.weights import family_of, has_weights, keep_weights, named_tensors
-from lightning_mue.parameterizations.planning.multipliers import set_multipliers
+from lightning_mue.parameterizations import Parameterization, ScaledStep, ScalingPlan, get_rule, plan
+from lightning_mue.parameterizations.applying.initial_weights import apply_plan, set_multipliers
 from lightning_mue.parameterizations.reading.base import Base
+from lightning_mue.parameterizations.reading.optimizer_family import family_of
+from lightning_mue.parameterizations.reading.parameters import named_tensors
 from lightning_mue.parameterizations.rules.kinds import Family
 
 #: Attribute of a module that holds the plan of its last fit.
@@ -175,12 +176,8 @@ class MuECallback(Callback):
             checks.refuse_other_plan(self._saved_plan, plan)
         starts = self.initialize and not (resumed or has_checkpoint)
         checks.check_fit_start(trainer, pl_module, plan, last=getattr(pl_module, _LAST_PLAN, None) if starts else None)
-        drawn = self.initialize and not resumed and not has_weights(pl_module)
-        if drawn:
-            initialize(pl_module, plan, seed=self.seed)
-        else:  # restored, loaded, or trained before: the weights stay
-            set_multipliers(pl_module, plan.multipliers)
-        keep_weights(pl_module)
+        # Restored, loaded, or trained before: the weights stay.
+        drawn = apply_plan(pl_module, plan, seed=self.seed, draw=self.initialize and not resumed)
         setattr(pl_module, _LAST_PLAN, plan)
         if drawn:
             copy_to_averages(trainer, pl_module)

@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lightning_mue.checks import mismatch
 from lightning_mue.parameterizations.reading.base import RUN_KEYS, Base
-from lightning_mue.parameterizations.reading.record import load_base
+from lightning_mue.parameterizations.reading.base_record import load_base
 
 _SET_MAX_STEPS = "Set max_steps of the Trainer (and max_epochs: -1)."
 #: Names under which data modules and models hold the length of a sequence.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from lightning_mue.callbacks.transfer.fingerprint import Fingerprint
 from lightning_mue.callbacks.transfer.probes import UpdateProbe
 from lightning_mue.parameterizations import Parameterization, ParameterPlan, Role, Row, ScalingPlan
-from lightning_mue.parameterizations.reading.matching import RELATED
+from lightning_mue.parameterizations.planning.counterparts import RELATED
 from lightning_mue.parameterizations.rules.kinds import SPHERE_KINDS
 from lightning_mue.parameterizations.rules.monomial import SYMBOLS, parse
 

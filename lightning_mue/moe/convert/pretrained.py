@@ -19,7 +19,7 @@ from lightning_mue.moe.convert.transformers_state import state_dict_from_transfo
 from lightning_mue.moe.convert.trial import call, places, require_module
 from lightning_mue.moe.convert.upcycling import empty_layer
 from lightning_mue.moe.layer import MoELayer
-from lightning_mue.parameterizations.applying.weights import keep_weights
+from lightning_mue.parameterizations.applying.initial_weights import keep_weights
 
 #: Relative error of a typical token below which two results are one function. In half precision the block's own router,
 #: which computes in it, chooses other experts for some tokens.

@@ -21,7 +21,7 @@ from lightning_mue.checks import require_choice, require_positive
 from lightning_mue.moe.convert.dense_ffn import DenseFFN, read_ffn
 from lightning_mue.moe.convert.filling import Cut, add_noise, draw_router, fill_experts, permutation, redraw_units
 from lightning_mue.moe.layer import MoELayer
-from lightning_mue.parameterizations.applying.weights import keep_weights
+from lightning_mue.parameterizations.applying.initial_weights import keep_weights
 
 HOWS = ("copy", "split", "noise", "drop")
 _log = logging.getLogger(__name__)

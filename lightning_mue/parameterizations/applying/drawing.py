@@ -17,7 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from lightning_mue.parameterizations.planning.scaling_plan import ParameterPlan
+from lightning_mue.checks import mismatch
+from lightning_mue.parameterizations.planning.parameter_plan import ParameterPlan
+from lightning_mue.sharded import is_sharded, local
 
 #: Numbers that one generator draws (16 MiB in float32). Changing it changes the weights of larger parameters.
 BLOCK = 1 << 22
@@ -58,7 +60,7 @@ def draw_all(
     with ThreadPoolExecutor(threads) as pool:
         pending = deque((target, [pool.submit(target.fill, block) for block in target.blocks]) for target in targets)
         targets.clear()
-        while pending:  # in order, each let go when it is finished
+        while pending:  # in order; each is released when it is finished
             target, futures = pending.popleft()
             for future in futures:
                 future.result()
@@ -79,7 +81,7 @@ class _Target:
 
     def __init__(self, tensor: Tensor, entry: ParameterPlan, seed: int, padding_row: int | None) -> None:
         self.entry, self.seed, self.padding_row = entry, seed, padding_row
-        # Detached: worker threads know nothing of the caller's no_grad.
+        # Detached, because the caller's no_grad does not hold in worker threads.
         self.local, self.offset = _local_part(tensor, entry.name)
         self.name, shape = entry.name, tuple(tensor.shape)
         self.part, offset = self.local, self.offset
@@ -92,7 +94,7 @@ class _Target:
         self.whole = self.part.shape == shape
         self.first_column = offset[-1] if len(shape) > 1 else 0
         self.row_ids = None if self.whole or not self.part.numel() else _row_ids(shape, tuple(self.part.shape), offset)
-        # What has no contiguous rows to write to is drawn beside it.
+        # A part without contiguous rows is drawn into a buffer and copied.
         self.out = self.part if self.part.is_contiguous() else torch.empty(self.part.shape, dtype=torch.float32)
         self.blocks = self._blocks()
 
@@ -106,7 +108,7 @@ class _Target:
         return torch.unique(self.row_ids // self.block_rows).tolist()
 
     def fill(self, block: int) -> None:
-        """Draws one block and writes what of it belongs to this rank."""
+        """Draws one block and writes the part of it that this rank holds."""
         start = block * self.block_rows
         stop = min(self.rows, start + self.block_rows)
         in_place = self.whole and self.out.dtype == torch.float32 and self.out.device.type == "cpu"
@@ -132,7 +134,7 @@ class _Target:
             out.normal_(0.0, std, generator=generator)
 
     def finish(self) -> None:
-        """What has to wait for all blocks."""
+        """Constants, copies from the buffer, further experts and padding rows, once all blocks are drawn."""
         if self.entry.init.kind == "constant":
             self.local.fill_(self.entry.init.value)
         elif self.out is not self.part:
@@ -148,10 +150,10 @@ class _Target:
 def tied_name(entry: ParameterPlan) -> str:
     """The name under which all experts of a layer draw: that of a stack, or with ``*`` for the index in a list of experts.
 
-    The index is the number after a part that speaks of experts, else the last number.
+    The index is the number after a part with "expert" in its name, else the last number.
 
     Example:
-        >>> from lightning_mue.parameterizations.planning.scaling_plan import Init
+        >>> from lightning_mue.parameterizations.reading.initializer import Init
         >>> plan = ParameterPlan("h.0.experts.7.fc.2.weight", "expert_up", (8, 4), None, Init("normal", 1.0), 1, 1, 1, "adamw", "")
         >>> tied_name(plan)
         'h.0.experts.*.fc.2.weight'
@@ -168,28 +170,32 @@ def tied_name(entry: ParameterPlan) -> str:
 
 def _local_part(tensor: Tensor, name: str) -> tuple[Tensor, tuple[int, ...]]:
     """(this rank's tensor, detached, sharing memory; where it begins in the whole parameter, a number a dimension)."""
-    if not hasattr(tensor, "placements"):
+    if not is_sharded(tensor):
         return tensor.detach(), (0,) * tensor.ndim
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
     with torch.no_grad():
-        local: Tensor = tensor.to_local().detach()  # type: ignore[attr-defined]
+        part = local(tensor).detach()
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
-    if local.numel() and tuple(local.shape) != tuple(shape):
+    if part.numel() and tuple(part.shape) != tuple(shape):
         raise ValueError(
-            f"{name}: this rank holds a part of shape {list(local.shape)}, expected {list(shape)} from its placements "
-            f"{list(placements)}, so its initial weights cannot be told. Shard the parameter with fully_shard or "
-            "distribute_tensor."
+            mismatch(
+                name,
+                found=f"a shard of shape {list(part.shape)} on this rank",
+                expected=f"{list(shape)} from its placements {list(placements)}",
+                do="Its place in the whole parameter is unknown, so it cannot be drawn. Shard the parameter with fully_shard or "
+                "distribute_tensor.",
+            )
         )
-    return local, tuple(offset) if local.numel() else (0,) * tensor.ndim
+    return part, tuple(offset) if part.numel() else (0,) * tensor.ndim
 
 
-def _row_ids(shape: tuple[int, ...], local: tuple[int, ...], offset: tuple[int, ...]) -> Tensor:
+def _row_ids(shape: tuple[int, ...], part: tuple[int, ...], offset: tuple[int, ...]) -> Tensor:
     """Rows of the whole parameter that a part holds, ascending, int64 [r]."""
     if len(shape) == 1:
-        return torch.arange(offset[0], offset[0] + local[0])
+        return torch.arange(offset[0], offset[0] + part[0])
     ids = torch.zeros((), dtype=torch.int64)
-    for side, size, start in zip(shape[:-1], local[:-1], offset[:-1], strict=True):
+    for side, size, start in zip(shape[:-1], part[:-1], offset[:-1], strict=True):
         ids = ids[..., None] * side + torch.arange(start, start + size)
     return ids.flatten()

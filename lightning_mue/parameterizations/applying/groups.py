@@ -7,51 +7,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from lightning_mue.contract import declared_family
-from lightning_mue.parameterizations.planning.scaling_plan import ParameterPlan, ScalingPlan
-from lightning_mue.parameterizations.rules.kinds import CONVENTIONS, SPHERE_KINDS, Family, matrix_sides
+from lightning_mue.checks import listed, mismatch
+from lightning_mue.parameterizations.planning.parameter_plan import ParameterPlan
+from lightning_mue.parameterizations.planning.scaling_plan import ScalingPlan
+from lightning_mue.parameterizations.rules.kinds import CONVENTIONS, SPHERE_KINDS, matrix_sides
 
 #: Marks a parameter group whose factors are already in it.
 SCALED = "mue_scaled"
-#: `CONVENTIONS` under the names of HyperSphereOptimizer's `lr_convention` and of torch.optim.Muon's `adjust_lr_fn`.
+#: `CONVENTIONS` by the names of HyperSphereOptimizer's `lr_convention` and of torch.optim.Muon's `adjust_lr_fn`.
 _MUON_FACTORS = {**CONVENTIONS, "match_rms_adamw": CONVENTIONS["rms"]}
-
-
-def family_of(optimizer: torch.optim.Optimizer) -> Family:
-    """The family in whose table an optimizer's factors stand.
-
-    HyperSphereOptimizer says itself whether it is on the sphere or a Muon. Of the others only torch.optim.Muon is known by its
-    type, because only of it are the factors of the matrix shape known, for which `split` makes up; another one has to say that
-    it is one, with ``mue_family = "muon"``.
-
-    Raises:
-        ValueError: For an optimizer that no table covers.
-    """
-    declared = declared_family(optimizer)
-    if declared is not None:
-        return declared
-    if (muon := getattr(torch.optim, "Muon", None)) is not None and isinstance(optimizer, muon):
-        return "muon"
-    classes = [cls.__name__ for cls in type(optimizer).__mro__]  # a subclass of AdamW by any name updates like Adam
-    if any("muon" in name.lower() for name in classes):
-        raise ValueError(
-            f"optimizer: found {type(optimizer).__name__}, a Muon other than torch.optim.Muon, whose factors of the matrix shape "
-            "are not known here. Use torch.optim.Muon; or set its attribute mue_family = 'muon': the plan's lr of a matrix is "
-            "then the wanted ratio of its update's spectral norm to the base's, so the optimizer's own factor must be the same "
-            "at both sizes (switch it off if it has one)."
-        )
-    for name in classes:
-        for family in ("adam", "sgd"):
-            if family in name.lower():
-                return family  # type: ignore[return-value]
-    raise ValueError(
-        f"optimizer: found {type(optimizer).__name__}; a parameterization is known for Adam-like optimizers (Adam, AdamW), SGD, "
-        "Muon and HyperSphereOptimizer. If yours updates like one of them, set its attribute mue_family to 'adam', 'sgd', "
-        "'muon' or 'sphere'."
-    )
 
 
 @dataclass
@@ -62,7 +28,7 @@ class Part:
         group: Index of the group that holds them.
         source: Index of the group whose settings they take.
         entry: The plan of one of them; None for frozen parameters outside the plan.
-        muon: Factor on the learning rate that makes up for a Muon's own dependence on the shape.
+        muon: Factor on the learning rate that corrects for a Muon's own dependence on the shape.
         params: The parameters.
         roles: Their roles.
     """
@@ -150,8 +116,13 @@ def scaled_group(source: Mapping[str, Any], part: Part, betas: float) -> dict[st
         result["betas"] = tuple(1 - (1 - beta) * betas for beta in source["betas"])
         if not all(0 <= beta < 1 for beta in result["betas"]):
             raise ValueError(
-                f"betas: {tuple(source['betas'])} become {result['betas']}, because 1 - beta scales with {betas:g} = batch / "
-                "tokens ratio. Use a smaller batch, or betas nearer to 1 at the base."
+                mismatch(
+                    "betas",
+                    found=f"{tuple(source['betas'])}, which become {result['betas']}: 1 - beta scales with {betas:g}, the ratio of "
+                    "batch / tokens",
+                    expected="scaled betas in [0, 1)",
+                    do="Use a smaller batch, or betas nearer to 1 at the base.",
+                )
             )
     # torch's `param_names` runs parallel to `params`, so it cannot be taken over to a part of the group.
     if "param_names" in source:
@@ -179,7 +150,7 @@ def scale_groups(
 
 
 def rate_tags(parts: Sequence[Part], groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
-    """Names for the learning rates of parts: the role, with what tells its parts apart where there are several.
+    """Names for the learning rates of parts: the role, with the differences between its parts where there are several.
 
     Args:
         parts: Parts as `split` gives them.
@@ -217,16 +188,20 @@ def _muon_correction(group: Mapping[str, Any], entry: ParameterPlan) -> float:
     if "adjust_lr_fn" in group:
         if entry.kind != "muon":
             raise ValueError(
-                f"optimizer: {entry.name} ({entry.role}) is in torch.optim.Muon, but the plan gives it the update {entry.kind!r}. "
-                "Give Muon the hidden matrices only, and the rest (embedding, unembedding, norms, biases) to AdamW; or train all "
-                "of them with HyperSphereOptimizer(sphere=False)."
+                mismatch(
+                    "optimizer",
+                    found=f"{entry.name} ({entry.role}) in torch.optim.Muon, while the plan gives it the update {entry.kind!r}",
+                    expected="hidden matrices only",
+                    do="Give the rest (embedding, unembedding, norms, biases) to AdamW; or train all parameters with "
+                    "HyperSphereOptimizer(sphere=False).",
+                )
             )
         convention = group["adjust_lr_fn"] or "original"
     else:
         convention = group.get("lr_convention")
     if entry.kind != "muon" or entry.base_shape is None:
         return 1.0
-    factor = _MUON_FACTORS.get(convention)  # None, or one of an optimizer that is not known here: as it is
+    factor = _MUON_FACTORS.get(convention)  # None, or an unknown convention: no correction
     return 1.0 if factor is None else factor(*matrix_sides(entry.base_shape)) / factor(*matrix_sides(entry.shape))
 
 
@@ -234,21 +209,28 @@ def _refuse_radius(group: Mapping[str, Any], entry: ParameterPlan, plan: Scaling
     if group.get("radius") is None or plan.same_size or entry.kind not in SPHERE_KINDS:
         return
     raise ValueError(
-        f"optimizer: radius={group['radius']:g} is one Frobenius norm for every matrix, but the radii of another size follow from "
-        f"its initial weights, which the plan scales ({entry.name}: std {entry.init.value:.4g}). Leave radius out (None keeps the "
-        "norms of the initial weights), and set the base's initial std instead: a matrix [out, in] has the radius "
-        "std * sqrt(out * in)."
+        mismatch(
+            "optimizer.radius",
+            found=f"radius={group['radius']:g} for every matrix",
+            expected="None: at another size the radii follow from the initial weights, which the plan scales "
+            f"({entry.name}: std {entry.init.value:.4g})",
+            do="Leave radius out (None keeps the norms of the initial weights), and set the base's initial std instead: a matrix "
+            "[out, in] has the radius std * sqrt(out * in).",
+        )
     )
 
 
 def _warn_of_kinds(changed: Sequence[str]) -> None:
-    """Says which parameters get another update than their groups have, as they do not at the base, where no plan is applied."""
+    """Warns of parameters that get another update than their groups have; at the base, where no plan is applied, they do not."""
     if changed:
-        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         warnings.warn(
-            f"optimizer: {len(changed)} parameter(s) get the update of the plan's row instead of their group's kind, and the "
-            f"settings of the first group of that kind: {'; '.join(changed[:3])}{more}. A run at the base keeps the group's kind; "
-            "so that both train alike, pass named parameters, or set the kind or the role that is meant.",
+            mismatch(
+                "optimizer",
+                found=f"{len(changed)} parameter(s) in groups of another kind than the plan's: {listed(changed, limit=3)}",
+                expected="the plan's kinds; they get these, with the settings of the first group of that kind",
+                do="A run at the base keeps the group's kind. So that both train alike, pass named parameters, or set the kind or "
+                "the role that is meant.",
+            ),
             stacklevel=3,
         )
 
@@ -256,13 +238,21 @@ def _warn_of_kinds(changed: Sequence[str]) -> None:
 def _refuse_scaled(group: Mapping[str, Any]) -> None:
     if group.get(SCALED):
         raise ValueError(
-            "optimizer: its groups come from param_groups(model, plan), so they hold the plan's factors already. Use either "
-            "param_groups or MuECallback, not both."
+            mismatch(
+                "optimizer",
+                found="groups from param_groups(model, plan), which hold the plan's factors already",
+                expected="groups without them",
+                do="Use either param_groups or MuECallback, not both.",
+            )
         )
 
 
 def _unknown(parameter: Tensor, name: str | None) -> ValueError:
     return ValueError(
-        f"optimizer: it holds a parameter of shape {list(parameter.shape)} ({name or 'unnamed'}) that the plan does "
-        "not know. Give the optimizer the parameters of this module only, made after configure_model."
+        mismatch(
+            "optimizer",
+            found=f"a parameter of shape {list(parameter.shape)} ({name or 'unnamed'}) that the plan does not know",
+            expected="parameters of the plan",
+            do="Give the optimizer the parameters of this module only, made after configure_model.",
+        )
     )

@@ -9,20 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_mue.names import clean_name
+from lightning_mue.checks import mismatch
 from lightning_mue.parameterizations.applying.groups import Part, rate_tags, scaled_group, split
 from lightning_mue.parameterizations.planning.scaling_plan import ScalingPlan
+from lightning_mue.parameterizations.reading.parameters import named_tensors
 
 _MISSING = object()
-#: Settings that are ours while the groups are swapped in.
+#: Settings that this class sets while the groups are swapped in.
 _OURS = frozenset({"params", "lr", "weight_decay", "eps", "betas", "kind", "param_names", "roles"})
 
 
 class ScaledStep:
     """Swaps scaled groups into an optimizer while it updates, and the user's own groups back after.
 
-    Splitting the groups for good breaks LR schedulers, checkpoints and LearningRateMonitor; during the update nobody else looks
-    at them. A closure (in Lightning forward, backward and clipping run in it) sees the user's groups, and what it changes in
+    Splitting the groups permanently would break LR schedulers, checkpoints and LearningRateMonitor; during the update nothing else
+    reads them. A closure (in Lightning forward, backward and clipping run in it) sees the user's groups, and what it changes in
     them counts for this step. The post hook is not reached if the update raises: call :meth:`restore`.
 
     Args:
@@ -37,13 +38,13 @@ class ScaledStep:
     def __init__(self, optimizer: torch.optim.Optimizer, plan: ScalingPlan, model: nn.Module) -> None:
         self.optimizer = optimizer
         self.plan = plan
-        self.names: dict[Tensor, str] = {p: clean_name(name) for name, p in model.named_parameters()}
+        self.names: dict[Tensor, str] = {p: name for name, p in named_tensors(model).items()}
         #: The user's groups, while the scaled ones are in the optimizer.
         self.own_groups: list[dict[str, Any]] | None = None
         self._scaled: list[dict[str, Any]] = []
         self._parts: list[Part] = []
         self._shape: list[tuple[Any, list[Tensor]]] = []
-        # Finds unknown parameters and groups that are scaled already now, not in the middle of the first step.
+        # Splits now, so that unknown parameters and scaled groups are found before the first step.
         self._scale(optimizer.param_groups)
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
@@ -87,7 +88,7 @@ class ScaledStep:
         self._given = [dict(group) for group in self._scaled]
 
     def _scale(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Scaled groups for the user's; the split is kept between steps and only the numbers are written anew."""
+        """Scaled groups for the user's; the split is kept between steps and only the numbers are computed again."""
         if not self._is_split(groups):
             self._parts = split(groups, self.plan, self.names, by_role=False)
             self._shape = [(group.get("kind"), list(group["params"])) for group in groups]
@@ -115,7 +116,7 @@ class ScaledStep:
             self._keep_changes(own)
 
     def _keep_changes(self, own: list[dict[str, Any]]) -> None:
-        """Writes what the optimizer noted in the scaled groups (a step count, say) into the user's."""
+        """Copies what the optimizer stored in the scaled groups (a step count, say) to the user's groups."""
         noted: dict[tuple[int, str], Any] = {}
         for part, group, given in zip(self._parts, self._scaled, self._given, strict=True):
             if len(group) == len(given) and all(map(is_, group.values(), given.values())):
@@ -126,15 +127,19 @@ class ScaledStep:
                 before = noted.setdefault((part.group, key), value)
                 if key in _OURS or not _same(before, value):
                     raise ValueError(
-                        f"optimizer: {type(self.optimizer).__name__} keeps {key!r} in its parameter groups and it came out "
-                        "different for parameters that share one of them, so it cannot be kept there. Build the optimizer "
-                        "from param_groups(model, plan) instead of using MuECallback's swap."
+                        mismatch(
+                            "optimizer",
+                            found=f"{type(self.optimizer).__name__} keeps {key!r} in its parameter groups, with different values "
+                            "for parameters of one group",
+                            expected="one value a group",
+                            do="Build the optimizer from param_groups(model, plan) instead of using MuECallback's swap.",
+                        )
                     )
         for (index, key), value in noted.items():
             own[index][key] = value
 
     def restore(self) -> None:
-        """Gives the optimizer its own groups back; does nothing if it has them."""
+        """Restores the optimizer's own groups; does nothing if it has them."""
         if self.own_groups is not None:
             self.optimizer.param_groups, self.own_groups = self.own_groups, None
 
@@ -149,6 +154,3 @@ def _same(a: Any, b: Any) -> bool:
     if a is b:
         return True
     return not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b)
-
-
-__all__ = ["ScaledStep"]

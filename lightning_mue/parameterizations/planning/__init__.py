@@ -1,1 +1,1 @@
-"""What a rule does to a model: the plan, how its cells are evaluated, and how it is shown."""
+"""A target compared with its base: counterparts, factors, and the plan that holds them."""

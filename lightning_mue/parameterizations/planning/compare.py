@@ -13,10 +13,11 @@ from torch import nn
 
 from lightning_mue.console import to_text
 from lightning_mue.names import split_layer
+from lightning_mue.parameterizations.planning.parameter_plan import ParameterPlan
 from lightning_mue.parameterizations.planning.plan import plan
-from lightning_mue.parameterizations.planning.scaling_plan import ParameterPlan, ScalingPlan
+from lightning_mue.parameterizations.planning.scaling_plan import ScalingPlan
 from lightning_mue.parameterizations.rules.kinds import Family
-from lightning_mue.parameterizations.rules.table import get_rule
+from lightning_mue.parameterizations.rules.table import NotCoveredError, get_rule
 
 #: Column of a plan -> its title here.
 _QUANTITIES = {
@@ -97,7 +98,7 @@ def _shown(p: ParameterPlan, quantity: str) -> str:
         return f"{getattr(p, quantity):.4g}"
     if p.init.kind == "keep":
         return "as it is"
-    # Two digits: stds are measured on the base, so more would be sampling noise; like layers stand in one row.
+    # Two digits: stds are measured on the base, so more would be sampling noise; equal layers share a row.
     text = f"= {p.init.value:.2g}" if p.init.kind == "constant" else f"{p.init.value:.2g}"
     return text + (" tied" if p.tied else "")
 
@@ -126,8 +127,6 @@ def compare_rules(
         chosen = family if family in rule.tables else next(iter(rule.tables))
         try:
             plans[name] = plan(model, rule=rule, family=chosen, **arguments)  # type: ignore[arg-type]
-        except ValueError as error:
-            if not str(error).startswith("rule="):
-                raise
+        except NotCoveredError as error:
             failures[name] = str(error)
     return RuleComparison(plans, failures)

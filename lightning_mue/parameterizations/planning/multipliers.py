@@ -1,28 +1,22 @@
-"""Forward multipliers: set on the modules that expose them, folded into the weights where none does.
-
-A module exposes multipliers through ``mue_multipliers``, a mapping kind -> attribute name, e.g.
-``{"ffn": "output_multiplier", "route": "route_scale"}``. The attributes are plain floats. Attributes of modules that declare
-nothing can be named by a pattern on their dotted paths.
-"""
+"""Values of the forward multipliers: set on the modules that expose them, folded into the weights where none does."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
-from lightning_mue.names import clean_name
-from lightning_mue.parameterizations.reading.inference import why_not_foldable
-from lightning_mue.parameterizations.reading.matching import BaseIndex
+from lightning_mue.checks import mismatch
+from lightning_mue.parameterizations.planning.counterparts import BaseIndex
+from lightning_mue.parameterizations.reading.folding import why_not_foldable
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo, branch_ratios
-from lightning_mue.parameterizations.reading.record import ModelRecord, Site, sites
+from lightning_mue.parameterizations.reading.record import ModelRecord
+from lightning_mue.parameterizations.reading.sites import Site
 from lightning_mue.parameterizations.rules.kinds import Kind
 from lightning_mue.parameterizations.rules.monomial import parse
-from lightning_mue.parameterizations.rules.table import Parameterization
+from lightning_mue.parameterizations.rules.table import NotCoveredError, Parameterization
 
 #: Kinds: of a residual branch, of attention logits, of an FFN's or MoE's output, of its routed part, of the logits.
-KINDS = ("residual", "attention", "ffn", "route", "output")
+MULTIPLIER_KINDS = ("residual", "attention", "ffn", "route", "output")
 #: The value that a kind has in a base without it: a dense FFN is an MoE of one expert with route scale 1.
 _ABSENT = {"route": 1.0, "ffn": 1.0}
 
@@ -30,33 +24,6 @@ _REMEDY = {
     "attention": "Keep the head dimension as at the base (more heads, not larger ones). Or: ",
     "residual": "Name the last matrix of each branch by pattern, e.g. roles: {'blocks.*out': ffn_down}. Or: ",
 }
-
-
-def read_multipliers(module: nn.Module) -> dict[str, float]:
-    """The values of all declared multipliers by dotted path, e.g. to go into a checkpoint."""
-    return {site.path: site.value for site in sites(module)}
-
-
-def set_multipliers(module: nn.Module, values: Mapping[str, float]) -> None:
-    """Sets multipliers by dotted path of the attribute.
-
-    Raises:
-        ValueError: If there is no number at a path.
-    """
-    if not values:
-        return
-    modules = {clean_name(name): child for name, child in module.named_modules() if not hasattr(child, "_orig_mod")}
-    places = {path: (modules.get(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in values}
-    unknown = sorted(
-        path
-        for path, (child, attribute) in places.items()
-        if child is None or not isinstance(getattr(child, attribute, None), (int, float))
-    )
-    if unknown:
-        exposed = sorted(read_multipliers(module))
-        raise ValueError(f"multipliers: {unknown} are not exposed by {type(module).__name__}; it exposes {exposed}.")
-    for path, (child, attribute) in places.items():
-        setattr(child, attribute, float(values[path]))
 
 
 def site_values(
@@ -94,10 +61,10 @@ def folded_cells(
 
     Returns:
         Kind -> (the base's own value, cell that multiplies it). The scale of undeclared attention logits is read from the
-        attention modules, else taken to be ``head_dim^-1/2``; what is folded is the rest.
+        attention modules, else taken to be ``head_dim^-1/2``; the remaining factor is folded.
 
     Raises:
-        ValueError: If one other than 1 is needed where it cannot be folded.
+        NotCoveredError: If one other than 1 is needed where it cannot be folded.
     """
     present = {site.kind for site in target.sites}
     folded: dict[str, tuple[float, str]] = {}
@@ -105,17 +72,21 @@ def folded_cells(
         if kind in present:
             continue
         start = next((site.value for site in base.sites if site.kind == kind), 1.0)
-        if kind == "attention":  # what the modules' own scales do not do already
+        if kind == "attention":  # beyond the modules' own scales
             scales = [record.inferred.get("attention_scale") for record in (base, target)]
             start, cell = (scales[0] / scales[1], cell) if all(scales) else (1.0, f"{cell} k^1/2")  # type: ignore[operator]
         value = start * parse(cell).evaluate(ratios, alpha)
         reason = None if kind in _ABSENT or value == 1.0 else why_not_foldable(infos, kind)
         if reason is not None:
-            raise ValueError(
-                f"rule={rule.name!r} needs the {kind} multiplier {cell} = {value:g}, but no module of {target.model} exposes one, "
-                f"and it cannot be folded into weights: {reason}. {_REMEDY.get(kind, '')}Name the attribute that holds it, e.g. "
-                f"multipliers: {{{kind}: '{kind}_multiplier$'}}; or declare it on the module that applies it, "
-                f"mue_multipliers = {{'{kind}': '{kind}_multiplier'}}."
+            raise NotCoveredError(
+                mismatch(
+                    "rule",
+                    found=f"{rule.name!r}, which needs the {kind} multiplier {cell} = {value:g}",
+                    expected=f"a module of {target.model} that exposes one, or weights to fold it into ({reason})",
+                    do=f"{_REMEDY.get(kind, '')}Name the attribute that holds it, e.g. multipliers: "
+                    f"{{{kind}: '{kind}_multiplier$'}}; or declare it on the module that applies it, "
+                    f"mue_multipliers = {{'{kind}': '{kind}_multiplier'}}.",
+                )
             )
         folded[kind] = (start, cell)
     return folded
@@ -126,7 +97,7 @@ class _Counterparts:
 
     def __init__(self, target: tuple[Site, ...], base: tuple[Site, ...]) -> None:
         self._paths, self._base = [site.path for site in target], base
-        # One index a group of sites, not one a site: a deep model has thousands of them.
+        # One index for each group of sites, not for each site: a deep model has thousands.
         self._groups: dict[tuple[str, tuple[str, ...] | None], tuple[dict[str, Site], BaseIndex]] = {}
 
     def find(self, site: Site) -> Site | None:
@@ -150,7 +121,7 @@ class _Counterparts:
 
 
 def fold(cells: dict[str, Any], multiplier: float, kind: Kind) -> dict[str, Any]:
-    """Moves a forward multiplier m into a weight, so that the function trains alike (theory.md section 2).
+    """Moves a forward multiplier m into a weight, so that the function trains alike (docs/theory.md section 2).
 
     Args:
         cells: Factors ``init``, ``lr``, ``wd`` and ``eps``.

@@ -1,33 +1,43 @@
-"""What a person should know of a plan: moves and modules for which its rule makes no claim, and what decides the limit."""
+"""What a person should know of a plan: where its rule makes no claim, and which numbers decide the limit."""
 
 from __future__ import annotations
 
-from lightning_mue.parameterizations.reading.inference import is_attention
-from lightning_mue.parameterizations.reading.record import ModelRecord
-from lightning_mue.parameterizations.reading.sizes import Sizes
-from lightning_mue.parameterizations.rules.axes import Axes
+from lightning_mue.parameterizations.planning.match import Pair
+from lightning_mue.parameterizations.reading.role_names import in_attention
 from lightning_mue.parameterizations.rules.monomial import parse
 from lightning_mue.parameterizations.rules.roles import Role
 from lightning_mue.parameterizations.rules.table import Parameterization, Preset
 
 
-def plan_notes(
-    rule: Parameterization,
-    model: ModelRecord,
-    sizes: Sizes,
-    axes: Axes,
-    base_axes: Axes,
-    alpha: float,
-    constants: Preset | None,
-) -> list[str]:
-    """What a person should know: moves, routers and exponents for which the rule makes no claim; what decides the limit."""
-    changed, ratios = axes.changed(base_axes), axes.ratios(base_axes)
+def plan_notes(rule: Parameterization, pair: Pair, alpha: float, constants: Preset | None) -> list[str]:
+    """The notes of a plan, one sentence each.
+
+    Args:
+        rule: The rule.
+        pair: Target and base.
+        alpha: Depth exponent.
+        constants: The preset in force.
+    """
+    changed = pair.axes.changed(pair.base_axes)
+    return [
+        *_unclaimed_moves(rule, pair, changed, alpha),
+        *_unknown_modules(rule, pair, changed),
+        *_unclaimed_routers(rule, pair, changed),
+        *_invariants(rule, pair),
+        *_preset(constants),
+    ]
+
+
+def _unclaimed_moves(rule: Parameterization, pair: Pair, changed: list[str], alpha: float) -> list[str]:
+    """Axes, ratios and depth exponents for which the rule claims no transfer."""
+    sizes, base_sizes = pair.axes.to_dict(), pair.base_axes.to_dict()
     notes = [
-        f"{axis} differs from the base ({base_axes.to_dict()[axis]:g} -> {axes.to_dict()[axis]:g}), but {rule.name} "
+        f"{axis} differs from the base ({base_sizes[axis]:g} -> {sizes[axis]:g}), but {rule.name} "
         "does not claim transfer along it"
         for axis in changed
         if rule.moves and axis not in rule.moves
     ]
+    ratios = pair.axes.ratios(pair.base_axes)
     notes += [
         f"{symbol} changes by a factor of {ratios[symbol]:g}, but {rule.name} claims transfer at fixed {symbol} only"
         for symbol in sorted(rule.fixed)
@@ -35,30 +45,58 @@ def plan_notes(
     ]
     if rule.alpha is not None and alpha != rule.alpha and "depth" in changed:
         notes.append(f"alpha={alpha:g}, but {rule.name} is derived for alpha={rule.alpha:g}")
-    undeclared = not model.routing and any(info.role is Role.ROUTER for info in sizes.infos)
-    if rule.routing and undeclared and {"n_experts", "top_k"} & set(changed):
+    return notes
+
+
+def _unknown_modules(rule: Parameterization, pair: Pair, changed: list[str]) -> list[str]:
+    """What the rule depends on and the modules do not show."""
+    notes = []
+    undeclared = not pair.target.routing and any(info.role is Role.ROUTER for info in pair.infos)
+    if rule.routing and undeclared and _experts_changed(changed):
         wanted = "; ".join(f"{setting} {' or '.join(sorted(claimed))}" for setting, claimed in rule.routing.items())
         notes.append(
             f"how the router makes its gates is not known; {rule.name} claims transfer over experts for {wanted}"
         )
-    headless = "attention" in rule.multipliers and "width" in changed and None in (axes.head_dim, base_axes.head_dim)
-    if headless and not model.sizes and any(is_attention(info) for info in sizes.infos):
+    headless = None in (pair.axes.head_dim, pair.base_axes.head_dim) and not pair.target.sizes
+    matters = "attention" in rule.multipliers and "width" in changed
+    if headless and matters and any(len(i.shape) == 2 and in_attention(i.path) for i in pair.infos):
         notes.append(
             "the size of an attention head is not known and taken to be the base's; if it grows, logits need a factor"
         )
-    if {"n_experts", "top_k"} & set(changed):
-        for setting, claimed in rule.routing.items():
-            if found := set(model.routing.get(setting, ())) - claimed:
-                notes.append(
-                    f"{setting}={', '.join(sorted(found))}, but {rule.name} claims transfer over experts and top_k for "
-                    f"{' or '.join(sorted(claimed))} only"
-                )
+    return notes
+
+
+def _unclaimed_routers(rule: Parameterization, pair: Pair, changed: list[str]) -> list[str]:
+    """Settings of routers for which the rule claims no transfer over experts."""
+    if not _experts_changed(changed):
+        return []
+    found = {setting: set(pair.target.routing.get(setting, ())) - claimed for setting, claimed in rule.routing.items()}
+    return [
+        f"{setting}={', '.join(sorted(values))}, but {rule.name} claims transfer over experts and top_k for "
+        f"{' or '.join(sorted(rule.routing[setting]))} only"
+        for setting, values in found.items()
+        if values
+    ]
+
+
+def _experts_changed(changed: list[str]) -> bool:
+    return bool({"n_experts", "top_k"} & set(changed))
+
+
+def _invariants(rule: Parameterization, pair: Pair) -> list[str]:
+    """Numbers in which models with the same limit agree, as far as the sizes are known."""
+    notes = []
     for name, cell in rule.invariants.items():
-        if set(parse(cell).powers) <= set(axes.sizes()) & set(base_axes.sizes()):
-            old, new = (parse(cell).evaluate(a.sizes()) for a in (base_axes, axes))
+        if set(parse(cell).powers) <= set(pair.axes.sizes()) & set(pair.base_axes.sizes()):
+            old, new = (parse(cell).evaluate(axes.sizes()) for axes in (pair.base_axes, pair.axes))
             same = "equal: the same limit" if abs(new / old - 1) < 1e-9 else "different: another limit"
             notes.append(f"{name} = {cell}: {old:.4g} at the base, {new:.4g} here ({same})")
-    if constants is not None and constants.hyperparameters:
-        values = ", ".join(f"{key} {value:g}" for key, value in constants.hyperparameters.items())
-        notes.append(f"preset ({constants.source}): tuned at its base {dict(constants.base)}: {values}")
     return notes
+
+
+def _preset(constants: Preset | None) -> list[str]:
+    """What the paper tuned at its base."""
+    if constants is None or not constants.hyperparameters:
+        return []
+    values = ", ".join(f"{key} {value:g}" for key, value in constants.hyperparameters.items())
+    return [f"preset ({constants.source}): tuned at its base {dict(constants.base)}: {values}"]

@@ -4,20 +4,39 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lightning_mue.console import human
+from lightning_mue.console import human, to_text
 from lightning_mue.names import split_layer
+from lightning_mue.parameterizations.planning.parameter_plan import ParameterPlan
 from lightning_mue.parameterizations.rules.axes import Axes
 
-if TYPE_CHECKING:
-    from lightning_mue.parameterizations.planning.scaling_plan import ParameterPlan, ScalingPlan
-
 _HEADERS = ("role", "size", "parameters", "shape", "init", "lr x", "wd x", "eps x", "update")
+
+
+class PrintablePlan:
+    """What of a plan is shown; `ScalingPlan` has these attributes and describes them."""
+
+    rule: str
+    family: str
+    alpha: float
+    axes: dict[str, float]
+    base_axes: dict[str, float]
+    betas: float
+    parameters: tuple[ParameterPlan, ...]
+    multipliers: dict[str, float]
+    same_size: bool
+    notes: tuple[str, ...]
+    folded: dict[str, float]
+
+    def __str__(self) -> str:
+        return to_text(as_renderable(self))
+
+    def __rich__(self) -> RenderableType:
+        return as_renderable(self)
 
 
 @dataclass
@@ -47,7 +66,7 @@ class _Line:
         return (f"std {values[len(values) // 2]:.3g}" if near else f"std {values[0]:.2g}-{values[-1]:.2g}") + tied
 
 
-def _lines(plan: ScalingPlan) -> list[_Line]:
+def _lines(plan: PrintablePlan) -> list[_Line]:
     lines: dict[tuple[object, ...], _Line] = {}
     for p in plan.parameters:
         constant = p.init.value if p.init.kind == "constant" else None
@@ -56,15 +75,15 @@ def _lines(plan: ScalingPlan) -> list[_Line]:
     return list(lines.values())
 
 
-def _sources(plan: ScalingPlan) -> list[str]:
-    """Which roles' rows stand where in the literature."""
+def _sources(plan: PrintablePlan) -> list[str]:
+    """Source of a row -> roles that take it, one line a source."""
     roles: dict[str, dict[str, None]] = {}
     for p in plan.parameters:
         roles.setdefault(p.source, {})[p.role] = None
     return [f"{source}: {', '.join(names)}" for source, names in roles.items()]
 
 
-def headline(plan: ScalingPlan) -> str:
+def headline(plan: PrintablePlan) -> str:
     """One line: the rule and what changed since the base."""
     axes, base_axes = Axes(**plan.axes), Axes(**plan.base_axes)
     moved = [f"{axis} {plan.base_axes[axis]:g} -> {plan.axes[axis]:g}" for axis in axes.changed(base_axes)]
@@ -73,14 +92,14 @@ def headline(plan: ScalingPlan) -> str:
     return f"{plan.rule} ({plan.family}, alpha={plan.alpha:g}), {human(total)} parameters; {what}"
 
 
-def _multipliers(plan: ScalingPlan) -> list[str]:
+def _multipliers(plan: PrintablePlan) -> list[str]:
     """Equal multipliers of many layers, as one entry: 'blocks.*.residual_multiplier = 0.25'."""
     merged = {(split_layer(path)[0], f"{value:.4g}") for path, value in plan.multipliers.items()}
     folded = [f"{kind} x {value:.4g}, folded into weights" for kind, value in sorted(plan.folded.items())]
     return [f"{path} = {value}" for path, value in sorted(merged)] + folded
 
 
-def as_renderable(plan: ScalingPlan) -> RenderableType:
+def as_renderable(plan: PrintablePlan) -> RenderableType:
     """The plan as something that ``rich`` prints."""
     table = Table(title=headline(plan), title_justify="left", title_style="bold", header_style="bold")
     for header in _HEADERS:
@@ -97,7 +116,7 @@ def as_renderable(plan: ScalingPlan) -> RenderableType:
     return Group(table, *footer)
 
 
-def as_markdown(plan: ScalingPlan) -> str:
+def as_markdown(plan: PrintablePlan) -> str:
     """The plan as Markdown, for TensorBoard's text page."""
     rows = [" | ".join(_HEADERS), " | ".join("---" for _ in _HEADERS)]
     rows += [" | ".join(line.cells()) for line in _lines(plan)]

@@ -1,63 +1,21 @@
-"""The plan as a record: what happens to each parameter of one model under one rule."""
+"""The plan: what happens to each parameter of one model under one rule."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-
-@dataclass(frozen=True)
-class Init:
-    """How a parameter is drawn: ``normal`` or ``uniform`` with mean 0, ``constant``, or ``keep`` (left as it is).
-
-    Attributes:
-        kind: The distribution, as measured on the base.
-        value: Standard deviation, or the constant.
-    """
-
-    kind: str
-    value: float
+from lightning_mue.parameterizations.planning.parameter_plan import ParameterPlan
+from lightning_mue.parameterizations.planning.render import PrintablePlan
+from lightning_mue.parameterizations.reading.initializer import Init
 
 
 @dataclass(frozen=True)
-class ParameterPlan:
-    """What happens to one parameter.
-
-    Attributes:
-        name: Fully qualified name.
-        role: Its role.
-        shape: Its shape.
-        base: The base's parameter that it scales from, or None (a router whose base is dense).
-        init: How it is drawn.
-        lr: Factor on the group's learning rate.
-        weight_decay: Factor on the group's weight decay.
-        eps: Factor on Adam's epsilon.
-        kind: The update it gets (``adamw``, ``sgd``, ``sphere``, ``adam_sphere``, ``muon``).
-        source: The row it came from.
-        base_shape: Shape of the base's parameter; of its hidden matrices for one that the base lacks.
-        tied: Every expert of the layer starts from the same draw.
-    """
-
-    name: str
-    role: str
-    shape: tuple[int, ...]
-    base: str | None
-    init: Init
-    lr: float
-    weight_decay: float
-    eps: float
-    kind: str
-    source: str
-    base_shape: tuple[int, ...] | None = None
-    tied: bool = False
-
-
-@dataclass(frozen=True)
-class ScalingPlan:
+class ScalingPlan(PrintablePlan):
     """A rule applied to one model and one base: prints as a table, saves to YAML, diffs against another.
 
     Attributes:
@@ -92,42 +50,19 @@ class ScalingPlan:
                 return parameter
         raise KeyError(name)
 
-    def __str__(self) -> str:
-        from lightning_mue.console import to_text
-
-        return to_text(self)
-
-    def __rich__(self) -> Any:
-        from lightning_mue.parameterizations.planning.render import as_renderable
-
-        return as_renderable(self)
-
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, so that it can go into a checkpoint that loads with ``weights_only=True``, or into YAML."""
         plain = asdict(self)
-        plain["notes"] = list(self.notes)
+        plain["notes"], plain["parameters"] = list(self.notes), list(plain["parameters"])
         for p in plain["parameters"]:
-            p["shape"], p["base_shape"] = (
-                list(p["shape"]),
-                list(p["base_shape"]) if p["base_shape"] is not None else None,
-            )
-        plain["parameters"] = list(plain["parameters"])
+            p["shape"] = list(p["shape"])
+            p["base_shape"] = list(p["base_shape"]) if p["base_shape"] is not None else None
         return plain
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> ScalingPlan:
         """The inverse of :meth:`to_dict`."""
-        parameters = tuple(
-            ParameterPlan(
-                **{
-                    **p,
-                    "shape": tuple(p["shape"]),
-                    "base_shape": tuple(p["base_shape"]) if p.get("base_shape") is not None else None,
-                    "init": Init(**p["init"]),
-                }
-            )
-            for p in plain["parameters"]
-        )
+        parameters = tuple(map(_parameter, plain["parameters"]))
         return cls(**{**plain, "parameters": parameters, "notes": tuple(plain["notes"])})
 
     def save(self, path: str | Path) -> None:
@@ -147,31 +82,36 @@ class ScalingPlan:
             init: Compare the initialization too. It is measured, so its last digits depend on the machine; once weights
                 exist it no longer matters.
         """
-        keys = ("role", "shape", *(["init", "tied"] if init else []), "lr", "weight_decay", "eps", "kind")
-        lines = [
-            f"{key}: {getattr(self, key)} -> {getattr(other, key)}"
-            for key in ("rule", "family", "alpha", "betas")
-            if getattr(self, key) != getattr(other, key)
-        ]
+        lines = _differences("", ("rule", "family", "alpha", "betas"), self, other)
         for key in ("axes", "base_axes", "folded"):
-            a, b = getattr(self, key), getattr(other, key)
-            lines += [
-                f"{key}.{name}: {a.get(name)} -> {b.get(name)}" for name in {**a, **b} if a.get(name) != b.get(name)
-            ]
-        for path in sorted({*self.multipliers, *other.multipliers}):
-            mine, theirs = self.multipliers.get(path), other.multipliers.get(path)
-            if mine != theirs:
-                lines.append(f"{path}: {mine} -> {theirs}")
-        mine_by_name = {p.name: p for p in self.parameters}
-        theirs_by_name = {p.name: p for p in other.parameters}
-        for name in dict.fromkeys([*mine_by_name, *theirs_by_name]):
-            old, new = mine_by_name.get(name), theirs_by_name.get(name)
+            mine, theirs = getattr(self, key), getattr(other, key)
+            lines += [f"{key}.{line}" for line in _changed_values(mine, theirs, {**mine, **theirs})]
+        lines += _changed_values(self.multipliers, other.multipliers, sorted({*self.multipliers, *other.multipliers}))
+        keys = ("role", "shape", *(["init", "tied"] if init else []), "lr", "weight_decay", "eps", "kind")
+        ours, others = ({p.name: p for p in plan.parameters} for plan in (self, other))
+        for name in dict.fromkeys([*ours, *others]):
+            old, new = ours.get(name), others.get(name)
             if old is None or new is None:
-                lines.append(
-                    f"{name}: {'absent' if old is None else 'present'} -> {'absent' if new is None else 'present'}"
-                )
-                continue
-            for key in keys:
-                if getattr(old, key) != getattr(new, key):
-                    lines.append(f"{name}.{key}: {getattr(old, key)} -> {getattr(new, key)}")
+                lines.append(f"{name}: {_presence(old)} -> {_presence(new)}")
+            else:
+                lines += _differences(f"{name}.", keys, old, new)
         return lines
+
+
+def _parameter(plain: Mapping[str, Any]) -> ParameterPlan:
+    base_shape = tuple(plain["base_shape"]) if plain.get("base_shape") is not None else None
+    changed = {"shape": tuple(plain["shape"]), "base_shape": base_shape, "init": Init(**plain["init"])}
+    return ParameterPlan(**{**plain, **changed})
+
+
+def _differences(prefix: str, attributes: Iterable[str], mine: object, theirs: object) -> list[str]:
+    pairs = ((name, getattr(mine, name), getattr(theirs, name)) for name in attributes)
+    return [f"{prefix}{name}: {old} -> {new}" for name, old, new in pairs if old != new]
+
+
+def _changed_values(mine: Mapping[str, float], theirs: Mapping[str, float], names: Iterable[str]) -> list[str]:
+    return [f"{name}: {mine.get(name)} -> {theirs.get(name)}" for name in names if mine.get(name) != theirs.get(name)]
+
+
+def _presence(entry: ParameterPlan | None) -> str:
+    return "absent" if entry is None else "present"

@@ -1,1 +1,1 @@
-"""What a model is: its parameters, their roles, its sizes, and the base that it is compared with."""
+"""Reads one model: its parameters and their roles, sizes, forward multipliers and initial weights."""

@@ -1,4 +1,4 @@
-"""Reads a module tree: which parameters there are, of what form, and what is declared about them."""
+"""Lists the parameters of a module tree: shapes, forms, and the roles that are declared or given by pattern."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from lightning_mue.checks import listed, mismatch, require_choice
 from lightning_mue.contract import branch_kind, branch_sizes, declared_roles, note_role
 from lightning_mue.names import clean_name, split_layer
 from lightning_mue.parameterizations.rules.roles import Role
@@ -22,7 +23,7 @@ _NORM_TYPES = (
     nn.modules.instancenorm._InstanceNorm,
 )
 
-#: What kind of module holds a parameter: what its sides mean depends on it. ``raw``: a module of a type not known here.
+#: Kind of the module that holds a parameter, which decides what its sides mean. ``raw``: a module of another type.
 Form = Literal["linear", "conv", "embedding", "norm", "raw"]
 
 
@@ -34,13 +35,13 @@ class ParameterInfo:
         name: Fully qualified name, without what torch.compile, FSDP and activation checkpointing insert.
         shape: Its (global) shape.
         fans: (fan-in, fan-out) of one matrix.
-        form: What kind of module holds it.
+        form: Kind of the module that holds it.
         role: Its role, or None while unknown.
         branch: Sizes of the enclosing FFN or MoE branch by the tables' symbols (:func:`branch_sizes`), if it declares any.
         tied: True if an embedding and an unembedding share it.
         trainable: False if it is frozen.
-        folds: Kinds of forward multipliers that can be folded into it, because it is the last (or, for ``attention``, the
-            only) factor of what they multiply.
+        folds: Kinds of forward multipliers that can be folded into it, because it is the last factor of what they multiply (for
+            ``attention``, the only one).
     """
 
     name: str
@@ -64,6 +65,11 @@ class ParameterInfo:
         return re.sub(r"[._](weight|bias)$", "", self.name)
 
 
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Qualified name -> parameter, names as in a plan; a shared parameter under its first name."""
+    return {clean_name(name): p for name, p in model.named_parameters()}
+
+
 def branch_ratios(branch: Mapping[str, float] | None, base: Mapping[str, float] | None) -> dict[str, float]:
     """Ratios target/base of a branch's own sizes; empty where one side is not known. Blocks of a model may differ."""
     if not branch or not base:
@@ -73,7 +79,7 @@ def branch_ratios(branch: Mapping[str, float] | None, base: Mapping[str, float] 
 
 
 def list_parameters(module: nn.Module, roles: Mapping[str, str] | None = None) -> list[ParameterInfo]:
-    """Lists the parameters with the roles that are declared, matched by pattern, or plain from the type.
+    """Lists the parameters with the roles that are declared, matched by pattern, or certain from the type.
 
     Args:
         module: Any module.
@@ -97,9 +103,9 @@ def list_parameters(module: nn.Module, roles: Mapping[str, str] | None = None) -
                 used.add(pattern.pattern)
                 break
         if isinstance(tensor, nn.parameter.UninitializedParameter):
-            raise ValueError(
-                f"model: {name} has no shape yet, because it belongs to a lazy layer. Run one batch through the model first."
-            )
+            found_lazy = f"{name} without a shape, because it belongs to a lazy layer"
+            do = "Run one batch through the model first."
+            raise ValueError(mismatch("model", found=found_lazy, expected="parameters that have shapes", do=do))
         form, first = module_form(owner), found.get(id(tensor))
         if first is None:
             fans = _fans(tuple(tensor.shape), owner)
@@ -110,8 +116,12 @@ def list_parameters(module: nn.Module, roles: Mapping[str, str] | None = None) -
     unused = [pattern.pattern for pattern, _ in patterns if pattern.pattern not in used]
     if unused:
         raise ValueError(
-            f"roles: the pattern(s) {unused} match no parameter. Parameters: {some(found.values())}. "
-            "Correct or remove them."
+            mismatch(
+                "roles",
+                found=f"pattern(s) {unused}, which match no parameter",
+                expected=f"patterns on names of parameters: {some(found.values())}",
+                do="Correct or remove them.",
+            )
         )
     return list(found.values())
 
@@ -125,9 +135,14 @@ def role_patterns(roles: Mapping[str, str] | None) -> list[tuple[re.Pattern[str]
     patterns = []
     for pattern, role in (roles or {}).items():
         try:
-            patterns.append((re.compile(pattern), _role(pattern, role)))
+            compiled = re.compile(pattern)
         except re.error as error:
-            raise ValueError(f"roles: {pattern!r} is no regular expression ({error}). Correct it.") from error
+            found = f"{pattern!r} ({error})"
+            raise ValueError(
+                mismatch("roles", found=found, expected="a regular expression", do="Correct it.")
+            ) from error
+        require_choice(f"roles[{pattern!r}]", role, [known.value for known in Role])
+        patterns.append((compiled, Role(role)))
     return patterns
 
 
@@ -153,17 +168,8 @@ def _walk(module: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module, dict[str,
     return visit("", module, None)
 
 
-def _role(pattern: str, role: str) -> Role:
-    try:
-        return Role(role)
-    except ValueError:
-        raise ValueError(
-            f"roles: the pattern {pattern!r} names the role {role!r}; expected one of {', '.join(r.value for r in Role)}."
-        ) from None
-
-
 def _declared_role(owner: nn.Module, leaf: str, dim: int) -> Role | None:
-    """The role that the owner declares, or the one that its type and the parameter's form leave no doubt about."""
+    """The role that the owner declares, or the one that follows from its type and the parameter's form."""
     declared = declared_roles(owner)
     if leaf in declared:
         return Role(declared[leaf])
@@ -178,7 +184,7 @@ def _declared_role(owner: nn.Module, leaf: str, dim: int) -> Role | None:
 
 
 def module_form(owner: nn.Module) -> Form:
-    """What kind of module holds a parameter, by its type."""
+    """Kind of the module that holds a parameter, by its type."""
     kind = type(owner)
     if isinstance(owner, nn.modules.conv._ConvNd):
         return "conv"
@@ -206,7 +212,7 @@ def _fans(shape: tuple[int, ...], owner: nn.Module) -> tuple[int, int]:
 
 def tag_roles(module: nn.Module) -> None:
     """Notes the declared roles on the parameters themselves (``mue_role``), for optimizers that see only those."""
-    tensors = {clean_name(name): tensor for name, tensor in module.named_parameters()}
+    tensors = named_tensors(module)
     for info in list_parameters(module):
         if info.role is not None:
             note_role(tensors[info.name], Role.EMBEDDING if info.tied else info.role)
@@ -214,6 +220,4 @@ def tag_roles(module: nn.Module) -> None:
 
 def some(infos: Iterable[ParameterInfo], limit: int = 8) -> str:
     """Names and shapes for a message, the first few of them."""
-    listed = [f"{info.name} {list(info.shape)}" for info in infos]
-    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
-    return ", ".join(listed[:limit]) + more
+    return listed([f"{info.name} {list(info.shape)}" for info in infos], limit=limit)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import Any
 
-from lightning_mue.contract import declared_axes
+from lightning_mue.checks import mismatch
 
 
 @dataclass(frozen=True)
 class Axes:
-    """Sizes along which a model scales (theory.md section 1). ``None``: unknown, its ratio counts as 1.
+    """Sizes along which a model scales (docs/theory.md section 1). ``None``: unknown, its ratio counts as 1.
 
     A dense model is the case ``n_experts = top_k = 1``, ``expert_width = active_width = ffn_width``.
 
@@ -47,7 +46,7 @@ class Axes:
         for f in fields(self):
             value = getattr(self, f.name)
             if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{f.name}: found {value!r}, expected a positive size.")
+                raise ValueError(mismatch(f.name, found=repr(value), expected="a positive size"))
 
     def changed(self, base: Axes) -> list[str]:
         """Names of the axes that differ from the base's."""
@@ -89,18 +88,3 @@ class Axes:
     def to_dict(self) -> dict[str, float]:
         """The known sizes by name."""
         return {name: size for name, size in asdict(self).items() if size is not None}
-
-
-def declared_sizes(module: Any) -> dict[str, float]:
-    """The sizes that a module declares by a method ``mue_axes() -> Mapping[str, float]``; empty if it has none.
-
-    Raises:
-        ValueError: For a name that is no axis.
-    """
-    sizes = declared_axes(module)
-    known = [f.name for f in fields(Axes)]
-    if unknown := sorted(set(sizes) - set(known)):
-        raise ValueError(
-            f"mue_axes: {type(module).__name__} declares {', '.join(unknown)}; the axes are {', '.join(known)}."
-        )
-    return sizes

@@ -1,4 +1,4 @@
-"""``complete-mue``: Peng et al., arXiv:2605.23893. A dense FFN -> any Mixture of Experts, under AdamW.
+"""``complete-mue``: Peng et al., arXiv:2605.23893. From a dense FFN to any Mixture of Experts, under AdamW.
 
 The layer is ``y = c * r * sum_i ghat_i E_i(x) + c * sum_shared E_s(x)``, gates normalized over the active set. Only
 the active width A enters: c = d / A, and the down init carries sqrt(A). A dense FFN is the case a = E = 1.
@@ -6,7 +6,7 @@ the active width A enters: c = d / A, and the down init carries sqrt(A). A dense
 
 from __future__ import annotations
 
-from lightning_mue.parameterizations.rules.complete_p import COMPLETE_P, COMPLETE_P_ADAM
+from lightning_mue.parameterizations.rules.complete_p import COMPLETE_P
 from lightning_mue.parameterizations.rules.table import Parameterization, register, rows
 
 # The fan-in of an up matrix is d: see complete_p.py.
@@ -23,12 +23,13 @@ COMPLETE_MUE = register(
     Parameterization(
         name="complete-mue",
         source="arXiv:2605.23893",
+        page="docs/derivations/complete-mue.md",
         tables={
             "adam": {
-                **COMPLETE_P_ADAM,
+                **COMPLETE_P.tables["adam"],
                 # init, lr and wd are the paper's cells; eps, and the init of a router that the base lacks, are derived.
                 **rows(
-                    "2605.23893 (theory 4.6), eps",
+                    "2605.23893, Bridges I and II; eps ours",
                     "derived",
                     ffn_up={**_UP, **_EPS},
                     shared_up={**_UP, **_SHARED_EPS},

@@ -16,9 +16,11 @@ _HIDDEN = {
     "eps": "d^-1 L^-alpha S^-1",
 }
 
-COMPLETE_P_ADAM = {
+_SOURCE = "2512.22382 Table 1"
+
+_ADAM = {
     **rows(
-        "2512.22382 (theory 4.3)",
+        _SOURCE,
         embedding={"lr": "S", "wd": "S", "eps": "d^-1 S^-1"},
         hidden=_HIDDEN,
         ffn_up=_HIDDEN,
@@ -29,14 +31,15 @@ COMPLETE_P_ADAM = {
         final_norm={"lr": "S", "wd": "S", "eps": "S^-1"},
         unembedding={"init": "fan_in^-1", "lr": "fan_in^-1 S", "wd": "fan_in S", "eps": "S^-1"},
     ),
-    **rows("2512.22382 (theory 4.3)", "derived", scalar={"lr": "S", "wd": "S", "eps": "S^-1"}),
+    **rows(_SOURCE, "derived", scalar={"lr": "S", "wd": "S", "eps": "S^-1"}),
 }
 
 COMPLETE_P = register(
     Parameterization(
         name="complete-p",
         source="arXiv:2505.01618, arXiv:2512.22382",
-        tables={"adam": COMPLETE_P_ADAM},
+        page="docs/derivations/complete-p.md",
+        tables={"adam": _ADAM},
         multipliers={"residual": "L^-alpha", "attention": "k^-1"},
         # 1 - beta scales with B / T.
         betas="B T^-1",

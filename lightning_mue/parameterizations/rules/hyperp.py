@@ -13,7 +13,7 @@ from dataclasses import replace
 from lightning_mue.parameterizations.rules.roles import Role
 from lightning_mue.parameterizations.rules.table import Parameterization, Preset, Table, register, rows
 
-_SOURCE = "2603.28743 (theory 4.7)"
+_SOURCE = "2603.28743, HyperP"
 _LR = "L^-1/2 T^-0.32 B^1/2"
 _MATRIX = {"init": "fan_in^-1/2", "lr": _LR}
 _VECTOR = {"lr": _LR}
@@ -47,8 +47,8 @@ _SPHERE: Table = {
     Role.ROUTER: replace(_PRINTED[Role.ROUTER], init="d^-1", status="derived"),
 }
 
-# Plain Muon, the comparison. lr is the ratio of the update's spectral norm (theory 5.2, `spectral`); wd is against that lr,
-# and the product of both, lr * wd, has L^-1 on the code's unadjusted rate: wd goes as L^-1, the rate as in _LR.
+# Plain Muon, the comparison. lr is the ratio of the update's spectral norm (`spectral` in docs/theory.md section 5.2); wd is
+# against that lr. The code applies its decay, L^-1, to the unadjusted rate, so wd undoes the shape factor of lr.
 _MUON_MATRIX = {
     "init": "fan_in^-1/2",
     "lr": f"fan_out^1/2 fan_in^-1/2 {_LR}",
@@ -58,7 +58,7 @@ _MUON_MATRIX = {
 _ADAM: Table = {
     **_VECTORS,
     **rows(
-        "2603.28743's code, muP++ head (folded)",
+        "2603.28743, muP++ head (folded)",
         "code",
         unembedding={"init": "d^-1", "lr": f"d^-1 {_LR}", "wd": "d"},
     ),
@@ -66,7 +66,7 @@ _ADAM: Table = {
 _MUON: Table = {
     **_ADAM,
     **rows(
-        "2603.28743's code, plain Muon; T^-0.32 taken over",
+        "2603.28743, plain Muon; T^-0.32 taken over",
         "code",
         hidden=_MUON_MATRIX,
         ffn_up=_MUON_MATRIX,
@@ -89,6 +89,7 @@ HYPERP = register(
     Parameterization(
         name="hyperp",
         source="arXiv:2603.28743",
+        page="docs/derivations/hyperp.md",
         tables={"sphere": _SPHERE, "muon": _MUON, "adam": _ADAM},
         routing={"gate": frozenset({"sqrt"})},
         # The paper's absolute value is (2L)^-1/2; give the base that value and every depth has it.

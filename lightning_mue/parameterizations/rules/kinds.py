@@ -1,4 +1,4 @@
-"""Families of optimizers, the kinds of update that they make, and what a Muon makes of a matrix's sides."""
+"""Families of optimizers, the kinds of update that they make, and how the update of a Muon depends on a matrix's sides."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 from lightning_mue.parameterizations.rules.roles import MATRIX_ROLES, Role
 
-#: In whose table an optimizer's factors stand: Adam-like, SGD, HyperSphereOptimizer, Muon.
+#: Families of optimizers, one table each: Adam-like, SGD, HyperSphereOptimizer, Muon.
 Family = Literal["adam", "sgd", "sphere", "muon"]
 #: The update of one parameter. ``sphere``: Muon on the Frobenius sphere; ``adam_sphere``: Adam's direction on the sphere;
 #: ``muon``: Muon without the sphere.

@@ -1,24 +1,24 @@
 """``moe-dmft``: Jiang, Bordelon, Pehlevan, Hanin, arXiv:2601.20205. MoE scaling at fixed sparsity, under AdamW.
 
 The layer is ``y = (1/a) * sum_i sigmoid(g_i) E_i(x)`` over the top-a experts. Width, depth, experts and expert width
-may all move as long as kappa = a/E stays. The expert's down matrix is drawn at ``alpha_ffn^-1 d^-1/2``, which is NOT
-fan-in; the table with the fan-in draw is registered too, as the negative control of experiments.
+may all move as long as kappa = a/E stays. The expert's down matrix is drawn at ``alpha_ffn^-1 d^-1/2``, which is NOT fan-in.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from lightning_mue.parameterizations.rules.complete_p import COMPLETE_P, COMPLETE_P_ADAM
+from lightning_mue.parameterizations.rules.complete_p import COMPLETE_P
 from lightning_mue.parameterizations.rules.roles import Role
 from lightning_mue.parameterizations.rules.table import Parameterization, Preset, Row, Table, register, rows
 
-_SOURCE = "2601.20205 (theory 4.4)"
+_SOURCE = "2601.20205 Section 3"
+_DENSE = COMPLETE_P.tables["adam"]
 
 # init and lr are the paper's cells. S is complete-p's; wd undoes the lr's sizes, as there. eps is the scale of the gradient:
 # the stream's d^-1, of which an expert sees E^-1 (a fraction kappa of the tokens, through the layer's 1/a).
 _EXPERTS = rows(
-    "2601.20205 (theory 4.4); S, wd and eps derived",
+    f"{_SOURCE}; S, wd and eps ours",
     "derived",
     router={
         "init": "d^-1",
@@ -37,12 +37,12 @@ _EXPERTS = rows(
 )
 # A shared expert sees every token and has no 1/a: it is a dense FFN.
 _SHARED = {
-    shared: replace(COMPLETE_P_ADAM[dense], source="the dense FFN's row, 2512.22382 (theory 4.3)", status="derived")
+    shared: replace(_DENSE[dense], source=f"{_DENSE[dense].source}, the dense FFN's row", status="derived")
     for shared, dense in ((Role.SHARED_UP, Role.FFN_UP), (Role.SHARED_DOWN, Role.FFN_DOWN))
 }
 
 _ADAM: Table = {
-    **COMPLETE_P_ADAM,
+    **_DENSE,
     **_EXPERTS,
     **_SHARED,
     # Not trained by gradient: b_i <- b_i - eta_b (load_i - kappa), eta_b the same at every size.
@@ -68,6 +68,7 @@ MOE_DMFT = register(
     Parameterization(
         name="moe-dmft",
         source="arXiv:2601.20205",
+        page="docs/derivations/moe-dmft.md",
         tables={"adam": _ADAM},
         multipliers={**COMPLETE_P.multipliers, "route": "a^-1"},
         betas=COMPLETE_P.betas,
@@ -82,21 +83,12 @@ MOE_DMFT = register(
 )
 
 
-def _with(name: str, source: str, role: Role, row: Row) -> Parameterization:
-    """The rule with another row for one role."""
-    return register(replace(MOE_DMFT, name=name, source=source, tables={"adam": {**_ADAM, role: row}}))
-
-
 #: gamma = 1/2: router logits of constant variance at initialization, instead of vanishing ones.
-MOE_DMFT_HALF = _with(
-    "moe-dmft-half", "arXiv:2601.20205, gamma = 1/2", Role.ROUTER, replace(_ADAM[Role.ROUTER], init="d^-1/2")
-)
-
-#: The negative control: with the fan-in draw the trained part of an expert's output outgrows the drawn part by
-#: sqrt(alpha_ffn), so the coordinate check drifts with alpha_ffn.
-MOE_DMFT_FAN_IN = _with(
-    "moe-dmft-fan-in",
-    "NEGATIVE CONTROL of arXiv:2601.20205: not a rule to use",
-    Role.EXPERT_DOWN,
-    replace(_ADAM[Role.EXPERT_DOWN], init="alpha_ffn^-1/2 d^-1/2", source="negative control of 2601.20205"),
+MOE_DMFT_HALF = register(
+    replace(
+        MOE_DMFT,
+        name="moe-dmft-half",
+        source="arXiv:2601.20205, gamma = 1/2",
+        tables={"adam": {**_ADAM, Role.ROUTER: replace(_ADAM[Role.ROUTER], init="d^-1/2")}},
+    )
 )

@@ -1,7 +1,7 @@
 """Monomials in axis ratios: the language in which a paper's table is written down as data.
 
 A cell such as ``"d^-1 L^(alpha-1) S"`` is a product of symbols, each raised to a power ``p + q*alpha``. Symbols stand
-for the ratio target/base of an axis (theory.md section 1), so at base size every cell is exactly 1.
+for the ratio target/base of an axis (docs/theory.md section 1), so at base size every cell is exactly 1.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
+
+from lightning_mue.checks import mismatch
 
 #: Symbol -> what its ratio compares. ``fan_in`` and ``fan_out`` are each parameter's own.
 SYMBOLS: Mapping[str, str] = {
@@ -80,7 +82,8 @@ def _exponent(text: str | None) -> tuple[Fraction, Fraction]:
     while position < len(body):
         match = _TERM.match(body, position)
         if match is None or match.end() == position or (position > 0 and not match[1]):
-            raise ValueError(f"exponent {text!r}: expected a sum of numbers and multiples of alpha, e.g. (alpha-1)")
+            expected = "a sum of numbers and multiples of alpha, e.g. (alpha-1)"
+            raise ValueError(mismatch("exponent", found=repr(text), expected=expected))
         number = Fraction(match[2] or 1) * (-1 if match[1] == "-" else 1)
         if match[3]:
             slope += number
@@ -115,7 +118,8 @@ def parse(text: str) -> Monomial:
             continue
         match = _FACTOR.match(factor)
         if match is None or match["symbol"] not in SYMBOLS:
-            raise ValueError(f"cell {text!r}: cannot read the factor {factor!r}; known symbols: {', '.join(SYMBOLS)}")
+            found = f"the factor {factor!r}, which cannot be read"
+            raise ValueError(mismatch(f"cell {text!r}", found=found, expected=f"powers of {', '.join(SYMBOLS)}"))
         constant, slope = _exponent(match["power"])
         old = powers.get(match["symbol"], (Fraction(0), Fraction(0)))
         powers[match["symbol"]] = (old[0] + constant, old[1] + slope)

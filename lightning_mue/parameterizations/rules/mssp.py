@@ -15,7 +15,8 @@ from lightning_mue.parameterizations.rules.kinds import Family
 from lightning_mue.parameterizations.rules.roles import Role
 from lightning_mue.parameterizations.rules.table import Parameterization, Table, register, rows
 
-_SOURCE = "2605.14200 (theory 4.5), wd: its code"
+_SOURCE = "2605.14200, scaling by regime; wd: its public code"
+_PAGE = "docs/derivations/mssp.md"
 _FAN_IN = {"init": "fan_in^-1/2", "lr": "fan_in^-1", "wd": "fan_in", "eps": "d^-1"}
 _VECTOR = {"eps": "d^-1"}
 # Drawn at zero by the authors: a base drawn at zero is measured as the constant 0 and stays 0.
@@ -118,6 +119,7 @@ def _regime(regime: str) -> Parameterization:
         Parameterization(
             name=f"mssp-{regime}",
             source=f"arXiv:2605.14200, regime {regime} ({_GROWS[regime]} grow)",
+            page=_PAGE,
             tables=_TABLES[regime],
             # (K*/K)^theta: theta is 1 where experts are added, else 0. The head size stays, so muP's k^-1 is 1.
             multipliers={"attention": "k^-1", **({"route": "a^-1"} if routed else {})},
@@ -132,7 +134,7 @@ MSSP_I, MSSP_II, MSSP_III = (_regime(name) for name in ("I", "II", "III"))
 
 
 def choose_regime(target: Axes, base: Axes) -> tuple[Parameterization, str]:
-    """Picks the regime of a move (theory 4.5).
+    """Picks the regime by the axes that moved (docs/derivations/mssp.md).
 
     Args:
         target: Sizes of the model to train.
@@ -166,6 +168,7 @@ MSSP = register(
     Parameterization(
         name="mssp",
         source="arXiv:2605.14200, the regime chosen by what moved",
+        page=_PAGE,
         # The smallest claim, until sizes are known.
         tables=_TABLES["I"],
         multipliers=MSSP_I.multipliers,

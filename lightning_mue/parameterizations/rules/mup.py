@@ -60,6 +60,7 @@ MUP = register(
     Parameterization(
         name="mup",
         source="arXiv:2203.03466",
+        page="docs/derivations/mup.md",
         tables={"adam": _ADAM, "sgd": _SGD},
         multipliers={"attention": "k^-1"},
         moves=frozenset({"width", "ffn_width", "head_dim", "active_width", "expert_width"}),

@@ -15,7 +15,11 @@ from enum import Enum
 
 
 class Role(str, Enum):
-    """The role of one parameter (theory.md section 3)."""
+    """The role of one parameter (docs/theory.md section 3).
+
+    SCALAR holds single trained numbers, and parameters that act on each channel by itself although they have two sides, e.g.
+    ``A_log`` of Mamba.
+    """
 
     EMBEDDING = "embedding"
     HIDDEN = "hidden"
@@ -38,7 +42,7 @@ class Role(str, Enum):
         return self.value
 
 
-#: A weight that acts on an activation as a matrix; the rest act as vectors, scalars or look-ups.
+#: Roles of weights by which an activation is multiplied as a matrix; the others act as vectors, scalars or look-up tables.
 MATRIX_ROLES = frozenset(
     {
         Role.HIDDEN,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lightning_mue.parameterizations.rules.roles import Role
 from lightning_mue.parameterizations.rules.table import Parameterization, Row, register
 
-_ROWS = {role: Row(source="theory 4.1", absent_init="d^-1/2") for role in Role}
+_ROWS = {role: Row(source="standard parameterization: no factors", absent_init="d^-1/2") for role in Role}
 
 SP = register(
     Parameterization(

@@ -6,9 +6,10 @@ One file a paper holds its table (``mup.py``, ``complete_mue.py``, ...); this fi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from lightning_mue.checks import listed, mismatch, require_choice
 from lightning_mue.parameterizations.rules.axes import Axes
 from lightning_mue.parameterizations.rules.kinds import Family
 from lightning_mue.parameterizations.rules.monomial import parse
@@ -16,6 +17,10 @@ from lightning_mue.parameterizations.rules.roles import Role
 
 #: ``paper``: a printed cell; ``code``: the authors' code; ``derived``: ours, from the paper's argument; ``measured``.
 Status = Literal["paper", "code", "derived", "measured"]
+
+
+class NotCoveredError(ValueError):
+    """A rule does not cover a model: no table for the optimizer, no row for a role, or a multiplier that is missing."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +32,12 @@ class Row:
         lr: Learning rate.
         wd: Weight decay in PyTorch's decoupled form (applied as lr * wd).
         eps: Adam's epsilon.
-        source: Where the row stands in the literature.
+        source: The paper, with table or section.
         status: How far the row is the paper's own word.
         absent_init: Absolute init std at the base size for a role that the base lacks (a dense base has no router);
             the symbols then stand for the base's absolute sizes, not for ratios.
         tied: Every expert of a layer starts from the same draw.
+        page: Page of this project that derives the row; filled in by the rule that first holds it.
     """
 
     init: str = "1"
@@ -42,10 +48,17 @@ class Row:
     status: Status = "paper"
     absent_init: str | None = None
     tied: bool = False
+    page: str = ""
 
     def __post_init__(self) -> None:
         for cell in (self.init, self.lr, self.wd, self.eps, self.absent_init or "1"):
             parse(cell)
+
+    @property
+    def citation(self) -> str:
+        """Source, status unless it is the paper's own word, and page, as a plan shows them."""
+        status = "" if self.status == "paper" else f" ({self.status})"
+        return f"{self.source}{status}" + (f"; {self.page}" if self.page else "")
 
 
 Table = Mapping[Role, Row]
@@ -56,7 +69,7 @@ class Preset:
     """Constants that a paper reports for its own base; unlike cells, they do not depend on the ratios.
 
     Attributes:
-        source: Where they stand.
+        source: The paper, and where in it.
         base: The paper's base, as overrides of a module's hyperparameters; used where the user gives no base.
         hyperparameters: What the paper tuned at that base (``lr``, ...). Shown to the user, who sets them.
         factors: Regular expression on parameter names -> column (``init`` or ``lr``) -> constant that multiplies it, at
@@ -88,6 +101,7 @@ class Parameterization:
         invariants: Name -> cell in absolute sizes; models that agree in it have the same limit. Shown in the plan.
         presets: Name -> constants that the paper reports.
         resolve: For a rule that is several: picks one by which axes move, (target, base) -> (rule, reason).
+        page: Page of this project that derives the rows; those taken over from another rule keep that rule's page.
     """
 
     name: str
@@ -102,8 +116,14 @@ class Parameterization:
     invariants: Mapping[str, str] = field(default_factory=dict)
     presets: Mapping[str, Preset] = field(default_factory=dict)
     resolve: Callable[[Axes, Axes], tuple[Parameterization, str]] | None = None
+    page: str = ""
 
     def __post_init__(self) -> None:
+        own = {
+            family: {role: row if row.page else replace(row, page=self.page) for role, row in table.items()}
+            for family, table in self.tables.items()
+        }
+        object.__setattr__(self, "tables", own)
         for cell in (*self.multipliers.values(), *self.invariants.values(), self.betas):
             parse(cell)
 
@@ -111,19 +131,22 @@ class Parameterization:
         """The rows for one optimizer family.
 
         Raises:
-            ValueError: If the rule has no table for the family.
+            NotCoveredError: If the rule has no table for the family.
         """
         if family not in self.tables:
-            raise ValueError(
-                f"rule={self.name!r} has no table for optimizers of the family {family!r}, only for "
-                f"{', '.join(self.tables)} ({self.source}). Use an optimizer of one of these families, or another "
-                f"rule: {', '.join(rules_for(family))}."
+            raise NotCoveredError(
+                mismatch(
+                    "rule",
+                    found=f"{self.name!r} ({self.source}), which has no table for optimizers of the family {family!r}",
+                    expected=f"an optimizer of the family {' or '.join(self.tables)}, or another rule",
+                    do=f"Rules for {family!r}: {listed(rules_for(family))}.",
+                )
             )
         return self.tables[family]
 
 
 def rows(source: str, status: Status = "paper", **by_role: Mapping[str, str]) -> dict[Role, Row]:
-    """Writes several rows of one source: ``rows("theory 4.2", hidden=dict(lr="d^-1"), ...)``."""
+    """Writes several rows of one source: ``rows("2203.03466 Table 8", hidden={"lr": "d^-1"})``."""
     return {Role(name): Row(source=source, status=status, **cells) for name, cells in by_role.items()}  # type: ignore[arg-type]
 
 
@@ -149,6 +172,5 @@ def get_rule(name: str | Parameterization) -> Parameterization:
     """
     if isinstance(name, Parameterization):
         return name
-    if name not in RULES:
-        raise ValueError(f"rule: found {name!r}, expected one of {', '.join(sorted(RULES))}.")
+    require_choice("rule", name, sorted(RULES))
     return RULES[name]

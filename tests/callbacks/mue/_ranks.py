@@ -21,7 +21,7 @@ from lightning_mue import MoELanguageModel, MuECallback
 from lightning_mue.cli.lightning_cli import MuECLI
 from lightning_mue.data import TextDataModule
 from lightning_mue.optim import HyperSphereOptimizer
-from lightning_mue.parameterizations.planning.multipliers import read_multipliers
+from lightning_mue.parameterizations.reading.sites import read_multipliers
 
 BASE = {"width": 32, "n_heads": 2, "n_experts": 0}
 # 3 experts and 257 tokens do not divide by two ranks.

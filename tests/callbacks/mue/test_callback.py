@@ -18,7 +18,7 @@ from lightning_mue import HyperSphereOptimizer, MoELanguageModel, MuECallback
 from lightning_mue.data import TextDataModule
 from lightning_mue.optim.schedule import WarmupDecay
 from lightning_mue.parameterizations import ScalingPlan
-from lightning_mue.parameterizations.planning.multipliers import read_multipliers
+from lightning_mue.parameterizations.reading.sites import read_multipliers
 
 BASE = {"width": 32, "n_heads": 2, "n_experts": 0}
 

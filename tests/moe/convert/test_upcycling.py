@@ -21,7 +21,7 @@ from lightning_mue.moe import MoELayer, SwiGLU
 from lightning_mue.moe.convert.dense_ffn import read_ffn
 from lightning_mue.moe.convert.upcycling import moe_from_ffn
 from lightning_mue.moe.feed_forward import FeedForward
-from lightning_mue.parameterizations.applying.weights import has_weights
+from lightning_mue.parameterizations.applying.initial_weights import has_weights
 
 D, H, E = 16, 48, 8
 WITHOUT_BIAS = {"w_gate", "w_up", "w_down"}

@@ -13,7 +13,8 @@ from torch.optim import AdamW
 from lightning_mue import HyperSphereOptimizer, MoELanguageModel, param_groups, plan
 from lightning_mue.optim.matrices import as_matrices
 from lightning_mue.parameterizations import Init, ParameterPlan, ScaledStep, ScalingPlan
-from lightning_mue.parameterizations.applying.groups import _MUON_FACTORS, family_of
+from lightning_mue.parameterizations.applying.groups import _MUON_FACTORS
+from lightning_mue.parameterizations.reading.optimizer_family import family_of
 from lightning_mue.parameterizations.rules.kinds import CONVENTIONS
 
 BASE = {"width": 32, "n_heads": 2, "n_experts": 0}
@@ -26,7 +27,7 @@ def language_model(**sizes):
 
 
 def one_direction(model):
-    """A gradient of rank one for every matrix: its only singular value is its norm, whatever the shape, so that Newton-Schulz
+    """A gradient of rank one for every matrix: its only singular value is its norm for every shape, so that Newton-Schulz
     gives the same spectral norm at every size."""
     generator = torch.Generator().manual_seed(0)
     for p in model.parameters():
@@ -61,7 +62,7 @@ def test_conventions_are_the_optimizers_own():
 
 @pytest.mark.parametrize("convention", CONVENTIONS)
 def test_updates_of_a_wider_mixture_have_the_plans_ratio_to_the_dense_base(convention):
-    """Whatever `lr` is multiplied with: theory.md 5.2. Swapped steps and explicit groups are the same, bit for bit."""
+    """For every convention of docs/theory.md section 5.2. Swapped steps and explicit groups are the same, bit for bit."""
     options = {"lr": 0.02, "lr_convention": convention}
     base, target = language_model(**BASE), language_model()
     optimizer = HyperSphereOptimizer(target.named_parameters(), sphere=False, **options)

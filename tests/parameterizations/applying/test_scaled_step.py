@@ -24,7 +24,8 @@ from torch.optim.lr_scheduler import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_mue.parameterizations import Init, ParameterPlan, ScaledStep, ScalingPlan
-from lightning_mue.parameterizations.applying.groups import family_of, rate_tags, scale_groups, split
+from lightning_mue.parameterizations.applying.groups import rate_tags, scale_groups, split
+from lightning_mue.parameterizations.reading.optimizer_family import family_of
 
 ROLES = {"embedding": 1.0, "hidden": 0.25, "head": 0.5}
 KINDS = {"embedding": "embedding", "hidden": "hidden", "head": "unembedding"}
@@ -214,7 +215,7 @@ def test_groups_come_back_after_a_closure_or_an_update_that_raises():
     assert optimizer.param_groups is not own
     scaled.restore()
     assert optimizer.param_groups is own
-    # The next step also heals itself, if nobody restored.
+    # The next step restores the groups first, if nothing else has.
     with pytest.raises(RuntimeError):
         optimizer.step(closure_of(model, optimizer))
     optimizer.fails = False
@@ -230,7 +231,7 @@ def test_remove_detaches():
 
 
 def test_changes_of_the_groups_are_followed():
-    """Groups added, parameters moved, states loaded: the split that is kept between steps is made anew."""
+    """Groups added, parameters moved, states loaded: the split that is kept between steps is computed again."""
     model, optimizer, _ = setup()
     optimizer.step(closure_of(model, optimizer))
     moved = optimizer.param_groups[0]["params"].pop()
@@ -393,7 +394,7 @@ def test_muons_update_scales_as_the_plan_says(adjust, shapes):
 
 def test_muon_refuses_what_is_not_its_own():
     model = Net()
-    with pytest.raises(ValueError, match=r"embedding \(embedding\) is in torch.optim.Muon.*'adamw'"):
+    with pytest.raises(ValueError, match=r"optimizer: found embedding \(embedding\) in torch.optim.Muon.*'adamw'"):
         ScaledStep(torch.optim.Muon(model.parameters()), make_plan(model), model)
 
 
@@ -421,7 +422,9 @@ def test_only_torchs_muon_is_known_by_its_type():
 
     assert family_of(Descendant(parameters)) == "muon"
     for make in (Heir, NorMuon):
-        with pytest.raises(ValueError, match=r"(NorMuon|Heir), a Muon other.*mue_family = 'muon'.*spectral norm"):
+        with pytest.raises(
+            ValueError, match=r"optimizer: found (NorMuon|Heir), a Muon whose.*mue_family = 'muon'.*spectral norm"
+        ):
             family_of(make(parameters))
         make.mue_family = "muon"
         assert family_of(make(parameters)) == "muon"

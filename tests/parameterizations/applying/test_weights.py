@@ -11,8 +11,12 @@ from torch.optim import SGD, AdamW
 
 from lightning_mue import MoELanguageModel, initialize, param_groups, plan
 from lightning_mue.moe import MoELayer
-from lightning_mue.parameterizations.applying.weights import KeepsMultipliers, ScaledStep, family_of
-from lightning_mue.parameterizations.planning.multipliers import fold, read_multipliers, set_multipliers
+from lightning_mue.parameterizations import ScaledStep
+from lightning_mue.parameterizations.applying.initial_weights import set_multipliers
+from lightning_mue.parameterizations.applying.keeps_multipliers import KeepsMultipliers
+from lightning_mue.parameterizations.planning.multipliers import fold
+from lightning_mue.parameterizations.reading.optimizer_family import family_of
+from lightning_mue.parameterizations.reading.sites import read_multipliers
 
 BASE = {"width": 32, "n_heads": 2, "n_experts": 0}
 
@@ -58,7 +62,7 @@ def test_weights_have_the_planned_spread():
 
 
 def test_plan_of_another_model_is_refused():
-    with pytest.raises(ValueError, match=r"another model; \d+ parameter\(s\) differ.*w_up"):
+    with pytest.raises(ValueError, match=r"plan: found one of another model: \d+ parameter\(s\) differ.*w_up"):
         initialize(make_model(expert_width=16), plan(make_model(), base=BASE))
 
 
@@ -130,7 +134,7 @@ def test_betas_follow_batch_over_tokens():
     optimizer.register_step_pre_hook(lambda o, args, kwargs: seen.append(o.param_groups[0]["betas"]))
     step(model, optimizer)
     assert seen == [(pytest.approx(0.975), pytest.approx(0.9875))]
-    with pytest.raises(ValueError, match=r"betas: \(0\.9, 0\.95\) become"):
+    with pytest.raises(ValueError, match=r"betas: found \(0\.9, 0\.95\), which become"):
         ScaledStep(optimizer, plan(model, base={"tokens": 1e9}, tokens=1e6), model)
 
 
@@ -202,7 +206,7 @@ class Multiplied(nn.Module):
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_folding_a_multiplier_keeps_the_trajectory(kind):
-    """Theory section 2: the function trains alike, to float64 round-off over 30 steps."""
+    """docs/theory.md section 2: the function trains alike, to float64 round-off over 30 steps."""
     m = 0.3
     factors = fold({"init": 1.0, "lr": 1.0, "wd": 1.0, "eps": 1.0}, m, kind)
     losses = []
@@ -234,7 +238,10 @@ def test_multipliers_are_read_set_and_checked():
     set_multipliers(model, values)
     assert read_multipliers(model) == values
     assert model.transformer.blocks[0].residual_multiplier == 2.0
-    with pytest.raises(ValueError, match="not exposed"):
+    with pytest.raises(
+        ValueError,
+        match=r"found transformer\.blocks\.0\.gain, expected paths that MoELanguageModel exposes",
+    ):
         set_multipliers(model, {"transformer.blocks.0.gain": 1.0})
 
 

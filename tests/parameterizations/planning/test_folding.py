@@ -1,4 +1,4 @@
-"""A multiplier folded into weights trains like the multiplier itself, to the round-off of float64 (theory.md section 2)."""
+"""A multiplier folded into weights trains like the multiplier itself, to the round-off of float64 (docs/theory.md section 2)."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_mue import MoELanguageModel, MoELayer, ScalingPlan, initialize, plan
-from lightning_mue.parameterizations.reading.record import measure_init
+from lightning_mue.parameterizations.reading.initializer import measure_init
 
 BASE = {"width": 32, "n_heads": 2, "n_experts": 0}
 
@@ -18,7 +18,7 @@ def make_model(**kwargs):
 
 
 class Net(nn.Module):
-    """A module that nobody declared anything for; `hparams` as a LightningModule would have."""
+    """A module that declares nothing; `hparams` as a LightningModule has them."""
 
     def __init__(self, width=32, classes=10):
         super().__init__()
@@ -70,7 +70,7 @@ def test_zero_router_with_sparse_routing_is_refused_under_every_rule():
 
     soft = zeroed(width=32, n_heads=2, top_k=4)
     for rule in ("complete-mue", "moe-dmft", "mssp-II", "sp"):
-        with pytest.raises(ValueError, match=r"router\.weight starts at exactly zero"):
+        with pytest.raises(ValueError, match=r"base: found the router \S*router\.weight, which starts at exactly zero"):
             plan(make_model(), base=soft, rule=rule)
         entry = plan(make_model(top_k=4), base=soft, rule=rule)["transformer.blocks.0.ffn.router.weight"]
         assert (entry.init.kind, entry.init.value) == ("constant", 0.0)
@@ -135,6 +135,21 @@ def test_plan_on_meta_equals_plan_on_cpu():
     assert plan(model, base=BASE) == plan(make_model(), base=BASE)
 
 
+@pytest.mark.parametrize(
+    ("width", "made_on_meta"), [(64, [True]), (32, [True, False])], ids=["same size", "another size"]
+)
+def test_real_weights_of_the_base_are_made_only_where_the_plan_changes_something(width, made_on_meta):
+    made = []
+
+    def base():
+        net = Net(width)
+        made.append(net.head.weight.is_meta)
+        return net
+
+    plan(Net(64), base=base, rule="mup")
+    assert made == made_on_meta
+
+
 def test_base_as_module_and_factory():
     expected = plan(make_model(), base=BASE)
     torch.manual_seed(0)
@@ -164,9 +179,9 @@ def test_roles_of_an_undeclared_module_come_from_what_grows():
 def test_patterns_win_over_declarations_and_inference():
     scaling = plan(Net(128), base={"width": 32}, rule="mup", roles={r"head\.weight": "hidden"})
     assert scaling["head.weight"].role == "hidden"
-    with pytest.raises(ValueError, match=r"\['lm_head'\] match no parameter"):
+    with pytest.raises(ValueError, match=r"roles: found pattern\(s\) \['lm_head'\], which match no parameter"):
         plan(Net(128), base={"width": 32}, rule="mup", roles={"lm_head": "hidden"})
-    with pytest.raises(ValueError, match="names the role 'matrix'"):
+    with pytest.raises(ValueError, match=r"roles\['head'\]: found 'matrix', expected one of 'embedding'"):
         plan(Net(128), base={"width": 32}, rule="mup", roles={"head": "matrix"})
 
 
@@ -269,7 +284,7 @@ def test_raw_parameter_needs_a_role():
             self.hparams = {"width": width}
             self.table = nn.Parameter(torch.randn(16, width))  # looked up, or multiplied with: who knows?
 
-    with pytest.raises(ValueError, match=r"no role is known for table \[16, 128\]"):
+    with pytest.raises(ValueError, match=r"roles: found no role for table \[16, 128\]"):
         plan(Positions(128), base={"width": 32}, rule="mup")
 
 
@@ -308,7 +323,7 @@ def test_axis_that_the_rule_does_not_claim_is_noted():
         ({"base": BASE, "alpha": 0.3}, r"alpha: found 0\.3"),
         ({"base": BASE, "rule": "complete-p"}, r"no row for the role 'router'.*complete-mue"),
         ({"base": BASE, "family": "sgd"}, r"no table.*'sgd'"),
-        ({"base": lambda: 3}, r"the factory returned int"),
+        ({"base": lambda: 3}, r"base: found a function that returned int"),
     ],
 )
 def test_bad_input(kwargs, message):

@@ -1,4 +1,4 @@
-"""Modules that nobody here wrote: what each parameter does, how large the module is, and where multipliers are folded in."""
+"""Third-party modules: roles of their parameters, their sizes, and where multipliers are folded in."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_attention_multiplier_is_folded_into_the_query_or_set_where_it_is_named(
     initialize(model, named)
     assert model.model.model.layers[1].self_attn.scaling == pytest.approx(0.125)
     with pytest.raises(
-        ValueError, match=r"multipliers\.attention: the pattern 'nowhere' matches no attribute.*scaling"
+        ValueError, match=r"multipliers\.attention: found the pattern 'nowhere', which matches no attribute.*scaling"
     ):
         plan(model, base={"width": 64, "head_dim": 16}, multipliers={"attention": "nowhere"})
 
@@ -168,7 +168,7 @@ def test_query_norm_takes_the_attention_multiplier():
 
 
 def test_norm_behind_a_branch_takes_its_multiplier():
-    """Olmo2 normalizes what a branch puts out; a factor on the matrix before the norm would be undone."""
+    """Olmo2 normalizes the output of a branch, so a factor on the matrix before the norm would have no effect."""
     scaling = plan(CausalLM("Olmo2", depth=4), base={"depth": 2})
     scaled = {p.name.split("layers.0.")[1] for p in scaling.parameters if ".0." in p.name and p.init.value == 0.5}
     assert scaled == {f"post_{branch}_layernorm.weight" for branch in ("attention", "feedforward")}
@@ -295,7 +295,9 @@ def test_number_of_active_experts_must_be_known():
             self.hparams = {"width": width}
             self.layers = nn.ModuleList([Layer(width)])
 
-    with pytest.raises(ValueError, match=r"4 experts, but how many of them a token uses is not known\..*mue_axes"):
+    with pytest.raises(
+        ValueError, match=r"base: found 4 experts, but how many of them a token uses is not known.*mue_axes"
+    ):
         plan(Model(64), base={"width": 32})
 
 
@@ -345,7 +347,7 @@ def test_shrinking_and_widening_an_mlp_keeps_its_ends():
     assert scaling["net.4.weight"].init.value == pytest.approx(64**-0.5 / 3**0.5 / 2, rel=0.05)
 
 
-def test_part_that_keeps_its_size_tells_no_width():
+def test_part_that_keeps_its_size_does_not_count_for_the_width():
     scaling = plan(MLP(256, norm_inputs=True), base={"width": 64}, rule="mup")
     assert (scaling.axes["width"], scaling.base_axes["width"]) == (256, 64)
 
@@ -501,7 +503,7 @@ def test_weight_norm_is_not_scaled_by_mistake():
             self.hparams = {"width": width}
             self.inner = nn.utils.weight_norm(nn.Linear(width, width))
 
-    with pytest.raises(ValueError, match=r"no role is known for inner\.weight_"):
+    with pytest.raises(ValueError, match=r"roles: found no role for inner\.weight_"):
         plan(Normed(64), base={"width": 32})
 
 
@@ -510,10 +512,10 @@ def test_weight_norm_is_not_scaled_by_mistake():
     [
         ({"base": {"widht": 32}}, r"base\.widht: .*Did you mean 'width'"),
         ({"base": [64]}, r"base: found \[64\], expected overrides"),
-        ({"base": {"width": 32}, "roles": {"(": "hidden"}}, r"roles: '\(' is no regular expression"),
+        ({"base": {"width": 32}, "roles": {"(": "hidden"}}, r"roles: found '\(' .*, expected a regular expression"),
         (
             {"base": {"width": 32}, "multipliers": {"atention": "scaling"}},
-            r"found the kind\(s\) atention; expected residual",
+            r"multipliers: found the kind\(s\) atention, expected kinds among residual",
         ),
     ],
 )

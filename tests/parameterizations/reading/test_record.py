@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,12 +11,15 @@ import yaml
 from torch import nn
 
 from lightning_mue import MoELanguageModel, initialize, plan
-from lightning_mue.parameterizations import RULES, Role, get_rule
+from lightning_mue.parameterizations import RULES, Role, ScalingPlan, get_rule
 from lightning_mue.parameterizations.planning.compare import compare_rules
-from lightning_mue.parameterizations.reading.record import describe, save_base
+from lightning_mue.parameterizations.reading.base_record import save_base
+from lightning_mue.parameterizations.reading.record import describe
 from lightning_mue.parameterizations.rules.table import Preset
 
 BASE = {"width": 32, "n_heads": 2, "n_experts": 0}
+#: Files that earlier versions wrote.
+DATA = Path(__file__).parents[1] / "data"
 
 
 def make_model(**kwargs):
@@ -54,18 +58,29 @@ def test_saved_base_needs_no_hyperparameters_of_the_target(tmp_path):
 def test_saved_base_knows_its_run(tmp_path):
     save_base(make_model(), tmp_path / "base.yaml", base={**BASE, "tokens": 1e6})
     assert plan(make_model(), base=str(tmp_path / "base.yaml"), tokens=4e6).betas == pytest.approx(0.25)
-    with pytest.raises(ValueError, match=r"tokens: base\.tokens is given but `tokens` has none"):
+    with pytest.raises(ValueError, match=r"tokens: found base\.tokens without `tokens`"):
         plan(make_model(), base=str(tmp_path / "base.yaml"))
+
+
+def test_files_of_earlier_versions_load():
+    """A saved base and a plan, written by an earlier version, give the same plan."""
+    base = {**BASE, "depth": 1, "tokens": 1e6}
+    made = plan(make_model(shared_width=16, top_k=2), base=base, tokens=4e6)
+    assert plan(make_model(shared_width=16, top_k=2), base=DATA / "base.yaml", tokens=4e6) == made
+    old = ScalingPlan.load(DATA / "plan.yaml")
+    assert old.diff(made) == []
+    assert old.notes == made.notes
+    assert str(old).startswith("complete-mue (adam, alpha=1)")
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, r"cannot read the file '.*base\.yaml'.*--save-base"),
-        ("width: 64", r"is not a base of version 1"),
-        ("just text", r"is not a base of version 1"),
-        ("a: [", r"cannot read the file"),
-        ("lightning_mue_base: 1\nmodel: X", r"is damaged"),
+        (None, r"base: found the file '.*base\.yaml', which cannot be read.*--save-base"),
+        ("width: 64", r"which is something else, expected a base of version 1"),
+        ("just text", r"which is something else, expected a base of version 1"),
+        ("a: [", r"which cannot be read"),
+        ("lightning_mue_base: 1\nmodel: X", r"which is damaged"),
     ],
 )
 def test_other_files_are_refused(tmp_path, content, message):
@@ -93,7 +108,7 @@ def test_constants_of_a_preset_apply_on_top_and_at_the_base_too():
     own = plan(make_model(), rule=rule, preset="paper")
     assert not own.same_size
     assert own["transformer.blocks.0.attention.w_v"].init.value == pytest.approx(0.25 * 64**-0.5, rel=0.05)
-    with pytest.raises(ValueError, match=r"preset: found 'mine', but complete-mue has 'paper'"):
+    with pytest.raises(ValueError, match=r"preset: found 'mine', expected a preset of complete-mue, which has 'paper'"):
         plan(make_model(), rule=rule, preset="mine")
 
 

@@ -1,6 +1,6 @@
-"""The plan of ``mup`` against the package ``mup`` (microsoft/mup), on an MLP and a transformer that nobody here parameterized.
+"""The plan of ``mup`` against the package ``mup`` (microsoft/mup), on an MLP and a transformer that declare nothing.
 
-The package gives the readout the forward multiplier 1/width_mult; our plan folds it into the weights (theory section 2).
+The package gives the readout the forward multiplier 1/width_mult; our plan folds it into the weights (docs/theory.md section 2).
 So the FUNCTION is compared: init and lr with the multiplier folded in, and the losses of whole training runs. It differs by
 design in Adam's epsilon, which the package does not scale: the training runs set it to (almost) zero.
 """

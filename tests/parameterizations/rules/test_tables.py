@@ -1,12 +1,14 @@
-"""Cells of the papers' tables, typed by hand from theory.md section 4, at ratios that tell every symbol apart."""
+"""Cells of the papers' tables, typed by hand from the papers (docs/derivations), at ratios that tell every symbol apart."""
 
 from __future__ import annotations
 
 import math
 import re
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
+from helpers.controls import moe_dmft_fan_in
 
 from lightning_mue.parameterizations import RULES, Axes, Role, get_rule
 from lightning_mue.parameterizations.rules.monomial import parse
@@ -32,7 +34,7 @@ D, L, H, H_EXPERT, E, TOP_K, A, K, T, B, FAN_IN, FAN_OUT = (
 BASE = Axes(64, 2, 128, 128, 4, 2, 128, 16, tokens=1e6, batch_tokens=1e3)
 TARGET = Axes(3 * 64, 5 * 2, 7 * 128, 11 * 128, 13 * 4, 2 * 2, 17 * 128, 19 * 16, tokens=23e6, batch_tokens=29e3)
 KAPPA, ALPHA_FFN, S = TOP_K / E, H_EXPERT / D, math.sqrt(B / T)
-SKIP = None  # theory.md states no such cell
+SKIP = None  # the papers state no such cell
 COLUMNS = ("init", "lr", "wd", "eps")
 
 _CP_LR = L ** (ALPHA - 1) * S
@@ -56,7 +58,6 @@ _MSSP_SGD = {"embedding": (SKIP, D, 1 / D), "unembedding": (1 / D, 1 / D, D), "h
 
 #: rule -> family -> role -> (init, lr, wd, eps)
 GOLDEN = {
-    # 4.2
     "mup": {
         "adam": {
             "embedding": (1.0, 1.0, 1.0, 1 / D),
@@ -82,7 +83,6 @@ GOLDEN = {
             "unembedding": (1 / D, 1 / D),
         },
     },
-    # 4.3
     "complete-p": {
         "adam": {
             "embedding": (1.0, S, S, 1 / (D * S)),
@@ -96,7 +96,7 @@ GOLDEN = {
             "unembedding": (1 / D, S / D, D * S, 1 / S),
         },
     },
-    # 4.4 (alpha = 1; S as in complete-p)
+    # alpha = 1; S as in complete-p
     "moe-dmft": {
         "adam": {
             "router": (1 / D, S / D, D * S, 1 / (E * L * S)),
@@ -118,8 +118,6 @@ GOLDEN = {
         },
     },
     "moe-dmft-half": {"adam": {"router": (D**-0.5, S / D, D * S, 1 / (E * L * S))}},
-    "moe-dmft-fan-in": {"adam": {"expert_down": (1 / (ALPHA_FFN * D) ** 0.5, S / (ALPHA_FFN * D))}},
-    # 4.5
     "mssp-I": {
         "adam": {
             **_MSSP_SAME,
@@ -162,7 +160,6 @@ GOLDEN = {
             "expert_down": (H_EXPERT**-0.5, E, 1 / E),
         },
     },
-    # 4.6
     "complete-mue": {
         "adam": {
             "ffn_up": (D**-0.5, _CP_LR / D, D * S, _MUE_EPS),
@@ -237,7 +234,7 @@ def alpha_of(rule):
     return ALPHA if get_rule(rule).alpha is None else get_rule(rule).alpha
 
 
-#: Rules whose theory cells write d for the sides of a matrix between widths, where the code has its own fan-in and fan-out.
+#: Roles for which the papers' cells write d for sides between widths, where the code has the matrix's own fan-in and fan-out.
 STREAM = {"hidden", "ffn_up", "expert_up", "shared_up", "unembedding"}
 
 
@@ -249,7 +246,6 @@ def cell(rule, family, role, column):
         "complete-mue",
         "moe-dmft",
         "moe-dmft-half",
-        "moe-dmft-fan-in",
     ):
         sides = {"fan_in": D, "fan_out": D if role == "hidden" else FAN_OUT}
     ratios = {**TARGET.ratios(BASE), **sides}
@@ -293,7 +289,7 @@ def test_a_wrong_cell_would_be_found():
 
 
 def test_regime_one_has_no_route_multiplier():
-    """Theory 4.5: theta = 0, so adding experts' gates is left to the layer."""
+    """theta = 0 (docs/derivations/mssp.md), so adding experts' gates is left to the layer."""
     assert "route" not in get_rule("mssp-I").multipliers
 
 
@@ -308,6 +304,14 @@ def test_every_row_names_its_source(rule):
         for role, row in table.items():
             assert row.source, role
             assert row.status in ("paper", "code", "derived", "measured")
+            assert rule.name == "sp" or (Path(__file__).parents[3] / row.page).is_file(), role
+
+
+def test_rows_taken_over_keep_the_page_of_their_rule():
+    table = get_rule("complete-mue").table("adam")
+    assert table[Role.HIDDEN].citation == "2512.22382 Table 1; docs/derivations/complete-p.md"
+    assert table[Role.SCALAR].citation == "2512.22382 Table 1 (derived); docs/derivations/complete-p.md"
+    assert table[Role.ROUTER].page == get_rule("complete-mue").page == "docs/derivations/complete-mue.md"
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -339,7 +343,7 @@ def test_only_regime_three_draws_experts_alike():
 
 
 def test_at_the_reference_aspect_ratio_complete_mue_is_complete_p():
-    """Theory 4.6: with A = d the down cell is d^-1/2."""
+    """With A = d the down cell is d^-1/2 (docs/derivations/complete-mue.md)."""
     ratios = {**TARGET.ratios(BASE), "A": D, "fan_in": D, "kappa": 1.0}
     mue, p = get_rule("complete-mue").table("adam"), get_rule("complete-p").table("adam")
     for role in p:
@@ -349,13 +353,15 @@ def test_at_the_reference_aspect_ratio_complete_mue_is_complete_p():
 
 
 def test_experts_no_wider_than_at_the_base_are_drawn_by_fan_in_under_moe_dmft():
-    """Theory 4.4: the down draw differs from fan-in by alpha_ffn^1/2, and only by it."""
-    rule, control = get_rule("moe-dmft").table("adam"), get_rule("moe-dmft-fan-in").table("adam")
+    """The down draw differs from fan-in by alpha_ffn^1/2, and only by it (docs/derivations/moe-dmft.md)."""
+    rule, control = get_rule("moe-dmft").table("adam"), moe_dmft_fan_in().table("adam")
     assert {role for role in rule if rule[role] != control[role]} == {Role.EXPERT_DOWN}
     ratios = TARGET.ratios(BASE)
     ours, fan_in = (parse(t[Role.EXPERT_DOWN].init).evaluate(ratios, 1.0) for t in (rule, control))
     assert fan_in == pytest.approx(H_EXPERT**-0.5, rel=1e-12)
     assert ours / fan_in == pytest.approx(ALPHA_FFN**-0.5, rel=1e-12)
+    lr = parse(control[Role.EXPERT_DOWN].lr).evaluate(ratios, 1.0)
+    assert (fan_in, lr) == pytest.approx(((ALPHA_FFN * D) ** -0.5, S / (ALPHA_FFN * D)), rel=1e-12)
 
 
 def test_moe_dmft_asks_for_fixed_sparsity_and_shows_its_invariant():

@@ -1,4 +1,4 @@
-"""Finds, for what the target has, its counterpart in the base: by path, at the same relative depth, else by role."""
+"""Finds the base's counterpart of a parameter or multiplier of the target: by path at the same relative depth, else by role."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lightning_mue.names import all_indices, split_layer
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo
 from lightning_mue.parameterizations.rules.roles import Role
 
-#: Where a role may take its base values from if the base has none of its own, best first.
+#: Roles from which a role takes its base values if the base has no parameter of that role, best first.
 RELATED: Mapping[Role, Sequence[Role]] = {
     Role.EXPERT_UP: (Role.FFN_UP, Role.SHARED_UP),
     Role.EXPERT_DOWN: (Role.FFN_DOWN, Role.SHARED_DOWN),
@@ -74,10 +74,10 @@ class BaseIndex:
 
 
 def match_parameters(target: list[ParameterInfo], base: list[ParameterInfo]) -> dict[str, ParameterInfo]:
-    """Maps target names to base parameters: by path, else by path with all indices left open, else by role.
+    """Maps target names to base parameters: by path, else by path without any index, else by role.
 
-    By role, an expert's up matrix comes from the FFN's. A vector without a path goes with its layer's matrix. A parameter
-    without a counterpart (the router of an MoE whose base is dense) is left out.
+    By role, an expert's up matrix is matched with the FFN's. A bias whose path the base lacks is matched with the bias of its
+    layer's matrix. A parameter without a counterpart (the router of an MoE whose base is dense) is left out.
     """
     by_name, by_path = {info.name: info for info in base}, _PathIndex(base)
     by_role = _RoleIndex(base)
@@ -98,7 +98,7 @@ def match_parameters(target: list[ParameterInfo], base: list[ParameterInfo]) -> 
 def _match_vectors(
     target: list[ParameterInfo], base: Mapping[str, ParameterInfo], matched: dict[str, ParameterInfo]
 ) -> None:
-    """A bias whose path the base lacks goes with the matrix of its layer."""
+    """Matches a bias whose path the base lacks with the bias of its layer's matrix."""
     for info in target:
         if info.name not in matched and info.role is Role.BIAS:
             weight = matched.get(f"{info.path}.weight")
@@ -108,9 +108,9 @@ def _match_vectors(
 
 
 class _Ends:
-    """Stacks whose layers are not alike (the linear layers of an MLP in a Sequential): first to first, last to last.
+    """Matches stacks of unequal layers (the linear layers of an MLP in a Sequential): first with first, last with last.
 
-    What stands between goes by relative position among what stands between; with as many layers, each to its own.
+    Layers in between are matched by relative position; in stacks of equal length, by index.
     """
 
     def __init__(self, target: list[ParameterInfo], base: list[ParameterInfo]) -> None:
@@ -137,7 +137,7 @@ class _Ends:
 
 
 def _stacks(infos: Iterable[ParameterInfo]) -> dict[tuple[str, str, int], dict[int, ParameterInfo]]:
-    """Parameters that stand directly under an index, by (name, form, dimensions), in order."""
+    """Parameters directly under a layer index, by (name, form, number of dimensions), in order."""
     found: dict[tuple[str, str, int], dict[int, ParameterInfo]] = {}
     for info in infos:
         template, layer = info.position
@@ -147,7 +147,7 @@ def _stacks(infos: Iterable[ParameterInfo]) -> dict[tuple[str, str, int], dict[i
 
 
 class _PathIndex:
-    """Parameters of the base by path with all indices open: inner stacks and lists of experts that are longer than the base's."""
+    """Parameters of the base by path without any index: for inner stacks and lists of experts that are longer than the base's."""
 
     def __init__(self, base: Iterable[ParameterInfo]) -> None:
         self._found: dict[str, list[ParameterInfo]] = {}
@@ -187,5 +187,5 @@ class _RoleIndex:
         for role in (info.role, *RELATED.get(info.role, ())):
             found = self._found.get((role, self._leaf(info))) or self._found.get((role, None))
             if found:
-                return found[_nearest(list(found), layer)]  # in order of layers, as they were put in
+                return found[_nearest(list(found), layer)]  # sorted by layer
         return None

@@ -1,0 +1,132 @@
+"""Applies a plan to a module: its initial weights and its forward multipliers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from lightning_mue.checks import listed, mismatch
+from lightning_mue.names import clean_name
+from lightning_mue.parameterizations.applying.drawing import draw_all
+from lightning_mue.parameterizations.planning.scaling_plan import ScalingPlan
+from lightning_mue.parameterizations.reading.parameters import named_tensors
+from lightning_mue.parameterizations.reading.sites import read_multipliers
+
+_HAS_WEIGHTS = "_mue_has_weights"
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, plan: ScalingPlan, *, seed: int = 0) -> None:
+    """Draws the initial weights that a plan asks for and sets its forward multipliers.
+
+    At base size nothing is touched, and frozen parameters never are. Each parameter is drawn in float32 from generators of its
+    own, seeded by its name, so the weights depend neither on the number of processes (plain, DDP, or DTensor shards of any
+    placement; no communication takes place), nor on the number of threads, nor on the global generator.
+
+    Args:
+        model: The module that the plan was made for, with real parameters.
+        plan: The plan.
+        seed: Seed of all draws.
+
+    Raises:
+        ValueError: If the model's parameters are not those of the plan.
+    """
+    check_covers(model, plan)
+    set_multipliers(model, plan.multipliers)
+    if plan.same_size:
+        return
+    tensors = named_tensors(model)
+    pairs = [(tensors[entry.name], entry) for entry in plan.parameters if tensors[entry.name].requires_grad]
+    names = {id(tensor): entry.name for tensor, entry in pairs}
+    padding = {
+        names[id(module.weight)]: module.padding_idx
+        for module in model.modules()
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+        and module.padding_idx is not None
+        and id(module.weight) in names
+    }
+    draw_all(pairs, seed, padding=padding)
+
+
+def set_multipliers(module: nn.Module, values: Mapping[str, float]) -> None:
+    """Sets multipliers by dotted path of the attribute.
+
+    Raises:
+        ValueError: If there is no number at a path.
+    """
+    if not values:
+        return
+    modules = {clean_name(name): child for name, child in module.named_modules() if not hasattr(child, "_orig_mod")}
+    places = {path: (modules.get(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in values}
+    unknown = sorted(
+        path
+        for path, (child, attribute) in places.items()
+        if child is None or not isinstance(getattr(child, attribute, None), (int, float))
+    )
+    if unknown:
+        expected = f"paths that {type(module).__name__} exposes: {listed(sorted(read_multipliers(module)))}"
+        raise ValueError(mismatch("multipliers", found=listed(unknown), expected=expected))
+    for path, (child, attribute) in places.items():
+        setattr(child, attribute, float(values[path]))
+
+
+def apply_plan(model: nn.Module, plan: ScalingPlan, *, seed: int = 0, draw: bool = True) -> bool:
+    """Applies a plan once: draws the initial weights, or keeps the weights that are there and sets the multipliers alone.
+
+    Args:
+        model: The module that the plan was made for, with real parameters.
+        plan: The plan.
+        seed: Seed of all draws.
+        draw: Draw the weights, unless the module has weights that must be kept (`has_weights`).
+
+    Returns:
+        True if the weights were drawn. In both cases the module is marked by `keep_weights`.
+
+    Raises:
+        ValueError: If the model's parameters or multipliers are not those of the plan.
+    """
+    drawn = draw and not has_weights(model)
+    if drawn:
+        initialize(model, plan, seed=seed)
+    else:
+        set_multipliers(model, plan.multipliers)
+    keep_weights(model)
+    return drawn
+
+
+def keep_weights(model: nn.Module) -> None:
+    """Marks a module whose weights must be kept: drawn by a plan, trained, or loaded from a checkpoint."""
+    setattr(model, _HAS_WEIGHTS, True)
+
+
+def has_weights(model: nn.Module) -> bool:
+    """True once :func:`keep_weights` was called: a callback must not draw the weights again."""
+    return getattr(model, _HAS_WEIGHTS, False)
+
+
+def check_covers(model: nn.Module, plan: ScalingPlan) -> None:
+    """Refuses a plan that was made for other parameters.
+
+    Raises:
+        ValueError: Naming the first differences.
+    """
+    planned = {entry.name: entry.shape for entry in plan.parameters}
+    # A frozen parameter may be missing from the plan: its role need not be known.
+    shapes = {n: tuple(p.shape) for n, p in named_tensors(model).items() if p.requires_grad or n in planned}
+    if shapes == planned:
+        return
+    wrong = [
+        f"{name}: model {shapes.get(name, 'absent')}, plan {planned.get(name, 'absent')}"
+        for name in dict.fromkeys([*shapes, *planned])
+        if shapes.get(name) != planned.get(name)
+    ]
+    raise ValueError(
+        mismatch(
+            "plan",
+            found=f"one of another model: {len(wrong)} parameter(s) differ, first {'; '.join(wrong[:4])}",
+            expected=f"one of this {type(model).__name__}",
+            do="Make a new plan from this model.",
+        )
+    )

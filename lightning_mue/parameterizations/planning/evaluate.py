@@ -1,0 +1,242 @@
+"""Evaluates a rule's cells for a matched target: the plan, before its notes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from lightning_mue.checks import listed, mismatch
+from lightning_mue.parameterizations.planning.match import Pair
+from lightning_mue.parameterizations.planning.multipliers import fold, folded_cells, site_values
+from lightning_mue.parameterizations.planning.parameter_plan import ParameterPlan
+from lightning_mue.parameterizations.planning.scaling_plan import ScalingPlan
+from lightning_mue.parameterizations.reading.base_record import BaseRecord
+from lightning_mue.parameterizations.reading.initializer import Init
+from lightning_mue.parameterizations.reading.parameters import ParameterInfo, branch_ratios
+from lightning_mue.parameterizations.rules.kinds import Family, default_kind
+from lightning_mue.parameterizations.rules.monomial import parse
+from lightning_mue.parameterizations.rules.roles import Role
+from lightning_mue.parameterizations.rules.table import RULES, NotCoveredError, Parameterization, Preset, Row
+
+#: Roles whose own shape shows the active width of an undeclared dense FFN.
+_DENSE = (Role.FFN_UP, Role.FFN_DOWN)
+
+
+def evaluate(
+    rule: Parameterization,
+    family: Family | Mapping[str, Family],
+    alpha: float,
+    pair: Pair,
+    base: BaseRecord,
+    constants: Preset | None,
+) -> ScalingPlan:
+    """Applies a rule to a matched target.
+
+    Args:
+        rule: The rule, its regime chosen.
+        family: Optimizer family, or parameter name -> family.
+        alpha: Depth exponent.
+        pair: Target and base.
+        base: The base, whose weights are measured if the plan changes them.
+        constants: The preset in force.
+
+    Raises:
+        NotCoveredError: If the rule has no table for a family, no row for a role, or needs a multiplier that nothing can take.
+        ValueError: For a parameter that the base lacks, or a router that starts at zero.
+    """
+    factors = constants.factors if constants is not None else {}
+    # A plan that changes no size keeps the weights that the model has, unless constants are to multiply them.
+    keeps_weights = pair.same_shapes and not factors
+    old = base.shapes if keeps_weights else base.measured
+    same_size = keeps_weights and not pair.axes.changed(pair.base_axes)
+    scale = Scale(rule, family, alpha, pair, {} if keeps_weights else old.inits, factors)
+    folded = folded_cells(rule, pair.target, old, pair.infos, scale.ratios, alpha)
+    parameters = tuple(scale.parameter(info, folded) for info in pair.infos)
+    return ScalingPlan(
+        rule=rule.name,
+        family="+".join(scale.families),
+        alpha=alpha,
+        axes=pair.axes.to_dict(),
+        base_axes=pair.base_axes.to_dict(),
+        betas=parse(rule.betas).evaluate(scale.ratios, alpha),
+        parameters=parameters,
+        multipliers={} if same_size else site_values(rule, pair.target, old, scale.ratios, alpha),
+        same_size=same_size,
+        folded={kind: value for kind, value in scale.folded_values(folded).items() if value != 1.0},
+    )
+
+
+class Scale:
+    """Evaluates a rule's cells for single parameters.
+
+    Args:
+        rule: The rule.
+        family: Optimizer family, or parameter name -> family.
+        alpha: Depth exponent.
+        pair: Target and base.
+        inits: Name of the base's parameter -> how it was drawn; empty: the weights stay as they are.
+        factors: Constants of a preset: pattern on names -> column -> factor.
+    """
+
+    def __init__(
+        self,
+        rule: Parameterization,
+        family: Family | Mapping[str, Family],
+        alpha: float,
+        pair: Pair,
+        inits: Mapping[str, Init],
+        factors: Mapping[str, Mapping[str, float]],
+    ) -> None:
+        self.rule, self.family, self.alpha = rule, family, alpha
+        self.matched, self.inits, self.factors = pair.matched, inits, factors
+        self.families = sorted({family} if isinstance(family, str) else set(family.values()))
+        for name in self.families:
+            rule.table(name)
+        self.base_sizes = pair.base_axes.sizes()
+        self.ratios = pair.axes.ratios(pair.base_axes)
+        self.sparse = (pair.axes.top_k or 1) < (pair.axes.n_experts or 1)
+
+    def parameter(self, info: ParameterInfo, folded: Mapping[str, tuple[float, str]]) -> ParameterPlan:
+        """The plan of one parameter; ``folded`` holds the multipliers that no module applies (`folded_cells`)."""
+        assert info.role is not None
+        old, family = self.matched.get(info.name), self._family(info)
+        row = self._row(info.role, info, family)
+        tied = row.tied or (info.role is Role.BIAS and "expert" in info.name and self._ties(family))
+        init = self._measured(old, tied) if old is not None else self._absent_init(info, row)
+        self._refuse_zero_router(info, init)
+        kind = default_kind(Role.EMBEDDING if info.tied else info.role, family)
+        ratios = self._local_ratios(info, old)
+        cells = {name: parse(getattr(row, name)).evaluate(ratios, self.alpha) for name in ("init", "lr", "wd", "eps")}
+        for name in sorted(info.folds & set(folded)):
+            start, cell = folded[name]
+            multiplier = start * parse(cell).evaluate(ratios, self.alpha)
+            self._refuse_zero_gain(info, init, name, cell, multiplier)
+            cells = fold(cells, multiplier, kind)
+        for pattern, columns in self.factors.items():
+            if re.search(pattern, info.name):
+                cells |= {column: cells[column] * value for column, value in columns.items()}
+        return ParameterPlan(
+            name=info.name,
+            role=info.role.value,
+            shape=info.shape,
+            base=old.name if old is not None else None,
+            init=init if init.kind == "keep" else Init(init.kind, init.value * cells["init"]),
+            lr=cells["lr"],
+            weight_decay=cells["wd"],
+            eps=cells["eps"],
+            kind=kind,
+            source=row.citation + (", tied" if info.tied else ""),
+            base_shape=old.shape if old is not None else self._hidden_shape(info),
+            tied=tied,
+        )
+
+    def _hidden_shape(self, info: ParameterInfo) -> tuple[int, ...] | None:
+        """The shape with which a router that the base lacks is compared."""
+        return None if _is_vector(info) else (int(self.base_sizes["d"]),) * 2
+
+    def _refuse_zero_router(self, info: ParameterInfo, init: Init) -> None:
+        """Refuses sparse routing from a zero router: every expert ties, and the same ones always win."""
+        # A single output is the gate of a shared expert, which chooses nothing.
+        chooses = info.role is Role.ROUTER and info.fans[1] > 1 and self.sparse
+        if chooses and init == Init("constant", 0.0):
+            raise ValueError(
+                mismatch(
+                    "base",
+                    found=f"the router {info.name}, which starts at exactly zero while not every expert is active",
+                    expected="a router with a positive std",
+                    do="From zero all experts tie for every token, and the same ones always win. Initialize the base's router "
+                    "with a positive std.",
+                )
+            )
+
+    def _refuse_zero_gain(self, info: ParameterInfo, init: Init, kind: str, cell: str, multiplier: float) -> None:
+        """Refuses to fold into a gain that starts at zero: its norm multiplies by 1 + gain."""
+        gain = info.form == "norm" and not info.name.endswith("bias")
+        if multiplier != 1.0 and gain and init == Init("constant", 0.0):
+            raise NotCoveredError(
+                mismatch(
+                    "rule",
+                    found=f"{self.rule.name!r}, which needs the {kind} multiplier {cell} = {multiplier:g}",
+                    expected=f"a module that exposes one: it cannot be folded into {info.name}, which starts at zero",
+                    do=f"Name the attribute that holds the multiplier: multipliers: {{{kind}: ...}}.",
+                )
+            )
+
+    def folded_values(self, folded: Mapping[str, tuple[float, str]]) -> dict[str, float]:
+        """Kind -> the multiplier over the base's that goes into weights, at the whole model's ratios."""
+        return {
+            kind: parse(cell).evaluate(self.ratios, self.alpha) * (start if kind == "attention" else 1.0)
+            for kind, (start, cell) in folded.items()
+        }
+
+    def _family(self, info: ParameterInfo) -> Family:
+        if isinstance(self.family, str):
+            return self.family
+        # Frozen parameters are in no optimizer.
+        return self.family.get(info.name, next(iter(self.family.values())))
+
+    def _row(self, role: Role, info: ParameterInfo, family: Family) -> Row:
+        table = self.rule.table(family)
+        row = table.get(role)
+        if row is None:
+            others = [r.name for r in RULES.values() if family in r.tables and role in r.tables[family]]
+            raise NotCoveredError(
+                mismatch(
+                    "rule",
+                    found=f"{self.rule.name!r} ({self.rule.source}), which has no row for the role {role.value!r} of {info.name} "
+                    f"under an optimizer of the family {family!r}",
+                    expected=f"a rule that has one: {listed(others)}",
+                )
+            )
+        if info.tied:
+            # docs/theory.md section 3: tied embeddings are drawn as the unembedding and learn by the rule of vectors.
+            vector = table[Role.EMBEDDING]
+            return Row(row.init, vector.lr, vector.wd, vector.eps, row.source, row.status, page=row.page)
+        return row
+
+    def _local_ratios(self, info: ParameterInfo, old: ParameterInfo | None) -> dict[str, float]:
+        """Symbol -> ratio target/base for one parameter: the model's, with its own fans and the sizes of its branch."""
+        ratios = dict(self.ratios, fan_in=1.0, fan_out=1.0)
+        if old is None and _is_vector(info):
+            return ratios
+        if old is None:
+            # A router whose base is dense: it is compared with the base's hidden matrices, d x d.
+            ratios.update(zip(("fan_in", "fan_out"), (fan / self.base_sizes["d"] for fan in info.fans), strict=True))
+            return ratios
+        for key, new, was in zip(("fan_in", "fan_out"), info.fans, old.fans, strict=True):
+            ratios[key] = new / was
+        local = branch_ratios(info.branch, old.branch)
+        if not local and info.role in _DENSE and old.role is info.role:
+            # A dense FFN that declares nothing: its active width is the hidden side of this very matrix.
+            hidden = ratios["fan_in" if info.role is Role.FFN_DOWN else "fan_out"]
+            local = {"A": hidden, "H": hidden, "h": hidden, "E": 1.0, "a": 1.0, "kappa": 1.0}
+        return {**ratios, **local}
+
+    def _ties(self, family: Family) -> bool:
+        row = self.rule.table(family).get(Role.EXPERT_UP)
+        return row is not None and row.tied
+
+    def _measured(self, old: ParameterInfo, tied: bool) -> Init:
+        """How the base's parameter was drawn; experts of a list that start alike take the first one's."""
+        name = re.sub(r"(experts?\.)\d+", r"\g<1>0", old.name) if tied else old.name
+        return self.inits.get(name, self.inits.get(old.name, Init("keep", 0.0)))
+
+    def _absent_init(self, info: ParameterInfo, row: Row) -> Init:
+        """How a parameter is drawn that the base lacks."""
+        if _is_vector(info):
+            return Init("keep", 0.0)  # a vector's initial value does not scale
+        if row.absent_init is None or self.base_sizes.get("d", 1.0) == 1.0:  # only the ratio of widths is known
+            raise ValueError(
+                mismatch(
+                    "base",
+                    found=f"nothing like the target's {info.name} {list(info.shape)} (role {info.role})",
+                    expected="a counterpart, since the rule gives no initialization without one",
+                    do="Use a base that has one, or name another role by pattern (roles: ...).",
+                )
+            )
+        return Init("normal", parse(row.absent_init).evaluate(self.base_sizes, self.alpha))
+
+
+def _is_vector(info: ParameterInfo) -> bool:
+    """True for biases, gains and scalars."""
+    return len(info.shape) <= 1

@@ -1,0 +1,176 @@
+"""Matches the target with its base: roles, counterparts and sizes, declared by the modules or inferred from both together."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from lightning_mue.checks import mismatch
+from lightning_mue.parameterizations.planning.counterparts import match_parameters
+from lightning_mue.parameterizations.planning.role_growth import infer_roles
+from lightning_mue.parameterizations.reading.folding import mark_folds
+from lightning_mue.parameterizations.reading.parameters import ParameterInfo
+from lightning_mue.parameterizations.reading.record import ModelRecord
+from lightning_mue.parameterizations.reading.size_inference import infer_sizes, orient, residual_widths, stack_depths
+from lightning_mue.parameterizations.rules.axes import Axes
+from lightning_mue.parameterizations.rules.roles import Role
+
+
+class Pair:
+    """A target and its base, matched.
+
+    Attributes:
+        target: The target as it was read.
+        infos: The target's parameters, each with its role.
+        matched: Target name -> the base's parameter.
+        axes: Sizes of the target.
+        base_axes: Sizes of the base.
+        same_shapes: True if both models have the same shapes and sizes; their runs may differ.
+        notes: Warnings for people.
+    """
+
+    def __init__(self, target: ModelRecord, base: ModelRecord) -> None:
+        self.target = target
+        self.notes: list[str] = []
+        mine, theirs = _with_roles(target, base)
+        self.axes, mine = _sizes(target, mine)
+        self.base_axes, theirs = _sizes(base, theirs)
+        # Matched again, now that all roles are known: parameters without a counterpart by name are matched by role.
+        self.infos, self.matched = mark_folds(mine), match_parameters(mine, theirs)
+        if self.axes.width is None or self.base_axes.width is None:
+            width, base_width = self._widths()
+            self.axes, self.base_axes = replace(self.axes, width=width), replace(self.base_axes, width=base_width)
+        if not (target.sizes and base.sizes):
+            self._note_stacks(theirs)
+        self.same_shapes = target.same_shapes(base) and not self.axes.changed(self.base_axes)
+
+    def _widths(self) -> tuple[float, float]:
+        """(target's, base's) residual width, or their ratio and 1 where only that is known.
+
+        Raises:
+            ValueError: If only the sides of matrices show it, and they grow by different ratios.
+        """
+        pairs = self._residual_sides()
+        if not pairs:  # no norm, embedding or head: only the sides of the matrices are left
+            ratios = sorted({new / old for new, old in self._grown_sides()})
+            if len(ratios) > 1:
+                raise ValueError(
+                    mismatch(
+                        "base",
+                        found=f"matrices whose sides grow by different ratios ({_listed(ratios)})",
+                        expected="one ratio, from which the width ratio can be inferred",
+                        do="Give the module a method `mue_axes()` that returns its sizes, e.g. "
+                        "{'width': ..., 'depth': ..., 'ffn_width': ...}.",
+                    )
+                )
+            return (ratios[0], 1.0) if ratios else (1.0, 1.0)
+        grown = [
+            pair for pair in pairs if pair[0] != pair[1]
+        ] or pairs  # a part may keep its size, e.g. a table of positions
+        counts = Counter(new / old for new, old in grown)
+        ratio = counts.most_common(1)[0][0]
+        if len(counts) > 1:
+            self.notes.append(
+                f"parts of the model grow by different ratios ({_listed(counts)}); matrices scale by their own fan-in, and the "
+                f"width ratio of other parameters is taken as {ratio:g}. Declare mue_axes() on the module to change it"
+            )
+        return Counter(pair for pair in grown if pair[0] / pair[1] == ratio).most_common(1)[0][0]
+
+    def _residual_sides(self) -> list[tuple[float, float]]:
+        """(target's, base's) size of each parameter that has the residual width: norms, else embeddings and heads."""
+        found: dict[str, list[tuple[float, float]]] = {"norm": [], "other": []}
+        for info in self.infos:
+            old = self.matched.get(info.name)
+            if old is None:
+                continue
+            if info.role in (Role.NORM, Role.FINAL_NORM) and len(info.shape) == 1:
+                found["norm"].append((info.shape[0], old.shape[0]))
+            elif info.role in (Role.EMBEDDING, Role.UNEMBEDDING):
+                found["other"].append((_stream_side(info), _stream_side(old)))
+        grown = [pairs for pairs in found.values() if any(new != old for new, old in pairs)]
+        return grown[0] if grown else found["norm"] or found["other"]
+
+    def _note_stacks(self, base_infos: list[ParameterInfo]) -> None:
+        mine, theirs = stack_depths(self.infos), stack_depths(base_infos)
+        ratios = {mine[stack] / theirs[stack] for stack in mine if stack in theirs}
+        if len(ratios) > 1:
+            self.notes.append(
+                f"stacks of layers grow by different ratios ({_listed(ratios)}); the depth ratio is taken as "
+                f"{(self.axes.depth or 1) / (self.base_axes.depth or 1):g}. Declare mue_axes() on the module to change it"
+            )
+
+    def _grown_sides(self) -> list[tuple[int, int]]:
+        return [
+            (new, was)
+            for info in self.infos
+            # The router's rows are experts; they do not grow with the width.
+            if info.name in self.matched and len(info.shape) >= 2 and info.role is not Role.ROUTER
+            for new, was in zip(info.fans, self.matched[info.name].fans, strict=True)
+            if new != was
+        ]
+
+
+def match(
+    target: ModelRecord, base: ModelRecord, *, tokens: float | None = None, batch_tokens: float | None = None
+) -> Pair:
+    """Matches a target with its base.
+
+    Args:
+        target: The target.
+        base: The base, with its run if that is known.
+        tokens: Training length of the target.
+        batch_tokens: Batch size of the target.
+
+    Raises:
+        ValueError: If a parameter has no role, a size cannot be inferred, or only one side knows a size of the run.
+    """
+    run = {"tokens": tokens, "batch_tokens": batch_tokens}
+    for key, value in run.items():
+        _check_run(key, value, base.run)
+    pair = Pair(target, base)
+    pair.axes = replace(pair.axes, **run)
+    pair.base_axes = replace(pair.base_axes, **{key: base.run.get(key) for key in run})
+    return pair
+
+
+def _check_run(key: str, value: float | None, base_run: Mapping[str, float]) -> None:
+    if (value is None) == (key not in base_run):
+        return
+    given, missing = (f"base.{key}", f"`{key}`") if value is None else (f"`{key}`", f"base.{key}")
+    raise ValueError(
+        mismatch(
+            key,
+            found=f"{given} without {missing}, so there is no ratio to scale by",
+            expected="both or neither",
+            do=f"Give both, e.g. {key}: 4e9 and base: {{..., {key}: 1e9}}, or neither.",
+        )
+    )
+
+
+def _with_roles(target: ModelRecord, base: ModelRecord) -> tuple[list[ParameterInfo], list[ParameterInfo]]:
+    """(target's, base's) parameters with roles inferred from their growth; the base's take those of their counterparts."""
+    theirs = list(base.parameters)
+    matched = match_parameters(list(target.parameters), theirs)
+    mine = infer_roles(list(target.parameters), matched)
+    by_base = {matched[info.name].name: info.role for info in mine if info.name in matched}
+    return mine, [replace(old, role=old.role or by_base.get(old.name)) for old in theirs]
+
+
+def _sizes(record: ModelRecord, infos: list[ParameterInfo]) -> tuple[Axes, list[ParameterInfo]]:
+    """(sizes that a model declares or its parameters show, parameters with the fans of transposed expert stacks swapped)."""
+    seen = set(residual_widths(infos).values())
+    width = record.sizes.get("width") or (seen.pop() if len(seen) == 1 else None)
+    infos = orient(infos, width)
+    return Axes(**{**infer_sizes(infos, {**record.inferred, **record.sizes}), **record.sizes}), infos
+
+
+def _listed(ratios: Iterable[float]) -> str:
+    return ", ".join(f"{ratio:g}" for ratio in sorted(ratios))
+
+
+def _stream_side(info: ParameterInfo) -> int:
+    """The side of an embedding or a head that is the residual width."""
+    if info.role is Role.UNEMBEDDING:
+        return info.fans[0]
+    return info.shape[-1] if info.form in ("embedding", "raw") else info.fans[1]

@@ -1,0 +1,101 @@
+"""Infers the sizes that a model does not declare, from its parameters and attributes."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from lightning_mue.checks import mismatch
+from lightning_mue.names import all_indices, split_layer
+from lightning_mue.parameterizations.reading.parameters import ParameterInfo
+from lightning_mue.parameterizations.rules.roles import MATRIX_ROLES, Role
+
+
+def infer_sizes(infos: list[ParameterInfo], attributes: Mapping[str, float]) -> dict[str, float]:
+    """Infers the sizes that a module does not declare.
+
+    Args:
+        infos: Its parameters with roles.
+        attributes: Its ``head_dim`` and ``top_k``, which the shapes do not show.
+
+    Returns:
+        Name of an axis -> size.
+
+    Raises:
+        ValueError: If there are experts, but how many are active is not known.
+    """
+    sizes: dict[str, float] = {}
+    if depths := stack_depths(infos):
+        sizes["depth"] = max(depths.values())
+    for name, role in (("ffn_width", Role.FFN_DOWN), ("expert_width", Role.EXPERT_DOWN)):
+        if widths := [info.fans[0] for info in infos if info.role is role]:
+            sizes[name] = widths[0]
+    head_dims = [i.shape[0] for i in infos if i.role is Role.QK_NORM and i.shape]
+    if "head_dim" in attributes or head_dims:
+        sizes["head_dim"] = attributes.get("head_dim") or head_dims[0]
+    if (experts := _n_experts(infos)) > 1:
+        if not ("top_k" in attributes and "expert_width" in sizes):
+            missing = "their width" if "top_k" in attributes else "how many of them a token uses"
+            raise ValueError(
+                mismatch(
+                    "base",
+                    found=f"{experts} experts, but {missing} is not known",
+                    expected="experts of known width, of which a known number is active",
+                    do="Give the module a method `mue_axes()` that returns its sizes: width, depth, n_experts, top_k, "
+                    "expert_width, active_width.",
+                )
+            )
+        shared = [info.fans[0] for info in infos if info.role is Role.SHARED_DOWN]
+        active_width = attributes["top_k"] * sizes["expert_width"] + (shared[0] if shared else 0)
+        sizes |= {"n_experts": experts, "top_k": attributes["top_k"], "active_width": active_width}
+    elif sizes.get("ffn_width"):
+        sizes |= {"n_experts": 1, "top_k": 1}
+    return sizes
+
+
+def residual_widths(infos: Iterable[ParameterInfo]) -> dict[str, int]:
+    """Candidates for the residual width, by where they are found: most norms, embeddings, the unembedding."""
+    infos = list(infos)
+    norms = [i.shape[0] for i in infos if i.role in (Role.NORM, Role.FINAL_NORM) and len(i.shape) == 1]
+    tables = [i.shape[-1] if i.form in ("embedding", "raw") else i.fans[1] for i in infos if i.role is Role.EMBEDDING]
+    heads = [i.fans[0] for i in infos if i.role is Role.UNEMBEDDING]
+    seen = {"norms": norms, "embeddings": tables, "unembedding": heads}
+    return {where: Counter(found).most_common(1)[0][0] for where, found in seen.items() if found}
+
+
+def stack_depths(infos: Iterable[ParameterInfo]) -> dict[str, int]:
+    """Name of each stack of equal layers (an encoder, a decoder, ...) -> number of its layers; those of nested stacks multiply."""
+    layers: dict[str, set[str]] = defaultdict(set)
+    for info in infos:
+        if info.position[1] >= 0 and info.role in MATRIX_ROLES:
+            layers[all_indices(info.name)].add(info.name)
+    depths: dict[str, int] = {}
+    for template, names in layers.items():
+        found = {split_layer(name)[1] for name in names}
+        nested = template.count("*") > 1
+        if nested or found == set(range(len(found))):  # 0, 1, 2 and on: not the linear layers between activations
+            stack = template.rpartition("*")[0]
+            depths[stack] = max(depths.get(stack, 0), len(names))
+    return depths
+
+
+def _n_experts(infos: list[ParameterInfo]) -> int:
+    stacks = [i.shape[0] for i in infos if i.role is Role.EXPERT_DOWN and len(i.shape) == 3]
+    if stacks:
+        return stacks[0]
+    # A list of experts, each a module of its own: the second index of the name counts them.
+    numbers = {int(m[1]) for i in infos if i.role is Role.EXPERT_DOWN and (m := re.search(r"experts\.(\d+)\.", i.name))}
+    return len(numbers)
+
+
+def orient(infos: list[ParameterInfo], width: float | None) -> list[ParameterInfo]:
+    """Swaps the fans of expert stacks that are stored as [E, in, out], recognised by the side that is the residual width."""
+    result = []
+    for info in infos:
+        fan_in, fan_out = info.fans
+        up, down = info.role is Role.EXPERT_UP, info.role is Role.EXPERT_DOWN
+        turned = (up and fan_out == width != fan_in) or (down and fan_in == width != fan_out)
+        result.append(replace(info, fans=(fan_out, fan_in)) if turned and info.form == "raw" else info)
+    return result
