@@ -15,6 +15,7 @@ only one that knows the names; everything else asks the functions below.
 | ``scoring``, ``gate`` | router | str | how the router makes gates, as `Router` names it | plan (notes) |
 | ``mue_attention_core`` | module | bool | ``forward(q, k, v)``, causal, with a float ``scale`` | monitors |
 | ``mue_role_of_output`` | module | str: "lm_logits" | what the module's output is | monitors |
+| ``flops_per_token`` | model | method -> number | FLOPs of one token in training, forward and backward | ThroughputMonitor |
 | ``mue_role`` | parameter | str | role, for an optimizer that sees no module; set by `tag_roles` | HyperSphereOptimizer |
 | ``mue_family`` | optimizer | str: "adam", "sgd", "sphere", "muon" | which table holds its factors | MuECallback |
 """
@@ -86,6 +87,12 @@ def is_attention_core(module: object) -> bool:
 def returns_lm_logits(module: object) -> bool:
     """``mue_role_of_output``: whether a module declares its output to be the LM logits."""
     return getattr(module, "mue_role_of_output", None) == "lm_logits"
+
+
+def flops_per_token(module: object) -> float | None:
+    """``flops_per_token()``: FLOPs of one token in training, forward and backward; None if a module has no such method."""
+    count = getattr(module, "flops_per_token", None)
+    return float(count()) if callable(count) else None
 
 
 def declared_family(optimizer: object) -> Any:
