@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from lightning_mue.callbacks import ThroughputMonitor
 from lightning_mue.cli.summary import summarize
 from lightning_mue.cli.trainer import MuETrainer
 
@@ -58,6 +59,14 @@ class MuECLI(LightningCLI):
         """Makes model, data and trainer; for ``explain`` and ``coord-check`` without memory for the weights."""
         with torch.device("meta") if self.subcommand in _ON_META else nullcontext():
             super().instantiate_classes()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Makes the trainer, with a ThroughputMonitor unless the config has one."""
+        configured = self._get(self.config_init, "trainer.callbacks") or []
+        callbacks = configured if isinstance(configured, list) else [configured]
+        if not any(isinstance(callback, ThroughputMonitor) for callback in callbacks):
+            self.trainer_defaults = {"callbacks": [ThroughputMonitor()]}
+        return super().instantiate_trainer(**kwargs)
 
     def after_fit(self) -> None:
         """Prints a summary after a training."""

@@ -13,6 +13,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_mue import HyperSphereOptimizer
+from lightning_mue.callbacks import ThroughputMonitor
 from lightning_mue.cli.lightning_cli import MuECLI, main
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -81,6 +82,7 @@ def test_fit_validate_test_predict(run, corpus, tmp_path):
     tags = events.Tags()["scalars"]
     for tag in (
         "train/loss",
+        "train/tokens_per_second",
         "val/bits_per_byte",
         "mue/lr/expert_up",
         "stability/z/lm_logits",
@@ -95,6 +97,38 @@ def test_fit_validate_test_predict(run, corpus, tmp_path):
     assert "test/bits_per_byte" in out
     status, out = run("predict", *debug(corpus, "--ckpt_path", checkpoint, "--trainer.limit_predict_batches", "1"))
     assert status == 0
+
+
+@pytest.mark.parametrize(
+    "given",
+    [None, {"class_path": "lightning_mue.callbacks.RouterMonitor"}, "list", "named", "named alone"],
+    ids=["none", "one", "list", "named", "named alone"],
+)
+def test_there_is_one_throughput_monitor(run, corpus, tmp_path, monkeypatch, given):
+    """By default, also beside the config's callbacks, and not twice; the saved config loads again and gives one too."""
+    monitor = {"class_path": "lightning_mue.callbacks.ThroughputMonitor"}
+
+    def edit(config):
+        listed = config["trainer"]["callbacks"]
+        new = {"list": listed, "named": [*listed, monitor], "named alone": monitor}
+        config["trainer"]["callbacks"] = new[given] if isinstance(given, str) else given
+
+    def monitors(path):
+        with monkeypatch.context() as patch:
+            patch.setattr(MuECLI, "_run_subcommand", lambda self, subcommand: None)
+            callbacks = MuECLI(["fit", "--config", str(path)]).trainer.callbacks
+        return sum(isinstance(callback, ThroughputMonitor) for callback in callbacks)
+
+    def given_in(path):
+        callbacks = yaml.safe_load(path.read_text())["trainer"]["callbacks"]
+        return len(callbacks) if isinstance(callbacks, list) else int(callbacks is not None)
+
+    path, saved = change(corpus, tmp_path, edit), tmp_path / "logs" / "debug" / "version_0" / "config.yaml"
+    assert monitors(path) == 1
+    status, out = run("fit", "--config", path, "--trainer.max_steps", 2)
+    assert status == 0, out
+    assert given_in(saved) == given_in(path)  # the default is not written: it would be there twice the next time
+    assert monitors(saved) == 1
 
 
 def test_validation_of_a_checkpoint_gives_the_loss_of_the_run(run, corpus, tmp_path):
