@@ -1,10 +1,7 @@
 from __future__ import annotations
 
 import inspect
-import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,41 +18,6 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 def debug(corpus, *args):
     return ("--config", CONFIGS / "debug.yaml", "--data.path", corpus, *args)
-
-
-@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_config_is_explained(run, config):
-    status, out = run("explain", "--config", config)
-    assert status == 0
-    rule = next(
-        c["init_args"]["rule"]
-        for c in yaml.safe_load(config.read_text())["trainer"]["callbacks"]
-        if c["class_path"].endswith("MuECallback")
-    )
-    assert f"{rule} (" in out
-    assert "expert_down" in out
-
-
-@pytest.mark.slow
-def test_explain_for_a_trillion_parameters_takes_seconds_and_little_memory(tmp_path):
-    """Under 20 s and 2 GiB, from process start to exit."""
-    code = (
-        "import json, resource, sys, time; start = time.perf_counter()\n"
-        "from lightning_mue.cli.lightning_cli import main; main(sys.argv[1:])\n"
-        "json.dump([time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20], open('r.json', 'w'))"
-    )
-    config = str(CONFIGS / "trillion.yaml")
-    done = subprocess.run(
-        [sys.executable, "-c", code, "explain", "--config", config],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        check=True,
-    )
-    seconds, gib = json.loads((tmp_path / "r.json").read_text())
-    assert "T parameters" in done.stdout
-    assert gib < 2
-    assert seconds < 20
 
 
 def losses(folder, tag="train/loss"):
@@ -331,12 +293,6 @@ def test_empty_corpus(run, tmp_path, monkeypatch):
     assert str(empty) in out
 
 
-def test_explain_without_the_callback(run, corpus, tmp_path):
-    status, out = run("explain", "--config", change(corpus, tmp_path, lambda c: c["trainer"].update(callbacks=None)))
-    assert status == 2
-    assert "trainer.callbacks: found no MuECallback, expected one" in out
-
-
 def test_traceback_on_request(corpus, tmp_path, monkeypatch):
     monkeypatch.setenv("LIGHTNING_MUE_TRACEBACK", "1")
     path = change(corpus, tmp_path, mue_args(alpha=3.0))
@@ -348,150 +304,3 @@ def test_errors_of_others_keep_their_traceback(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_mue.models.MoELanguageModel.loss", lambda self, batch: int("x"))
     with pytest.raises(ValueError, match="invalid literal"):
         main(["fit", *map(str, debug(corpus))])
-
-
-def coord_check(corpus, *args):
-    small = ("--data.batch_size", 8, "--seeds", 1, "--steps", 2)
-    return ("coord-check", "--config", CONFIGS / "dense_to_moe.yaml", "--data.path", corpus, *MODEL, *small, *args)
-
-
-#: dense_to_moe.yaml with a model of test size; the base in it (width 64, 2 heads) stays.
-MODEL = ("--data.context_length", 32, "--model.init_args.context_length", 32, "--model.init_args.depth", 2)
-
-
-def test_coord_check_passes_and_writes(run, corpus, tmp_path):
-    """The config's own base, data and optimizer; loose tolerance, since one seed and two steps are noisy."""
-    args = ("--axis", "width=32,64,128", "--axis=n_heads=1,2,4", "--tolerance", 0.5, "--output", tmp_path / "out")
-    status, out = run(*coord_check(corpus, *args))
-    assert status == 0, out
-    assert "PASSED: complete-mue along width = 32, 64, 128: all 17 slopes within +-0.5" in out
-    assert "Coordinate check: complete-mue (adam) after 2 steps, 1 seeds" in out
-    header, *rows = (tmp_path / "out" / "coordinates.csv").read_text().splitlines()
-    assert header == "size,seed,step,name,role,quantity,rms,base"
-    # A dense base: experts scale from its FFN.
-    assert any("ffn.experts.w_up,expert_up,update" in row and row.endswith("ffn.w_up") for row in rows)
-    assert (tmp_path / "out" / "coordinates.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_coord_check_fails_with_status_1(run, corpus):
-    args = ("--axis", "width=32,64,128", "--axis", "n_heads=1,2,4", "--rule", "sp", "--tolerance", 0.5, "--lr", 3e-3)
-    status, out = run(*coord_check(corpus, *args))
-    assert status == 1
-    assert "FAILED: sp along width = 32, 64, 128" in out
-    assert Path("coordinates.csv").exists()
-
-
-def test_coord_check_from_dense_to_moe(run, corpus):
-    status, out = run(*coord_check(corpus, "--axis", "n_experts=0,2,4", "--tolerance", 9))
-    assert status == 0
-    assert "n_experts = 1, 2, 4" in out
-
-
-AXES = {
-    "one size": (["width=32"], "--axis: found width=32, expected at least two sizes"),
-    "no values": (["width"], "--axis: found 'width', expected name=value"),
-    "unequal": (["width=32,64", "n_heads=1"], "--axis: found width: 2, n_heads: 1, expected equally many values"),
-    "twice": (["width=32,64", "width=32,64"], "--axis: found width twice, expected each axis once"),
-    "unknown": (["widht=32,64"], "widht.*Did you mean 'width'"),
-    "does not fit": (["width=32,64", "n_heads=1,5"], "width=64, n_heads=5.*n_heads: width=64 is not divisible"),
-    "wrong type": (["width=32,wide"], "width=wide"),
-    "same size": (["width=32,32"], "sizes: found models at width = 32, 32, expected a different width for every size"),
-    "rule": (["width=32,64", "n_heads=1,2", "--rule", "mop"], "rule: found 'mop'"),
-    "optimizer": (["width=32,64", "n_heads=1,2", "--rule", "hyperp"], "no row for the role 'hidden'"),
-    "missing": ([], "axis"),
-}
-
-
-@pytest.mark.parametrize("case", AXES)
-def test_bad_axes_are_reported_in_a_paragraph(run, corpus, case):
-    given, message = AXES[case]
-    axes, more = ([a for a in given if "=" in a] or given, given[given.index("--rule") :] if "--rule" in given else [])
-    status, out = run(*coord_check(corpus, *(part for axis in axes for part in ("--axis", axis)), *more))
-    assert status == 2, out
-    assert re.search(message, out), out
-    assert "Traceback" not in out
-
-
-def test_coord_check_needs_data(run, tmp_path):
-    config = yaml.safe_load((CONFIGS / "dense_to_moe.yaml").read_text())
-    del config["data"]
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    status, out = run("coord-check", "--config", tmp_path / "config.yaml", "--axis", "n_experts=2,4")
-    assert status == 2
-    assert "data: found none, and no train_dataloader in MoELanguageModel" in out
-
-
-def test_explain_compares_rules(run):
-    config = CONFIGS / "dense_to_moe.yaml"
-    status, out = run("explain", "--config", config, "--rules", "sp,mup,complete-p,mssp,complete-mue")
-    assert status == 0
-    for part in ("initial std", "forward multipliers", "agree", "complete-p: rule='complete-p'", "mup does not claim"):
-        assert part in out, part
-    status, out = run("explain", "--config", config, "--rules", "sp,mop")
-    assert status == 2
-    assert "rule: found 'mop'" in out
-
-
-def test_explain_saves_a_base_that_stands_for_it(run, tmp_path):
-    """The plan from the file is the plan from the overrides."""
-    config = yaml.safe_load((CONFIGS / "dense_to_moe.yaml").read_text())
-    path, base = tmp_path / "config.yaml", tmp_path / "base.yaml"
-    status, out = run("explain", "--config", CONFIGS / "dense_to_moe.yaml", "--save-base", base)
-    assert status == 0
-    assert f"base written to {base}" in out
-    plan = out[out.index("complete-mue (adam") :]
-    config["trainer"]["callbacks"][0]["init_args"]["base"] = str(base)
-    path.write_text(yaml.safe_dump(config))
-    status, again = run("explain", "--config", path)
-    assert status == 0
-    assert again[again.index("complete-mue (adam") :] == plan
-
-
-OWN_MODULE = """
-import torch
-from lightning.pytorch import LightningModule
-from torch import nn
-
-class Own(LightningModule):
-    def __init__(self, hidden: int = 16, rate: float = 1e-2):
-        super().__init__()
-        self.save_hyperparameters()
-        self.net = nn.Sequential(nn.Linear(8, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 1))
-
-    def training_step(self, batch, batch_idx):
-        loss = nn.functional.mse_loss(self.net(batch[0]), batch[1])
-        self.log("loss", loss)
-        assert self.trainer.max_epochs is not None
-        return loss
-
-    def configure_optimizers(self):
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.hparams.rate)
-        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 100))]
-
-    def train_dataloader(self):
-        x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
-        return torch.utils.data.DataLoader(list(zip(x, x.sum(-1, keepdim=True).sin())), batch_size=32)
-"""
-
-
-@pytest.mark.parametrize(("rule", "status"), [("mup", 0), ("sp", 1)])
-def test_coord_check_of_a_module_that_nobody_here_wrote(run, tmp_path, monkeypatch, rule, status):
-    """No callback, no roles, no mue_axes, no data module, a warm-up: nothing but a LightningModule."""
-    (tmp_path / "own_module.py").write_text(OWN_MODULE)
-    monkeypatch.syspath_prepend(tmp_path)
-    args = (
-        "--model",
-        "own_module.Own",
-        "--axis",
-        "hidden=64,256,1024",
-        "--rule",
-        rule,
-        "--tolerance",
-        0.25,
-        "--lr",
-        1e-3,
-    )
-    found, out = run("coord-check", *args, "--trainer.logger", "false", "--trainer.accelerator", "cpu")
-    assert found == status, out
-    assert f"{rule} along hidden = 64, 256, 1024" in out
-    assert "non-finite" not in out
