@@ -77,7 +77,7 @@ class Slope:
 
 
 @dataclass
-class _Line:
+class _LogValues:
     """Measurements of one line of the table: log2 of the values (size -> seed -> layers), and how many have no logarithm."""
 
     role: str
@@ -149,13 +149,13 @@ def _decides(quantity: str, role: str, depth_moves: bool, has_stream: bool) -> b
     return quantity == "change" and (role in (STREAM, "unembedding") or not has_stream)
 
 
-def _lines(records: list[Record], depth_moves: bool) -> dict[tuple[str, str], _Line]:
+def _lines(records: list[Record], depth_moves: bool) -> dict[tuple[str, str], _LogValues]:
     sizes = {record.size for record in records}
     present: dict[str, set[float]] = defaultdict(set)
     for record in records:
         present[all_indices(record.name)].add(record.size)
     positions = _Positions(records) if depth_moves else None
-    lines: dict[tuple[str, str], _Line] = {}
+    lines: dict[tuple[str, str], _LogValues] = {}
     for record in records:
         name = all_indices(record.name)
         if record.base is not None and present[name] != sizes:
@@ -165,7 +165,7 @@ def _lines(records: list[Record], depth_moves: bool) -> dict[tuple[str, str], _L
             if label is None:
                 continue
             name += label
-        line = lines.setdefault((name, record.quantity), _Line(record.role))
+        line = lines.setdefault((name, record.quantity), _LogValues(record.role))
         if not math.isfinite(record.rms):
             line.broken += 1
         elif record.rms == 0.0:
@@ -197,7 +197,7 @@ class _Positions:
         return None
 
 
-def _fit(name: str, quantity: str, step: int, line: _Line, decides: bool, tolerance: float) -> Slope:
+def _fit(name: str, quantity: str, step: int, line: _LogValues, decides: bool, tolerance: float) -> Slope:
     by_size = {size: {s: float(np.mean(v)) for s, v in seeds.items()} for size, seeds in sorted(line.logs.items())}
     sizes, logs = list(by_size), [float(np.mean(list(seeds.values()))) for seeds in by_size.values()]
     half = (len(sizes) + 1) // 2

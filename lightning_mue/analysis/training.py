@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_mue.analysis.probe import ModuleProbe
+from lightning_mue.analysis.recording import Recorder
 from lightning_mue.analysis.slopes import Record
 from lightning_mue.checks import listed, mismatch
-from lightning_mue.parameterizations import ScaledStep, ScalingPlan, initialize, plan
-from lightning_mue.parameterizations.applying.drawing import draw_
+from lightning_mue.parameterizations import ScalingPlan, plan
 from lightning_mue.parameterizations.applying.groups import family_of
-from lightning_mue.parameterizations.applying.weights import named_tensors
-from lightning_mue.parameterizations.reading.record import measure_init
 
 Loss = Callable[[Any, Any], Tensor]
 OptimizerFactory = Callable[[list[tuple[str, nn.Parameter]]], Optimizer]
@@ -74,6 +69,7 @@ class ShortTraining:
             torch.manual_seed(seed)
             module = make()
             lightning_module = self._prepare(module)
+            recorder = Recorder(module, partial(self.plan, module), self.measured, x=x, seed=seed)
             trainer = Trainer(
                 **{
                     "accelerator": "cpu",
@@ -86,10 +82,12 @@ class ShortTraining:
                     "limit_train_batches": len(batches),
                     "limit_val_batches": 0,
                     **self.trainer_options,
-                    "callbacks": [_Recorder(self, module, x, seed)],
+                    "callbacks": [recorder],
                 }
             )
             trainer.fit(lightning_module, train_dataloaders=_Batches(batches))
+        self.records += recorder.records
+        self.unseen.update(dict.fromkeys(recorder.unseen))
 
     def plan(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> ScalingPlan:
         """Makes the plan for a module, and stores its notes and family."""
@@ -183,81 +181,6 @@ class _Wrapped(LightningModule):
 
     def configure_optimizers(self) -> Optimizer:
         return torch.optim.AdamW(self.module.parameters(), lr=1e-2, weight_decay=0.0)
-
-
-class _Recorder(Callback):
-    """Applies the plan at fit start, as MuECallback does, and measures after the requested steps."""
-
-    def __init__(self, training: ShortTraining, module: nn.Module, x: float, seed: int) -> None:
-        self.training, self.module, self.x, self.seed = training, module, x, seed
-        self.steps: list[ScaledStep] = []
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.made = self.training.plan(self.module, trainer.optimizers)
-        if self.made.same_size:
-            _draw_anew(self.module, self.made, self.seed)
-        else:
-            initialize(self.module, self.made, seed=self.seed)
-            self.steps = [ScaledStep(optimizer, self.made, self.module) for optimizer in trainer.optimizers]
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if batch_idx == 0:  # the batch as the training step gets it: on the device, after all transfer hooks
-            kept = copy.deepcopy(batch)
-            roles = {entry.name: entry.role for entry in self.made.parameters}
-            self.probe = ModuleProbe(self.module, lambda: _run(pl_module, kept, self.seed), roles)
-            self.training.unseen.update(dict.fromkeys(self.probe.unseen))
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        for step in self.steps:
-            step.restore()
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if isinstance(loss, Tensor) and loss.numel() == 1:
-            self._record(batch_idx + 1, "", "", "loss", float(loss))
-        if batch_idx + 1 in self.training.measured:
-            for m in self.probe.measure():
-                self._record(batch_idx + 1, m.name, m.role, m.quantity, m.rms)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        for step in self.steps:
-            step.remove()
-
-    def _record(self, step: int, name: str, role: str, quantity: str, rms: float) -> None:
-        bases = {entry.name: entry.base for entry in self.made.parameters} if quantity == "update" else {}
-        self.training.records.append(Record(self.x, self.seed, step, name, role, quantity, rms, bases.get(name)))
-
-
-@torch.no_grad()
-def _draw_anew(module: nn.Module, made: ScalingPlan, seed: int) -> None:
-    """Draws the weights of a model of the base's size with the seed; :func:`initialize` draws the other sizes only.
-
-    Otherwise this size could have the same weights under every seed.
-    """
-    tensors = named_tensors(module)
-    for entry in made.parameters:
-        if tensors[entry.name].requires_grad:
-            draw_(tensors[entry.name], replace(entry, init=measure_init(tensors[entry.name])), seed)
-
-
-def _run(module: LightningModule, batch: Any, seed: int) -> None:
-    """Runs one forward pass with the training step, and the same random numbers (noise, masks) each time."""
-    step: Any = module.training_step
-    if not module.automatic_optimization:
-        step = module.validation_step
-        if not is_overridden("validation_step", module):
-            raise ValueError(
-                mismatch(
-                    "loss",
-                    found=f"none, and {type(module).__name__} optimizes manually in its training_step",
-                    expected="a forward pass that the probe can call",
-                    do="Give the module a validation_step, or give `loss`.",
-                )
-            )
-    device = module.device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        step(batch, 0)
 
 
 def _without_mue(callbacks: Any) -> list[Callback]:

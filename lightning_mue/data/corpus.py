@@ -136,8 +136,8 @@ class TextCorpus:
 def in_validation(name: str, val_fraction: float) -> bool:
     """Returns whether a file belongs to validation; this depends on its name alone, and is the same on every machine.
 
-    >>> [in_validation(name, 0.5) for name in ("a.py", "b.py", "c.py", "d.py")]
-    [False, True, False, True]
+    >>> [in_validation(name, 0.5) for name in ("a.txt", "b.txt", "c.txt", "d.txt")]
+    [True, False, True, False]
     """
     digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") < val_fraction * 2**64
