@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 
@@ -65,14 +65,14 @@ def require_type(key: str, value: object, types: type | tuple[type, ...], expect
 
 
 def require_integer(key: str, value: object, at_least: int, do: str = "") -> None:
-    """Raises unless a value is an integer of at least `at_least`.
+    """Raises unless a value is an integer, NumPy's included, of at least `at_least`.
 
     Raises:
         TypeError: It is not an integer.
         ValueError: It is smaller.
     """
     expected = f"an integer of at least {at_least}"
-    require_type(key, value, int, expected, do)
+    require_type(key, value, Integral, expected, do)  # type: ignore[type-abstract]
     if value < at_least:  # type: ignore[operator]
         raise ValueError(mismatch(key, found=value, expected=expected, do=do))
 
@@ -117,3 +117,17 @@ def require_finite(**values: float) -> None:
     """`require_number` of any sign, for each keyword."""
     for key, value in values.items():
         require_number(key, value)
+
+
+def require_fraction(**values: float) -> None:
+    """Raises unless every keyword is a number strictly between 0 and 1.
+
+    Raises:
+        TypeError: One is not a number.
+        ValueError: One is 0 or less, 1 or more, or NaN.
+    """
+    for key, value in values.items():
+        expected = "a number above 0 and below 1"
+        require_type(key, value, Real, expected)  # type: ignore[type-abstract]
+        if not 0 < value < 1:
+            raise ValueError(mismatch(key, found=value, expected=expected))

@@ -120,6 +120,17 @@ def all_indices(name: str) -> str:
     return ".".join(new if part.isdigit() else part for part, new in zip(parts, replaced, strict=True))
 
 
+def is_numbered_layer(name: str) -> bool:
+    """Whether a module is an element of the outermost list of layers, whose output is the residual stream.
+
+    Example:
+        >>> [is_numbered_layer(name) for name in ("blocks.3", "blocks.3.ffn.1", "moe.experts.1", "head")]
+        [True, False, False, False]
+    """
+    *around, last = all_indices(name).split(".")
+    return last == "*" and not {"*", "each"} & set(around)
+
+
 def is_head(name: str) -> bool:
     """Whether a parameter or module outside the numbered layers has the name of an output head.
 

@@ -1,4 +1,4 @@
-"""Studies of a parameterization: does it hold from layer to layer, and from size to size?"""
+"""Coordinate check: tests whether a parameterization keeps every layer's update at its size when the model grows."""
 
 from lightning_mue.analysis.check import CoordinateCheck
 from lightning_mue.analysis.coordinate import coordinate_check

@@ -1,4 +1,4 @@
-"""The result of a coordinate check: a verdict, a table, a CSV and a picture."""
+"""The result of a coordinate check: a verdict, a table, a CSV file and a plot."""
 
 from __future__ import annotations
 
@@ -13,26 +13,28 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from lightning_mue.analysis.plots import plot_slopes
 from lightning_mue.analysis.slopes import Record, Slope, common_prefix, fit_slopes
+from lightning_mue.checks import require_choice
 from lightning_mue.console import to_text
 
 
 @dataclass(frozen=True)
 class CoordinateCheck:
-    """What a coordinate check found. Prints as a table with ``rich.print``.
+    """The result of a coordinate check. Prints as a table with ``rich.print``.
 
     Attributes:
         rule: Name of the rule.
         family: Optimizer family.
         axis: Name of the x axis.
-        sizes: The models: x -> overrides.
+        sizes: Position on the x axis -> the model's overrides.
         seeds: Seeds of the runs.
-        measured: Steps after which was measured, ascending; the verdict is about the last.
+        measured: Steps after which was measured, ascending; the verdict is that of the last.
         tolerance: Largest absolute slope that passes.
-        depth_moves: Whether the models differ in depth: then only the residual stream and the logits decide.
+        depth_moves: Whether the models differ in depth; then only the residual stream and the logits decide.
         records: Every measurement.
         unseen: Parameters that the probe batch does not reach.
-        notes: What the plans say, e.g. that a rule does not claim this axis.
+        notes: Notes of the plans, e.g. that a rule does not claim this axis.
     """
 
     rule: str
@@ -54,16 +56,15 @@ class CoordinateCheck:
             step: One of ``measured``; by default the last.
 
         Raises:
-            ValueError: For a step at which nothing was measured.
+            ValueError: Nothing was measured at this step.
         """
         step = self.measured[-1] if step is None else step
-        if step not in self.measured:
-            raise ValueError(f"step: found {step}, but was measured at {', '.join(map(str, self.measured))}.")
+        require_choice("step", step, self.measured, do="These are the measured steps.")
         return fit_slopes(self.records, step=step, tolerance=self.tolerance, depth_moves=self.depth_moves)
 
     @property
     def passed(self) -> bool:
-        """True if every slope that decides lies within the tolerance, nothing is infinite or NaN, and there are any."""
+        """Whether there are slopes that decide, all lie within the tolerance, and nothing is infinite or NaN."""
         deciding = [slope for slope in self.slopes() if slope.decides]
         failed = any(slope.status in ("FAIL", "non-finite") for slope in deciding)
         return not failed and not self._broken_loss() and any(slope.status == "pass" for slope in deciding)
@@ -73,7 +74,7 @@ class CoordinateCheck:
 
     @property
     def verdict(self) -> str:
-        """One line: passed or failed, and why."""
+        """One line: PASSED or FAILED, and the reason."""
         deciding = [slope for slope in self.slopes() if slope.decides]
         judged = [slope for slope in deciding if slope.status in ("pass", "FAIL")]
         bad = [slope for slope in deciding if slope.status in ("FAIL", "non-finite")]
@@ -94,7 +95,7 @@ class CoordinateCheck:
         return f"FAILED: {what}: " + ("a loss is not finite" if self._broken_loss() else "no slope could be fitted")
 
     def to_csv(self, path: str | Path) -> None:
-        """Writes every measurement in long form, one a line, with the columns of :class:`Record`."""
+        """Writes one line for each measurement, with the columns of :class:`Record`."""
         with Path(path).open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             columns = [field.name for field in fields(Record)]
@@ -102,14 +103,14 @@ class CoordinateCheck:
             writer.writerows([getattr(record, column) for column in columns] for record in self.records)
 
     def plot(self, path: str | Path) -> None:
-        """Writes a PNG: one panel for each slope that decides, rms against size, one line for each step.
+        """Writes a PNG with one panel for each slope that decides: rms against size, one line for each step.
 
         Raises:
-            ModuleNotFoundError: Without matplotlib, which ``pip install 'lightning-mue[analysis]'`` brings.
+            ModuleNotFoundError: Without matplotlib; ``pip install 'lightning-mue[analysis]'`` installs it.
+            ValueError: If nothing was measured.
         """
-        from lightning_mue.analysis.plots import plot_coordinates
-
-        plot_coordinates(self, path)
+        slopes = {step: self.slopes(step) for step in self.measured}
+        plot_slopes(path, slopes, axis=self.axis, sizes=self.sizes, title=self.verdict, passed=self.passed)
 
     def __str__(self) -> str:
         return to_text(self)
@@ -140,14 +141,14 @@ class CoordinateCheck:
         if self.depth_moves:
             lines.append(
                 "the depth varies: layers are compared at equal relative depth, and only the residual stream and the logits "
-                "decide (single parameters' updates scale with depth by design)"
+                "decide (the updates of single parameters scale with depth by design)"
             )
         zeros = sum(slope.zeros for slope in self.slopes() if slope.decides)
         if zeros:
-            lines.append(f"{zeros} measurements were exactly zero and are left out")
+            lines.append(f"{zeros} measurements were exactly zero and were omitted")
         if self.unseen:
             shown = ", ".join(self.unseen[:4]) + (" ..." if len(self.unseen) > 4 else "")
-            lines.append(f"not measured, because the probe batch does not call the module that holds them: {shown}")
+            lines.append(f"not measured, because the probe batch calls no module that contains them: {shown}")
         return [Text(f"note: {line}", style="yellow") for line in (*lines, *self.notes)]
 
 

@@ -1,7 +1,7 @@
-"""Coordinate check: does every layer's update keep its size when the model grows?
+"""Coordinate check: tests whether every layer's update keeps its size when the model grows.
 
-A few steps are trained at each size; a parameterization is sound if what each layer's update does to the layer's output does
-not grow or shrink with the size (theory.md section 7; Yang et al., arXiv:2203.03466, appendix D.1).
+A few steps are trained at each size. A parameterization is sound if the change that each layer's update makes to the layer's
+output neither grows nor shrinks with the size (docs/theory.md section 7; Yang et al., arXiv:2203.03466, appendix D.1).
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 from torch import nn
 
 from lightning_mue.analysis.check import CoordinateCheck
-from lightning_mue.analysis.probe import is_numbered_layer
 from lightning_mue.analysis.training import Loss, OptimizerFactory, ShortTraining
+from lightning_mue.checks import mismatch, require_positive
 from lightning_mue.contract import declared_axes
-from lightning_mue.names import clean_name
+from lightning_mue.names import clean_name, is_numbered_layer
 from lightning_mue.parameterizations import Parameterization, get_rule
 from lightning_mue.parameterizations.reading.base import build_base
 
@@ -44,28 +44,28 @@ def coordinate_check(
 ) -> CoordinateCheck:
     """Trains a few steps at each size and seed under a rule, and fits how each layer's change scales with the size.
 
-    All sizes see the same batches, one after the other; the first is also the probe batch on which the changes are measured.
-    The learning rate is constant. The caller's random state is left alone.
+    All sizes see the same batches in the same order; the changes are measured on the first one, the probe batch. The
+    learning rate is constant. The caller's random state is not changed.
 
     Args:
-        make_model: From a size's overrides, ``make_model(**sizes[i])``, to a fresh module. A LightningModule is trained by its
-            own ``training_step``; any other module needs ``loss``.
-        sizes: At least two sets of overrides, e.g. ``[{"width": 64}, {"width": 128}]``. Along the x axis the first key counts:
-            as the module's ``mue_axes()`` declares it, else by its value (0 experts count as 1).
-        batches: Where training batches come from: a dataloader, a list or a generator. ``steps`` of them are used for each
-            seed; if they run out, they start over.
+        make_model: Makes a new module from a size's overrides: ``make_model(**sizes[i])``. A LightningModule is trained by
+            its own ``training_step``; any other module needs ``loss``.
+        sizes: At least two sets of overrides, e.g. ``[{"width": 64}, {"width": 128}]``. A model's position on the x axis is
+            what its ``mue_axes()`` declares for `axis`, else the override's value (0 experts count as 1).
+        batches: Training batches: a dataloader, a list or a generator. ``steps`` of them are used for each seed; if there are
+            too few, they are repeated.
         rule: The rule to check, by name or as a table.
-        base: The tuned model, from which the rule scales: overrides as in ``sizes``, a module, or the file of a saved base.
+        base: The tuned model from which the rule scales: overrides as in ``sizes``, a module, or the file of a saved base.
             ``None``: the first size.
-        axis: The key of ``sizes`` for the x axis; by default the first.
+        axis: The key of ``sizes`` that is the x axis; by default the first.
         loss: ``loss(model, batch) -> 0-dim tensor``, instead of ``training_step``.
-        optimizer: From the list of (name, parameter) to an optimizer. ``None``: what the LightningModule configures, without
-            its schedulers; for other modules AdamW without weight decay.
-        lr: Learning rate tuned at the base; scales all groups so that the first gets it. ``None``: the optimizer's own.
+        optimizer: Makes an optimizer from a list of (name, parameter). ``None``: the one that the LightningModule configures,
+            without its schedulers; for other modules AdamW without weight decay.
+        lr: Learning rate tuned at the base; all groups are scaled so that the first has it. ``None``: the optimizer's own.
         lr_factor: Multiplies the learning rate. The check has no warm-up, so a rate that was tuned with one may be too high
-            for its first steps: the changes then saturate, and slopes say little. Try 0.1.
+            for its first steps: the changes then saturate, and the slopes say little. Try 0.1.
         steps: Optimizer steps.
-        seeds: How many seeds, or which; a seed sets the initial weights and picks the batches.
+        seeds: Number of seeds, or the seeds; a seed sets the initial weights and selects the batches.
         tolerance: Largest absolute slope that passes.
         trainer_options: Further arguments of the Trainer, e.g. ``{"gradient_clip_val": 1.0, "accelerator": "gpu"}``.
         on_run: Called with a line of text before each training.
@@ -75,7 +75,7 @@ def coordinate_check(
         The measurements, slopes and verdict.
 
     Raises:
-        ValueError: For fewer than two sizes, sizes that coincide on the x axis, no batches, or what a plan refuses.
+        ValueError: For fewer than two sizes, sizes with the same x, no batches, or an error of the plan.
         TypeError: For a module that is not a LightningModule if ``loss`` is missing.
 
     Example:
@@ -128,20 +128,27 @@ def coordinate_check(
 def _positions(
     make_model: Callable[..., nn.Module], sizes: Sequence[Mapping[str, Any]], axis: str
 ) -> tuple[list[float], list[float]]:
-    """(x of each size, depth of each size): as the module declares them, else the value and the number of layers."""
+    """Returns (x of each size, depth of each size): as the module declares them, else the value and the number of layers."""
     xs, depths = [], []
     for size in sizes:
         model: Any = build_base(nn.Module(), partial(make_model, **size))
         declared = declared_axes(model)
         value = declared.get(axis, 1 if axis == "n_experts" and size[axis] == 0 else size[axis])
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-            raise ValueError(f"sizes: the x axis {axis}={value!r} is no positive number, so it has no logarithm.")
+            raise ValueError(
+                mismatch("sizes", found=f"{axis}={value!r}", expected=f"a positive number for the x axis {axis}")
+            )
         xs.append(float(value))
         layers = sum(is_numbered_layer(clean_name(name)) for name, _ in model.named_modules())
         depths.append(float(declared.get("depth", layers)))
     if len(set(xs)) < len(xs):
         raise ValueError(
-            f"sizes: the models lie at {axis} = {', '.join(f'{x:g}' for x in xs)}; every size needs an x of its own."
+            mismatch(
+                "sizes",
+                found=f"models at {axis} = {', '.join(f'{x:g}' for x in xs)}",
+                expected=f"a different {axis} for every size",
+                do="Remove the duplicates, or give another axis.",
+            )
         )
     return xs, depths
 
@@ -150,21 +157,30 @@ def _checked(
     sizes: Sequence[Mapping[str, Any]], axis: str | None, steps: int, seeds: int | Sequence[int]
 ) -> tuple[str, tuple[int, ...]]:
     if len(sizes) < 2:
-        raise ValueError(f"sizes: found {len(sizes)}, expected at least 2: a slope needs two points. Better are four.")
+        raise ValueError(
+            mismatch(
+                "sizes", found=len(sizes), expected="at least 2, because a slope needs two points", do="Better give 4."
+            )
+        )
     axis = next(iter(sizes[0]), None) if axis is None else axis
     lacking = [dict(size) for size in sizes if axis not in size]
     if axis is None or lacking:
-        raise ValueError(f"sizes: the axis {axis!r} is missing in {lacking[0]}; every size must give it.")
-    seeds = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
-    if steps < 1 or not seeds:
-        raise ValueError(f"steps and seeds: found {steps} and {len(seeds)}, expected at least 1 of each.")
-    return axis, seeds
+        raise ValueError(mismatch("sizes", found=lacking[0], expected=f"the axis {axis!r} in every size"))
+    require_positive(steps=steps)
+    if isinstance(seeds, int):
+        require_positive(seeds=seeds)
+        return axis, tuple(range(seeds))
+    if not seeds:
+        raise ValueError(mismatch("seeds", found="none", expected="at least one seed"))
+    return axis, tuple(seeds)
 
 
 def _take(batches: Iterable[Any], count: int) -> list[Any]:
     taken = list(itertools.islice(batches, count))
     if not taken:
-        raise ValueError("batches: there are none. Give a dataloader, a list or a generator of training batches.")
+        raise ValueError(
+            mismatch("batches", found="none", expected="a dataloader, a list or a generator of training batches")
+        )
     return taken
 
 

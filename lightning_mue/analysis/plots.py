@@ -1,73 +1,83 @@
-"""Pictures of a coordinate check: small multiples that can be read at a glance."""
+"""Plots of a coordinate check: one small panel for each slope."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning_mue.analysis.slopes import Slope, common_prefix
-
-if TYPE_CHECKING:
-    from lightning_mue.analysis.check import CoordinateCheck
+from lightning_mue.checks import mismatch
 
 _COLUMNS = 4
 _GOOD, _BAD = "#1b7837", "#b2182b"
 
 
-def plot_coordinates(check: CoordinateCheck, path: str | Path) -> None:
-    """Writes a PNG with one panel for each slope that decides the verdict, worst first.
+def plot_slopes(
+    path: str | Path,
+    slopes: Mapping[int, Sequence[Slope]],
+    *,
+    axis: str,
+    sizes: Collection[float],
+    title: str,
+    passed: bool,
+) -> None:
+    """Writes a PNG with one panel for each slope that decides the verdict, in the order of the last step.
 
-    A panel shows the rms (geometric mean over seeds and layers) against the size, both axes logarithmic, one line for each
-    measured step: flat lines are what a sound parameterization gives. The slope of the last step is in the title.
+    A panel shows the rms (geometric mean over seeds and layers) against the size, both axes logarithmic, with one line for
+    each measured step; a sound parameterization gives flat lines. The slope of the last step is in the panel's title.
 
     Args:
-        check: The check.
         path: Where to write the PNG.
+        slopes: Measured step -> its slopes, ascending.
+        axis: Name of the x axis.
+        sizes: Ticks of the x axis.
+        title: Title of the figure.
+        passed: Colors the title.
 
     Raises:
         ModuleNotFoundError: Without matplotlib.
         ValueError: If there is nothing to show.
     """
     matplotlib = _matplotlib()
-    panels = [slope for slope in check.slopes() if slope.decides and slope.rms]
+    panels = [slope for slope in slopes[max(slopes)] if slope.decides and slope.rms]
     if not panels:
-        raise ValueError("plot: no quantity could be measured, so there is nothing to show.")
+        raise ValueError(mismatch("plot", found="no measured quantity", expected="at least one slope that decides"))
     prefix = common_prefix(panel.name for panel in panels)
-    by_step = {step: {(s.name, s.quantity): s for s in check.slopes(step)} for step in check.measured}
     rows = math.ceil(len(panels) / _COLUMNS)
     figure = matplotlib.figure.Figure(figsize=(3.3 * _COLUMNS, 2.6 * rows + 0.9), layout="constrained")
     axes = list(figure.subplots(rows, _COLUMNS, squeeze=False).flat)
-    colors = matplotlib.colormaps["viridis"].resampled(len(check.measured) + 1)
-    for axis, panel in zip(axes, panels, strict=False):
-        for i, (step, slopes) in enumerate(by_step.items()):
-            line = slopes.get((panel.name, panel.quantity))
+    colors = matplotlib.colormaps["viridis"].resampled(len(slopes) + 1)
+    for panel_axes, panel in zip(axes, panels, strict=False):
+        for i, (step, of_step) in enumerate(slopes.items()):
+            line = next((s for s in of_step if (s.name, s.quantity) == (panel.name, panel.quantity)), None)
             if line is not None and line.rms:
-                axis.plot(line.sizes, line.rms, marker="o", markersize=3, color=colors(i), label=f"{step}")
-        _finish_panel(axis, panel, panel.name[len(prefix) :], check)
-    for axis in axes[len(panels) :]:
-        axis.set_visible(False)
+                panel_axes.plot(line.sizes, line.rms, marker="o", markersize=3, color=colors(i), label=f"{step}")
+        _finish_panel(panel_axes, panel, panel.name[len(prefix) :], axis, sizes)
+    for unused in axes[len(panels) :]:
+        unused.set_visible(False)
     lines = figure.axes[0].get_lines()
     figure.legend(
         handles=lines, title="after step", loc="outside lower center", ncols=len(lines), fontsize=8, title_fontsize=8
     )
-    figure.suptitle(check.verdict, fontsize=9, color=_GOOD if check.passed else _BAD, wrap=True)
+    figure.suptitle(title, fontsize=9, color=_GOOD if passed else _BAD, wrap=True)
     figure.savefig(path, dpi=130)
 
 
-def _finish_panel(axis: Any, panel: Slope, name: str, check: CoordinateCheck) -> None:
-    axis.set_xscale("log", base=2)
-    axis.set_yscale("log", base=2)
-    low, high = axis.get_ylim()
+def _finish_panel(axes: Any, panel: Slope, name: str, axis: str, sizes: Collection[float]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    low, high = axes.get_ylim()
     middle = (low * high) ** 0.5
-    # At least a factor of 8 in all: noise on a flat line shall not look like a trend.
-    axis.set_ylim(min(low, middle / 8**0.5), max(high, middle * 8**0.5))
-    axis.set_xticks(list(check.sizes), [f"{x:g}" for x in check.sizes], minor=False)
-    axis.tick_params(labelsize=7)
-    axis.grid(alpha=0.3)
-    axis.set_xlabel(check.axis, fontsize=7)
+    # The y axis spans at least a factor of 8, so that noise on a flat line does not look like a trend.
+    axes.set_ylim(min(low, middle / 8**0.5), max(high, middle * 8**0.5))
+    axes.set_xticks(list(sizes), [f"{x:g}" for x in sizes], minor=False)
+    axes.tick_params(labelsize=7)
+    axes.grid(alpha=0.3)
+    axes.set_xlabel(axis, fontsize=7)
     slope = f"{panel.slope:+.2f}" if math.isfinite(panel.slope) else panel.status
-    axis.set_title(
+    axes.set_title(
         f"{_short(name)}\n{panel.quantity}, slope {slope}",
         fontsize=8,
         color="black" if panel.status == "pass" else _BAD,
@@ -75,7 +85,7 @@ def _finish_panel(axis: Any, panel: Slope, name: str, check: CoordinateCheck) ->
 
 
 def _short(name: str, longest: int = 38) -> str:
-    """The end of a name, which tells more than its beginning."""
+    """The end of a name, which says more than its beginning."""
     return name if len(name) <= longest else "..." + name[-longest + 3 :]
 
 
@@ -85,6 +95,11 @@ def _matplotlib() -> Any:
         import matplotlib.figure
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "A plot needs matplotlib, which is not installed: pip install 'lightning-mue[analysis]'."
+            mismatch(
+                "plot",
+                found="no matplotlib",
+                expected="an installed matplotlib",
+                do="pip install 'lightning-mue[analysis]'.",
+            )
         ) from error
     return matplotlib

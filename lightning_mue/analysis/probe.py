@@ -1,19 +1,18 @@
-"""What training has done to each module's output on one batch, measured by running the module again with old weights.
+"""Measures how training has changed each module's output on one batch, by running the module again with old weights.
 
-The quantities (theory.md section 7), for a module M with inputs x and output h, after t steps:
+The quantities (docs/theory.md section 7), for a module M with inputs x and output h, after t steps:
 
     change       M(theta_t, x_t) - M(theta_0, x_0)            how far the output has moved since initialization
     update       M(theta_t, x_t) - M(theta_t with p_0, x_t)   of one parameter p; (W_t - W_0) x_t for a linear layer
     propagated   M(theta_0, x_t) - M(theta_0, x_0)            W_0 (x_t - x_0) for a linear layer
     output       M(theta_t, x_t)
 
-Nothing is assumed about how M uses its parameters, so stacked experts, fused matrices, norms and custom ops need no case
-of their own. A router's decision is an input of the experts, so it is the same in both terms of a difference.
+Nothing is assumed about how M uses its parameters, so stacked experts, fused matrices, norms and custom ops need no
+special case. The router's decision is an input of the experts, so it is the same in both terms of a difference.
 """
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,23 +23,22 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_mue.names import clean_name
+from lightning_mue.names import clean_name, is_numbered_layer
 
 #: The role under which the outputs of numbered layers are recorded.
 STREAM = "residual stream"
 #: Calls a module again on the same inputs, with some parameters (path inside the module -> value) replaced.
 _Again = Callable[[Mapping[str, Tensor]], Tensor]
-_NUMBER = re.compile(r"(?:^|(?<=\.))\d+(?=\.|$)")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One number of one probe.
+    """One measured value.
 
     Attributes:
         name: Qualified name of the parameter (``update``) or module (the other quantities).
-        role: The parameter's role; of a module's output ``residual stream`` for a numbered layer, else the role of the
-            one kind of parameter that it holds, or an empty string.
+        role: The parameter's role. For a module's output: ``residual stream`` for a numbered layer, else the role that
+            all of its parameters but the bias share, or an empty string.
         quantity: ``update``, ``change``, ``propagated`` or ``output``.
         rms: ``sqrt(mean(square))`` over all entries, float32 or better.
     """
@@ -51,28 +49,8 @@ class Measured:
     rms: float
 
 
-def template(name: str) -> str:
-    """A qualified name with every layer index replaced by ``*``.
-
-    Example:
-        >>> template("blocks.3.ffn.experts.0.w1")
-        'blocks.*.ffn.experts.*.w1'
-    """
-    return _NUMBER.sub("*", name)
-
-
-def is_numbered_layer(name: str) -> bool:
-    """True for an element of the outermost list of layers, whose output is the residual stream.
-
-    Example:
-        >>> [is_numbered_layer(n) for n in ("blocks.3", "blocks.3.experts.1", "head")]
-        [True, False, False]
-    """
-    return template(name).endswith("*") and len(_NUMBER.findall(name)) == 1
-
-
 def tensor_of(output: Any) -> Tensor | None:
-    """The tensor by which an output is judged: itself, its ``logits``, else its first floating-point tensor."""
+    """The tensor of an output that is measured: itself, its ``logits``, else its first floating-point tensor."""
     if isinstance(output, Tensor):
         return output.detach() if output.is_floating_point() else None
     logits = getattr(output, "logits", None)
@@ -94,7 +72,7 @@ class ModuleProbe:
 
     Args:
         module: The module, at initialization. Its parameters are copied (one copy of the model is kept).
-        run: Runs the module on the probe batch, the same way each time: two runs must differ by the weights alone. It is
+        run: Runs the module on the probe batch, always in the same way: two runs may differ by the weights only. It is
             called in evaluation mode (no dropout) and without gradients.
         roles: Clean parameter name -> role.
     """
@@ -102,16 +80,16 @@ class ModuleProbe:
     def __init__(self, module: nn.Module, run: Callable[[], object], roles: Mapping[str, str]) -> None:
         self.module, self.run = module, run
         named = [(clean_name(n), p) for n, p in module.named_parameters(remove_duplicate=False) if p.requires_grad]
-        by_tensor = {id(p): roles[name] for name, p in named if name in roles}  # the second name of a tied weight too
+        by_tensor = {id(p): roles[name] for name, p in named if name in roles}  # both names of a tied weight
         self.roles = {name: by_tensor.get(id(p), "") for name, p in named}
         self._start = {name: p.detach().clone() for name, p in named}
         self._modules = {clean_name(name): m for name, m in module.named_modules(remove_duplicate=False)}
         called: dict[str, None] = {}
         self._visit(lambda name, call, again, h: called.setdefault(name), list(self._modules))
-        #: Module -> its parameters, by path inside it. A parameter counts for the innermost module around it that is called:
-        #: torch's attention hands its output projection's weight to a function, and never calls that module.
+        #: Module -> its parameters, by path inside it. A parameter belongs to the innermost called module that contains it:
+        #: torch's attention passes its output projection's weight to a function, and never calls that module.
         self._owned: dict[str, list[str]] = {name: [] for name in called if is_numbered_layer(name)}
-        #: Parameters around which no module is called: nothing can be said about them.
+        #: Parameters that no called module contains: they cannot be measured.
         self.unseen: list[str] = []
         for name in self.roles:
             owner = next((prefix for prefix in _prefixes(name) if prefix in called), None)
@@ -123,11 +101,11 @@ class ModuleProbe:
         self._visit(lambda name, call, again, h: self._first.__setitem__((name, call), h.clone()), self._owned)
 
     def measure(self) -> list[Measured]:
-        """Runs the probe batch with the present weights.
+        """Runs the probe batch with the current weights.
 
         Returns:
-            One entry for each parameter and module and quantity; several calls of one module in a run are pooled. A module
-            that is called with other shapes than at first (experts in a ModuleList) has no ``change`` and ``propagated``.
+            One entry for each parameter or module and quantity; several calls of one module in a run are pooled. A module
+            whose output has another shape than at first (experts in a ModuleList) has no ``change`` and ``propagated``.
         """
         squares: dict[tuple[str, str], float] = defaultdict(float)
         counts: dict[tuple[str, str], int] = defaultdict(int)
@@ -159,7 +137,7 @@ class ModuleProbe:
                 yield (name, "propagated"), again(old) - first
 
     def _visit(self, consume: Callable[[str, int, _Again, Tensor], object], names: Iterable[str]) -> None:
-        """Runs the probe batch and hands over (module name, number of its call, function that repeats it, output)."""
+        """Runs the probe batch and passes on (module name, number of its call, function that repeats the call, output)."""
         calls: dict[str, int] = defaultdict(int)
         repeating = False
 
@@ -170,7 +148,7 @@ class ModuleProbe:
                 return
             calls[name] += 1
             repeating = True
-            with torch.random.fork_rng(devices=_cuda(h)):  # what is repeated must not change what comes after
+            with torch.random.fork_rng(devices=_cuda(h)):  # repeating must not change later draws
                 consume(name, calls[name], _repeat(child, args, kwargs), _exact(h))
             repeating = False
 
@@ -196,7 +174,7 @@ class ModuleProbe:
 
 
 def _prefixes(name: str) -> Iterator[str]:
-    """The modules around a parameter, innermost first: ``a.b.w`` -> ``a.b``, ``a``, and the root, an empty name."""
+    """The modules that contain a parameter, innermost first: ``a.b.w`` -> ``a.b``, ``a``, and the root, an empty name."""
     while name:
         name = name.rpartition(".")[0]
         yield name
@@ -207,12 +185,12 @@ def _is_inside(module: str, name: str) -> bool:
 
 
 def _inside(module: str, name: str) -> str:
-    """A qualified name as seen from a module around it."""
+    """A qualified name relative to a module that contains it."""
     return name[len(module) + 1 :] if module else name
 
 
 def _exact(h: Tensor) -> Tensor:
-    """In float32, or float64 where the module computes in it."""
+    """Converts to float32, or keeps float64."""
     return h.to(torch.promote_types(h.dtype, torch.float32))
 
 
@@ -233,7 +211,7 @@ def _repeat(child: nn.Module, args: Any, kwargs: Any) -> _Again:
 
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout), then every submodule back in its own mode."""
+    """Sets evaluation mode (no dropout), and restores every submodule's own mode afterwards."""
     modes = {child: child.training for child in module.modules()}
     module.eval()
     try:

@@ -1,4 +1,4 @@
-"""Slopes of what was measured against size, and the verdict on a parameterization."""
+"""Fits slopes of log rms against log size, and decides which of them pass."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Literal
 
 import numpy as np
 
-from lightning_mue.analysis.probe import STREAM, is_numbered_layer, template
+from lightning_mue.analysis.probe import STREAM
+from lightning_mue.names import all_indices, is_numbered_layer, split_layer
 
 Status = Literal["pass", "FAIL", "non-finite", "zero", "one size", ""]
 
@@ -27,7 +28,7 @@ class Record:
         role: Role of the parameter; ``residual stream`` for the output of a numbered layer.
         quantity: ``update``, ``change``, ``propagated``, ``output`` (see probe.py) or ``loss``.
         rms: Root mean square; the loss itself for ``loss``.
-        base: The base's parameter from which this one scales, if it is a parameter and has one.
+        base: The base's parameter from which this one is scaled; None for a module, or without one.
     """
 
     size: float
@@ -42,10 +43,10 @@ class Record:
 
 @dataclass(frozen=True)
 class Slope:
-    """How one quantity of one layer (all layers of a template together) grows with size.
+    """How one quantity of one layer grows with size; layers whose names differ by the index alone are one line.
 
     Attributes:
-        name: Template of names, e.g. ``blocks.*.ffn.w_up``; where the depth varies, with the relative position of a layer.
+        name: Name with indices replaced, e.g. ``blocks.*.ffn.w_up``; if the depth varies, with the relative position.
         role: Role, as in :class:`Record`.
         quantity: What was measured.
         step: The step of the measurement.
@@ -56,7 +57,7 @@ class Slope:
         lower: The slope over the lower half of the sizes.
         upper: The slope over the upper half.
         decides: Whether the verdict depends on it.
-        status: ``pass``, ``FAIL``, or why there is no slope; empty where it does not decide.
+        status: ``pass``, ``FAIL``, or why there is no slope; empty if it does not decide.
         zeros: Measurements that were exactly zero, which have no logarithm and are left out.
     """
 
@@ -76,8 +77,8 @@ class Slope:
 
 
 @dataclass
-class _Group:
-    """Log2 values of one line of the table: size -> seed -> values of its layers; and what has no logarithm."""
+class _LogValues:
+    """Measurements of one line of the table: log2 of the values (size -> seed -> layers), and how many have no logarithm."""
 
     role: str
     logs: dict[float, dict[int, list[float]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(list)))
@@ -100,7 +101,7 @@ def fit_slope(sizes: Sequence[float], logs: Sequence[float]) -> float:
 
 
 def common_prefix(names: Iterable[str]) -> str:
-    """What all dotted names begin with, e.g. ``transformer.``; every name keeps at least its last part.
+    """The longest common beginning of dotted names, e.g. ``transformer.``; every name keeps at least its last part.
 
     Example:
         >>> common_prefix(["net.blocks.*.w", "net.head"])
@@ -119,102 +120,99 @@ def fit_slopes(records: Iterable[Record], *, step: int, tolerance: float, depth_
 
     Args:
         records: Measurements at all sizes.
-        step: The step to look at.
+        step: The step of the measurements.
         tolerance: Largest absolute slope that passes.
-        depth_moves: Layers are then told apart by relative position, and only the residual stream and the logits decide.
+        depth_moves: The models differ in depth: layers are compared at equal relative positions, and only the residual
+            stream and the logits decide.
 
     Returns:
-        One entry a template and quantity: failing ones first, then the deciding ones by absolute slope.
+        One entry for each line and quantity: failing ones first, then the deciding ones by absolute slope.
     """
     at_step = [record for record in records if record.step == step and record.quantity != "loss"]
-    groups = _group(at_step, depth_moves)
-    has_stream = any(role == STREAM for group in groups.values() for role in [group.role])
+    lines = _lines(at_step, depth_moves)
+    has_stream = any(line.role == STREAM for line in lines.values())
     slopes = [
-        _fit(name, quantity, step, group, _decides(quantity, group.role, depth_moves, has_stream), tolerance)
-        for (name, quantity), group in groups.items()
+        _fit(name, quantity, step, line, _decides(quantity, line.role, depth_moves, has_stream), tolerance)
+        for (name, quantity), line in lines.items()
     ]
     return sorted(slopes, key=_worst_first)
 
 
 def _decides(quantity: str, role: str, depth_moves: bool, has_stream: bool) -> bool:
-    """What a verdict rests on: every parameter's update, and the change of the residual stream and of the logits.
+    """Whether the verdict depends on a line: every parameter's update, the change of the residual stream and of the logits.
 
-    In depth the updates of single parameters shrink or grow by design (L^(alpha-1)), so that only their sum counts. A
-    module without numbered layers has no stream to single out: then every module's change counts.
+    Along the depth the updates of single parameters shrink or grow by design (L^(alpha-1)), so only their sum counts. A
+    module without numbered layers has no residual stream: then every module's change counts.
     """
     if quantity == "update":
         return not depth_moves
     return quantity == "change" and (role in (STREAM, "unembedding") or not has_stream)
 
 
-def _group(records: list[Record], depth_moves: bool) -> dict[tuple[str, str], _Group]:
+def _lines(records: list[Record], depth_moves: bool) -> dict[tuple[str, str], _LogValues]:
     sizes = {record.size for record in records}
     present: dict[str, set[float]] = defaultdict(set)
     for record in records:
-        present[template(record.name)].add(record.size)
+        present[all_indices(record.name)].add(record.size)
     positions = _Positions(records) if depth_moves else None
-    groups: dict[tuple[str, str], _Group] = {}
+    lines: dict[tuple[str, str], _LogValues] = {}
     for record in records:
-        name = template(record.name)
+        name = all_indices(record.name)
         if record.base is not None and present[name] != sizes:
-            name = template(record.base)  # a dense FFN at one size, experts at another: the same line
+            name = all_indices(record.base)  # a dense FFN at one size, experts at another: the same line
         if positions is not None:
             label = positions.label(record)
             if label is None:
                 continue
             name += label
-        group = groups.setdefault((name, record.quantity), _Group(record.role))
+        line = lines.setdefault((name, record.quantity), _LogValues(record.role))
         if not math.isfinite(record.rms):
-            group.broken += 1
+            line.broken += 1
         elif record.rms == 0.0:
-            group.zeros += 1
+            line.zeros += 1
         else:
-            group.logs[record.size][record.seed].append(math.log2(record.rms))
-    return groups
+            line.logs[record.size][record.seed].append(math.log2(record.rms))
+    return lines
 
 
 class _Positions:
-    """Relative positions of layers: those that the shallowest model has, so that like is compared with like."""
+    """Relative positions of layers: as many as the shallowest model has layers, so that equal positions are compared."""
 
     def __init__(self, records: list[Record]) -> None:
         self.depths: dict[float, int] = defaultdict(int)
         for record in records:
             if record.quantity == "change" and is_numbered_layer(record.name):
-                self.depths[record.size] = max(self.depths[record.size], self._index(record.name) + 1)
+                self.depths[record.size] = max(self.depths[record.size], split_layer(record.name)[1] + 1)
         self.least = min(self.depths.values(), default=0)
 
-    @staticmethod
-    def _index(name: str) -> int:
-        return next(int(part) for part in name.split(".") if part.isdigit())
-
     def label(self, record: Record) -> str | None:
-        """`` @ 1/2`` for a layer at half depth, empty outside the layers, None for a layer between the positions."""
+        """`` @ 1/2`` for a layer at half depth, empty outside the layers, None for a layer between two positions."""
         depth = self.depths.get(record.size, 0)
-        if "*" not in template(record.name) or depth == 0:
+        if "*" not in all_indices(record.name) or depth == 0:
             return ""
-        layer = self._index(record.name)
+        layer = split_layer(record.name)[1]
         for position in range(1, self.least + 1):
             if layer == round(position * depth / self.least) - 1:
                 return f" @ {position}/{self.least}"
         return None
 
 
-def _fit(name: str, quantity: str, step: int, group: _Group, decides: bool, tolerance: float) -> Slope:
-    by_size = {size: {s: float(np.mean(v)) for s, v in seeds.items()} for size, seeds in sorted(group.logs.items())}
+def _fit(name: str, quantity: str, step: int, line: _LogValues, decides: bool, tolerance: float) -> Slope:
+    by_size = {size: {s: float(np.mean(v)) for s, v in seeds.items()} for size, seeds in sorted(line.logs.items())}
     sizes, logs = list(by_size), [float(np.mean(list(seeds.values()))) for seeds in by_size.values()]
     half = (len(sizes) + 1) // 2
     slope = fit_slope(sizes, logs)
     status: Status = "pass" if abs(slope) <= tolerance else "FAIL"
-    if group.broken:
+    if line.broken:
         slope, status = math.nan, "non-finite"
     elif not sizes:
         status = "zero"
     elif len(sizes) < 2:
         status = "one size"
-    fails = status == "non-finite"  # never silent, wherever it is
+    fails = status == "non-finite"  # in any line
     return Slope(
         name=name,
-        role=group.role,
+        role=line.role,
         quantity=quantity,
         step=step,
         sizes=tuple(sizes),
@@ -225,7 +223,7 @@ def _fit(name: str, quantity: str, step: int, group: _Group, decides: bool, tole
         upper=fit_slope(sizes[-half:], logs[-half:]),
         decides=decides or fails,
         status=status if decides or fails else "",
-        zeros=group.zeros,
+        zeros=line.zeros,
     )
 
 

@@ -1,49 +1,45 @@
-"""A few steps of training under a rule, with a probe before, between and after them."""
+"""Trains a few steps under a rule, with a probe that measures at initialization and after some of the steps."""
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_mue.analysis.probe import ModuleProbe
+from lightning_mue.analysis.recording import Recorder
 from lightning_mue.analysis.slopes import Record
-from lightning_mue.parameterizations import ScaledStep, ScalingPlan, initialize, plan
-from lightning_mue.parameterizations.applying.drawing import draw_
-from lightning_mue.parameterizations.reading.initializer import measure_init
+from lightning_mue.checks import listed, mismatch
+from lightning_mue.parameterizations import ScalingPlan, plan
 from lightning_mue.parameterizations.reading.optimizer_family import family_of
-from lightning_mue.parameterizations.reading.parameters import named_tensors
 
 Loss = Callable[[Any, Any], Tensor]
 OptimizerFactory = Callable[[list[tuple[str, nn.Parameter]]], Optimizer]
 
 
 class ShortTraining:
-    """Trains models of several sizes alike, and collects what the probes find.
+    """Trains models of several sizes with the same settings, and collects what the probes measure.
 
-    A real Trainer runs each training, so a module's own ``training_step``, hooks and callbacks work as in ``fit``.
+    A Lightning Trainer runs each training, so a module's own ``training_step``, hooks and callbacks work as in ``fit``.
 
     Args:
         plan_arguments: Arguments of :func:`lightning_mue.plan` except for the model and the optimizer's family.
-        loss: Replaces ``training_step``; needed for a module that is no LightningModule.
+        loss: Replaces ``training_step``; required for a module that is not a LightningModule.
         optimizer: Replaces the module's own optimizer.
-        lr: Learning rate of the first parameter group, the others keeping their ratio to it; None: the optimizer's own.
+        lr: Learning rate of the first parameter group; the others keep their ratio to it. None: the optimizer's own.
         lr_factor: Multiplies all learning rates.
         measured: Steps after which to measure, ascending.
         trainer_options: Further arguments of the Trainer.
 
     Attributes:
-        records: Everything measured so far.
+        records: All measurements so far.
         unseen: Parameters that the probe batch did not reach.
         notes: The plans' notes.
         family: The optimizer's family, once a training has run.
@@ -73,6 +69,7 @@ class ShortTraining:
             torch.manual_seed(seed)
             module = make()
             lightning_module = self._prepare(module)
+            recorder = Recorder(module, partial(self.plan, module), self.measured, x=x, seed=seed)
             trainer = Trainer(
                 **{
                     "accelerator": "cpu",
@@ -85,17 +82,19 @@ class ShortTraining:
                     "limit_train_batches": len(batches),
                     "limit_val_batches": 0,
                     **self.trainer_options,
-                    "callbacks": [_Recorder(self, module, x, seed)],
+                    "callbacks": [recorder],
                 }
             )
             trainer.fit(lightning_module, train_dataloaders=_Batches(batches))
+        self.records += recorder.records
+        self.unseen.update(dict.fromkeys(recorder.unseen))
 
     def plan(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> ScalingPlan:
-        """The plan for a module; its notes are kept."""
+        """Makes the plan for a module, and stores its notes and family."""
         families = {family_of(optimizer) for optimizer in optimizers}
         if len(families) != 1:
             raise ValueError(
-                f"optimizer: found families {sorted(families)}; a coordinate check needs one optimizer family."
+                mismatch("optimizer", found=f"the families {listed(sorted(families))}", expected="one optimizer family")
             )
         family = families.pop()
         self.family = family
@@ -104,12 +103,16 @@ class ShortTraining:
         return made
 
     def _prepare(self, module: nn.Module) -> LightningModule:
-        """A LightningModule that trains ``module`` with the wanted loss and a constant learning rate, and logs nothing."""
+        """Returns a LightningModule that trains ``module`` with the given loss and a constant rate, and logs nothing."""
         if not isinstance(module, LightningModule):
             if self.loss is None:
                 raise TypeError(
-                    f"loss: {type(module).__name__} is no LightningModule, so how to train it is not known. Give "
-                    "loss=lambda model, batch: ... ."
+                    mismatch(
+                        "loss",
+                        found=f"none, for a {type(module).__name__}, which is not a LightningModule",
+                        expected="a loss, because the module has no training_step",
+                        do="Give loss=lambda model, batch: ... .",
+                    )
                 )
             trained: LightningModule = _Wrapped(module)
         else:
@@ -136,9 +139,16 @@ class ShortTraining:
             else flatten_optimizers(own())
         )
         if not made:
-            raise ValueError(f"optimizer: {type(module).__name__}.configure_optimizers returns none; give `optimizer`.")
+            raise ValueError(
+                mismatch(
+                    "optimizer",
+                    found=f"none returned by {type(module).__name__}.configure_optimizers",
+                    expected="at least one",
+                    do="Give `optimizer`.",
+                )
+            )
         groups = [group for optimizer in made for group in optimizer.param_groups]
-        # What a scheduler did in its constructor (a warm-up that begins with 0) is undone.
+        # A scheduler changes the rate in its constructor (a warm-up starts at 0); this is undone.
         rates = [float(group.get("initial_lr", group["lr"])) for group in groups]
         factor = self.lr_factor if self.lr is None else self.lr_factor * self.lr / rates[0]
         for group, rate in zip(groups, rates, strict=True):
@@ -147,7 +157,7 @@ class ShortTraining:
 
 
 class _Batches:
-    """A loader of batches that are made already; a plain list would mean several loaders to the Trainer."""
+    """A loader of given batches; the Trainer would take a plain list for several loaders."""
 
     def __init__(self, batches: Sequence[Any]) -> None:
         self.batches = batches
@@ -160,7 +170,7 @@ class _Batches:
 
 
 class _Wrapped(LightningModule):
-    """A plain module, to be trained by a Trainer; the optimizer is the default of a coordinate check."""
+    """Wraps a plain module for the Trainer; its optimizer is the default of a coordinate check."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -173,85 +183,14 @@ class _Wrapped(LightningModule):
         return torch.optim.AdamW(self.module.parameters(), lr=1e-2, weight_decay=0.0)
 
 
-class _Recorder(Callback):
-    """Applies the plan at fit start, as MuECallback does, and measures after the steps that are asked for."""
-
-    def __init__(self, training: ShortTraining, module: nn.Module, x: float, seed: int) -> None:
-        self.training, self.module, self.x, self.seed = training, module, x, seed
-        self.steps: list[ScaledStep] = []
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.made = self.training.plan(self.module, trainer.optimizers)
-        if self.made.same_size:
-            _draw_anew(self.module, self.made, self.seed)
-        else:
-            initialize(self.module, self.made, seed=self.seed)
-            self.steps = [ScaledStep(optimizer, self.made, self.module) for optimizer in trainer.optimizers]
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if batch_idx == 0:  # the batch as the training step gets it: on the device, through all transfer hooks
-            kept = copy.deepcopy(batch)
-            roles = {entry.name: entry.role for entry in self.made.parameters}
-            self.probe = ModuleProbe(self.module, lambda: _run(pl_module, kept, self.seed), roles)
-            self.training.unseen.update(dict.fromkeys(self.probe.unseen))
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        for step in self.steps:
-            step.restore()
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if isinstance(loss, Tensor) and loss.numel() == 1:
-            self._record(batch_idx + 1, "", "", "loss", float(loss))
-        if batch_idx + 1 in self.training.measured:
-            for m in self.probe.measure():
-                self._record(batch_idx + 1, m.name, m.role, m.quantity, m.rms)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        for step in self.steps:
-            step.remove()
-
-    def _record(self, step: int, name: str, role: str, quantity: str, rms: float) -> None:
-        bases = {entry.name: entry.base for entry in self.made.parameters} if quantity == "update" else {}
-        self.training.records.append(Record(self.x, self.seed, step, name, role, quantity, rms, bases.get(name)))
-
-
-@torch.no_grad()
-def _draw_anew(module: nn.Module, made: ScalingPlan, seed: int) -> None:
-    """Draws a model of the base's size as :func:`initialize` draws the others, which leaves it as it is.
-
-    Otherwise the base alone could have the same weights under every seed.
-    """
-    tensors = named_tensors(module)
-    for entry in made.parameters:
-        if tensors[entry.name].requires_grad:
-            draw_(tensors[entry.name], replace(entry, init=measure_init(tensors[entry.name])), seed)
-
-
-def _run(module: LightningModule, batch: Any, seed: int) -> None:
-    """One forward pass, by the training step; with the same random numbers (noise, masks) each time."""
-    step: Any = module.training_step
-    if not module.automatic_optimization:
-        step = module.validation_step
-        if not is_overridden("validation_step", module):
-            raise ValueError(
-                f"loss: {type(module).__name__} optimizes by hand in its training_step, so the probe cannot call it. Give it a "
-                "validation_step, or give `loss`."
-            )
-    device = module.device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        step(batch, 0)
-
-
 def _without_mue(callbacks: Any) -> list[Callback]:
-    """A module's own callbacks except for a MuECallback (known by name only here), which would scale a second time."""
-    listed = [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
-    return [callback for callback in listed if type(callback).__name__ != "MuECallback"]
+    """A module's own callbacks except for a MuECallback, found by its name, which would scale a second time."""
+    own = [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
+    return [callback for callback in own if type(callback).__name__ != "MuECallback"]
 
 
 def flatten_optimizers(configured: Any) -> list[Optimizer]:
-    """The optimizers in what ``configure_optimizers`` returned, in any of its forms, without the schedulers."""
+    """The optimizers in the return value of ``configure_optimizers``, in any of its forms, without the schedulers."""
     if isinstance(configured, Optimizer):
         return [configured]
     if isinstance(configured, Mapping):
@@ -262,12 +201,12 @@ def flatten_optimizers(configured: Any) -> list[Optimizer]:
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
-    """Takes the place of ``self.log``: a probe is no training step to log."""
+    """Replaces ``self.log``: calls of the probe must not be logged."""
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps back the Trainer's remarks on hardware, workers and finished epochs, which hold for a dozen short runs."""
+    """Silences the Trainer's messages on hardware, workers and epochs, which each of many short runs would repeat."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""What the language-modelling data modules share: arguments, loaders, the check of the vocabulary.
+"""Base class of the language-modelling data modules: arguments, loaders, check of the vocabulary.
 
 Shape legend: N tokens in a split, B windows in one process's batch, S context length.
 """
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from lightning.pytorch import LightningDataModule
 
+from lightning_mue.checks import mismatch, require_fraction, require_integer, require_positive
 from lightning_mue.data.sampling import FixedLoader, StepLoader, validation_starts
 
 
@@ -43,11 +44,15 @@ class LanguageDataModule(LightningDataModule, ABC):
         self, *, context_length: int, batch_size: int, val_fraction: float, val_batches: int | None, seed: int
     ) -> None:
         super().__init__()
-        self.context_length = require_int("context_length", context_length, minimum=1)
-        self.batch_size = require_int("batch_size", batch_size, minimum=1)
-        self.val_batches = None if val_batches is None else require_int("val_batches", val_batches, minimum=1)
-        self.seed = require_int("seed", seed, minimum=0)
-        self.val_fraction = require_fraction("val_fraction", val_fraction)
+        require_positive(context_length=context_length, batch_size=batch_size)
+        if val_batches is not None:
+            require_positive(val_batches=val_batches)
+        require_integer("seed", seed, 0)
+        require_fraction(val_fraction=val_fraction)
+        # int() and float(): NumPy's numbers would not go into a checkpoint that is loaded with weights_only.
+        self.context_length, self.batch_size, self.seed = int(context_length), int(batch_size), int(seed)
+        self.val_batches = None if val_batches is None else int(val_batches)
+        self.val_fraction = float(val_fraction)
         self._splits: Splits | None = None
 
     @abstractmethod
@@ -56,7 +61,7 @@ class LanguageDataModule(LightningDataModule, ABC):
 
     @abstractmethod
     def largest_token(self) -> tuple[int, str]:
-        """Returns the largest token id that a batch can hold, and where it was found."""
+        """Returns the largest token id that a batch can contain, and where it occurs."""
 
     @property
     def vocab_size(self) -> int:
@@ -72,23 +77,25 @@ class LanguageDataModule(LightningDataModule, ABC):
         """Maps the tokens and checks them against the model.
 
         Raises:
-            ValueError: A split is smaller than one window, or holds an id that the model has no embedding for.
+            ValueError: A split is smaller than one window, or contains an id for which the model has no embedding.
         """
         splits = self.load_splits()
         needed = self.context_length + 1
         for name, tokens_N in zip(Splits._fields, splits, strict=True):
             if len(tokens_N) < needed:
                 raise ValueError(
-                    f"The corpus {self.describe()} is too small: its {name} split holds {len(tokens_N)} tokens (train "
-                    f"{len(splits.train)}, val {len(splits.val)}), but one window of context_length="
-                    f"{self.context_length} takes {needed}: use a larger corpus, a smaller context_length, or another "
-                    "val_fraction."
+                    mismatch(
+                        f"{self.describe()}, {name} split",
+                        found=f"{len(tokens_N)} tokens (train {len(splits.train)}, val {len(splits.val)})",
+                        expected=f"at least {needed}, the tokens of one window of context_length={self.context_length}",
+                        do="Use a larger corpus, a smaller context_length, or another val_fraction.",
+                    )
                 )
         self._check_vocabulary()
         self._splits = splits
 
     def train_dataloader(self) -> StepLoader | FixedLoader:
-        """Random windows; fixed ones under `Trainer(overfit_batches=...)`, which wants the same every epoch."""
+        """Random windows; under `Trainer(overfit_batches=...)` fixed ones, the same in every epoch."""
         if getattr(self.trainer, "overfit_batches", 0):
             return self._fixed_loader(self._mapped().train, None)
         rank, world_size = self._data_parallel()
@@ -134,8 +141,12 @@ class LanguageDataModule(LightningDataModule, ABC):
     def _mapped(self) -> Splits:
         if self._splits is None:
             raise RuntimeError(
-                f"{type(self).__name__} has no data yet: call prepare_data() and setup() before asking for a "
-                "dataloader (a Trainer does so itself)."
+                mismatch(
+                    type(self).__name__,
+                    found="a dataloader requested before the data are loaded",
+                    expected="prepare_data() and setup() to have run",
+                    do="Call prepare_data() and setup() first; a Trainer calls them itself.",
+                )
             )
         return self._splits
 
@@ -145,8 +156,8 @@ class LanguageDataModule(LightningDataModule, ABC):
         return (kwargs["rank"], max(1, kwargs["num_replicas"])) if kwargs else (0, 1)
 
     def _batches_trained(self) -> int:
-        # Lightning restores the state of a loader only when it resumes within an epoch, or with max_steps; its count of
-        # batches is right at an epoch's end too, in a second fit, and after reload_dataloaders_every_n_epochs.
+        # Lightning restores a loader's state only when it resumes within an epoch, or with max_steps. Its own count of
+        # batches is also right at the end of an epoch, in a second fit, and after reload_dataloaders_every_n_epochs.
         progress = self._batch_progress()
         return progress.total.processed if progress is not None else 0
 
@@ -165,34 +176,10 @@ class LanguageDataModule(LightningDataModule, ABC):
         largest, where = self.largest_token()
         if largest >= model_vocab_size:
             raise ValueError(
-                f"{where} holds token id {largest}, but {type(model).__name__}.vocab_size is {model_vocab_size}: set "
-                f"the model's vocab_size to {largest + 1} or more, or use data made with the model's tokenizer."
+                mismatch(
+                    f"{type(model).__name__}.vocab_size",
+                    found=model_vocab_size,
+                    expected=f"at least {largest + 1}, because token id {largest} occurs in {where}",
+                    do=f"Set the model's vocab_size to {largest + 1} or more, or use data made with the model's tokenizer.",
+                )
             )
-
-
-def require_int(name: str, value: object, *, minimum: int) -> int:
-    """Returns `value` if it is an integer of at least `minimum`.
-
-    Raises:
-        TypeError: Not an integer.
-        ValueError: Below the minimum.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be an integer, {minimum} or more, but it is {value!r} ({type(value).__name__}).")
-    if value < minimum:
-        raise ValueError(f"{name} must be {minimum} or more, but it is {value}.")
-    return int(value)
-
-
-def require_fraction(name: str, value: object) -> float:
-    """Returns `value` if it lies strictly between 0 and 1.
-
-    Raises:
-        TypeError: Not a number.
-        ValueError: Not in (0, 1).
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating)):
-        raise TypeError(f"{name} must be a number between 0 and 1, but it is {value!r} ({type(value).__name__}).")
-    if not 0 < value < 1:
-        raise ValueError(f"{name} must lie strictly between 0 and 1, but it is {value}: 0.05 keeps one part in twenty.")
-    return float(value)

@@ -1,4 +1,4 @@
-"""The bytes of a corpus on disk, with a manifest that tells whether they may still be used."""
+"""Cache of a corpus on disk, with a manifest from which it is seen whether the cache is still valid."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from typing import IO, Any
 
 import numpy as np
 
+from lightning_mue.checks import mismatch
+
 SPLITS = ("train", "val")
 CACHE_TAG = "CACHEDIR.TAG"
 
 _FORMAT = 2
-# By this line backup tools know a cache, too.
+# Backup tools recognize a cache folder by this line, too.
 _CACHE_SIGNATURE = b"Signature: 8a477f597d28d172789f06886806bc55"
 _TEMPORARY_PREFIX = ".tmp-"
 _STALE_SECONDS = 3600.0
@@ -34,21 +36,21 @@ def default_cache_dir() -> Path:
 
 
 class ByteCache:
-    """The train and val splits of one corpus as raw uint8 files, and `manifest.json`, in a folder of their own.
+    """Stores the train and val splits of one corpus as raw uint8 files with a `manifest.json`, in one folder.
 
-    Every file is written under a temporary name, flushed to disk and moved into place, the manifest last, so an
-    interrupted build leaves no manifest that describes it. Processes that build the same corpus at once write the same
-    bytes, so it does not matter whose file wins.
+    Every file is written under a temporary name, flushed to disk and moved into place, the manifest last. An
+    interrupted build therefore leaves no valid manifest. Processes that build the same corpus at the same time write
+    the same bytes, so it does not matter which of them is last.
 
     Args:
-        folder: Where the files lie; made when needed.
+        folder: The cache's folder, created when needed.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def is_valid(self, corpus: Mapping[str, Any]) -> bool:
-        """Tells whether the cache holds this very corpus, undamaged (size and SHA-256 of every split).
+        """Returns whether the cache holds exactly this corpus, undamaged (size and SHA-256 of every split).
 
         Args:
             corpus: What the bytes were made from, of JSON types.
@@ -62,11 +64,11 @@ class ByteCache:
         )
 
     def write(self, corpus: Mapping[str, Any], splits: Mapping[str, Iterable[bytes]]) -> None:
-        """Builds the cache, replacing whatever is there.
+        """Builds the cache and replaces an older one.
 
         Args:
             corpus: What the bytes are made from, of JSON types.
-            splits: The pieces of "train" and of "val".
+            splits: "train" and "val", each as pieces of bytes.
 
         Raises:
             OSError: The folder cannot be written.
@@ -83,13 +85,18 @@ class ByteCache:
         """Maps a split, uint8 `[N]`, read-only.
 
         Raises:
-            FileNotFoundError: There is no usable cache; sizes are checked here, contents by `is_valid`.
+            FileNotFoundError: There is no complete cache. Only sizes are checked here; `is_valid` checks the contents.
         """
         manifest = self._manifest()
         if manifest is None or not self._has_size(split, manifest["splits"][split]):
             raise FileNotFoundError(
-                f"No complete cache of the corpus in {str(self.folder)!r}: call prepare_data() first. With more than "
-                "one node, either each has a cache folder of its own or all share one."
+                mismatch(
+                    "cache_dir",
+                    found=f"no complete cache of the corpus in {str(self.folder)!r}",
+                    expected="the files that prepare_data() writes",
+                    do="Call prepare_data() first. With several nodes, either each needs its own cache folder or all must "
+                    "share one.",
+                )
             )
         # An empty file cannot be mapped.
         path = self._path(split)
@@ -105,7 +112,7 @@ class ByteCache:
                 _ = int(entry["bytes"]), str(entry["sha256"])
             return {"corpus": manifest["corpus"], "splits": entries}
         except (OSError, ValueError, KeyError, TypeError):
-            # Missing, torn, or somebody else's file: all mean that there is no cache.
+            # A missing or truncated manifest, or a file of another program: there is no cache.
             return None
 
     def _has_size(self, split: str, entry: Mapping[str, Any]) -> bool:
@@ -125,7 +132,7 @@ class ByteCache:
 
     @contextlib.contextmanager
     def _replacing(self, path: Path) -> Iterator[IO[bytes]]:
-        """Opens a temporary file that takes the place of `path` once it is safely on disk."""
+        """Opens a temporary file that replaces `path` once it is flushed to disk."""
         with tempfile.NamedTemporaryFile(dir=self.folder, prefix=_TEMPORARY_PREFIX, delete=False) as file:
             try:
                 yield file
@@ -139,7 +146,7 @@ class ByteCache:
                 raise
 
     def _remove_stale(self) -> None:
-        """Removes what killed builds left behind; a young file may be another process's build."""
+        """Removes the temporary files of killed builds; a recent one may belong to another process that is building."""
         for path in self.folder.glob(f"{_TEMPORARY_PREFIX}*"):
             with contextlib.suppress(OSError):
                 if time.time() - path.stat().st_mtime > _STALE_SECONDS:

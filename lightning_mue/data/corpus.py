@@ -1,4 +1,4 @@
-"""Which files make up a text corpus, and how their bytes are split into training and validation."""
+"""Selects the files of a text corpus and splits their bytes into training and validation."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from lightning_mue.checks import mismatch
 from lightning_mue.data.cache import CACHE_TAG
 
-# Between documents: it never occurs in text, so a model can tell where one ends. Its id is 0.
+# Ends every document: it does not occur in text, so a model can learn where a document ends. Its id is 0.
 SEPARATOR = b"\0"
 
 _CHUNK_BYTES = 1 << 20
@@ -22,7 +23,7 @@ _STDLIB_SKIPPED_FOLDERS = _SKIPPED_FOLDERS | {"test", "tests", "idle_test"}
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of a corpus, as it was when it was listed.
+    """One file of a corpus at the time of listing.
 
     Attributes:
         name: Path relative to the corpus folder, with forward slashes.
@@ -40,7 +41,7 @@ class TextCorpus:
     """A text file, or the files of a folder whose name matches a pattern, read as bytes.
 
     Folders are searched to any depth. Left out are hidden files and folders, `__pycache__`, installed packages, and
-    folders tagged as caches (https://bford.info/cachedir), so that a corpus never takes in its own cache.
+    folders tagged as caches (https://bford.info/cachedir), so that a corpus never contains its own cache.
 
     Attributes:
         root: Folder, or the one file.
@@ -62,19 +63,27 @@ class TextCorpus:
 
         Raises:
             FileNotFoundError: The path does not exist.
-            ValueError: It holds no bytes.
+            ValueError: There are no bytes in it.
         """
         if not self.root.exists():
             raise FileNotFoundError(
-                f"path={str(self.root)!r} does not exist: give a text file, a folder of text files, or leave path out "
-                "to use the source of Python's standard library."
+                mismatch(
+                    "path",
+                    found=f"{str(self.root)!r}, which does not exist",
+                    expected="a text file or a folder of text files",
+                    do="Correct it, or leave path out to use the source code of Python's standard library.",
+                )
             )
         paths = [self.root] if self.root.is_file() else sorted(self._walk(), key=self._name)
         files = [SourceFile(self._name(path), *_size_and_mtime(path)) for path in paths]
         if not sum(file.size for file in files):
             raise ValueError(
-                f"The corpus at path={str(self.root)!r} is empty: {len(files)} files match pattern={self.pattern!r}, "
-                "with no bytes in them. Name a folder with text in it, or another pattern."
+                mismatch(
+                    "path",
+                    found=f"{str(self.root)!r}, where {len(files)} files match pattern={self.pattern!r}, with no bytes in them",
+                    expected="text",
+                    do="Give a folder with text in it, or another pattern.",
+                )
             )
         return files
 
@@ -82,16 +91,16 @@ class TextCorpus:
         """Returns the bytes of both splits, in pieces.
 
         A folder is split by file: a file goes to validation when a hash of its name falls below `val_fraction`, so
-        that adding files moves no other. A file that alone would make up half of validation or more stays in training
-        (unless there is no other): the loss should be that of many files. A single file is split by position, its end
-        being validation.
+        that adding a file moves no other file. A file that alone would make up half of validation or more stays in
+        training (unless there is no other), so that the validation loss averages over many files. A single file is
+        split by position; its end is the validation split.
 
         Args:
             files: What `files()` returned.
             val_fraction: Part kept for validation, in (0, 1).
 
         Returns:
-            "train" and "val", each an iterator of bytes, which raises ValueError at a file that cannot be read.
+            "train" and "val", each an iterator of bytes. It raises ValueError at a file that cannot be read.
         """
         if self.root.is_file():
             boundary = files[0].size - round(files[0].size * val_fraction)
@@ -125,10 +134,10 @@ class TextCorpus:
 
 
 def in_validation(name: str, val_fraction: float) -> bool:
-    """Tells whether a file belongs to validation: its name alone decides, on every machine alike.
+    """Returns whether a file belongs to validation; this depends on its name alone, and is the same on every machine.
 
-    >>> [in_validation(name, 0.5) for name in ("a.py", "b.py", "c.py", "d.py")]
-    [False, True, False, True]
+    >>> [in_validation(name, 0.5) for name in ("a.txt", "b.txt", "c.txt", "d.txt")]
+    [True, False, True, False]
     """
     digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") < val_fraction * 2**64
@@ -150,13 +159,17 @@ def _read(path: Path, start: int, stop: int | None) -> Iterator[bytes]:
                 start += len(piece)
                 yield piece
     except OSError as error:
-        # Not an OSError any more, so that whoever writes the bytes can tell it from a full disk.
+        # Not an OSError: the caller, which writes the bytes, must be able to tell this from a full disk.
         raise ValueError(
-            f"The corpus file {str(path)!r} could not be read ({error}): make it readable, or leave it out by a "
-            "narrower pattern."
+            mismatch(
+                "path",
+                found=f"the corpus file {str(path)!r}, which could not be read ({error})",
+                expected="readable files",
+                do="Make it readable, or exclude it with a narrower pattern.",
+            )
         ) from error
 
 
 def _raise(error: OSError) -> None:
-    # os.walk leaves out a folder that it may not read unless told otherwise.
+    # By default os.walk skips a folder that it cannot read.
     raise error

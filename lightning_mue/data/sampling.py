@@ -1,4 +1,4 @@
-"""Batches of token windows as a pure function of (seed, step, rank): a resumed run sees what it would have seen.
+"""Batches of token windows as a pure function of (seed, step, rank), so that a resumed run continues the same stream.
 
 Shape legend: N tokens in a split, B windows in one process's batch, S context length, M validation batches.
 """
@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from lightning_mue.checks import mismatch
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -30,12 +32,12 @@ class TokenBatch(TypedDict):
 
 
 def window_starts(seed: int, step: int, rank: int, *, batch_size: int, n_starts: int) -> Int64Array:
-    """Draws where the windows of one training batch start, independently and uniformly, with replacement.
+    """Draws the starts of one training batch's windows, independently and uniformly, with replacement.
 
     The generator is counter-based (Philox 4x64, Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"):
-    the seed is the key, step and rank are words of the counter, so no two (step, rank) share any of the stream. Raw
-    words are reduced modulo `n_starts`, not passed through `numpy.random.Generator`, whose methods may change between
-    NumPy versions; the bias is below `n_starts / 2**64`.
+    the seed is the key, step and rank are words of the counter, so the streams of different (step, rank) do not overlap.
+    Raw words are reduced modulo `n_starts` and do not pass through `numpy.random.Generator`, whose methods may change
+    between NumPy versions. The bias is below `n_starts / 2**64`.
 
     Args:
         seed: Data seed, >= 0.
@@ -50,7 +52,7 @@ def window_starts(seed: int, step: int, rank: int, *, batch_size: int, n_starts:
     >>> window_starts(0, 5, 0, batch_size=3, n_starts=1000).tolist()
     [131, 42, 633]
     """
-    # The lowest counter word is the one that advances while a stream is read.
+    # The lowest counter word advances while a stream is read.
     generator = np.random.Philox(key=seed, counter=np.array([0, step, rank, 0], dtype=np.uint64))
     words_B: npt.NDArray[np.uint64] = generator.random_raw(batch_size)
     starts_B: Int64Array = (words_B % np.uint64(n_starts)).astype(np.int64)
@@ -60,9 +62,9 @@ def window_starts(seed: int, step: int, rank: int, *, batch_size: int, n_starts:
 def validation_starts(
     n_tokens: int, *, context_length: int, batch_size: int, rank: int, world_size: int, max_batches: int | None
 ) -> Int64Array:
-    """Chooses fixed, non-overlapping windows, evenly spaced over a split and dealt out to the ranks in turn.
+    """Chooses fixed, non-overlapping windows, evenly spaced over a split and assigned to the ranks in turn.
 
-    Every rank gets the same number of full batches; what is left over is dropped. A split too small for one full batch
+    Every rank gets the same number of full batches; remaining windows are dropped. A split too small for one full batch
     gives one smaller batch.
 
     Args:
@@ -77,7 +79,7 @@ def validation_starts(
         Starts, int64 `[M, B]`.
 
     Raises:
-        ValueError: The split holds fewer windows than there are ranks.
+        ValueError: The split has fewer windows than there are ranks.
 
     >>> validation_starts(41, context_length=4, batch_size=2, rank=0, world_size=1, max_batches=2).tolist()
     [[0, 8], [20, 28]]
@@ -86,9 +88,12 @@ def validation_starts(
     per_rank = n_windows // world_size
     if per_rank < 1:
         raise ValueError(
-            f"The validation split holds {n_tokens} tokens, which is {max(n_windows, 0)} windows of context_length="
-            f"{context_length}, but there are {world_size} processes and each needs at least one: raise val_fraction, "
-            "lower context_length, or use a larger corpus."
+            mismatch(
+                "validation split",
+                found=f"{n_tokens} tokens, which is {max(n_windows, 0)} windows of context_length={context_length}",
+                expected=f"at least one window for each of the {world_size} processes",
+                do="Raise val_fraction, lower context_length, or use a larger corpus.",
+            )
         )
     batch_size = min(batch_size, per_rank)
     n_batches = per_rank // batch_size
@@ -116,11 +121,11 @@ def gather_windows(tokens_N: np.ndarray, starts_B: Int64Array, context_length: i
 
 
 class StepLoader:
-    """Endless stream of random windows, cut into epochs, whose whole state is the step it has reached.
+    """Endless stream of random windows, divided into epochs. Its whole state is the number of the next step.
 
-    Lightning writes the state of such an iterable into its checkpoints and restores it. Because it is sized, Lightning
-    does not prefetch from it. Each `iter()` gives `len()` batches from the current step on; an epoch that resumes in
-    its middle is ended by Lightning, which counts batches itself.
+    Lightning writes this state into its checkpoints and restores it, and does not prefetch because the loader has a
+    length. Each `iter()` gives `len()` batches from the current step on. After a resume in the middle of an epoch,
+    Lightning ends that epoch itself, by its own count of batches.
 
     Args:
         tokens_N: Tokens of the training split, unsigned integers `[N]`, with `N > context_length`.
@@ -129,9 +134,9 @@ class StepLoader:
         seed: Data seed.
         rank: Data-parallel rank.
         world_size: Number of data-parallel ranks.
-        step: Micro-batch to start at.
-        in_flight: Returns how many batches were handed out but not yet trained on: a checkpoint written by an
-            exception handler in the middle of a training step must not count that batch as seen.
+        step: Number of the first micro-batch.
+        in_flight: Returns how many batches were handed out but not yet trained on. A checkpoint that an exception
+            handler writes in the middle of a training step must not count that batch as seen.
     """
 
     def __init__(
@@ -156,7 +161,7 @@ class StepLoader:
         self._in_flight = in_flight
 
     def __len__(self) -> int:
-        """Batches in an epoch: as many as it takes all ranks to draw about N tokens, at least 1."""
+        """Batches in an epoch: so many that all ranks together draw about N tokens, at least 1."""
         return max(1, len(self.tokens_N) // (self.batch_size * self.context_length * self.world_size))
 
     def __iter__(self) -> Iterator[TokenBatch]:
@@ -166,18 +171,18 @@ class StepLoader:
             yield batch
 
     def batch(self, step: int) -> TokenBatch:
-        """Returns the batch of any step, without moving the stream."""
+        """Returns the batch of any step, without advancing the stream."""
         n_starts = len(self.tokens_N) - self.context_length
         starts_B = window_starts(self.seed, step, self.rank, batch_size=self.batch_size, n_starts=n_starts)
         return gather_windows(self.tokens_N, starts_B, self.context_length)
 
     def state_dict(self) -> dict[str, int]:
-        """Returns the number of batches trained on, and what else determines the stream."""
+        """Returns the number of batches trained on, and the settings that determine the stream."""
         in_flight = self._in_flight() if self._in_flight is not None else 0
         return {"step": self.step - in_flight, **self._stream()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues from a saved step; warns when the batches that follow are not those of the saved run."""
+        """Continues from a saved step; warns if the following batches differ from those of the saved run."""
         changes = [
             f"{name}: {state_dict[name]} -> {value}"
             for name, value in self._stream().items()
@@ -185,8 +190,13 @@ class StepLoader:
         ]
         if changes:
             warnings.warn(
-                f"The training data differ from those of the checkpoint ({'; '.join(changes)}), so that the batches "
-                "to come are not those that the saved run would have seen. Training continues at the saved step.",
+                mismatch(
+                    "training data",
+                    found=f"other settings than in the checkpoint ({'; '.join(changes)})",
+                    expected="the same ones",
+                    do="Restore them to continue with the batches that the saved run would have seen. Training continues at "
+                    "the saved step, with other batches.",
+                ),
                 stacklevel=2,
             )
         self.step = int(state_dict["step"])
@@ -202,7 +212,7 @@ class StepLoader:
 
 
 class FixedLoader:
-    """The same windows in the same order at every iteration; for validation.
+    """Gives the same windows in the same order at every iteration; for validation.
 
     Args:
         tokens_N: Tokens of a split, unsigned integers `[N]`.

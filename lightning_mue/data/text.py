@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lightning_mue.checks import mismatch
 from lightning_mue.data.base import LanguageDataModule, Splits
 from lightning_mue.data.cache import ByteCache, default_cache_dir
 from lightning_mue.data.corpus import TextCorpus
@@ -16,10 +17,9 @@ from lightning_mue.data.corpus import TextCorpus
 class TextDataModule(LanguageDataModule):
     """Language modelling on the bytes of a text file or folder (vocabulary 256).
 
-    Bytes are taken as they are, whatever their encoding; in a folder a NUL byte (id 0) ends each file. A folder is
-    split by a hash of each file's name, a single file by position. The splits are written once to a checksummed cache
-    and memory-mapped; a change in the source (name, size or time of change of a file) or damage to the cache rebuilds
-    it.
+    Bytes are used unchanged, in any encoding. In a folder a NUL byte (id 0) ends each file. A folder is split by a hash
+    of each file's name, a single file by position. The splits are written once to a checksummed cache and memory-mapped.
+    The cache is rebuilt when it is damaged or the source has changed (a file's name, size or modification time).
 
     Args:
         path: Text file or folder; None for the source of Python's standard library, about 12 MB.
@@ -29,7 +29,7 @@ class TextDataModule(LanguageDataModule):
         val_fraction: Part of the corpus kept for validation, in (0, 1).
         val_batches: Validation batches per process at most, spread evenly over the split; None for all.
         seed: Data seed, 0 or more.
-        cache_dir: Where caches lie; None for $LIGHTNING_MUE_CACHE, else $XDG_CACHE_HOME/lightning_mue, else
+        cache_dir: Folder of the caches; None for $LIGHTNING_MUE_CACHE, else $XDG_CACHE_HOME/lightning_mue, else
             ~/.cache/lightning_mue.
 
     Raises:
@@ -37,7 +37,7 @@ class TextDataModule(LanguageDataModule):
         ValueError: An argument is out of its range.
     """
 
-    #: A token is a byte, so that bits per token are bits per byte.
+    #: A token is a byte, so bits per token are bits per byte.
     bytes_per_token: float = 1.0
 
     def __init__(
@@ -66,7 +66,7 @@ class TextDataModule(LanguageDataModule):
         self.cache_dir = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
 
     def prepare_data(self) -> None:
-        """Builds the cache unless a valid one is there; Lightning calls this once per node.
+        """Builds the cache unless there is a valid one; Lightning calls this once per node.
 
         Raises:
             FileNotFoundError: The path does not exist.
@@ -82,9 +82,12 @@ class TextDataModule(LanguageDataModule):
             cache.write(manifest, splits)
         except OSError as error:
             raise ValueError(
-                f"The corpus {self.describe()} could not be written to the cache folder {str(cache.folder)!r} "
-                f"({error}): set cache_dir, or the environment variable LIGHTNING_MUE_CACHE, to a folder that you may "
-                "write to, with room for a copy of the corpus."
+                mismatch(
+                    "cache_dir",
+                    found=f"{str(cache.folder)!r}, where the corpus {self.describe()} could not be written ({error})",
+                    expected="a writable folder with room for a copy of the corpus",
+                    do="Set cache_dir, or the environment variable LIGHTNING_MUE_CACHE, to such a folder.",
+                )
             ) from error
 
     def load_splits(self) -> Splits:
@@ -98,14 +101,14 @@ class TextDataModule(LanguageDataModule):
 
     def largest_token(self) -> tuple[int, str]:
         """Returns 255: any byte may occur."""
-        return 255, f"Byte-level text (TextDataModule, {self.describe()})"
+        return 255, f"byte-level text (TextDataModule, {self.describe()})"
 
     def describe(self) -> str:
         """Names the corpus in messages."""
         return f"path={str(self.corpus.root)!r}"
 
     def _identity(self) -> dict[str, Any]:
-        """What tells one cache from another; the files themselves may change."""
+        """The settings that identify a cache; the files themselves may change."""
         return {
             "root": str(self.corpus.root),
             "pattern": self.corpus.pattern,

@@ -10,34 +10,35 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from lightning_mue.checks import mismatch, require_choice
 from lightning_mue.data.base import LanguageDataModule, Splits
 
 TokenDtype = Literal["uint16", "uint32"]
 
 _SCAN_TOKENS = 1 << 24
-# Formats that begin with a header, which would be read as tokens.
+# Formats with a header, which would be read as tokens.
 _HEADERS = {
-    b"\x93NUMPY": "a NumPy .npy file: write the ids with `array.tofile(path)` instead",
-    (20240520).to_bytes(4, "little"): "an llm.c data file: drop its header of 1024 bytes",
+    b"\x93NUMPY": ("a NumPy .npy file", "Write the ids with `array.tofile(path)` instead."),
+    (20240520).to_bytes(4, "little"): ("an llm.c data file", "Remove its header of 1024 bytes."),
 }
 
 
 class TokenDataModule(LanguageDataModule):
     """Language modelling on raw files of little-endian token ids without a header, memory-mapped.
 
-    In `setup` every process reads the files once to find their largest id, and the model's `vocab_size`, if it has
-    one, is checked against it before the first step.
+    In `setup` every process reads the files once to find their largest id. If the model has a `vocab_size`, it is
+    checked against this id before the first step.
 
     Args:
-        train_path: Token file to train on.
-        val_path: Token file to validate on; None keeps the last `val_fraction` of `train_path` for it.
+        train_path: Token file for training.
+        val_path: Token file for validation; with None, the last `val_fraction` of `train_path` is used.
         dtype: Type of an id: "uint16" or "uint32".
         context_length: Inputs in a window, S.
         batch_size: Windows in the micro-batch of one process, B.
         val_fraction: Part of `train_path` kept for validation, in (0, 1); unused with `val_path`.
         val_batches: Validation batches per process at most, spread evenly over the split; None for all.
         seed: Data seed, 0 or more.
-        bytes_per_token: Mean bytes of text in a token, if you know it: lets a model report bits per byte.
+        bytes_per_token: Mean number of bytes of text per token, if known; with it a model can report bits per byte.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -64,11 +65,10 @@ class TokenDataModule(LanguageDataModule):
             val_batches=val_batches,
             seed=seed,
         )
-        if dtype not in get_args(TokenDtype):
-            raise ValueError(f"dtype must be one of {', '.join(get_args(TokenDtype))}, but it is {dtype!r}.")
+        require_choice("dtype", dtype, get_args(TokenDtype))
         if bytes_per_token is not None and not bytes_per_token > 0:
             raise ValueError(
-                f"bytes_per_token must be above 0, or None if it is not known, but it is {bytes_per_token}."
+                mismatch("bytes_per_token", found=bytes_per_token, expected="a number above 0, or null if unknown")
             )
         self.train_path = Path(train_path).expanduser()
         self.val_path = None if val_path is None else Path(val_path).expanduser()
@@ -90,11 +90,11 @@ class TokenDataModule(LanguageDataModule):
         return Splits(train_N[:boundary], train_N[boundary:])
 
     def largest_token(self) -> tuple[int, str]:
-        """Scans the files, once, for the largest id, and returns it with the name of its file.
+        """Returns the largest id and the file in which it occurs; the files are scanned once.
 
         Raises:
             FileNotFoundError: A file does not exist.
-            ValueError: A file is not a raw file of `dtype`, or holds no tokens.
+            ValueError: A file is not a raw file of `dtype`, or is empty.
         """
         if self._largest is None:
             files = {"train_path": self.train_path, "val_path": self.val_path}
@@ -113,10 +113,10 @@ class TokenDataModule(LanguageDataModule):
 
 
 def map_tokens(name: str, path: Path, dtype: TokenDtype) -> np.ndarray:
-    """Maps a raw token file, read-only, after checking that it can be one.
+    """Maps a raw token file, read-only, after checks of its size and first bytes.
 
     Args:
-        name: The argument that gave the path, for messages.
+        name: Name of the argument with the path, for messages.
         path: The file.
         dtype: Type of an id.
 
@@ -127,22 +127,27 @@ def map_tokens(name: str, path: Path, dtype: TokenDtype) -> np.ndarray:
         FileNotFoundError: The path is not a file.
         ValueError: The file is empty, is no multiple of the dtype's size, or begins with a known header.
     """
+    expected = f"a raw file of {dtype} token ids"
     if not path.is_file():
-        raise FileNotFoundError(f"{name}={str(path)!r} is not a file: give a raw file of {dtype} token ids.")
+        raise FileNotFoundError(mismatch(name, found=f"{str(path)!r}, which is not a file", expected=expected))
     little_endian = np.dtype(dtype).newbyteorder("<")
     size = path.stat().st_size
     if size == 0:
-        raise ValueError(f"{name}={str(path)!r} is empty: give a raw file of {dtype} token ids.")
+        raise ValueError(mismatch(name, found=f"{str(path)!r}, which is empty", expected=expected))
     if size % little_endian.itemsize:
         raise ValueError(
-            f"{name}={str(path)!r} holds {size} bytes, which is no multiple of the {little_endian.itemsize} bytes of "
-            f"dtype={dtype!r}: the file is cut short, or its ids have another dtype."
+            mismatch(
+                name,
+                found=f"{str(path)!r} of {size} bytes",
+                expected=f"a multiple of the {little_endian.itemsize} bytes of dtype={dtype!r}",
+                do="The file is truncated, or its ids have another dtype: write it again, or set dtype.",
+            )
         )
     with path.open("rb") as file:
         start = file.read(8)
-    for magic, what in _HEADERS.items():
+    for magic, (what, do) in _HEADERS.items():
         if start.startswith(magic):
-            raise ValueError(f"{name}={str(path)!r} is not a raw file of {dtype} token ids, but {what}.")
+            raise ValueError(mismatch(name, found=f"{str(path)!r}, {what}", expected=expected, do=do))
     return np.memmap(path, dtype=little_endian, mode="r")
 
 

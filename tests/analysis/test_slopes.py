@@ -148,5 +148,14 @@ def test_in_depth_layers_are_compared_at_equal_relative_positions(power, status)
     assert abs(averaged - power) > 0.15
 
 
+def test_a_list_of_experts_is_one_line_but_no_layers():
+    """Their numbers are no layer index: one line for all experts of all layers, and no position along the depth."""
+    records = law("blocks.0.experts.0.w", 0.0) + law("blocks.0.experts.1.w", 0.2) + law("blocks.1.experts.0.w", 0.4)
+    assert set(fit(records)) == {("blocks.*.experts.each.w", "update")}
+    assert fit(records)["blocks.*.experts.each.w", "update"].slope == pytest.approx(0.2)
+    alone = law("experts.0", 0.0, quantity="change", role="", sizes=(2, 4))
+    assert set(fit(alone, depth_moves=True)) == {("experts.each", "change")}
+
+
 def test_fit_slope_of_too_little():
     assert math.isnan(fit_slope([4.0], [1.0]))

@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import inspect
-import json
-import subprocess
-import sys
+import re
 from pathlib import Path
 
 import pytest
@@ -12,70 +10,14 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_mue import HyperSphereOptimizer
+from lightning_mue.callbacks import ThroughputMonitor
 from lightning_mue.cli.lightning_cli import MuECLI, main
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
-@pytest.fixture
-def corpus(tmp_path, monkeypatch):
-    """A small folder of text, and a cache of its own."""
-    monkeypatch.setenv("LIGHTNING_MUE_CACHE", str(tmp_path / "cache"))
-    folder = tmp_path / "corpus"
-    folder.mkdir()
-    for i in range(40):
-        (folder / f"{i}.txt").write_text(f"file {i}: " + "the quick brown fox jumps over the lazy dog. " * 8)
-    return folder
-
-
-def run(capsys, *args):
-    """Runs the command; returns (exit status, all output on one line with single spaces)."""
-    status = 0
-    try:
-        main([str(a) for a in args])
-    except SystemExit as stop:
-        status = stop.code
-    captured = capsys.readouterr()
-    return status, " ".join((captured.out + captured.err).split())
-
-
 def debug(corpus, *args):
     return ("--config", CONFIGS / "debug.yaml", "--data.path", corpus, *args)
-
-
-@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_config_is_explained(capsys, config):
-    status, out = run(capsys, "explain", "--config", config)
-    assert status == 0
-    rule = next(
-        c["init_args"]["rule"]
-        for c in yaml.safe_load(config.read_text())["trainer"]["callbacks"]
-        if c["class_path"].endswith("MuECallback")
-    )
-    assert f"{rule} (" in out
-    assert "expert_down" in out
-
-
-@pytest.mark.slow
-def test_explain_for_a_trillion_parameters_takes_seconds_and_little_memory(tmp_path):
-    """Under 20 s and 2 GiB, from process start to exit."""
-    code = (
-        "import json, resource, sys, time; start = time.perf_counter()\n"
-        "from lightning_mue.cli.lightning_cli import main; main(sys.argv[1:])\n"
-        "json.dump([time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20], open('r.json', 'w'))"
-    )
-    config = str(CONFIGS / "trillion.yaml")
-    done = subprocess.run(
-        [sys.executable, "-c", code, "explain", "--config", config],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        check=True,
-    )
-    seconds, gib = json.loads((tmp_path / "r.json").read_text())
-    assert "T parameters" in done.stdout
-    assert gib < 2
-    assert seconds < 20
 
 
 def losses(folder, tag="train/loss"):
@@ -84,8 +26,8 @@ def losses(folder, tag="train/loss"):
     return [event.value for event in events.Scalars(tag)]
 
 
-def test_fit_validate_test_predict(capsys, corpus, tmp_path):
-    status, out = run(capsys, "fit", *debug(corpus))
+def test_fit_validate_test_predict(run, corpus, tmp_path):
+    status, out = run("fit", *debug(corpus))
     assert status == 0
     for expected in (
         "val/bits_per_byte: ",
@@ -102,42 +44,72 @@ def test_fit_validate_test_predict(capsys, corpus, tmp_path):
     tags = events.Tags()["scalars"]
     for tag in (
         "train/loss",
+        "train/tokens_per_second",
         "val/bits_per_byte",
         "mue/lr/expert_up",
         "stability/z/lm_logits",
         "routing/max_violation/00",
     ):
         assert tag in tags, tags
-    status, out = run(capsys, "validate", *debug(corpus, "--ckpt_path", checkpoint))
+    status, out = run("validate", *debug(corpus, "--ckpt_path", checkpoint))
     assert status == 0
     assert "val/bits_per_byte" in out
-    status, out = run(capsys, "test", *debug(corpus, "--ckpt_path", checkpoint))
+    status, out = run("test", *debug(corpus, "--ckpt_path", checkpoint))
     assert status == 0
     assert "test/bits_per_byte" in out
-    status, out = run(
-        capsys, "predict", *debug(corpus, "--ckpt_path", checkpoint, "--trainer.limit_predict_batches", "1")
-    )
+    status, out = run("predict", *debug(corpus, "--ckpt_path", checkpoint, "--trainer.limit_predict_batches", "1"))
     assert status == 0
 
 
-def test_validation_of_a_checkpoint_gives_the_loss_of_the_run(capsys, corpus, tmp_path):
+@pytest.mark.parametrize(
+    "given",
+    [None, {"class_path": "lightning_mue.callbacks.RouterMonitor"}, "list", "named", "named alone"],
+    ids=["none", "one", "list", "named", "named alone"],
+)
+def test_there_is_one_throughput_monitor(run, corpus, tmp_path, monkeypatch, given):
+    """By default, also beside the config's callbacks, and not twice; the saved config loads again and gives one too."""
+    monitor = {"class_path": "lightning_mue.callbacks.ThroughputMonitor"}
+
+    def edit(config):
+        listed = config["trainer"]["callbacks"]
+        new = {"list": listed, "named": [*listed, monitor], "named alone": monitor}
+        config["trainer"]["callbacks"] = new[given] if isinstance(given, str) else given
+
+    def monitors(path):
+        with monkeypatch.context() as patch:
+            patch.setattr(MuECLI, "_run_subcommand", lambda self, subcommand: None)
+            callbacks = MuECLI(["fit", "--config", str(path)]).trainer.callbacks
+        return sum(isinstance(callback, ThroughputMonitor) for callback in callbacks)
+
+    def given_in(path):
+        callbacks = yaml.safe_load(path.read_text())["trainer"]["callbacks"]
+        return len(callbacks) if isinstance(callbacks, list) else int(callbacks is not None)
+
+    path, saved = change(corpus, tmp_path, edit), tmp_path / "logs" / "debug" / "version_0" / "config.yaml"
+    assert monitors(path) == 1
+    status, out = run("fit", "--config", path, "--trainer.max_steps", 2)
+    assert status == 0, out
+    assert given_in(saved) == given_in(path)  # the default is not written: it would be there twice the next time
+    assert monitors(saved) == 1
+
+
+def test_validation_of_a_checkpoint_gives_the_loss_of_the_run(run, corpus, tmp_path):
     """The multipliers must come back with the weights."""
-    run(capsys, "fit", *debug(corpus, "--trainer.max_steps", 6))
+    run("fit", *debug(corpus, "--trainer.max_steps", 6))
     trained = losses(tmp_path / "logs" / "debug" / "version_0", "val/loss")[-1]
     args = debug(corpus, "--ckpt_path", next(tmp_path.rglob("*.ckpt")), "--trainer.logger", "false")
     cli = MuECLI(["validate", *map(str, args)])
     assert float(cli.trainer.callback_metrics["val/loss"]) == pytest.approx(trained, rel=1e-5)
 
 
-def test_resume_through_the_command_line(capsys, corpus, tmp_path):
-    run(capsys, "fit", *debug(corpus, "--trainer.max_steps", 3, "--trainer.val_check_interval", 3))
+def test_resume_through_the_command_line(run, corpus, tmp_path):
+    run("fit", *debug(corpus, "--trainer.max_steps", 3, "--trainer.val_check_interval", 3))
     checkpoint = next(tmp_path.rglob("*.ckpt"))
     content = checkpoint.read_bytes()
-    status, out = run(capsys, "fit", *debug(corpus, "--ckpt_path", checkpoint, "--trainer.max_steps", 5))
+    status, out = run("fit", *debug(corpus, "--ckpt_path", checkpoint, "--trainer.max_steps", 5))
     assert status == 0
     assert "steps: 5" in out
     status, out = run(
-        capsys,
         "fit",
         *debug(
             corpus, "--ckpt_path", checkpoint, "--trainer.callbacks.init_args.alpha", "0.5", "--trainer.max_steps", 5
@@ -195,8 +167,8 @@ BAD = {
     "role": (mue_args(roles={"w_q": "matrix"}), r"roles\['w_q'\]: found 'matrix', expected one of 'embedding'"),
     "pattern": (mue_args(roles={"w_z": "hidden"}), r"roles: found pattern\(s\) \['w_z'\], which match no"),
     "zero matrix on the sphere": (model_args(unembedding_std=0.0), r"unembedding\.weight.*zero"),
-    "vocabulary": (model_args(vocab_size=100), r"vocab_size.*100|100.*vocab"),
-    "corpus not there": (data_args(path="/not/there"), "/not/there"),
+    "vocabulary": (model_args(vocab_size=100), "MoELanguageModel.vocab_size: found 100, expected at least 256"),
+    "corpus not there": (data_args(path="/not/there"), "path: found '/not/there', which does not exist"),
     "learning rate": (optimizer_args(lr=-1.0), "lr.*-1"),
     "preset": (optimizer_args(preset="fast"), "preset.*fast"),
     "momentum": (optimizer_args(momentum=1.0), "momentum"),
@@ -215,23 +187,21 @@ BAD = {
     "process group": (optimizer_args(process_group="some"), "process_group: found 'some'"),
     "optimizer flag": (optimizer_args(capturable="maybe"), "capturable"),
     "unknown key of the optimizer": (optimizer_args(adam_lr=0.1), "adam_lr"),
-    "val_fraction": (data_args(val_fraction=1.5), "val_fraction"),
-    "batch size": (data_args(batch_size=0), "batch_size"),
+    "val_fraction": (data_args(val_fraction=1.5), "val_fraction: found 1.5, expected a number above 0 and below 1"),
+    "batch size": (data_args(batch_size=0), "batch_size: found 0, expected an integer of at least 1"),
     "context longer than the model's": (data_args(context_length=64), r"context_length.*32.*64"),
     "corpus smaller than a window": (
         lambda c: (data_args(context_length=20000)(c), model_args(context_length=20000)(c)),
-        "too small",
+        r"path='.*', train split: found \d+ tokens .*expected at least 20001",
     ),
     "warmup": (lambda c: c["model"]["init_args"]["scheduler"].update(init_args={"warmup": 2.0}), "warmup: found 2"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_told_in_a_paragraph_before_step_0(capsys, corpus, tmp_path, case):
-    import re
-
+def test_bad_input_is_reported_in_a_paragraph_before_step_0(run, corpus, tmp_path, case):
     edit, message = BAD[case]
-    status, out = run(capsys, "fit", "--config", change(corpus, tmp_path, edit))
+    status, out = run("fit", "--config", change(corpus, tmp_path, edit))
     assert status == 2, out
     assert re.search(message, out), out
     assert "Traceback" not in out
@@ -289,12 +259,12 @@ def test_every_option_of_the_optimizer_is_set_from_yaml(corpus, tmp_path):
     ],
     ids=["sphere", "muon", "muon, rms"],
 )
-def test_sphere_and_muon_learn_from_yaml(capsys, corpus, tmp_path, options):
+def test_sphere_and_muon_learn_from_yaml(run, corpus, tmp_path, options):
     # The sphere keeps the unembedding's norm for good: with the model's default std, logits would stay small.
     edit = lambda c: (optimizer_args(**options)(c), model_args(unembedding_std=0.25)(c))  # noqa: E731
     config = change(corpus, tmp_path, edit)
     few = ("--trainer.max_steps", 40, "--trainer.val_check_interval", 40, "--trainer.log_every_n_steps", 1)
-    status, out = run(capsys, "fit", "--config", config, *few)
+    status, out = run("fit", "--config", config, *few)
     assert status == 0, out
     assert f"hyperp ({'sphere' if options.get('sphere', True) else 'muon'}" in out
     loss = losses(tmp_path / "logs" / "debug" / "version_0")
@@ -303,7 +273,7 @@ def test_sphere_and_muon_learn_from_yaml(capsys, corpus, tmp_path, options):
     assert sum(loss[-5:]) / 5 < 0.6 * loss[0], loss
 
 
-def test_muon_baseline_is_the_quickstart_but_for_the_optimizer(capsys, corpus):
+def test_muon_baseline_is_the_quickstart_but_for_the_optimizer(run, corpus):
     """A baseline compares optimizers only if nothing else differs; and it trains."""
     sphere, muon = (yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) for name in ("quickstart", "muon_baseline"))
     options = muon["model"]["init_args"].pop("optimizer")["init_args"]
@@ -314,27 +284,19 @@ def test_muon_baseline_is_the_quickstart_but_for_the_optimizer(capsys, corpus):
     assert sphere == muon
     small = ("--data.context_length", 32, "--model.init_args.context_length", 32, "--data.batch_size", 2)
     steps = ("--trainer.max_steps", 3, "--trainer.val_check_interval", 3, "--trainer.limit_val_batches", 1)
-    status, out = run(capsys, "fit", "--config", CONFIGS / "muon_baseline.yaml", "--data.path", corpus, *small, *steps)
+    status, out = run("fit", "--config", CONFIGS / "muon_baseline.yaml", "--data.path", corpus, *small, *steps)
     assert status == 0, out
     assert "steps: 3" in out
     assert "hyperp (muon" in out
 
 
-def test_empty_corpus(capsys, tmp_path, monkeypatch):
+def test_empty_corpus(run, tmp_path, monkeypatch):
     monkeypatch.setenv("LIGHTNING_MUE_CACHE", str(tmp_path / "cache"))
     empty = tmp_path / "empty"
     empty.mkdir()
-    status, out = run(capsys, "fit", *debug(empty))
+    status, out = run("fit", *debug(empty))
     assert status == 2
     assert str(empty) in out
-
-
-def test_explain_without_the_callback(capsys, corpus, tmp_path):
-    status, out = run(
-        capsys, "explain", "--config", change(corpus, tmp_path, lambda c: c["trainer"].update(callbacks=None))
-    )
-    assert status == 2
-    assert "no MuECallback" in out
 
 
 def test_traceback_on_request(corpus, tmp_path, monkeypatch):
@@ -348,158 +310,3 @@ def test_errors_of_others_keep_their_traceback(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_mue.models.MoELanguageModel.loss", lambda self, batch: int("x"))
     with pytest.raises(ValueError, match="invalid literal"):
         main(["fit", *map(str, debug(corpus))])
-
-
-def coord_check(corpus, *args):
-    small = ("--data.batch_size", 8, "--seeds", 1, "--steps", 2)
-    return ("coord-check", "--config", CONFIGS / "dense_to_moe.yaml", "--data.path", corpus, *MODEL, *small, *args)
-
-
-#: dense_to_moe.yaml with a model of test size; the base in it (width 64, 2 heads) stays.
-MODEL = ("--data.context_length", 32, "--model.init_args.context_length", 32, "--model.init_args.depth", 2)
-
-
-def test_coord_check_passes_and_writes(capsys, corpus, tmp_path):
-    """The config's own base, data and optimizer; loose tolerance, since one seed and two steps are noisy."""
-    args = ("--axis", "width=32,64,128", "--axis=n_heads=1,2,4", "--tolerance", 0.5, "--output", tmp_path / "out")
-    status, out = run(capsys, *coord_check(corpus, *args))
-    assert status == 0, out
-    assert "PASSED: complete-mue along width = 32, 64, 128: all 17 slopes within +-0.5" in out
-    assert "Coordinate check: complete-mue (adam) after 2 steps, 1 seeds" in out
-    header, *rows = (tmp_path / "out" / "coordinates.csv").read_text().splitlines()
-    assert header == "size,seed,step,name,role,quantity,rms,base"
-    # A dense base: experts scale from its FFN.
-    assert any("ffn.experts.w_up,expert_up,update" in row and row.endswith("ffn.w_up") for row in rows)
-    assert (tmp_path / "out" / "coordinates.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_coord_check_fails_with_status_1(capsys, corpus):
-    args = ("--axis", "width=32,64,128", "--axis", "n_heads=1,2,4", "--rule", "sp", "--tolerance", 0.5, "--lr", 3e-3)
-    status, out = run(capsys, *coord_check(corpus, *args))
-    assert status == 1
-    assert "FAILED: sp along width = 32, 64, 128" in out
-    assert Path("coordinates.csv").exists()
-
-
-def test_coord_check_from_dense_to_moe(capsys, corpus):
-    status, out = run(capsys, *coord_check(corpus, "--axis", "n_experts=0,2,4", "--tolerance", 9))
-    assert status == 0
-    assert "n_experts = 1, 2, 4" in out
-
-
-AXES = {
-    "one size": (["width=32"], "--axis: found width=32, expected at least two sizes"),
-    "no values": (["width"], "--axis: found 'width', expected name=value"),
-    "unequal": (["width=32,64", "n_heads=1"], "equally many values; found width: 2, n_heads: 1"),
-    "twice": (["width=32,64", "width=32,64"], "--axis: width is given twice"),
-    "unknown": (["widht=32,64"], "widht.*Did you mean 'width'"),
-    "does not fit": (["width=32,64", "n_heads=1,5"], "width=64, n_heads=5.*n_heads: width=64 is not divisible"),
-    "wrong type": (["width=32,wide"], "width=wide"),
-    "same size": (["width=32,32"], "width = 32, 32; every size needs an x of its own"),
-    "rule": (["width=32,64", "n_heads=1,2", "--rule", "mop"], "rule: found 'mop'"),
-    "optimizer": (["width=32,64", "n_heads=1,2", "--rule", "hyperp"], "no row for the role 'hidden'"),
-    "missing": ([], "axis"),
-}
-
-
-@pytest.mark.parametrize("case", AXES)
-def test_bad_axes_are_told_in_a_paragraph(capsys, corpus, case):
-    import re
-
-    given, message = AXES[case]
-    axes, more = ([a for a in given if "=" in a] or given, given[given.index("--rule") :] if "--rule" in given else [])
-    status, out = run(capsys, *coord_check(corpus, *(part for axis in axes for part in ("--axis", axis)), *more))
-    assert status == 2, out
-    assert re.search(message, out), out
-    assert "Traceback" not in out
-
-
-def test_coord_check_needs_data(capsys, tmp_path):
-    config = yaml.safe_load((CONFIGS / "dense_to_moe.yaml").read_text())
-    del config["data"]
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    status, out = run(capsys, "coord-check", "--config", tmp_path / "config.yaml", "--axis", "n_experts=2,4")
-    assert status == 2
-    assert "coord-check: there is no data" in out
-
-
-def test_explain_compares_rules(capsys):
-    config = CONFIGS / "dense_to_moe.yaml"
-    status, out = run(capsys, "explain", "--config", config, "--rules", "sp,mup,complete-p,mssp,complete-mue")
-    assert status == 0
-    for part in (
-        "initial std",
-        "forward multipliers",
-        "agree",
-        "complete-p: rule: found 'complete-p'",
-        "mup does not claim",
-    ):
-        assert part in out, part
-    status, out = run(capsys, "explain", "--config", config, "--rules", "sp,mop")
-    assert status == 2
-    assert "rule: found 'mop'" in out
-
-
-def test_explain_saves_a_base_that_stands_for_it(capsys, tmp_path):
-    """The plan from the file is the plan from the overrides."""
-    config = yaml.safe_load((CONFIGS / "dense_to_moe.yaml").read_text())
-    path, base = tmp_path / "config.yaml", tmp_path / "base.yaml"
-    status, out = run(capsys, "explain", "--config", CONFIGS / "dense_to_moe.yaml", "--save-base", base)
-    assert status == 0
-    assert f"base written to {base}" in out
-    plan = out[out.index("complete-mue (adam") :]
-    config["trainer"]["callbacks"][0]["init_args"]["base"] = str(base)
-    path.write_text(yaml.safe_dump(config))
-    status, again = run(capsys, "explain", "--config", path)
-    assert status == 0
-    assert again[again.index("complete-mue (adam") :] == plan
-
-
-OWN_MODULE = """
-import torch
-from lightning.pytorch import LightningModule
-from torch import nn
-
-class Own(LightningModule):
-    def __init__(self, hidden: int = 16, rate: float = 1e-2):
-        super().__init__()
-        self.save_hyperparameters()
-        self.net = nn.Sequential(nn.Linear(8, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 1))
-
-    def training_step(self, batch, batch_idx):
-        loss = nn.functional.mse_loss(self.net(batch[0]), batch[1])
-        self.log("loss", loss)
-        assert self.trainer.max_epochs is not None
-        return loss
-
-    def configure_optimizers(self):
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.hparams.rate)
-        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 100))]
-
-    def train_dataloader(self):
-        x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
-        return torch.utils.data.DataLoader(list(zip(x, x.sum(-1, keepdim=True).sin())), batch_size=32)
-"""
-
-
-@pytest.mark.parametrize(("rule", "status"), [("mup", 0), ("sp", 1)])
-def test_coord_check_of_a_module_that_nobody_here_wrote(capsys, tmp_path, monkeypatch, rule, status):
-    """No callback, no roles, no mue_axes, no data module, a warm-up: nothing but a LightningModule."""
-    (tmp_path / "own_module.py").write_text(OWN_MODULE)
-    monkeypatch.syspath_prepend(tmp_path)
-    args = (
-        "--model",
-        "own_module.Own",
-        "--axis",
-        "hidden=64,256,1024",
-        "--rule",
-        rule,
-        "--tolerance",
-        0.25,
-        "--lr",
-        1e-3,
-    )
-    found, out = run(capsys, "coord-check", *args, "--trainer.logger", "false", "--trainer.accelerator", "cpu")
-    assert found == status, out
-    assert f"{rule} along hidden = 64, 256, 1024" in out
-    assert "non-finite" not in out

@@ -101,7 +101,7 @@ def test_a_damaged_or_foreign_cache_is_rebuilt(damage, folder, make, read):
 def test_setup_never_maps_a_cache_of_the_wrong_size(folder, make):
     data = make(folder)
     truncate(cache_folder(data))
-    with pytest.raises(FileNotFoundError, match=r"prepare_data\(\)"):
+    with pytest.raises(FileNotFoundError, match=r"cache_dir: found no complete cache.*prepare_data\(\)"):
         data.setup()
 
 

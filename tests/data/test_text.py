@@ -124,17 +124,25 @@ def _decodes(document):
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
-        ({"context_length": 0}, ValueError, "context_length must be 1 or more, but it is 0"),
-        ({"context_length": 1.5}, TypeError, "context_length must be an integer"),
-        ({"batch_size": 0}, ValueError, "batch_size must be 1 or more"),
-        ({"batch_size": True}, TypeError, "batch_size must be an integer"),
-        ({"batch_size": "32"}, TypeError, "batch_size must be an integer.*'32'"),
-        ({"seed": -1}, ValueError, "seed must be 0 or more"),
-        ({"val_batches": 0}, ValueError, "val_batches must be 1 or more"),
-        ({"val_fraction": 0.0}, ValueError, "val_fraction must lie strictly between 0 and 1"),
-        ({"val_fraction": 1}, ValueError, "val_fraction must lie strictly between 0 and 1"),
-        ({"val_fraction": float("nan")}, ValueError, "val_fraction must lie strictly between"),
-        ({"val_fraction": "5%"}, TypeError, "val_fraction must be a number"),
+        ({"context_length": 0}, ValueError, "context_length: found 0, expected an integer of at least 1"),
+        (
+            {"context_length": 1.5},
+            TypeError,
+            r"context_length: found 1.5 of type float, expected an integer of at least 1",
+        ),
+        ({"batch_size": 0}, ValueError, "batch_size: found 0, expected an integer of at least 1"),
+        ({"batch_size": True}, TypeError, "batch_size: found True of type bool, expected an integer"),
+        ({"batch_size": "32"}, TypeError, "batch_size: found '32' of type str, expected an integer"),
+        ({"seed": -1}, ValueError, "seed: found -1, expected an integer of at least 0"),
+        ({"val_batches": 0}, ValueError, "val_batches: found 0, expected an integer of at least 1"),
+        ({"val_fraction": 0.0}, ValueError, "val_fraction: found 0.0, expected a number above 0 and below 1"),
+        ({"val_fraction": 1}, ValueError, "val_fraction: found 1, expected a number above 0 and below 1"),
+        ({"val_fraction": float("nan")}, ValueError, "val_fraction: found nan, expected a number above 0 and below 1"),
+        (
+            {"val_fraction": "5%"},
+            TypeError,
+            "val_fraction: found '5%' of type str, expected a number above 0 and below 1",
+        ),
     ],
 )
 def test_bad_arguments(kwargs, error, message, make):
@@ -142,25 +150,40 @@ def test_bad_arguments(kwargs, error, message, make):
         make(None, **kwargs)
 
 
+def test_numbers_of_numpy_are_taken_as_pythons(make):
+    data = make(None, context_length=np.int64(8), batch_size=np.int32(2), val_fraction=np.float32(0.5))
+    kinds = {type(value) for value in (data.context_length, data.batch_size)}
+    assert kinds == {int}
+    assert type(data.val_fraction) is float
+
+
 def test_missing_corpus(make, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"path='.*nowhere' does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"path: found '.*nowhere', which does not exist, expected a text file"):
         make(tmp_path / "nowhere").prepare_data()
 
 
 def test_empty_corpus(make, tmp_path, folder):
     (tmp_path / "empty.txt").touch()
-    with pytest.raises(ValueError, match="is empty: 1 files match"):
+    with pytest.raises(
+        ValueError, match=r"path: found '.*empty.txt', where 1 files match .* with no bytes in them, expected text"
+    ):
         make(tmp_path / "empty.txt").prepare_data()
-    with pytest.raises(ValueError, match=r"is empty: 0 files match pattern='\*.rst'"):
+    with pytest.raises(
+        ValueError, match=r"path: found .* where 0 files match pattern='\*.rst', with no bytes in them, expected text"
+    ):
         make(folder, pattern="*.rst").prepare_data()
 
 
 @pytest.mark.parametrize(
     ("size", "val_fraction", "message"),
     [
-        (60, 0.2, r"its val split holds 12 tokens \(train 48, val 12\).*context_length=16 takes 17"),
-        (60, 0.8, r"its train split holds 12 tokens \(train 12, val 48\)"),
-        (10, 0.01, r"its train split holds 10 tokens \(train 10, val 0\)"),
+        (
+            60,
+            0.2,
+            r"path='.*', val split: found 12 tokens \(train 48, val 12\), expected at least 17, .*context_length=16",
+        ),
+        (60, 0.8, r"train split: found 12 tokens \(train 12, val 48\)"),
+        (10, 0.01, r"train split: found 10 tokens \(train 10, val 0\)"),
     ],
 )
 def test_corpus_smaller_than_a_window(size, val_fraction, message, make, tmp_path):
@@ -186,7 +209,7 @@ def test_corpus_of_exactly_one_window(make, tmp_path):
 
 def test_unwritable_cache(make, text_file, tmp_path):
     (tmp_path / "a file").touch()
-    with pytest.raises(ValueError, match=r"could not be written to the cache folder.*LIGHTNING_MUE_CACHE"):
+    with pytest.raises(ValueError, match=r"cache_dir: found .* could not be written.*LIGHTNING_MUE_CACHE"):
         make(text_file, cache_dir=tmp_path / "a file").prepare_data()
 
 
@@ -196,7 +219,7 @@ def test_unreadable_source_is_named(make, folder, monkeypatch):
     files = data.corpus.files()
     (folder / "file07.txt").unlink()
     monkeypatch.setattr(TextCorpus, "files", lambda self: files)
-    with pytest.raises(ValueError, match=r"corpus file '.*file07.txt' could not be read"):
+    with pytest.raises(ValueError, match=r"path: found the corpus file '.*file07.txt', which could not be read"):
         data.prepare_data()
 
 
@@ -217,15 +240,18 @@ def test_a_tag_on_the_corpus_itself_does_not_empty_it(make, folder, read):
 
 
 def test_dataloader_before_setup(make, folder):
-    with pytest.raises(RuntimeError, match=r"call prepare_data\(\) and setup\(\)"):
+    with pytest.raises(RuntimeError, match=r"TextDataModule: found .* Call prepare_data\(\) and setup\(\) first"):
         make(folder).train_dataloader()
-    with pytest.raises(FileNotFoundError, match=r"call prepare_data\(\) first"):
+    with pytest.raises(FileNotFoundError, match=r"cache_dir: found no complete cache .* Call prepare_data\(\) first"):
         make(folder).setup()
 
 
 def test_model_with_too_small_a_vocabulary(make, text_file, make_trainer, recorder):
     trainer = make_trainer(max_steps=1)
-    with pytest.raises(ValueError, match=r"token id 255, but Recorder.vocab_size is 255: set .* to 256 or more"):
+    with pytest.raises(
+        ValueError,
+        match=r"Recorder.vocab_size: found 255, expected at least 256, because token id 255 .* Set .* to 256 or more",
+    ):
         trainer.fit(recorder(vocab_size=255), datamodule=make(text_file))
     assert trainer.global_step == 0
 

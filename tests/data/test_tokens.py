@@ -79,7 +79,10 @@ def test_the_vocabulary_is_checked_before_the_first_step(where, write, make_trai
     (train if where == "train_path" else val)[60] = 77
     data = make(write(train), write(val, "val.bin"))
     trainer = make_trainer(max_steps=1)
-    with pytest.raises(ValueError, match=rf"{where}='.*' holds token id 77, but Recorder.vocab_size is 77: set .* 78"):
+    with pytest.raises(
+        ValueError,
+        match=rf"Recorder.vocab_size: found 77, expected at least 78, because token id 77 occurs in {where}='.*'. Set .* 78",
+    ):
         trainer.fit(recorder(vocab_size=77), datamodule=data)
     assert trainer.global_step == 0
     model = recorder(vocab_size=78)
@@ -98,12 +101,12 @@ def test_a_model_without_vocab_size_is_not_checked(write, make_trainer, recorder
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
-        ({"dtype": "int16"}, ValueError, "dtype must be one of uint16, uint32, but it is 'int16'"),
-        ({"bytes_per_token": 0}, ValueError, "bytes_per_token must be above 0"),
-        ({"bytes_per_token": float("nan")}, ValueError, "bytes_per_token must be above 0"),
-        ({"context_length": 0}, ValueError, "context_length must be 1 or more"),
-        ({"batch_size": -3}, ValueError, "batch_size must be 1 or more, but it is -3"),
-        ({"val_fraction": 1.5}, ValueError, "val_fraction must lie strictly between 0 and 1, but it is 1.5"),
+        ({"dtype": "int16"}, ValueError, "dtype: found 'int16', expected one of 'uint16', 'uint32'"),
+        ({"bytes_per_token": 0}, ValueError, "bytes_per_token: found 0, expected a number above 0"),
+        ({"bytes_per_token": float("nan")}, ValueError, "bytes_per_token: found nan, expected a number above 0"),
+        ({"context_length": 0}, ValueError, "context_length: found 0, expected an integer of at least 1"),
+        ({"batch_size": -3}, ValueError, "batch_size: found -3, expected an integer of at least 1"),
+        ({"val_fraction": 1.5}, ValueError, "val_fraction: found 1.5, expected a number above 0 and below 1"),
     ],
 )
 def test_bad_arguments(kwargs, error, message):
@@ -112,19 +115,26 @@ def test_bad_arguments(kwargs, error, message):
 
 
 def test_missing_files(write, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"train_path='.*none.bin' is not a file"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"train_path: found '.*none.bin', which is not a file, expected a raw file of uint16 token ids",
+    ):
         make(tmp_path / "none.bin").setup()
-    with pytest.raises(FileNotFoundError, match=r"val_path='.*' is not a file"):
+    with pytest.raises(FileNotFoundError, match=r"val_path: found '.*', which is not a file"):
         make(write(range(100)), tmp_path).setup()
 
 
 @pytest.mark.parametrize(
     ("content", "dtype", "message"),
     [
-        (b"", "uint16", "is empty"),
-        (b"x" * 101, "uint16", "101 bytes, which is no multiple of the 2 bytes of dtype='uint16'"),
-        (b"x" * 102, "uint32", "102 bytes, which is no multiple of the 4 bytes of dtype='uint32'"),
-        ((20240520).to_bytes(4, "little") + bytes(1100), "uint16", "an llm.c data file"),
+        (b"", "uint16", "train_path: found .*, which is empty, expected a raw file of uint16 token ids"),
+        (b"x" * 101, "uint16", "of 101 bytes, expected a multiple of the 2 bytes of dtype='uint16'"),
+        (b"x" * 102, "uint32", "of 102 bytes, expected a multiple of the 4 bytes of dtype='uint32'"),
+        (
+            (20240520).to_bytes(4, "little") + bytes(1100),
+            "uint16",
+            "an llm.c data file, expected a raw file of uint16 token ids. Remove its header",
+        ),
     ],
 )
 def test_files_that_are_no_token_files(content, dtype, message, tmp_path):
@@ -136,12 +146,14 @@ def test_files_that_are_no_token_files(content, dtype, message, tmp_path):
 
 def test_npy_files_are_recognized(tmp_path):
     np.save(tmp_path / "ids.npy", np.arange(100, dtype=np.uint16))
-    with pytest.raises(ValueError, match=r"not a raw file of uint16 token ids, but a NumPy .npy file.*tofile"):
+    with pytest.raises(
+        ValueError, match=r"train_path: found '.*', a NumPy .npy file, expected a raw file of uint16 token ids.*tofile"
+    ):
         make(tmp_path / "ids.npy").setup()
 
 
 def test_files_smaller_than_a_window(write):
-    with pytest.raises(ValueError, match=r"its val split holds 5 tokens \(train 15, val 5\).*takes 9"):
+    with pytest.raises(ValueError, match=r"val split: found 5 tokens \(train 15, val 5\), expected at least 9"):
         make(write(range(20))).setup()
 
 

@@ -1,0 +1,120 @@
+"""The Trainer of ``lightning-mue``: Lightning's, with the commands ``explain`` and ``coord-check`` as methods."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+
+from lightning_mue.callbacks import MuECallback
+from lightning_mue.checks import mismatch
+from lightning_mue.cli.coord_check import check_sizes, report
+from lightning_mue.cli.explain import compare, save_base_of, stand_in_optimizers
+from lightning_mue.console import wide_console
+
+
+class MuETrainer(Trainer):
+    """Lightning's Trainer with two more commands."""
+
+    def explain(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        family: Literal["adam", "sgd", "sphere", "muon"] | None = None,
+        rules: str | None = None,
+        save_base: str | None = None,
+    ) -> None:
+        """Prints what the parameterization does to every parameter, without memory for the weights.
+
+        Args:
+            model: The module, which may be on ``meta``.
+            datamodule: Its data, from which batch size and duration are inferred if the base gives its own.
+            family: Optimizer family; by default that of the configured optimizer.
+            rules: Rules to compare side by side, e.g. ``sp,mup,complete-p,mssp,complete-mue``.
+            save_base: File to which the base's shapes and initialization are written; its path can then be given as ``base``.
+        """
+        callback = self._callback("explain")
+        if callback is None:
+            raise ValueError(
+                mismatch(
+                    "trainer.callbacks",
+                    found="no MuECallback",
+                    expected="one, whose parameterization explain prints",
+                    do="Add lightning_mue.callbacks.MuECallback.",
+                )
+            )
+        if save_base is not None:
+            save_base_of(model, callback, save_base)
+            wide_console().print(f"base written to {save_base}; give this path as `base` of MuECallback")
+        plan = callback.make_plan(model, stand_in_optimizers(model, family), self, datamodule)
+        wide_console().print(plan if rules is None else compare(model, callback, plan, rules, family))
+
+    def coord_check(
+        self,
+        model: LightningModule,
+        axis: list[str],
+        datamodule: LightningDataModule | None = None,
+        seeds: int = 3,
+        steps: int = 5,
+        lr: float | None = None,
+        rule: str | None = None,
+        alpha: float | None = None,
+        base: dict[str, Any] | None = None,
+        tolerance: float = 0.15,
+        output: str = ".",
+    ) -> None:
+        """Checks that every layer's update keeps its size when the model grows: trains a few steps at each size.
+
+        Model, data, optimizer and rule are those of the config; the learning rate is constant. Writes coordinates.csv and
+        coordinates.png. The exit status is 1 if a slope of log(rms) against log(size) is not within the tolerance.
+
+        Args:
+            model: The module, which may be on ``meta``: a new one is built at each size, with its other hyperparameters.
+            axis: A hyperparameter of the module and its values, e.g. ``width=64,128,256,512``. Several are varied together;
+                the first is the x axis. With ``width``, give ``n_heads=2,4,8,16`` too, otherwise the head dimension grows
+                with it. ``n_experts=0,4,8`` goes from dense to MoE.
+            datamodule: The source of the batches; by default the module's own ``train_dataloader``.
+            seeds: Number of seeds at each size.
+            steps: Optimizer steps of each training.
+            lr: Learning rate; by default a tenth of the optimizer's own, because the check has no warm-up and too high a
+                rate saturates the changes.
+            rule: Rule to check; by default that of the config's MuECallback.
+            alpha: Depth exponent; by default that of the MuECallback.
+            base: Overrides that make the base; by default those of the MuECallback, and if it has none, the first size.
+            tolerance: Largest absolute slope that passes.
+            output: Folder for coordinates.csv and coordinates.png.
+        """
+        check = check_sizes(
+            self,
+            model,
+            axis,
+            datamodule,
+            self._callback("coord-check") or MuECallback(),
+            base=base,
+            rule=rule,
+            alpha=alpha,
+            lr=lr,
+            steps=steps,
+            seeds=seeds,
+            tolerance=tolerance,
+        )
+        report(check, output)
+        if not check.passed:
+            raise SystemExit(1)
+
+    def _callback(self, command: str) -> MuECallback | None:
+        """The config's MuECallback.
+
+        Raises:
+            ValueError: If there are several.
+        """
+        found = [c for c in self.callbacks if isinstance(c, MuECallback)]  # type: ignore[attr-defined]
+        if len(found) > 1:
+            raise ValueError(
+                mismatch("trainer.callbacks", found=f"{len(found)} MuECallbacks", expected=f"one for {command}")
+            )
+        return found[0] if found else None
+
+
+# The command's name on the command line is the method's.
+setattr(MuETrainer, "coord-check", MuETrainer.coord_check)

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_is_explained(run, config):
+    status, out = run("explain", "--config", config)
+    assert status == 0
+    rule = next(
+        c["init_args"]["rule"]
+        for c in yaml.safe_load(config.read_text())["trainer"]["callbacks"]
+        if c["class_path"].endswith("MuECallback")
+    )
+    assert f"{rule} (" in out
+    assert "expert_down" in out
+
+
+@pytest.mark.slow
+def test_explain_for_a_trillion_parameters_takes_seconds_and_little_memory(tmp_path):
+    """Under 20 s and 2 GiB, from process start to exit."""
+    code = (
+        "import json, resource, sys, time; start = time.perf_counter()\n"
+        "from lightning_mue.cli.lightning_cli import main; main(sys.argv[1:])\n"
+        "json.dump([time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20], open('r.json', 'w'))"
+    )
+    config = str(CONFIGS / "trillion.yaml")
+    done = subprocess.run(
+        [sys.executable, "-c", code, "explain", "--config", config],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=True,
+    )
+    seconds, gib = json.loads((tmp_path / "r.json").read_text())
+    assert "T parameters" in done.stdout
+    assert gib < 2
+    assert seconds < 20
+
+
+def test_explain_without_the_callback(run, tmp_path):
+    config, path = yaml.safe_load((CONFIGS / "debug.yaml").read_text()), tmp_path / "config.yaml"
+    config["trainer"]["callbacks"] = None
+    path.write_text(yaml.safe_dump(config))
+    status, out = run("explain", "--config", path)
+    assert status == 2
+    assert "trainer.callbacks: found no MuECallback, expected one" in out
+
+
+def test_explain_compares_rules(run):
+    config = CONFIGS / "dense_to_moe.yaml"
+    status, out = run("explain", "--config", config, "--rules", "sp,mup,complete-p,mssp,complete-mue")
+    assert status == 0
+    for part in (
+        "initial std",
+        "forward multipliers",
+        "agree",
+        "complete-p: rule: found 'complete-p'",
+        "mup does not claim",
+    ):
+        assert part in out, part
+    status, out = run("explain", "--config", config, "--rules", "sp,mop")
+    assert status == 2
+    assert "rule: found 'mop'" in out
+
+
+def test_explain_saves_a_base_that_stands_for_it(run, tmp_path):
+    """The plan from the file is the plan from the overrides."""
+    config = yaml.safe_load((CONFIGS / "dense_to_moe.yaml").read_text())
+    path, base = tmp_path / "config.yaml", tmp_path / "base.yaml"
+    status, out = run("explain", "--config", CONFIGS / "dense_to_moe.yaml", "--save-base", base)
+    assert status == 0
+    assert f"base written to {base}" in out
+    plan = out[out.index("complete-mue (adam") :]
+    config["trainer"]["callbacks"][0]["init_args"]["base"] = str(base)
+    path.write_text(yaml.safe_dump(config))
+    status, again = run("explain", "--config", path)
+    assert status == 0
+    assert again[again.index("complete-mue (adam") :] == plan
