@@ -18,7 +18,7 @@ from lightning_mue.callbacks import tensorboard_page
 from lightning_mue.callbacks.mue import checks
 from lightning_mue.callbacks.mue.run import known_to, run_sizes
 from lightning_mue.console import wide_console
-from lightning_mue.moe.balance import warn_of_missing_callbacks
+from lightning_mue.moe.balance_callbacks import warn_of_missing_callbacks
 from lightning_mue.parameterizations import Parameterization, ScaledStep, ScalingPlan, get_rule, initialize, plan
 from lightning_mue.parameterizations.applying.weights import family_of, has_weights, keep_weights, named_tensors
 from lightning_mue.parameterizations.planning.multipliers import set_multipliers
