@@ -197,8 +197,9 @@ class MoELanguageModel(KeepsMultipliers, Generates, LightningModule):
             ValueError: If S is longer than ``context_length``.
         """
         if tokens_BS.shape[-1] > self.context_length:
-            expected = f"at most context_length={self.context_length}"
-            raise ValueError(mismatch("tokens", found=f"sequences of {tokens_BS.shape[-1]}", expected=expected))
+            found = f"sequences of {tokens_BS.shape[-1]} tokens"
+            do = "Give model and data the same context_length."
+            raise ValueError(mismatch("context_length", found=found, expected=f"at most {self.context_length}", do=do))
         return self.transformer(tokens_BS)
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
