@@ -211,7 +211,10 @@ BAD = {
     "unknown key of the optimizer": (optimizer_args(adam_lr=0.1), "adam_lr"),
     "val_fraction": (data_args(val_fraction=1.5), "val_fraction"),
     "batch size": (data_args(batch_size=0), "batch_size"),
-    "context longer than the model's": (data_args(context_length=64), r"context_length: found sequences of 64 tokens, expected at most 32"),
+    "context longer than the model's": (
+        data_args(context_length=64),
+        r"context_length: found sequences of 64 tokens, expected at most 32",
+    ),
     "corpus smaller than a window": (
         lambda c: (data_args(context_length=20000)(c), model_args(context_length=20000)(c)),
         "too small",
@@ -387,7 +390,10 @@ AXES = {
     "unequal": (["width=32,64", "n_heads=1"], "equally many values; found width: 2, n_heads: 1"),
     "twice": (["width=32,64", "width=32,64"], "--axis: width is given twice"),
     "unknown": (["widht=32,64"], "widht.*Did you mean 'width'"),
-    "does not fit": (["width=32,64", "n_heads=1,5"], "width=64, n_heads=5.*n_heads: found 5, expected a divisor of width=64"),
+    "does not fit": (
+        ["width=32,64", "n_heads=1,5"],
+        "width=64, n_heads=5.*n_heads: found 5, expected a divisor of width=64",
+    ),
     "wrong type": (["width=32,wide"], "width=wide"),
     "same size": (["width=32,32"], "width = 32, 32; every size needs an x of its own"),
     "rule": (["width=32,64", "n_heads=1,2", "--rule", "mop"], "rule: found 'mop'"),

@@ -134,8 +134,8 @@ def read_ffn(
     layouts = _named(_layouts(maps := _linear_maps(whole), names), names, activation)
     if not layouts:
         raise ValueError(_not_found(whole, maps, names, activation))
-    told = activation is not None and up_name is not None and down_name is not None
-    if told and (layouts[0].gate in (None, layouts[0].up) or gate_name is not None):
+    all_given = activation is not None and up_name is not None and down_name is not None
+    if all_given and (layouts[0].gate in (None, layouts[0].up) or gate_name is not None):
         return layouts[0].read(tensors, whole)
     return _matching(whole, layouts, maps).read(tensors, whole)
 

@@ -57,7 +57,7 @@ def test_values_and_gradients_are_those_of_one_process(two, case, tokens, dtype)
 @pytest.mark.parametrize("tokens", ranks.TOKENS)
 @pytest.mark.parametrize(("how", "tolerance"), [("autocast", 0.02), ("checkpointed", 1e-10)])
 def test_autocast_and_activation_checkpointing(two, how, tokens, tolerance):
-    """Under autocast rows travel in bfloat16."""
+    """Under autocast rows are sent in bfloat16."""
     for report in two:
         assert max(report["agreement"][how, tokens].values()) < tolerance
 
@@ -302,7 +302,7 @@ def test_a_trainer_loses_what_one_process_loses(pair, alone):
 
 @pytest.mark.parametrize("clipping", ranks.CLIPPING)
 def test_the_class_of_the_guide_trains_as_one_process(pair, clipping):
-    """Without clipping, by norm and by value; with experts shared out, and with FSDP2 alone."""
+    """Without clipping, by norm and by value; with sharded experts, and with FSDP2 alone."""
     wanted = ranks.fit_guide("auto", clipping)
     norms, largest = wanted["gradients"].T
     assert torch.allclose(norms, torch.tensor(0.1)) == (clipping == "norm")
