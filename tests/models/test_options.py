@@ -42,9 +42,9 @@ def forwarded():
     return {name: p for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD and name not in OWN}
 
 
-def help_of_model(capsys):
+def help_of_model(capsys, class_path="lightning_mue.models.MoELanguageModel"):
     with pytest.raises(SystemExit):
-        main(["fit", "--model.help", "lightning_mue.models.MoELanguageModel"])
+        main(["fit", "--model.help", class_path])
     options = {}
     for line in " ".join(capsys.readouterr().out.split()).split(" --model.")[1:]:
         options[line.split()[0]] = line  # the last one is the description, not the usage
@@ -65,9 +65,8 @@ def test_help_shows_every_option_of_layer_and_router_with_type_and_text(capsys):
     assert {name for name in options if "help" not in name} == own | set(forwarded())
 
 
-def write_config(path, **options):
-    init_args = {**SIZES, **options}
-    model = {"class_path": "lightning_mue.models.MoELanguageModel", "init_args": init_args}
+def write_config(path, class_path="lightning_mue.models.MoELanguageModel", **options):
+    model = {"class_path": class_path, "init_args": {**SIZES, **options}}
     trainer = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
     path.write_text(yaml.safe_dump({"model": model, "trainer": trainer}))
     return ["--config", str(path)]
@@ -109,14 +108,20 @@ class RouterWithOneMore(Router):
         self.temperature = temperature
 
 
+class ModelOfItsOwn(MoELanguageModel):
+    """For one test: jsonargparse keeps the parser of each class that it has parsed."""
+
+
 def test_an_option_is_added_in_one_place(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(layer_file, "Router", RouterWithOneMore)
-    assert "Divides the logits. (type: float, default: 1.0)" in help_of_model(capsys)["temperature"]
-    model = MuECLI(write_config(tmp_path / "new.yaml", temperature=2.5, scoring="sigmoid"), run=False).model
+    path, name = tmp_path / "new.yaml", f"{__name__}.ModelOfItsOwn"
+    assert "Divides the logits. (type: float, default: 1.0)" in help_of_model(capsys, name)["temperature"]
+    model = MuECLI(write_config(path, name, temperature=2.5, scoring="sigmoid"), run=False).model
     assert [layer.router.temperature for layer in model.moe_layers] == [2.5] * 2
     assert model.moe_layers[0].router.scoring == "sigmoid"
     with pytest.raises(SystemExit):
-        MuECLI(write_config(tmp_path / "new.yaml", temperature="hot"), run=False)
+        MuECLI(write_config(path, name, temperature="hot"), run=False)
+    assert "temperature" in capsys.readouterr().err
 
 
 @pytest.fixture(params=["python", "cli"])
