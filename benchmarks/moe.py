@@ -27,7 +27,7 @@ from common import RESULTS, machine, save
 from moe_peers import Loop, Transformers
 from torch import Tensor, nn
 
-from lightning_mue.moe import Experts, MoELayer, RoutingInfo, SwiGLU
+from lightning_mue.moe import Experts, FeedForward, MoELayer, RoutingInfo
 
 SHAPES = [  # width, experts, top_k, expert width
     (256, 8, 2, 256),
@@ -79,7 +79,7 @@ def contenders(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[dict[str, Ca
         "grouped_mm": Transformers(experts, "grouped_mm"),
         "eager": Transformers(experts, "eager"),
     }
-    dense = SwiGLU(width, top_k * hidden, init_std=None).to(dtype)
+    dense = FeedForward(width, top_k * hidden, init_std=None).to(dtype)
     layer = MoELayer(width, hidden, n_experts, top_k, init_std=None).to(dtype)
 
     def whole_layer(batch: Batch) -> None:

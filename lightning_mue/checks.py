@@ -78,9 +78,15 @@ def require_integer(key: str, value: object, at_least: int, do: str = "") -> Non
 
 
 def require_number(
-    key: str, value: object, *, at_least: float = -math.inf, below: float = math.inf, do: str = ""
+    key: str,
+    value: object,
+    *,
+    at_least: float = -math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+    do: str = "",
 ) -> None:
-    """Raises unless a value is a finite number in [`at_least`, `below`).
+    """Raises unless a value is a finite number in [`at_least`, `below`), and greater than `above`.
 
     Raises:
         TypeError: It is not a number.
@@ -90,8 +96,9 @@ def require_number(
         expected = f"a number in [{at_least:g}, {below:g})"
     else:
         expected = "a finite number" + (f" of at least {at_least:g}" if at_least > -math.inf else "")
+        expected += f" above {above:g}" if above > -math.inf else ""
     require_type(key, value, Real, expected, do)  # type: ignore[type-abstract]
-    if not (math.isfinite(value) and at_least <= value < below):  # type: ignore[arg-type,operator]
+    if not (math.isfinite(value) and at_least <= value < below and value > above):  # type: ignore[arg-type,operator]
         raise ValueError(mismatch(key, found=value, expected=expected, do=do))
 
 

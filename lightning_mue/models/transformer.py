@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_mue.moe import FeedForward
+from lightning_mue.checks import mismatch
+from lightning_mue.contract import branch_sizes
+from lightning_mue.names import is_vector
 from lightning_mue.parameterizations.rules.roles import Role
 
 
@@ -45,7 +47,7 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, head_dim: int, context_length: int, base: float = 10_000.0) -> None:
         super().__init__()
         if head_dim % 2:
-            raise ValueError(f"head_dim: found {head_dim}, expected an even number (rotary embedding turns pairs).")
+            raise ValueError(mismatch("head_dim", found=head_dim, expected="an even number: RoPE rotates pairs"))
         frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
         angle = torch.arange(context_length, dtype=torch.float32)[:, None] * frequency
         self.register_buffer("cos_Sj", angle.cos(), persistent=False)
@@ -56,14 +58,14 @@ class RotaryEmbedding(nn.Module):
         length = x_BNSk.shape[-2]
         a_BNSj, b_BNSj = x_BNSk.chunk(2, dim=-1)
         cos, sin = self.cos_Sj[:length].to(x_BNSk.dtype), self.sin_Sj[:length].to(x_BNSk.dtype)
-        # (a cos - b sin, b cos + a sin), with as few passes over memory as there are without a kernel of its own.
+        # (a cos - b sin, b cos + a sin), in as few passes over memory as torch operators allow.
         return torch.cat(
             (torch.addcmul(a_BNSj * cos, b_BNSj, sin, value=-1), torch.addcmul(b_BNSj * cos, a_BNSj, sin)), dim=-1
         )
 
 
 class AttentionCore(nn.Module):
-    """Causal scaled-dot-product attention as a module of its own, so that monitors can hook its queries and keys.
+    """Causal scaled-dot-product attention, a module of its own so that monitors can hook its queries and keys.
 
     Args:
         scale: Factor on the logits ``q . k``.
@@ -164,7 +166,7 @@ class Unembedding(nn.Module):
     """Logits from the residual stream: ``output_multiplier * x W^T``.
 
     Args:
-        weight: [V, d]; the embedding's own weight where they are tied.
+        weight: [V, d]; the embedding's weight if they are tied.
         output_multiplier: Factor on the logits.
     """
 
@@ -227,12 +229,22 @@ class Transformer(nn.Module):
             x_BSd = block(x_BSd, self.rotary)
         return self.unembedding(self.final_norm(x_BSd))
 
+    def active_parameters(self) -> float:
+        """Matrix parameters that one token is multiplied with: of stacked experts top_k of n_experts, no embedding."""
+        count = float(self.unembedding.weight.numel())
+        for block in self.blocks:
+            sizes = branch_sizes(block.ffn) or {}
+            for name, parameter in block.named_parameters():
+                if parameter.ndim > 1 and not is_vector(name):
+                    stacked = parameter.ndim == 3
+                    count += parameter.numel() * (sizes["a"] / sizes["E"] if stacked else 1.0)
+        return count
+
 
 __all__ = [
     "Attention",
     "AttentionCore",
     "Block",
-    "FeedForward",
     "RMSNorm",
     "RotaryEmbedding",
     "Transformer",

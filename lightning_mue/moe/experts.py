@@ -6,13 +6,13 @@ Shape legend: T tokens, d width, h expert hidden width, E experts, K experts per
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_mue.checks import require_choice, require_non_negative, require_positive
+from lightning_mue.checks import mismatch, require_choice, require_non_negative, require_positive
 from lightning_mue.kernels.activations import ACTIVATIONS
 from lightning_mue.kernels.backends import BACKENDS
 from lightning_mue.kernels.dispatch.op import DispatchPlan
@@ -22,8 +22,21 @@ from lightning_mue.moe.feed_forward import make_parameters, reset_parameters
 from lightning_mue.moe.router import RoutingInfo
 from lightning_mue.parameterizations.rules.roles import Role
 
-if TYPE_CHECKING:
-    from lightning_mue.moe.parallel.expert_parallel import ExpertParallel
+
+class Dispatcher(Protocol):
+    """Runs experts that are sharded over ranks: sends tokens to the ranks of their experts, and the outputs back."""
+
+    @property
+    def n_ranks(self) -> int:
+        """Over how many ranks the experts are sharded; with 1 the dispatcher is not asked to run them."""
+
+    def forward(
+        self, experts: Experts, x_Td: Tensor, routing: RoutingInfo, overlap: Callable[[], Tensor] | None = None
+    ) -> Tensor:
+        """`Experts.forward` over all ranks."""
+
+    def local(self, weight: Tensor) -> Tensor:
+        """This rank's experts of a weight, [E / n_ranks, ...]."""
 
 
 class Experts(nn.Module):
@@ -43,7 +56,7 @@ class Experts(nn.Module):
         init_std: Standard deviation of the initial weights; None: ``fan_in^-1/2`` of each.
 
     Attributes:
-        parallel: How the experts are shared out over ranks, or None (`parallelize_experts` sets it).
+        parallel: The dispatcher of experts that are sharded over ranks (set by `parallelize_experts`), or None.
 
     Raises:
         ValueError: A size is below 1, `init_std` is negative, or the activation or backend is unknown.
@@ -74,23 +87,23 @@ class Experts(nn.Module):
         require_choice("backend", backend, BACKENDS)
         self.width, self.expert_width, self.n_experts, self.init_std = width, expert_width, n_experts, init_std
         self.activation, self.bias, self.backend = activation, bias, backend
-        self.parallel: ExpertParallel | None = None
+        self.parallel: Dispatcher | None = None
         self.mue_roles = make_parameters(
             self, (n_experts,), width, expert_width, activation, bias=bias, up=Role.EXPERT_UP, down=Role.EXPERT_DOWN
         )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights anew and clear the biases."""
+        """Draws the weights anew and clears the biases."""
         reset_parameters(self, self.init_std)
 
     def forward(self, x_Td: Tensor, routing: RoutingInfo, overlap: Callable[[], Tensor] | None = None) -> Tensor:
-        """Apply to each token the experts it was routed to.
+        """Applies to each token the experts it was routed to.
 
         Args:
             x_Td: [T, d], of the weights' dtype unless autocast is on.
             routing: As `Router` returns it. Gradients flow to its gates.
-            overlap: Makes a tensor [T, d] that is added to the output; under expert parallelism while the tokens travel.
+            overlap: Computes a tensor [T, d] that is added to the output; under expert parallelism during communication.
 
         Returns:
             [T, d], of x's dtype. An expert without tokens gets a zero gradient.
@@ -98,19 +111,19 @@ class Experts(nn.Module):
         Raises:
             TypeError: x and the weights differ in dtype and autocast is off.
         """
-        if (shared_out := self._shared_out()) is not None:
-            return shared_out.forward(self, x_Td, routing, overlap)
+        if (dispatcher := self._dispatcher()) is not None:
+            return dispatcher.forward(self, x_Td, routing, overlap)
         plan = routing.plan(self.backend)
         y_Td = self.compute(x_Td, routing.assignment_gates(plan), plan)
         return y_Td if overlap is None else (y_Td + overlap()).to(x_Td.dtype)
 
     def compute(self, x_Td: Tensor, gates: Tensor, plan: DispatchPlan) -> Tensor:
-        """The gate-weighted sum of this module's experts under a plan.
+        """Computes the gate-weighted sum of this rank's experts under a plan.
 
         Args:
             x_Td: [T, d].
             gates: Of `plan.inverse`'s shape, float32 or float64.
-            plan: Whose experts are those that this module holds.
+            plan: A plan over the experts that this rank holds.
 
         Returns:
             [T, d], of x's dtype.
@@ -148,7 +161,7 @@ class Experts(nn.Module):
             dtype: Type of the GEMMs.
         """
         parts = activation_memory(self.width, self.expert_width, top_k, self.activation, dtype)
-        if self._shared_out() is not None:  # the rows that were received are kept, K copies of d in place of x
+        if self._dispatcher() is not None:  # the received rows are kept: K d numbers a token in place of d
             parts["total"] += parts["input"] * (top_k - 1)
             parts["input"] *= top_k
         return parts
@@ -158,12 +171,12 @@ class Experts(nn.Module):
         settings = f"{self.width}, expert_width={self.expert_width}, n_experts={self.n_experts}, {self.activation}"
         return f"{settings}{', bias' if self.bias else ''}, backend={self.backend}"
 
-    def _shared_out(self) -> ExpertParallel | None:
-        """How the experts are shared out; None where all of them are here, on a mesh of one rank too."""
-        return self.parallel if self.parallel is not None and self.parallel.mesh.size() > 1 else None
+    def _dispatcher(self) -> Dispatcher | None:
+        """What runs the experts if they are sharded over several ranks; None if this rank holds all of them."""
+        return self.parallel if self.parallel is not None and self.parallel.n_ranks > 1 else None
 
     def _own(self, weight: Tensor | None, dtype: torch.dtype) -> Any:
-        """This rank's experts, where they are shared out over ranks, in the type of the GEMMs; None stays None."""
+        """This rank's experts of a weight, in the type of the GEMMs; None stays None."""
         if weight is None:
             return None
         return (weight if self.parallel is None else self.parallel.local(weight)).to(dtype)
@@ -171,17 +184,16 @@ class Experts(nn.Module):
     def _compute_dtype(self, x_Td: Tensor) -> torch.dtype:
         dtype = autocast.compute_dtype(x_Td)
         if dtype is None and x_Td.dtype != self.w_up.dtype:
-            raise TypeError(
-                f"x is {x_Td.dtype}, but the experts' weights are {self.w_up.dtype}. Convert one of them, or run under "
-                "torch.autocast (Lightning: Trainer(precision='bf16-mixed'))."
-            )
+            do = "Convert one of them, or run under torch.autocast (Lightning: Trainer(precision='bf16-mixed'))."
+            expected = f"the dtype of the experts' weights, {self.w_up.dtype}"
+            raise TypeError(mismatch("x", found=x_Td.dtype, expected=expected, do=do))
         return dtype or x_Td.dtype
 
 
 def _mixed_biases(b_down_Ed: Tensor, gates: Tensor, plan: DispatchPlan) -> Tensor:
     """``sum_k gates[t, k] b_down[expert of (t, k)]``: [T, d], of the gates' dtype."""
     expert_S = torch.searchsorted(plan.offsets[1:], plan.inverse.flatten(), right=True, out_int32=True)
-    # Assignments to no expert read a row of zeros, as the last row.
+    # Padding assignments read a last row of zeros.
     table = F.pad(b_down_Ed.to(gates.dtype), (0, 0, 0, 1))
     if plan.bags is None:
         return F.embedding_bag(expert_S.view_as(gates), table, mode="sum", per_sample_weights=gates)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_mue.checks import require_choice, require_non_negative, require_positive
 from lightning_mue.kernels.activations import ACTIVATIONS
-from lightning_mue.moe.parallel.mesh import normal_
+from lightning_mue.moe.drawing import normal_
 from lightning_mue.parameterizations.rules.roles import Role
 
 
@@ -68,11 +68,11 @@ class FeedForward(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights anew and clear the biases."""
+        """Draws the weights anew and clears the biases."""
         reset_parameters(self, self.init_std)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [..., d] to [..., d]."""
+        """Maps [..., d] to [..., d]."""
         function, up = ACTIVATIONS[self.activation].function, F.linear(x, self.w_up, self.b_up)
         hidden = function(up) if self.w_gate is None else function(F.linear(x, self.w_gate, self.b_gate)) * up
         y = F.linear(hidden, self.w_down, self.b_down)
@@ -81,20 +81,6 @@ class FeedForward(nn.Module):
     def extra_repr(self) -> str:
         """The settings, for `print(module)`."""
         return f"{self.width}, hidden_width={self.hidden_width}, {self.activation}{', bias' if self.bias else ''}"
-
-
-class SwiGLU(FeedForward):
-    """``y = output_multiplier * (silu(x w_gate^T) * (x w_up^T)) w_down^T`` (arXiv:2002.05202), without biases.
-
-    Args:
-        width: d, size of the input and of the output.
-        hidden_width: h.
-        shared: As for `FeedForward`.
-        init_std: As for `FeedForward`.
-    """
-
-    def __init__(self, width: int, hidden_width: int, *, shared: bool = False, init_std: float | None = 0.02) -> None:
-        super().__init__(width, hidden_width, shared=shared, init_std=init_std)
 
 
 def make_parameters(
@@ -108,10 +94,10 @@ def make_parameters(
     up: Role,
     down: Role,
 ) -> dict[str, Role]:
-    """Register the empty weights and biases of one network, or of a stack of them.
+    """Registers the empty weights and biases of one network, or of a stack of them.
 
     Args:
-        module: What owns them.
+        module: The module that gets them.
         stack: Leading dimensions, () or (E,).
         width: d.
         hidden_width: h.
@@ -139,7 +125,7 @@ def make_parameters(
 
 
 def reset_parameters(module: nn.Module, init_std: float | None) -> None:
-    """Draw weights from N(0, init_std^2), or N(0, 1 / fan_in) where that is None; biases become zero."""
+    """Draws weights from N(0, init_std^2), or N(0, 1 / fan_in) if that is None; sets biases to zero."""
     for name, parameter in module.named_parameters(recurse=False):
         if name.startswith("b_"):
             nn.init.zeros_(parameter)

@@ -19,18 +19,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_mue.checks import (
+    mismatch,
     require_choice,
     require_finite,
     require_non_negative,
     require_positive,
     require_size,
 )
-from lightning_mue.moe.balance import (
-    SCOPES,
-    balance_callbacks,
-    global_load,
-    load_balancing_loss,
-)
+from lightning_mue.moe.balance import SCOPES, global_load, load_balancing_loss
+from lightning_mue.moe.balance_callbacks import balance_callbacks
+from lightning_mue.moe.base import MoEBase
+from lightning_mue.moe.convert.pretrained import moe_from_transformers
+from lightning_mue.moe.convert.upcycling import moe_from_ffn
 from lightning_mue.moe.experts import Experts
 from lightning_mue.moe.feed_forward import FeedForward
 from lightning_mue.moe.router import Router, RoutingInfo
@@ -41,12 +41,12 @@ from lightning_mue.parameterizations.rules.roles import Role
 BALANCES = ("none", "switch", "bias")
 
 
-class MoELayer(KeepsMultipliers, LightningModule):
+class MoELayer(KeepsMultipliers, MoEBase, LightningModule):
     """``y = output_multiplier * (route_scale * sum_i gate_i E_i(x) + shared(x))``, a drop-in for a dense FFN.
 
-    With ``gate="sqrt"`` and a shared expert, both terms are also multiplied by sqrt(1/2) (arXiv:2603.28743). Add
-    `aux_loss` to the loss of the model that holds the layer; the layer logs nothing while nested. By itself it is a
-    regression model that a Trainer can fit to batches ``(x, target)``.
+    With ``gate="sqrt"`` and a shared expert, both terms are also multiplied by sqrt(1/2) (arXiv:2603.28743; docs/theory.md
+    section 5.3). Add `aux_loss` to the loss of the model that holds the layer; the layer logs nothing while nested. By
+    itself it is a regression model that a Trainer can fit to batches ``(x, target)``.
 
     Args:
         width: d, size of the input and of the output.
@@ -58,24 +58,20 @@ class MoELayer(KeepsMultipliers, LightningModule):
         shared_width: Hidden width of the shared expert that every token passes; 0 for none. Several shared experts are
             one of their total width.
         shared_gate: Whether the shared expert's output is multiplied by ``sigmoid(x w^T)`` (Qwen2-MoE).
-        scoring: As for `Router`.
-        gate: As for `Router`, "linear" or "sqrt".
-        choice: As for `Router`, "token" or "expert".
-        jitter: As for `Router`.
         route_scale: Constant multiplier of the routed sum.
         balance: "switch" (auxiliary loss), "bias" (loss-free: needs the callback `LossFreeBalance`, which a layer
             trained alone brings along) or "none".
         balance_scope: Over which tokens the switch loss takes the load: "local" (this rank's micro-batch), "global" (all
             ranks' micro-batches; all micro-batches of an optimizer step with the callback `GlobalBatchBalance`) or
             "sequence" (each sequence by itself, then the mean over those with a token: arXiv:2412.19437).
-        aux_loss_coef: Weight of the Switch loss, used when `balance` is "switch".
+        aux_loss_coef: Weight of the switch loss, used when `balance` is "switch".
         z_loss_coef: Weight of the router z-loss.
         bias_update_rate: Step size of the balance bias, used when `balance` is "bias".
         init_std: Standard deviation of the initial weights; None: ``fan_in^-1/2`` of each.
-        router_init_std: The router's; `init_std` if None.
-        n_groups: Groups of experts with equally many active experts each, as for `Router`; 1: free choice.
+        router_init_std: Standard deviation of the router's initial weight; None: `init_std`.
         backend: Of the kernels: "auto", "triton", "grouped_mm" or "torch"; equal up to rounding.
         optimizer: For training alone: from parameters to an optimizer; AdamW with learning rate 1e-3 if None.
+        **router: Further options of the router: `scoring`, `gate`, `choice`, `jitter`, `n_groups`; see `Router`.
 
     Attributes:
         aux_loss: 0-dim float32 of the last forward pass, with its graph; 0 in evaluation and when nothing asks for it.
@@ -84,7 +80,7 @@ class MoELayer(KeepsMultipliers, LightningModule):
         output_multiplier: Constant forward multiplier, 1 unless a parameterization sets it.
 
     Raises:
-        TypeError: An argument is of another type than it must be.
+        TypeError: An argument has the wrong type, or is unknown.
         ValueError: An argument is out of range; the message names it.
 
     Example:
@@ -109,10 +105,6 @@ class MoELayer(KeepsMultipliers, LightningModule):
         bias: bool = False,
         shared_width: int = 0,
         shared_gate: bool = False,
-        scoring: str = "topk-softmax",
-        gate: str = "linear",
-        choice: str = "token",
-        jitter: float = 0.0,
         route_scale: float = 1.0,
         balance: str = "switch",
         balance_scope: str = "local",
@@ -121,9 +113,9 @@ class MoELayer(KeepsMultipliers, LightningModule):
         bias_update_rate: float = 0.001,
         init_std: float | None = 0.02,
         router_init_std: float | None = None,
-        n_groups: int = 1,
         backend: str = "auto",
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
+        **router: Any,
     ) -> None:
         super().__init__()
         require_choice("balance", balance, BALANCES)
@@ -133,20 +125,10 @@ class MoELayer(KeepsMultipliers, LightningModule):
         require_non_negative(router_init_std=0.0 if router_init_std is None else router_init_std)
         require_positive(width=width, expert_width=expert_width)
         require_size(shared_width=shared_width)
-        _require_consistent(choice, balance, shared_width, shared_gate=shared_gate)
         self.save_hyperparameters(ignore=["optimizer"])
-        self.router = Router(
-            width,
-            n_experts,
-            top_k,
-            scoring=scoring,
-            gate=gate,
-            init_std=init_std if router_init_std is None else router_init_std,
-            n_groups=n_groups,
-            choice=choice,
-            jitter=jitter,
-            backend=backend,
-        )
+        router_std = init_std if router_init_std is None else router_init_std
+        self.router = Router(width, n_experts, top_k, init_std=router_std, backend=backend, **router)
+        _require_consistent(self.router.choice, balance, shared_width, shared_gate=shared_gate)
         network: dict[str, Any] = {"activation": activation, "bias": bias, "init_std": init_std}
         self.experts = Experts(width, expert_width, n_experts, backend=backend, **network)
         self.shared = FeedForward(width, shared_width, shared=True, **network) if shared_width else None
@@ -156,14 +138,12 @@ class MoELayer(KeepsMultipliers, LightningModule):
         self.width, self.route_scale, self.output_multiplier = width, float(route_scale), 1.0
         self.balance, self.balance_scope, self.bias_update_rate = balance, balance_scope, bias_update_rate
         self.aux_loss_coef, self.z_loss_coef = (aux_loss_coef if balance == "switch" else 0.0), z_loss_coef
-        self.earlier_counts: Tensor | None = None
-        self.last_routing: RoutingInfo | None = None
-        self.aux_loss = torch.zeros(())
+        self.earlier_counts, self.last_routing, self.aux_loss = None, None, torch.zeros(())
         self._make_optimizer = optimizer
         tag_roles(self)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Map [..., d] to [..., d], in x's dtype.
+        """Maps [..., d] to [..., d], in x's dtype.
 
         Args:
             x: Tokens.
@@ -175,23 +155,19 @@ class MoELayer(KeepsMultipliers, LightningModule):
             TypeError: The mask is not boolean.
         """
         if x.shape[-1] != self.width:
-            raise ValueError(f"x has shape {tuple(x.shape)}, but its last dimension must be width={self.width}.")
+            raise ValueError(mismatch("x", found=f"shape {tuple(x.shape)}", expected=f"[..., width={self.width}]"))
         x_Td = x.reshape(-1, self.width)
         sequences = max(math.prod(x.shape[:-2]), 1) if self.balance_scope == "sequence" else 1
         routing = self.router(x_Td, _flat(mask, x), n_sequences=sequences)
         scale = self.output_multiplier
         if self.router.gate == "sqrt" and self.shared is not None:
             scale *= math.sqrt(0.5)
-        # Scaling the K gates of a token costs nothing beside scaling its d outputs.
+        # Scaling the K gates of a token is cheaper than scaling its d outputs.
         scaled = replace(routing, gates=routing.gates * (scale * self.route_scale))
         y_Td = self.experts(x_Td, scaled, None if self.shared is None else lambda: scale * self._shared_output(x_Td))
         self.aux_loss = self._auxiliary_loss(routing)
-        if (
-            self.training
-            and x.requires_grad
-            and not torch.is_grad_enabled()
-            and (self.aux_loss_coef or self.z_loss_coef)
-        ):
+        has_aux_loss = bool(self.aux_loss_coef or self.z_loss_coef)
+        if self.training and x.requires_grad and not torch.is_grad_enabled() and has_aux_loss:
             _warn_of_reentrant_checkpoint()
         self.last_routing = routing.detach()
         y: Tensor = y_Td.view_as(x)
@@ -201,75 +177,29 @@ class MoELayer(KeepsMultipliers, LightningModule):
     def from_ffn(
         cls, module: nn.Module | Sequence[nn.Module], n_experts: int, top_k: int = 2, **arguments: Any
     ) -> MoELayer:
-        """Upcycle a dense feed-forward network: see `lightning_mue.moe.convert.upcycling.moe_from_ffn` for the arguments."""
-        from lightning_mue.moe.convert.upcycling import moe_from_ffn
-
+        """Makes a layer out of a dense feed-forward network: see `convert/upcycling.py` for the arguments."""
         return moe_from_ffn(module, n_experts, top_k, layer_class=cls, **arguments)
 
     @classmethod
     def from_pretrained_block(cls, block: nn.Module, **arguments: Any) -> MoELayer:
-        """A layer equal to a transformers MoE block: see `lightning_mue.moe.convert.pretrained.moe_from_transformers`."""
-        from lightning_mue.moe.convert.pretrained import moe_from_transformers
-
+        """Makes a layer that equals a transformers MoE block: see `convert/pretrained.py` for the arguments."""
         return moe_from_transformers(block, layer_class=cls, **arguments)
 
-    @property
-    def n_experts(self) -> int:
-        """E, routed experts."""
-        return self.router.n_experts
-
-    @property
-    def top_k(self) -> int:
-        """K, routed experts per token."""
-        return self.router.top_k
-
-    @property
-    def expert_width(self) -> int:
-        """Hidden width of one routed expert."""
-        return self.experts.expert_width
-
-    def mue_axes(self) -> dict[str, float]:
-        """Sizes for a parameterization, where the layer is the whole model."""
-        names = ("width", "n_experts", "top_k", "expert_width", "active_width")
-        return {name: getattr(self, name) for name in names}
-
-    @property
-    def active_width(self) -> int:
-        """A, the FFN width that a token passes through: top_k * expert_width + shared_width."""
-        shared_width = 0 if self.shared is None else self.shared.hidden_width
-        return self.router.top_k * self.experts.expert_width + shared_width
-
-    def activation_memory(self, dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:
-        """Bytes per token that a training step keeps for the backward pass, by what they are for.
-
-        "input", "pre_activations" and "routing" are the experts' (`grouped_ffn`): the least that a backward pass can do
-        with is 2d + 4Kh in bfloat16 for gated experts. "router" are its float32 logits with their logsumexp, the chosen ids
-        and their gates, "shared" the shared expert's activations, "total" all of them.
-
-        Args:
-            dtype: Type of the GEMMs.
-        """
-        parts = self.experts.activation_memory(self.top_k, dtype)
-        parts["router"] = 4 * (self.n_experts + 1) + 12 * self.top_k
-        if self.shared is not None:
-            parts["shared"] = (4 if self.shared.w_gate is not None else 2) * self.shared.hidden_width * dtype.itemsize
-        return {**parts, "total": sum(value for name, value in parts.items() if name != "total")}
-
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Mean squared error to the target, plus the auxiliary loss."""
+        """Returns the mean squared error to the target plus the auxiliary loss."""
         x, target = batch
         loss = F.mse_loss(self(x), target)
         self.log("train/loss", loss, prog_bar=True)
         return loss + self.aux_loss
 
     def configure_optimizers(self) -> Optimizer:
-        """The optimizer given to the constructor, or AdamW."""
+        """Makes the optimizer given to the constructor, or AdamW."""
         if self._make_optimizer is not None:
             return self._make_optimizer(self.parameters())
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
     def configure_callbacks(self) -> list[Callback]:
-        """The balance update, where the layer needs it."""
+        """Returns the callbacks that `balance` needs."""
         return [*balance_callbacks([self])]
 
     def _shared_output(self, x_Td: Tensor) -> Tensor:
@@ -290,9 +220,8 @@ class MoELayer(KeepsMultipliers, LightningModule):
         assert counts_NE is not None
         assert probability_sum_NE is not None
         if self.balance_scope == "global":
-            return load_balancing_loss(
-                probability_sum_NE, *global_load(routing.counts, self.earlier_counts, self.top_k)
-            )
+            load = global_load(routing.counts, self.earlier_counts, self.top_k)
+            return load_balancing_loss(probability_sum_NE, *load)
         return load_balancing_loss(probability_sum_NE, counts_NE, counts_NE.sum(-1) / self.top_k)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -303,20 +232,24 @@ class MoELayer(KeepsMultipliers, LightningModule):
 @cache
 def _warn_of_reentrant_checkpoint() -> None:
     warnings.warn(
-        "A MoELayer in training mode got tokens that require gradients while gradients are off, as the reentrant form of "
-        "activation checkpointing does: its aux_loss then has no gradient. Use checkpoint(..., use_reentrant=False).",
+        mismatch(
+            "use_reentrant",
+            found="a MoELayer in training mode whose tokens require gradients while gradients are off, as reentrant "
+            "activation checkpointing does: its aux_loss has no gradient",
+            expected="False",
+            do="Use checkpoint(..., use_reentrant=False).",
+        ),
         stacklevel=2,
     )
 
 
 def _require_consistent(choice: str, balance: str, shared_width: int, *, shared_gate: bool) -> None:
     if choice == "expert" and balance != "none":
-        raise ValueError(
-            f"balance is {balance!r}, but with choice='expert' every expert takes equally many tokens anyway. Set "
-            "balance='none'."
-        )
+        expected = "'none' with choice='expert', where every expert takes equally many tokens anyway"
+        raise ValueError(mismatch("balance", found=repr(balance), expected=expected, do="Set balance='none'."))
     if shared_gate and not shared_width:
-        raise ValueError("shared_gate is true, but shared_width is 0: there is no shared expert. Give it a width.")
+        expected = "a shared expert for shared_gate=True to multiply"
+        raise ValueError(mismatch("shared_width", found=0, expected=expected, do="Give it a width."))
 
 
 def _flat(mask: Tensor | None, x: Tensor) -> Tensor | None:
@@ -324,7 +257,9 @@ def _flat(mask: Tensor | None, x: Tensor) -> Tensor | None:
     if mask is None:
         return None
     if mask.dtype != torch.bool:
-        raise TypeError(f"mask must be boolean, True for tokens that count; found {mask.dtype}. Use mask.bool().")
+        expected = "torch.bool, True for tokens that count"
+        raise TypeError(mismatch("mask", found=mask.dtype, expected=expected, do="Use mask.bool()."))
     if mask.shape != x.shape[:-1]:
-        raise ValueError(f"mask has shape {tuple(mask.shape)}, but x has tokens of shape {tuple(x.shape[:-1])}.")
+        expected = f"that of x's tokens, {tuple(x.shape[:-1])}"
+        raise ValueError(mismatch("mask", found=f"shape {tuple(mask.shape)}", expected=expected))
     return mask.reshape(-1)

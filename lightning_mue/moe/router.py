@@ -12,12 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_mue.checks import require_choice, require_non_negative, require_positive
+from lightning_mue.checks import (
+    listed,
+    mismatch,
+    require_choice,
+    require_non_negative,
+    require_number,
+    require_positive,
+)
 from lightning_mue.kernels.backends import BACKENDS
 from lightning_mue.kernels.dispatch.op import DispatchPlan, plan_dispatch, plan_expert_choice
 from lightning_mue.kernels.routing.op import GATES, SCORINGS, route, router_logits
 from lightning_mue.moe import autocast
-from lightning_mue.moe.parallel.mesh import normal_
+from lightning_mue.moe.drawing import normal_
 from lightning_mue.parameterizations.rules.roles import Role
 
 CHOICES = ("token", "expert")
@@ -29,11 +36,11 @@ class RoutingInfo:
 
     Attributes:
         expert_ids: int64 [T, K], the chosen experts, all different, by descending selection score; E for a masked token.
-            In expert choice int64 [E, C]: row e is e everywhere.
+            In expert choice int64 [E, C]: row e holds e only.
         gates: float32 [T, K] (or [E, C]), the weight of each assignment; 0 for a masked token.
         logits: float32 [T, E], the router's raw scores.
         counts: int64 [E], how many assignments went to each expert; masked tokens are not counted.
-        mask: bool [T], False for tokens that take no part; None: all do.
+        mask: bool [T], False for padding tokens; None: there are none.
         token_ids: In expert choice int64 [E, C], the tokens that each expert chose; else None.
         sequence_counts: int64 [N, E], `counts` by sequence; None in expert choice, as are the next two.
         probability_sum: float32 [N, E], sum of the softmax of the logits over a sequence's tokens.
@@ -82,13 +89,13 @@ class RoutingInfo:
 
 
 def require_groups(n_groups: int, n_experts: int, top_k: int, name: str = "n_groups") -> None:
-    """Raise unless experts and active experts fall into equal groups.
+    """Raises unless experts and active experts fall into equal groups.
 
     Args:
         n_groups: G.
         n_experts: E.
         top_k: K.
-        name: How the user's argument is called.
+        name: The argument, as the user wrote it.
 
     Raises:
         ValueError: G does not divide E, or not K.
@@ -96,15 +103,13 @@ def require_groups(n_groups: int, n_experts: int, top_k: int, name: str = "n_gro
     for what, size in (("n_experts", n_experts), ("top_k", top_k)):
         if size % n_groups:
             fitting = [g for g in range(1, min(n_experts, top_k) + 1) if n_experts % g == 0 and top_k % g == 0]
-            raise ValueError(
-                f"{name} is {n_groups}, but {what} is {size}: every group has as many experts, and as many active ones, as "
-                f"every other, so {name} must divide both. With n_experts={n_experts} and top_k={top_k} it may be "
-                f"{', '.join(map(str, fitting))}."
-            )
+            expected = f"a divisor of {what}={size}: every group has equally many experts and equally many active ones"
+            do = f"With n_experts={n_experts} and top_k={top_k} it may be {listed(fitting)}."
+            raise ValueError(mismatch(name, found=n_groups, expected=expected, do=do))
 
 
 class Router(nn.Module):
-    """Linear router with top-k selection. Everything is computed in float32, under autocast too.
+    """A linear router with top-k selection. Everything is computed in float32, under autocast too.
 
     With logits ``g = x W^T`` and the chosen set A, the k experts of highest ``score + balance_bias`` (of equal ones, the
     one with the lower index):
@@ -116,27 +121,28 @@ class Router(nn.Module):
     | "sigmoid"            | sigmoid(g)          | sigmoid(g_i)                    |
     | "sigmoid-normalized" | sigmoid(g)          | sigmoid(g_i) / sum over A       |
 
-    ``gate="sqrt"`` takes the square root of that gate (SqrtGate, arXiv:2603.28743): for experts with independent
-    outputs of equal RMS and normalized gates, the RMS of the sum then does not depend on k. The balance bias
-    (arXiv:2408.15664) takes part in the selection only, never in a gate's value. A token that holds a NaN gets NaN
-    gates and valid expert ids, and changes no other token's route.
+    ``gate="sqrt"`` takes the square root of that gate (SqrtGate, arXiv:2603.28743; docs/theory.md section 5.3): for experts
+    with independent outputs of equal RMS and normalized gates, the RMS of the sum then does not depend on k. The balance
+    bias (arXiv:2408.15664) changes the selection only, never a gate's value. A token that holds a NaN gets NaN gates and
+    valid expert ids, and changes no other token's route.
 
     With ``n_groups`` G > 1 the chosen set is group-balanced (arXiv:2605.23893): experts ``g E/G`` to ``(g+1) E/G`` form
     group g, and of each group the K/G experts of highest score are chosen. Gates are normalized over the whole set.
 
     With ``choice="expert"`` every expert chooses its ``ceil(T K / E)`` tokens of highest score instead (arXiv:2202.09368):
-    balanced by construction, a token gets K experts on average. A token's route then depends on the other tokens of
-    the batch, those that come later in its sequence included: not for models that generate token by token.
+    the load is even by construction, and a token gets K experts on average. A token's route then depends on the other
+    tokens of the batch, later tokens of its sequence included: do not use it in models that generate token by token.
 
     Args:
         width: d, size of a token.
         n_experts: E.
         top_k: K, experts per token, 1 to E.
-        scoring: A row of the table above. Expert choice: "softmax-topk" or "sigmoid".
-        gate: "linear" or "sqrt".
+        scoring: How gates are computed: "softmax-topk", "topk-softmax", "sigmoid" or "sigmoid-normalized". Expert choice:
+            "softmax-topk" or "sigmoid".
+        gate: "linear", or "sqrt" for SqrtGate.
         init_std: Standard deviation of the initial weight; None: ``width^-1/2``. Zero is accepted only if every expert is active.
         n_groups: G, groups of equal size with equally many active experts each; divides E and K. 1: free choice.
-        choice: "token" or "expert".
+        choice: "token": each token chooses experts; "expert": each expert chooses tokens, and routes depend on later tokens.
         jitter: In training, each entry of the input is multiplied by a uniform draw from ``[1 - jitter, 1 + jitter]``
             (arXiv:2101.03961); 0 for none, below 1.
         backend: As for `Experts`.
@@ -165,27 +171,16 @@ class Router(nn.Module):
     ) -> None:
         super().__init__()
         require_positive(width=width, n_experts=n_experts, top_k=top_k, n_groups=n_groups)
-        require_non_negative(init_std=0.0 if init_std is None else init_std, jitter=jitter)
+        require_non_negative(init_std=0.0 if init_std is None else init_std)
+        require_number("jitter", jitter, at_least=0, below=1, do="0.01 is usual.")
         require_choice("scoring", scoring, SCORINGS)
         require_choice("gate", gate, GATES)
         require_choice("choice", choice, CHOICES)
         require_choice("backend", backend, BACKENDS)
-        if top_k > n_experts:
-            raise ValueError(
-                f"top_k is {top_k}, but n_experts is {n_experts}: a token cannot choose more experts than there are. "
-                f"Lower top_k to at most {n_experts}, or add experts."
-            )
-        if jitter >= 1:
-            raise ValueError(f"jitter is {jitter}, but it must be below 1 (0.01 is usual).")
+        _require_active(n_experts, top_k, init_std)
         require_groups(n_groups, n_experts, top_k)
         if choice == "expert":
             _require_expert_choice(scoring, n_groups)
-        if init_std == 0 and top_k < n_experts:
-            raise ValueError(
-                f"The router's init_std (router_init_std of MoELayer) is 0 with top_k={top_k} of n_experts={n_experts}: "
-                "all experts then tie for every token, and the same ones always win. Give a positive value such as "
-                "0.02, or make every expert active (top_k = n_experts)."
-            )
         self.width, self.n_experts, self.top_k = width, n_experts, top_k
         self.scoring, self.gate, self.init_std, self.n_groups = scoring, gate, init_std, n_groups
         self.choice, self.jitter, self.backend = choice, jitter, backend
@@ -194,22 +189,22 @@ class Router(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weight anew and clear the balance bias."""
+        """Draws the weight anew and clears the balance bias."""
         normal_(self.weight, self.width**-0.5 if self.init_std is None else self.init_std)
         nn.init.zeros_(self.balance_bias)
 
     def forward(self, x_Td: Tensor, mask_T: Tensor | None = None, *, n_sequences: int = 1) -> RoutingInfo:
-        """Route each token.
+        """Routes each token.
 
         Args:
             x_Td: [T, d], any floating dtype; T may be zero.
-            mask_T: bool [T], False for tokens that take no part (padding): they are sent to no expert and count nowhere.
+            mask_T: bool [T], False for padding tokens: they are sent to no expert and do not count in the load.
             n_sequences: N; the tokens are N sequences of T / N tokens, one after the other.
 
         Returns:
             The routing. `gates`, `logits`, `probability_sum` and `z_sum` carry gradients.
         """
-        if mask_T is not None:  # what stands in padding, NaN even, must not reach the weight's gradient
+        if mask_T is not None:  # values of padding tokens, NaN too, must not reach the weight's gradient
             x_Td = x_Td.masked_fill(~mask_T[:, None], 0)
         if self.jitter and self.training:
             x_Td = x_Td * torch.empty_like(x_Td).uniform_(1 - self.jitter, 1 + self.jitter)
@@ -249,15 +244,15 @@ class Router(nn.Module):
         )
 
     def _route_by_expert(self, logits_TE: Tensor, mask_T: Tensor | None) -> RoutingInfo:
-        """Every expert takes its best tokens (arXiv:2202.09368). The balance bias cannot change an expert's ranking."""
+        """Expert choice (arXiv:2202.09368). The balance bias cannot change the order in which an expert ranks tokens."""
         tokens = len(logits_TE)
         log_scores_TE = F.logsigmoid(logits_TE) if self.scoring == "sigmoid" else logits_TE.log_softmax(-1)
         if mask_T is not None:  # chosen last, and with gates of zero
             log_scores_TE = log_scores_TE.masked_fill(~mask_T[:, None], -torch.inf)
         capacity = min(tokens, -(-tokens * self.top_k // self.n_experts))
-        # A NaN is chosen last, too, or it would take a place with every expert.
+        # A NaN is chosen last too, or every expert would choose it.
         ranking_TE = log_scores_TE.detach().nan_to_num(nan=-torch.inf)
-        # Stable, so that of equal tokens the first is taken, on every device.
+        # Stable, so that of equal tokens the first is chosen, on every device.
         token_ids_EC = ranking_TE.sort(dim=0, descending=True, stable=True).indices[:capacity].T.contiguous()
         log_gates_EC = log_scores_TE.T.gather(1, token_ids_EC)
         gates_EC = torch.exp(log_gates_EC if self.gate == "linear" else 0.5 * log_gates_EC)
@@ -270,7 +265,7 @@ class Router(nn.Module):
         )
 
     def _apply(self, fn: object, recurse: bool = True) -> Router:
-        """Keep the bias in float32 when the module is cast: its updates (about 1e-3) vanish in bfloat16."""
+        """Keeps the bias in float32 when the module is cast: its updates (about 1e-3) vanish in bfloat16."""
         bias_E = self.balance_bias
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.balance_bias.dtype != torch.float32:
@@ -278,11 +273,22 @@ class Router(nn.Module):
         return self
 
 
-def _require_expert_choice(scoring: str, n_groups: int) -> None:
-    if scoring not in ("softmax-topk", "sigmoid"):
-        raise ValueError(
-            f"scoring is {scoring!r}, but choice='expert' has no set of experts to normalize a token's gates over. Use "
-            "scoring='softmax-topk' or 'sigmoid'."
+def _require_active(n_experts: int, top_k: int, init_std: float | None) -> None:
+    if top_k > n_experts:
+        expected = f"at most n_experts={n_experts}: a token cannot choose more experts than there are"
+        raise ValueError(mismatch("top_k", found=top_k, expected=expected, do="Lower it, or add experts."))
+    if init_std == 0 and top_k < n_experts:
+        found = "0 for the router (router_init_std of MoELayer)"
+        expected = (
+            f"above 0 with top_k={top_k} of n_experts={n_experts}: all experts then tie, and the same ones always win"
         )
+        do = f"Give a value such as 0.02, or make every expert active (top_k={n_experts})."
+        raise ValueError(mismatch("init_std", found=found, expected=expected, do=do))
+
+
+def _require_expert_choice(scoring: str, n_groups: int) -> None:
+    why = "choice='expert' has no set of experts to normalize a token's gates over."
+    require_choice("scoring", scoring, ("softmax-topk", "sigmoid"), do=why)
     if n_groups > 1:
-        raise ValueError(f"n_groups is {n_groups}, but choice='expert' balances every expert already. Use n_groups=1.")
+        expected = "1 with choice='expert', where every expert takes equally many tokens anyway"
+        raise ValueError(mismatch("n_groups", found=n_groups, expected=expected))

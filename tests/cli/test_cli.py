@@ -152,8 +152,8 @@ BAD = {
     "unknown class": (lambda c: c["model"].update(class_path="lightning_mue.models.MoEModel"), "MoEModel"),
     "wrong type": (model_args(width="wide"), "width"),
     "wrong type of base": (mue_args(base=[1, 2]), "base"),
-    "top_k too large": (model_args(top_k=9), r"top_k: found 9 with n_experts=4"),
-    "width and heads": (model_args(n_heads=5), r"n_heads: width=32 is not divisible by n_heads=5"),
+    "top_k too large": (model_args(top_k=9), r"top_k: found 9, expected at most n_experts=4"),
+    "width and heads": (model_args(n_heads=5), r"n_heads: found 5, expected a divisor of width=32"),
     "kv heads": (model_args(n_heads=4, n_kv_heads=3), "n_kv_heads: found 3"),
     "scoring": (model_args(scoring="hash"), "scoring"),
     "gate": (model_args(gate="relu"), "gate"),
@@ -189,7 +189,10 @@ BAD = {
     "unknown key of the optimizer": (optimizer_args(adam_lr=0.1), "adam_lr"),
     "val_fraction": (data_args(val_fraction=1.5), "val_fraction: found 1.5, expected a number above 0 and below 1"),
     "batch size": (data_args(batch_size=0), "batch_size: found 0, expected an integer of at least 1"),
-    "context longer than the model's": (data_args(context_length=64), r"context_length.*32.*64"),
+    "context longer than the model's": (
+        data_args(context_length=64),
+        r"context_length: found sequences of 64 tokens, expected at most 32",
+    ),
     "corpus smaller than a window": (
         lambda c: (data_args(context_length=20000)(c), model_args(context_length=20000)(c)),
         r"path='.*', train split: found \d+ tokens .*expected at least 20001",

@@ -52,7 +52,10 @@ AXES = {
     "unequal": (["width=32,64", "n_heads=1"], "--axis: found width: 2, n_heads: 1, expected equally many values"),
     "twice": (["width=32,64", "width=32,64"], "--axis: found width twice, expected each axis once"),
     "unknown": (["widht=32,64"], "widht.*Did you mean 'width'"),
-    "does not fit": (["width=32,64", "n_heads=1,5"], "width=64, n_heads=5.*n_heads: width=64 is not divisible"),
+    "does not fit": (
+        ["width=32,64", "n_heads=1,5"],
+        "width=64, n_heads=5.*n_heads: found 5, expected a divisor of width=64",
+    ),
     "wrong type": (["width=32,wide"], "width=wide"),
     "same size": (["width=32,32"], "sizes: found models at width = 32, 32, expected a different width for every size"),
     "rule": (["width=32,64", "n_heads=1,2", "--rule", "mop"], "rule: found 'mop'"),

@@ -174,9 +174,10 @@ def test_a_balance_without_its_callback_is_warned_of(tmp_path):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             fit(Both(), tmp_path, [RouterMonitor(), *callbacks], **settings)
-        return [str(w.message).split(":")[0] for w in caught if "The Trainer has no" in str(w.message)]
+        return [str(w.message).split(": without")[0] for w in caught if "trainer.callbacks" in str(w.message)]
 
-    loss_free, whole_step = (f"The Trainer has no {name}" for name in ("LossFreeBalance", "GlobalBatchBalance"))
+    names = ("LossFreeBalance", "GlobalBatchBalance")
+    loss_free, whole_step = (f"trainer.callbacks: found none, expected {name}" for name in names)
     assert found() == [loss_free]
     assert found(accumulate_grad_batches=2) == [loss_free, whole_step]
     assert found(LossFreeBalance(), accumulate_grad_batches=2) == [whole_step]

@@ -130,10 +130,16 @@ def test_the_bias_moves_tokens_within_their_group_only():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"n_experts": 6, "top_k": 4, "n_groups": 4}, r"n_groups is 4, but n_experts is 6.*it may be 1, 2\."),
-        ({"n_experts": 8, "top_k": 2, "n_groups": 4}, r"n_groups is 4, but top_k is 2.*it may be 1, 2\."),
+        (
+            {"n_experts": 6, "top_k": 4, "n_groups": 4},
+            r"n_groups: found 4, expected a divisor of n_experts=6.*it may be 1, 2\.",
+        ),
+        (
+            {"n_experts": 8, "top_k": 2, "n_groups": 4},
+            r"n_groups: found 4, expected a divisor of top_k=2.*it may be 1, 2\.",
+        ),
         ({"n_experts": 8, "top_k": 2, "n_groups": 0}, "n_groups: found 0"),
-        ({"n_experts": 8, "top_k": 2, "n_groups": 2, "init_std": 0.0}, "init_std.*is 0"),
+        ({"n_experts": 8, "top_k": 2, "n_groups": 2, "init_std": 0.0}, "init_std: found 0"),
     ],
 )
 def test_groups_that_do_not_fit_are_refused(arguments, message):
@@ -159,7 +165,7 @@ def test_language_model_with_groups_routes_in_groups_and_names_its_argument():
     model(torch.randint(0, 32, (2, 10)))
     groups = model.moe_layers[0].last_routing.expert_ids // 2
     assert groups.sort(-1).values.unique(dim=0).tolist() == [[0, 1, 2, 3]]
-    with pytest.raises(ValueError, match=r"n_expert_groups is 3, but n_experts is 8"):
+    with pytest.raises(ValueError, match=r"n_expert_groups: found 3, expected a divisor of n_experts=8"):
         MoELanguageModel(**SIZES, n_expert_groups=3)
     with pytest.raises(ValueError, match=r"n_expert_groups: found 0"):
         MoELanguageModel(**SIZES, n_expert_groups=0)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_mue.moe import MoELayer, SwiGLU, router_z_loss, switch_loss
+from lightning_mue.moe import FeedForward, MoELayer, router_z_loss, switch_loss
 from lightning_mue.parameterizations.rules.roles import Role
 
 
@@ -158,7 +158,7 @@ def test_multipliers_scale_the_output():
 
 def test_dense_moe_equals_a_dense_ffn():
     """One active expert with gate 1 is the dense FFN of the same weights (theory.md 4.6)."""
-    layer, dense = MoELayer(8, 16, 1, 1), SwiGLU(8, 16)
+    layer, dense = MoELayer(8, 16, 1, 1), FeedForward(8, 16)
     dense.load_state_dict({name: w[0] for name, w in layer.experts.state_dict().items()})
     layer.output_multiplier = dense.output_multiplier = 0.5
     x = torch.randn(6, 8)
@@ -185,8 +185,8 @@ def test_roles_cover_every_parameter():
     assert layer.shared.mue_roles["w_down"] is Role.SHARED_DOWN
     assert not hasattr(layer.shared, "mue_branch")
     assert not hasattr(layer.shared, "mue_multipliers")
-    assert SwiGLU(8, 8).mue_roles["w_down"] is Role.FFN_DOWN
-    assert SwiGLU(8, 8).mue_branch == layer.mue_branch == "ffn"
+    assert FeedForward(8, 8).mue_roles["w_down"] is Role.FFN_DOWN
+    assert FeedForward(8, 8).mue_branch == layer.mue_branch == "ffn"
 
 
 def test_active_width():
@@ -212,7 +212,7 @@ def test_built_on_meta_and_filled_later():
     [
         ({"width": 0}, "width: found 0"),
         ({"expert_width": -4}, "expert_width: found -4"),
-        ({"top_k": 9}, "top_k is 9, but n_experts is 4"),
+        ({"top_k": 9}, "top_k: found 9, expected at most n_experts=4"),
         ({"balance": "auxiliary"}, "balance: found 'auxiliary'.*'switch'"),
         ({"shared_width": -1}, "shared_width: found -1"),
         ({"aux_loss_coef": -0.1}, "aux_loss_coef: found -0.1"),
@@ -228,5 +228,5 @@ def test_bad_arguments_are_named(arguments, named):
 
 
 def test_a_wrong_width_is_named():
-    with pytest.raises(ValueError, match=r"shape \(2, 7\).*width=8"):
+    with pytest.raises(ValueError, match=r"x: found shape \(2, 7\), expected .*width=8"):
         MoELayer(8, 16, 4)(torch.randn(2, 7))

@@ -49,5 +49,7 @@ def test_flops_are_counted_on_the_meta_device():
 
 def test_dtype_mismatch_is_explained():
     layer = MoELayer(8, 16, 4)
-    with pytest.raises(TypeError, match=r"x is torch\.bfloat16, but the experts' weights are torch\.float32"):
+    with pytest.raises(
+        TypeError, match=r"x: found torch\.bfloat16, expected the dtype of the experts' weights, torch\.float32"
+    ):
         layer(torch.randn(6, 8).bfloat16())

@@ -182,10 +182,16 @@ def test_the_experts_memory_is_what_is_saved():
         ({"activation": "tanh"}, "activation: found 'tanh'"),
         ({"backend": "cuda"}, "backend: found 'cuda'"),
         ({"choice": "expert", "scoring": "sigmoid"}, "Set balance='none'"),
-        ({"choice": "expert", "balance": "none"}, "scoring is 'topk-softmax', but choice='expert'"),
-        ({"choice": "expert", "balance": "none", "scoring": "sigmoid", "n_groups": 2}, "n_groups is 2"),
-        ({"shared_gate": True}, "shared_width is 0"),
-        ({"jitter": 1.0}, "jitter is 1.0"),
+        (
+            {"choice": "expert", "balance": "none"},
+            "scoring: found 'topk-softmax', expected one of 'softmax-topk', 'sigmoid'",
+        ),
+        (
+            {"choice": "expert", "balance": "none", "scoring": "sigmoid", "n_groups": 2},
+            "n_groups: found 2, expected 1 with choice='expert'",
+        ),
+        ({"shared_gate": True}, "shared_width: found 0, expected a shared expert"),
+        ({"jitter": 1.0}, r"jitter: found 1\.0, expected a number in \[0, 1\)"),
         ({"balance_scope": "world"}, "balance_scope: found 'world'"),
         ({"shared_width": -1}, "shared_width: found -1"),
         ({"aux_loss_coef": -1.0}, "aux_loss_coef: found -1.0"),
@@ -217,9 +223,9 @@ def test_bad_types_are_named(name, value):
 
 def test_bad_masks_are_named():
     layer = MoELayer(8, 16, 4)
-    with pytest.raises(TypeError, match="mask must be boolean"):
+    with pytest.raises(TypeError, match=r"mask: found torch\.float32, expected torch\.bool"):
         layer(torch.randn(2, 3, 8), torch.ones(2, 3))
-    with pytest.raises(ValueError, match=r"mask has shape \(3, 2\)"):
+    with pytest.raises(ValueError, match=r"mask: found shape \(3, 2\), expected that of x's tokens, \(2, 3\)"):
         layer(torch.randn(2, 3, 8), torch.ones(3, 2, dtype=torch.bool))
 
 

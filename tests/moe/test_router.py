@@ -107,7 +107,7 @@ def test_declares_its_roles():
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ({"top_k": 5}, "top_k is 5, but n_experts is 4"),
+        ({"top_k": 5}, "top_k: found 5, expected at most n_experts=4"),
         ({"top_k": 0}, "top_k: found 0"),
         ({"n_experts": -1}, "n_experts: found -1"),
         ({"scoring": "softmax"}, "scoring: found 'softmax'.*'topk-softmax'"),

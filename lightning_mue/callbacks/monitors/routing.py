@@ -14,7 +14,7 @@ from lightning_mue.callbacks.monitors.sampling import SampledMonitor
 from lightning_mue.checks import mismatch
 from lightning_mue.contract import is_router
 from lightning_mue.diagnostics import dead_experts, load_entropy, load_max_fraction, max_violation, router_entropy
-from lightning_mue.moe.balance import warn_of_missing_callbacks
+from lightning_mue.moe.balance_callbacks import warn_of_missing_callbacks
 
 
 class _RouterProbe(Probe):

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_mue.checks import mismatch
-from lightning_mue.moe.balance import warn_of_missing_callbacks
+from lightning_mue.moe.balance_callbacks import warn_of_missing_callbacks
 from lightning_mue.parameterizations import ScalingPlan
 from lightning_mue.sharded import is_sharded
 

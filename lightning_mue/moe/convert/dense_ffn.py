@@ -1,8 +1,8 @@
-"""Reading a dense feed-forward network that somebody else wrote: which tensors are its maps, and what is its activation.
+"""Reads a dense feed-forward network of another library: which tensors are its maps, and which activation it has.
 
 Names differ from library to library, and nothing in a module says which of two maps is the gate. So the linear maps are found
-by structure, every way of putting them together that fits their shapes is tried, and the one that computes what the module
-computes is it. The trial runs on random weights, in float32: the module's own may be zero, in bfloat16, or on meta.
+by structure, every combination that fits their shapes is tried, and the one that computes what the module computes is taken.
+The trial runs on random weights, in float32: the module's own may be zero, in bfloat16, or on meta.
 
 Shape legend: d width, h hidden width, N rows.
 """
@@ -17,11 +17,11 @@ from typing import NamedTuple, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_mue.checks import require_choice
+from lightning_mue.checks import listed, mismatch, require_choice
 from lightning_mue.kernels.activations import ACTIVATIONS
 from lightning_mue.moe.convert.trial import random_tensors, require_module, run
 
-#: Relative error below which two results in float32 are one function. GELU and its tanh form are 2e-4 apart here.
+#: Relative error below which two results in float32 are taken to be equal. GELU and its tanh form differ by 2e-4 here.
 _SAME = 3e-5
 _ALL = slice(None)
 
@@ -37,8 +37,8 @@ class DenseFFN(NamedTuple):
         b_up: [h] or None.
         b_down: [d] or None.
         activation: A key of `ACTIVATIONS`.
-        output_multiplier: Constant factor of the output: the module's own, where it is one of ours.
-        trained: The names of those of the tensors that require a gradient in the module; they themselves are detached.
+        output_multiplier: Constant factor of the output: the module's own, if it is one of ours.
+        trained: Names of the tensors that require a gradient in the module; the tensors here are detached.
     """
 
     w_gate: Tensor | None
@@ -52,7 +52,7 @@ class DenseFFN(NamedTuple):
     output_multiplier: float = 1.0
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Map [..., d] to [..., d]."""
+        """Maps [..., d] to [..., d]."""
         function, up = ACTIVATIONS[self.activation].function, F.linear(x, self.w_up, self.b_up)
         hidden = function(up) if self.w_gate is None else function(F.linear(x, self.w_gate, self.b_gate)) * up
         return self.output_multiplier * F.linear(hidden, self.w_down, self.b_down)
@@ -69,7 +69,7 @@ class LinearMap(NamedTuple):
     inputs: int
 
     def read(self, tensors: Mapping[str, Tensor], rows: slice) -> tuple[Tensor, Tensor | None]:
-        """Weight [out, in] and bias [out] of some of its outputs."""
+        """Weight [rows, in] and bias [rows] of some of its outputs."""
         weight = tensors[self.weight].detach()
         return (weight.T if self.transposed else weight)[rows], None if self.bias is None else tensors[
             self.bias
@@ -80,7 +80,7 @@ class LinearMap(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """One way of putting maps together. `gate_rows`, `up_rows`: which outputs, where one map holds both."""
+    """One combination of maps. `gate_rows`, `up_rows`: the outputs of gate and up, if one map holds both."""
 
     gate: LinearMap | None
     up: LinearMap
@@ -107,16 +107,16 @@ def read_ffn(
     down_name: str | None = None,
     activation: str | None = None,
 ) -> DenseFFN:
-    """Find the maps and the activation of a dense feed-forward network.
+    """Finds the maps and the activation of a dense feed-forward network.
 
     Args:
         module: Any module that maps [..., d] to [..., d] by two linear maps with an activation between them, or by three with
             a gate; or modules that do so one after the other. Linear maps are `nn.Linear`, transformers' `Conv1D` and
             two-dimensional parameters. Dropout inside is left out, and forward hooks are not run. Tied maps are read as two.
-        gate_name: Path of the gate's module or parameter, where it is not to be found by trial; so for the next three.
-        up_name: Path of the map from d to h. Of one map for gate and up, its path.
+        gate_name: Path of the gate's module or parameter; None: found by trial, as are the next three.
+        up_name: Path of the map from d to h, or of the one map for gate and up.
         down_name: Path of the map from h to d.
-        activation: A key of `ACTIVATIONS`. Where this and all names are given, nothing is tried: they are taken to be right
+        activation: A key of `ACTIVATIONS`. If this and all names are given, nothing is tried and they are taken to be right
             (with one map for gate and up, the gate's outputs first).
 
     Returns:
@@ -134,8 +134,8 @@ def read_ffn(
     layouts = _named(_layouts(maps := _linear_maps(whole), names), names, activation)
     if not layouts:
         raise ValueError(_not_found(whole, maps, names, activation))
-    told = activation is not None and up_name is not None and down_name is not None
-    if told and (layouts[0].gate in (None, layouts[0].up) or gate_name is not None):
+    all_given = activation is not None and up_name is not None and down_name is not None
+    if all_given and (layouts[0].gate in (None, layouts[0].up) or gate_name is not None):
         return layouts[0].read(tensors, whole)
     return _matching(whole, layouts, maps).read(tensors, whole)
 
@@ -147,14 +147,14 @@ def _as_one(module: nn.Module | Sequence[nn.Module]) -> nn.Module:
             require_module(f"module[{i}]", part)
         return nn.Sequential(*module)
     if isinstance(module, (list, tuple)):
-        raise ValueError(f"module is an empty {type(module).__name__}, but it must be {expected}.")
+        raise ValueError(mismatch("module", found=f"an empty {type(module).__name__}", expected=expected))
     require_module("module", module, expected)
     whole = cast(nn.Module, module)
     return getattr(whole, "_orig_mod", whole)
 
 
 def _output_multiplier(module: nn.Module, weight: str) -> float:
-    """The product over the modules that hold a weight; only their own attributes, as wrappers show those of what they wrap."""
+    """The product of the multipliers of all modules around a weight; own attributes only, as wrappers pass on inner ones."""
     parts = weight.split(".")[:-1]
     holders = [module.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) + 1)]
     name = "output_multiplier"
@@ -162,7 +162,7 @@ def _output_multiplier(module: nn.Module, weight: str) -> float:
 
 
 def _linear_maps(module: nn.Module) -> list[LinearMap]:
-    """Every two-dimensional parameter as the maps that it may be: of parameters without a module both ways round."""
+    """Every two-dimensional parameter as a linear map; in both orientations if its module does not say which it has."""
     maps = []
     for path, child in module.named_modules(remove_duplicate=False):
         own = dict(child.named_parameters(recurse=False))
@@ -183,7 +183,7 @@ def _linear_maps(module: nn.Module) -> list[LinearMap]:
 
 
 def _layouts(maps: list[LinearMap], names: Mapping[str, str | None]) -> Iterator[_Layout]:
-    """All ways of putting maps together that their shapes allow, and that use every map unless names pick some."""
+    """All combinations of maps that their shapes allow and that use every map, or every map that names pick."""
     picked = {name for name in names.values() if name is not None}
     if names["up"] and names["down"]:
         maps = [m for m in maps if m.path in picked]
@@ -218,7 +218,7 @@ def _named(layouts: Iterator[_Layout], names: Mapping[str, str | None], activati
 
 
 def _matching(module: nn.Module, layouts: list[_Layout], maps: list[LinearMap]) -> _Layout:
-    """The layout that computes what the module does."""
+    """The layout that computes what the module computes."""
     tensors = random_tensors(module)
     errors: list[tuple[float, _Layout]] = []
     results = {d: run(module, tensors, d) for d in {layout.down.outputs for layout in layouts}}
@@ -237,17 +237,16 @@ def _found(module: nn.Module, maps: Sequence[LinearMap]) -> str:
     others = [
         f"{n} ({type(m).__name__})" for n, m in module.named_children() if not any(w.startswith(n) for w in weights)
     ]
-    listed = ", ".join(map(str, weights.values())) or "none"
-    return f"linear maps [out, in]: {listed}; other parts: {', '.join(others) or 'none'}"
+    return f"linear maps [out, in]: {listed(weights.values())}; other parts: {listed(others)}"
 
 
 _EXPECTED = (
-    "expected down(f(up(x))) or down(f(gate(x)) * up(x)), gate and up also as one map, with an activation of "
+    "down(f(up(x))) or down(f(gate(x)) * up(x)), gate and up also as one map, with an activation of "
     f"{', '.join(ACTIVATIONS)}"
 )
 _REMEDY = (
     "Pass the feed-forward part alone, without norm and residual (of a pair of modules: both, as a list); or name the maps "
-    "with up_name=, down_name=, gate_name= and give activation="
+    "with up_name=, down_name=, gate_name= and give activation=."
 )
 
 
@@ -258,19 +257,18 @@ def _not_found(
     if activation:
         given["activation"] = activation
     told = f" (with {', '.join(f'{key}={value!r}' for key, value in given.items())})" if given else ""
-    return (
-        f"module: {type(module).__name__} holds no feed-forward network that can be read{told}. Found {_found(module, maps)}; "
-        f"{_EXPECTED}. {_REMEDY}."
-    )
+    found = f"{type(module).__name__}, in which no feed-forward network can be read{told}; {_found(module, maps)}"
+    return mismatch("module", found=found, expected=_EXPECTED, do=_REMEDY)
 
 
 def _not_the_same(module: nn.Module, maps: Sequence[LinearMap], error: float | None, results: list[object]) -> str:
     returned = [r for r in results if not isinstance(r, Exception)]
     if error is not None:
-        what = f"computes something else than its maps allow (the nearest of all combinations is off by {error:.2g} relative)"
+        what = f"computes something else than its maps allow (the best combination is off by {error:.2g} relative)"
     elif returned:
-        found = list(returned[0].shape) if isinstance(returned[0], Tensor) else type(returned[0]).__name__
-        what = f"does not return a tensor of its input's shape [2, 4, d], but {found}"
+        shape = list(returned[0].shape) if isinstance(returned[0], Tensor) else type(returned[0]).__name__
+        what = f"does not return a tensor of its input's shape [2, 4, d], but {shape}"
     else:
         what = f"cannot be run on an input [2, 4, d] ({type(results[0]).__name__}: {str(results[0])[:200]})"
-    return f"module: {type(module).__name__} {what}. Found {_found(module, maps)}; {_EXPECTED}. {_REMEDY}."
+    found = f"{type(module).__name__}, which {what}; {_found(module, maps)}"
+    return mismatch("module", found=found, expected=_EXPECTED, do=_REMEDY)

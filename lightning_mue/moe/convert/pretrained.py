@@ -1,7 +1,7 @@
-"""From a transformers Mixture-of-Experts block to a `MoELayer` that computes the same.
+"""Makes a layer that computes the same as a Mixture-of-Experts block of transformers.
 
-Read by structure, not by class: Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, DeepSeek-V3 without limited groups, and what is built
-like them, of transformers 4 and 5. What was read is then checked against what the block computes.
+Blocks are read by structure, not by class: Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, DeepSeek-V3 without limited groups, and
+others of the same structure, of transformers 4 and 5. The layer is then compared with the block on a few tokens.
 
 Shape legend: T tokens, d width, E experts.
 """
@@ -14,32 +14,33 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_mue.checks import listed, mismatch
 from lightning_mue.kernels.activations import ACTIVATIONS
+from lightning_mue.moe.base import MoEBase
 from lightning_mue.moe.convert.transformers_state import state_dict_from_transformers
 from lightning_mue.moe.convert.trial import call, places, require_module
-from lightning_mue.moe.convert.upcycling import empty_layer
-from lightning_mue.moe.layer import MoELayer
+from lightning_mue.moe.convert.upcycling import Layer, empty_layer
 from lightning_mue.parameterizations.applying.initial_weights import keep_weights
 
-#: Relative error of a typical token below which two results are one function. In half precision the block's own router,
-#: which computes in it, chooses other experts for some tokens.
+#: Median relative error over tokens below which block and layer are taken to be equal. In half precision the block's router
+#: chooses other experts for some tokens, because it computes in half precision.
 _SAME = {torch.float64: 1e-4, torch.float32: 1e-4}
 _SAME_IN_HALF = 0.05
 
 
 def moe_from_transformers(
-    block: nn.Module, *, verify: bool = True, layer_class: type[MoELayer] = MoELayer, **layer_arguments: Any
-) -> MoELayer:
-    """Make a layer of a block's weights and settings. The block is left as it is and shares no memory with the layer.
+    block: nn.Module, *, verify: bool = True, layer_class: type[Layer], **layer_arguments: Any
+) -> Layer:
+    """Makes a layer of a block's weights and settings. The block is not changed and shares no memory with the layer.
 
     Args:
         block: A block with a router (`gate` or `router`), `experts` with ``gate_up_proj`` and ``down_proj``, stacked or as a
             list of modules, and optionally a shared expert with or without a gate.
         verify: Whether to run block and layer on a few tokens and compare. Without it, or on the meta device, a block that
             does not say whether its gates are normalized over the chosen experts is taken to normalize them.
-        layer_class: `MoELayer` or a subclass with its arguments.
-        **layer_arguments: Further arguments of `MoELayer`, such as ``backend`` or ``balance``. By default `balance` is "bias"
-            where the block has a correction bias and "none" elsewhere: a transformers model adds its auxiliary loss itself.
+        layer_class: The class of the layer: `MoELayer` or a subclass with its arguments.
+        **layer_arguments: Further arguments of `layer_class`, such as ``backend`` or ``balance``. By default `balance` is "bias"
+            if the block has a correction bias, else "none": a transformers model adds its auxiliary loss itself.
 
     Returns:
         A layer of the block's dtype, device, mode and ``requires_grad``.
@@ -50,18 +51,22 @@ def moe_from_transformers(
     """
     require_module("block", block)
     if not is_moe_block(block):
+        parts = listed([name for name, _ in block.named_children()])
         raise ValueError(
-            f"block: {type(block).__name__} is no Mixture-of-Experts block that can be read: expected modules `gate` (or "
-            f"`router`) with a weight [E, d], and `experts`; found {[name for name, _ in block.named_children()] or 'none'}. "
-            "Pass the block itself, e.g. model.model.layers[0].mlp; a dense network goes to MoELayer.from_ffn."
+            mismatch(
+                "block",
+                found=f"{type(block).__name__} with the modules {parts}, no Mixture-of-Experts block that can be read",
+                expected="modules `gate` (or `router`) with a weight [E, d], and `experts`",
+                do="Pass the block itself, e.g. model.model.layers[0].mlp; a dense network goes to MoELayer.from_ffn.",
+            )
         )
-    _refuse_what_differs(block)
+    _refuse_unsupported(block)
     state = state_dict_from_transformers(block.state_dict())
     scorings = _scorings(block, state)
     settings = _settings(block, state)
     layer = empty_layer(layer_class, state["router.weight"], **{**settings, "scoring": scorings[0], **layer_arguments})
     layer.load_state_dict(state, assign=True)
-    _follow(layer, block)
+    _copy_requires_grad(layer, block)
     if verify and not state["router.weight"].is_meta:
         _choose_scoring(block, layer, (layer_arguments["scoring"],) if "scoring" in layer_arguments else scorings)
     layer.train(block.training)
@@ -76,7 +81,7 @@ def is_moe_block(module: nn.Module) -> bool:
     return (
         isinstance(weight, Tensor)
         and weight.ndim == 2
-        and not isinstance(module, MoELayer)
+        and not isinstance(module, MoEBase)
         and "experts" in module._modules
     )
 
@@ -87,7 +92,7 @@ def router_of(block: nn.Module) -> nn.Module | None:
 
 
 def run_block(block: nn.Module, x: Tensor, weights: dict[str, Tensor] | None = None) -> Any:
-    """What a block returns in evaluation, without gradients, autocast and hooks, with some weights exchanged."""
+    """What a block returns in evaluation, without gradients, autocast and hooks, with some weights replaced."""
     exchanged: dict[Tensor, Tensor] = {block.get_parameter(name): tensor for name, tensor in (weights or {}).items()}
     exchanged |= {buffer: buffer.clone() for buffer in block.buffers()}  # a block may change its own
     tensors = {place: exchanged[t] for place, t in places(block).items() if t in exchanged}
@@ -95,7 +100,7 @@ def run_block(block: nn.Module, x: Tensor, weights: dict[str, Tensor] | None = N
 
 
 class _Owner(NamedTuple):
-    """Where settings may stand: on the router, the block or its config, under several names."""
+    """The objects that may hold a setting (router, block, config), which have different names for it."""
 
     places: tuple[object, ...]
 
@@ -112,20 +117,29 @@ def _owner(block: nn.Module) -> _Owner:
     return _Owner((router_of(block), block, getattr(block, "config", None)))
 
 
-def _refuse_what_differs(block: nn.Module) -> None:
+def _refuse_unsupported(block: nn.Module) -> None:
     owner = _owner(block)
     groups, chosen = owner.get("n_group", "num_group", default=1), owner.get("topk_group", default=1)
     if groups > 1 and chosen < groups:
         raise ValueError(
-            f"block: {type(block).__name__} chooses {chosen} of {groups} groups and experts inside them (n_group={groups}, "
-            f"topk_group={chosen}). MoELayer's groups are others: it takes equally many experts from every group. Only blocks "
-            "that choose freely (n_group=1, or topk_group=n_group) can be read."
+            mismatch(
+                "block",
+                found=f"{type(block).__name__}, which chooses {chosen} of {groups} groups and experts inside them "
+                f"(n_group={groups}, topk_group={chosen})",
+                expected="one that chooses freely (n_group=1, or topk_group=n_group)",
+                do="Such a block cannot be read: the groups of a MoELayer all get equally many active experts.",
+            )
         )
     jitter = owner.get("jitter_noise", "input_jitter_noise", "router_jitter_noise", default=0.0)
     if jitter:
         raise ValueError(
-            f"block: {type(block).__name__} multiplies its whole input by noise in training (jitter {jitter}), the experts' too; "
-            "MoELayer only its router's. Set the block's jitter to 0, and pass jitter= if you want the router's."
+            mismatch(
+                "block",
+                found=f"{type(block).__name__}, which multiplies the input of router and experts by noise in training (jitter "
+                f"{jitter})",
+                expected="none: a MoELayer has noise on its router's input only",
+                do="Set the block's jitter to 0, and pass jitter= if you want the router's.",
+            )
         )
 
 
@@ -143,7 +157,12 @@ def _settings(block: nn.Module, state: dict[str, Tensor]) -> dict[str, Any]:
     top_k = owner.get("top_k", "num_experts_per_tok")
     if top_k is None:
         raise ValueError(
-            f"block: {type(block).__name__} does not say how many experts a token gets. Set `block.top_k` to that number."
+            mismatch(
+                "block.top_k",
+                found=f"no such setting of {type(block).__name__}",
+                expected="how many experts a token gets",
+                do="Set it.",
+            )
         )
     shared = state.get("shared.w_up")
     return {
@@ -160,7 +179,7 @@ def _settings(block: nn.Module, state: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _activation(block: nn.Module) -> str:
-    """The one whose function the block's own has: names differ, and several name one function."""
+    """The name of the block's activation, found by its values: libraries have several names for one function."""
     experts = block._modules["experts"]
     places = [experts, *experts.children()] if experts is not None else []
     found = [f for place in places for n in ("act_fn", "activation_fn", "act") if (f := getattr(place, n, None))]
@@ -169,15 +188,15 @@ def _activation(block: nn.Module) -> str:
         for name, activation in ACTIVATIONS.items():
             if activation.gated and torch.allclose(function(z), activation.function(z), rtol=1e-5, atol=1e-6):
                 return name
-    known = ", ".join(name for name, activation in ACTIVATIONS.items() if activation.gated)
+    known = listed([name for name, activation in ACTIVATIONS.items() if activation.gated])
+    what = f"experts with the activation {found[0]}" if found else "experts without an activation that can be read"
     raise ValueError(
-        f"block: the experts of {type(block).__name__} have the activation {found[0] if found else 'nowhere to be found'}; "
-        f"MoELayer's gated ones are {known}."
+        mismatch("block", found=f"{type(block).__name__}: {what}", expected=f"the function of one of {known}")
     )
 
 
-def _follow(layer: MoELayer, block: nn.Module) -> None:
-    """Take over ``requires_grad`` part by part: a part is trained if any of its weights is."""
+def _copy_requires_grad(layer: MoEBase, block: nn.Module) -> None:
+    """Copies ``requires_grad`` part by part: a part is trained if any of the block's weights in it is."""
     shared = [c for n, c in block.named_children() if n in ("shared_expert", "shared_experts", "shared_mlp")]
     pairs: list[tuple[nn.Module | None, nn.Module | None]] = [
         (layer.router, router_of(block)),
@@ -190,12 +209,12 @@ def _follow(layer: MoELayer, block: nn.Module) -> None:
             ours.requires_grad_(any(p.requires_grad for p in theirs.parameters()))
 
 
-def _choose_scoring(block: nn.Module, layer: MoELayer, scorings: tuple[str, ...]) -> None:
-    """Set the scoring with which the layer computes what the block does."""
+def _choose_scoring(block: nn.Module, layer: MoEBase, scorings: tuple[str, ...]) -> None:
+    """Sets the scoring with which the layer computes the same as the block."""
     weight = layer.router.weight
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 64, layer.width, generator=generator).to(weight)
-    # A router of its own for both: a fresh one may be zero, and then ties decide.
+    # The same random router for both: the block's own may be zero, and then all scores tie.
     rows = (torch.randn(weight.shape, generator=generator) / math.sqrt(layer.width)).to(weight)
     name = "gate.weight" if "gate" in block._modules else "router.weight"
     result = run_block(block, x, {name: rows})
@@ -209,12 +228,17 @@ def _choose_scoring(block: nn.Module, layer: MoELayer, scorings: tuple[str, ...]
             _reset(layer, scoring)
             return
     raise ValueError(
-        f"block: {type(block).__name__} computes something else than a MoELayer with its weights: a typical token is off by "
-        f"{min(errors):.2g} relative (scoring {' or '.join(scorings)}, {layer.experts.activation}, route_scale "
-        f"{layer.route_scale:g}). It cannot be read; verify=False skips this check."
+        mismatch(
+            "block",
+            found=f"{type(block).__name__}, which computes something else than a MoELayer with its weights: a typical token is "
+            f"off by {min(errors):.2g} relative (scoring {' or '.join(scorings)}, {layer.experts.activation}, route_scale "
+            f"{layer.route_scale:g})",
+            expected="the same outputs",
+            do="The block cannot be read; verify=False skips this check.",
+        )
     )
 
 
-def _reset(layer: MoELayer, scoring: str) -> None:
+def _reset(layer: Any, scoring: str) -> None:
     layer.hparams["scoring"] = scoring
     layer.last_routing, layer.aux_loss = None, torch.zeros((), device=layer.router.weight.device)

@@ -1,4 +1,4 @@
-"""Exchanging the Mixture-of-Experts blocks of a transformers model for `MoELayer`, and getting its weights back out.
+"""Replaces the Mixture-of-Experts blocks of a transformers model, and exports its weights in their original names.
 
 Shape legend: T tokens, d width, E experts.
 """
@@ -9,18 +9,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_mue.checks import mismatch
+from lightning_mue.moe.base import MoEBase
 from lightning_mue.moe.convert.pretrained import is_moe_block, moe_from_transformers, router_of, run_block
 from lightning_mue.moe.convert.transformers_state import state_dict_to_transformers
 from lightning_mue.moe.convert.trial import require_module
-from lightning_mue.moe.layer import MoELayer
 from lightning_mue.moe.router import RoutingInfo
 
 
 class TransformersMoE(nn.Module):
-    """A `MoELayer` in the place of a transformers block: it returns what the block did, and shows its router's logits.
+    """An MoE layer in the place of a transformers block: it returns the same, and gives transformers its router's logits.
 
     transformers reads logits either from what the block returns (older versions), or by a hook on modules of the router's
-    class. So a router without weights stays, and hands out our router's logits, with their graph.
+    class. So a router without weights is kept, and returns our router's logits, with their graph.
 
     Args:
         moe: The layer.
@@ -30,7 +31,7 @@ class TransformersMoE(nn.Module):
         moe: The layer.
     """
 
-    def __init__(self, moe: MoELayer, block: nn.Module) -> None:
+    def __init__(self, moe: MoEBase, block: nn.Module) -> None:
         super().__init__()
         self.moe = moe
         weight = moe.router.weight
@@ -46,7 +47,7 @@ class TransformersMoE(nn.Module):
         moe.router.register_forward_hook(self._show)
 
     def forward(self, hidden_states: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """Map [B, S, d] to [B, S, d], with the logits [T, E] beside it if the block returned them."""
+        """Maps [B, S, d] to [B, S, d]; returns the logits [T, E] too if the block did."""
         y: Tensor = self.moe(hidden_states)
         logits_TE, self._logits_TE = self._logits_TE, None
         return (y, logits_TE) if self.returns_logits and logits_TE is not None else y
@@ -63,7 +64,7 @@ def _hand_out(routing: RoutingInfo) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _recorder(router: nn.Module | None) -> nn.Module | None:
-    """A module of the router's class and with its hooks, but without weights, that returns what a router does."""
+    """A module of the router's class with its hooks, but without weights, that returns what transformers' router does."""
     if router is None or type(router) is nn.Linear:
         return None
     recorder: nn.Module = type(router).__new__(type(router))
@@ -73,50 +74,53 @@ def _recorder(router: nn.Module | None) -> nn.Module | None:
     return recorder
 
 
-def replace_moe_blocks(model: nn.Module, **layer_arguments: Any) -> list[str]:
-    """Exchange every Mixture-of-Experts block of a model for a `MoELayer` of equal output, in place, one after the other.
+def replace_moe_blocks(model: nn.Module, *, layer_class: type[MoEBase], **layer_arguments: Any) -> list[str]:
+    """Replaces every Mixture-of-Experts block of a model by a layer of equal output, in place.
 
     The model runs, trains and generates as before, and ``output_router_logits=True`` gives the logits and the auxiliary loss.
-    Its state dict then has our names: `transformers_state_dict` gives it in transformers'. Optimizers have to be made afterwards.
+    Its state dict then has our names; `transformers_state_dict` gives it in transformers'. Make optimizers afterwards.
 
     Args:
         model: A transformers model, or any module that holds such blocks.
+        layer_class: As for `moe_from_transformers`.
         **layer_arguments: As for `moe_from_transformers`.
 
     Returns:
-        Where the blocks were, e.g. ``["model.layers.0.mlp"]``.
+        The names of the blocks, e.g. ``["model.layers.0.mlp"]``.
 
     Raises:
         TypeError: `model` is no module.
-        ValueError: There is none, or one cannot be read; those before it are exchanged then, and the model runs as before.
+        ValueError: The model has no such block, or one cannot be read; those before it are replaced by then.
     """
     require_module("model", model)
-    places: dict[int, list[str]] = {}  # names, not modules: a block's memory is free as soon as it is exchanged
+    places: dict[int, list[str]] = {}  # names, not modules, so that a replaced block's memory is freed
     for name, module in model.named_modules(remove_duplicate=False):
         if is_moe_block(module):
             places.setdefault(id(module), []).append(name)
     if not places:
         raise ValueError(
-            f"model: {type(model).__name__} holds no Mixture-of-Experts block (a module with `experts` beside a `gate` or "
-            "`router`). Dense feed-forward networks become one by MoELayer.from_ffn."
+            mismatch(
+                "model",
+                found=f"{type(model).__name__}, which holds no Mixture-of-Experts block",
+                expected="a module with `experts` beside a `gate` or `router`",
+                do="For dense feed-forward networks use MoELayer.from_ffn.",
+            )
         )
     for names in places.values():
         if "" in names:
-            raise ValueError(
-                f"model: {type(model).__name__} is itself a block. Use MoELayer.from_pretrained_block(model)."
-            )
-        adapter = _adapt(model.get_submodule(names[0]), layer_arguments)
+            found, do = f"{type(model).__name__}, which is itself a block", "Use MoELayer.from_pretrained_block(model)."
+            raise ValueError(mismatch("model", found=found, expected="a model that holds blocks", do=do))
+        block = model.get_submodule(names[0])
+        layer = moe_from_transformers(block, layer_class=layer_class, **layer_arguments)
+        adapter = TransformersMoE(layer, block).train(block.training)
+        del block
         for name in names:
             model.set_submodule(name, adapter)
     return [name for names in places.values() for name in names]
 
 
-def _adapt(block: nn.Module, layer_arguments: dict[str, Any]) -> TransformersMoE:
-    return TransformersMoE(moe_from_transformers(block, **layer_arguments), block).train(block.training)
-
-
 def transformers_state_dict(model: nn.Module, layout: str = "stacked") -> dict[str, Tensor]:
-    """The state dict of a model after `replace_moe_blocks`, in the names that it had before.
+    """The state dict of a model after `replace_moe_blocks`, with the names that it had before.
 
     ``fresh.load_state_dict(transformers_state_dict(model))`` puts it into a model of the same config, which can then be saved
     with ``save_pretrained``.

@@ -1,4 +1,4 @@
-"""Names and layouts of an MoE block's weights in transformers, and ours.
+"""Converts an MoE block's state dict between the names and layouts of transformers and ours.
 
 | here                        | "stacked"                      | "qwen"                       | "mixtral"            |
 |-----------------------------|--------------------------------|------------------------------|----------------------|
@@ -24,10 +24,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lightning_mue.checks import require_choice
+from lightning_mue.checks import listed, mismatch, require_choice
 
 LAYOUTS = ("stacked", "qwen", "mixtral")
-#: Of a layout with a module an expert: our name -> theirs.
+#: Layouts with one module per expert: our name -> theirs.
 _SEPARATE = {
     "qwen": {"w_gate": "gate_proj", "w_up": "up_proj", "w_down": "down_proj"},
     "mixtral": {"w_gate": "w1", "w_up": "w3", "w_down": "w2"},
@@ -94,7 +94,7 @@ def state_dict_to_transformers(
 ) -> dict[str, Tensor]:
     """The state dict of a transformers block from that of a `MoELayer`.
 
-    What is no weight (scoring, route scale, groups) has to be in the block's config.
+    Settings that are not weights (scoring, route scale, groups) must be in the block's config.
 
     Args:
         state: A layer's state dict.
@@ -105,19 +105,18 @@ def state_dict_to_transformers(
         correction_name: What the block calls it; None: ``gate.e_score_correction_bias``, with the router's name.
 
     Returns:
-        New tensors, or the layer's own where nothing is to be joined.
+        Names and tensors: the layer's own, or new ones where weights are concatenated.
 
     Raises:
         ValueError: The layout is unknown, or the experts have no gate or have biases, which no such block has.
     """
     require_choice("layout", layout, LAYOUTS)
-    strange = [name for name in state if name not in _EXPORTED]
+    unknown = [name for name in state if name not in _EXPORTED]
     missing = [name for name in ("router.weight", *_STACKS) if name not in state]
-    if strange or missing:
-        raise ValueError(
-            f"state: transformers' blocks have gated experts without biases, but this layer has {strange} and lacks {missing}. "
-            "Only such layers can be exported."
-        )
+    if unknown or missing:
+        found = f"the unknown weights {listed(unknown)}; missing weights: {listed(missing)}"
+        expected = "a layer of gated experts without biases, as transformers' blocks have"
+        raise ValueError(mismatch("state", found=found, expected=expected, do="Only such layers can be exported."))
     gate, up, down = (state[name] for name in _STACKS)
     theirs = {f"{router}.weight": state["router.weight"]}
     bias = state.get("router.balance_bias")
@@ -149,8 +148,12 @@ def _halves(gate_up: Tensor, down: Tensor | None) -> tuple[Tensor, Tensor]:
     if gate_up.ndim != 3 or down is None or down.shape != (len(gate_up), gate_up.shape[2], gate_up.shape[1] // 2):
         found = "nothing" if down is None else list(down.shape)
         raise ValueError(
-            f"experts.gate_up_proj has shape {list(gate_up.shape)} and experts.down_proj {found}; expected [E, 2h, d] and "
-            "[E, d, h]. Transposed and interleaved experts (Llama 4, GPT-OSS) cannot be read."
+            mismatch(
+                "experts.gate_up_proj and experts.down_proj",
+                found=f"shapes {list(gate_up.shape)} and {found}",
+                expected="[E, 2h, d] and [E, d, h]",
+                do="Transposed and interleaved experts (Llama 4, GPT-OSS) cannot be read.",
+            )
         )
     gate, up = gate_up.chunk(2, dim=1)
     return gate, up
@@ -161,7 +164,11 @@ def _check(ours: Mapping[str, Tensor], block: Mapping[str, Tensor], unknown: lis
     sizes = {ours[name].shape[0] for name in ("router.weight", *_STACKS) if name in ours}
     if unknown or missing or len(sizes) != 1:
         raise ValueError(
-            f"state: expected the weights of one MoE block of gated experts without biases under prefix={prefix!r}. Found "
-            f"{len(block)} names; not understood: {unknown[:6]}; missing: {missing}; numbers of experts: {sorted(sizes)}. Pass "
-            "a block's own state dict, or the prefix of its names up to the last dot, the dot included."
+            mismatch(
+                "state",
+                found=f"{len(block)} names under prefix={prefix!r}; unknown: {listed(unknown, limit=6)}; missing: "
+                f"{listed(missing)}; numbers of experts: {sorted(sizes)}",
+                expected="the weights of one MoE block of gated experts without biases",
+                do="Pass a block's own state dict, or the prefix of its names up to the last dot, the dot included.",
+            )
         )

@@ -1,4 +1,4 @@
-"""Running a module that somebody else wrote, to see what it computes, without leaving a trace in it.
+"""Runs a module of another library to see what it computes, and leaves the module unchanged.
 
 Shape legend: d width.
 """
@@ -14,22 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_mue.checks import mismatch
 from lightning_mue.moe import autocast
 
 
 def require_module(name: str, value: object, expected: str = "a torch.nn.Module") -> None:
-    """Raise unless a value is a module.
+    """Raises unless a value is a module.
 
     Raises:
         TypeError: It is not; the message names the argument and its type.
     """
     if not isinstance(value, nn.Module):
-        found = f"the class {value.__name__}" if isinstance(value, type) else f"of type {type(value).__name__}"
-        raise TypeError(f"{name} is {found}, but it must be {expected}. Pass the module itself.")
+        found = f"the class {value.__name__}" if isinstance(value, type) else f"a value of type {type(value).__name__}"
+        raise TypeError(mismatch(name, found=found, expected=expected, do="Pass the module itself."))
 
 
 def places(module: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer at every place that holds it, a module with two paths once."""
+    """Every parameter and buffer under every name that it has; a module with two paths is listed once."""
     found = {}
     for path, child in module.named_modules():
         for name, tensor in [*child._parameters.items(), *child._buffers.items()]:
@@ -39,16 +40,16 @@ def places(module: nn.Module) -> dict[str, Tensor]:
 
 
 def call(module: nn.Module, tensors: Mapping[str, Tensor], x: Tensor) -> Any:
-    """What the module returns in evaluation with the tensors in some of its `places`.
+    """What the module returns in evaluation with other tensors at some of its `places`.
 
-    All places of a tied tensor have to be given: functional_call's own tying leaves a module that has two paths changed.
+    Give all places of a tied tensor: functional_call's own tying leaves a module that has two paths changed.
     """
     with evaluation(module, x.device):
         return torch.func.functional_call(module, dict(tensors), (x,), tie_weights=False)
 
 
 def random_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Weights that drive an activation over its whole range, and biases of size 1, in float32 on the CPU.
+    """Random weights large enough to use an activation's whole range, and biases of size 1, in float32 on the CPU.
 
     Tied parameters have one tensor under all their names. Buffers are copies: a module may change its own.
     """
@@ -73,7 +74,7 @@ def evaluation(module: nn.Module, device: torch.device) -> Iterator[None]:
     before = [(m, m.training, m._forward_pre_hooks, m._forward_hooks) for m in module.modules()]
     try:
         module.eval()
-        for child, *_ in before:  # what a hook counts or records is not to see the trial
+        for child, *_ in before:  # hooks that count or record must not see the trial
             child._forward_pre_hooks, child._forward_hooks = OrderedDict(), OrderedDict()
         with torch.no_grad(), autocast.disabled(device.type):
             yield
@@ -83,7 +84,7 @@ def evaluation(module: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def run(module: nn.Module, tensors: Mapping[str, Tensor], width: int) -> tuple[Tensor, object]:
-    """An input [2, 4, d] and what the module makes of it, or the exception that it raised."""
+    """An input [2, 4, d] and the module's output for it, or the exception that it raised."""
     x = torch.randn(2, 4, width, generator=torch.Generator().manual_seed(1))
     own = next((p.device for p in module.parameters() if not p.is_meta), x.device)
     result: object = None
@@ -91,7 +92,7 @@ def run(module: nn.Module, tensors: Mapping[str, Tensor], width: int) -> tuple[T
         moved = {name: tensors[name].to(device) for name in places(module)}
         try:
             result = call(module, moved, x.to(device))
-        except Exception as error:  # whatever a foreign module raises is what the message has to say
+        except Exception as error:  # a foreign module may raise anything; the caller's message quotes it
             result = error
         else:
             return x, result.cpu() if isinstance(result, Tensor) else result

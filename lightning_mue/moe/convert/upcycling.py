@@ -1,4 +1,4 @@
-"""From a trained dense feed-forward network to a Mixture-of-Experts layer that starts where it stands.
+"""Upcycling: from a trained dense feed-forward network to an MoE layer that computes the same or nearly the same.
 
 Sparse upcycling: arXiv:2212.05055. Fine-grained experts: arXiv:2401.06066. Routers tied over the parts of a split network
 ("virtual groups"): arXiv:2410.07524. Redrawn units: arXiv:2502.19261.
@@ -12,19 +12,20 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lightning_mue.checks import require_choice, require_positive
+from lightning_mue.checks import listed, mismatch, require_choice, require_number, require_positive
+from lightning_mue.moe.base import MoEBase
 from lightning_mue.moe.convert.dense_ffn import DenseFFN, read_ffn
 from lightning_mue.moe.convert.filling import Cut, add_noise, draw_router, fill_experts, permutation, redraw_units
-from lightning_mue.moe.layer import MoELayer
 from lightning_mue.parameterizations.applying.initial_weights import keep_weights
 
 HOWS = ("copy", "split", "noise", "drop")
 _log = logging.getLogger(__name__)
+Layer = TypeVar("Layer", bound=MoEBase)
 
 
 def moe_from_ffn(
@@ -44,49 +45,48 @@ def moe_from_ffn(
     up_name: str | None = None,
     down_name: str | None = None,
     activation: str | None = None,
-    layer_class: type[MoELayer] = MoELayer,
+    layer_class: type[Layer],
     **layer_arguments: Any,
-) -> MoELayer:
-    """Make a layer out of a dense feed-forward network. The network is left as it is and shares no memory with the layer.
+) -> Layer:
+    """Makes a layer out of a dense feed-forward network. The network is not changed and shares no memory with the layer.
 
     | how     | an expert is                                            | the layer's output at first                   |
     |---------|---------------------------------------------------------|-----------------------------------------------|
     | "copy"  | the whole network                                       | the network's                                 |
     | "split" | one of P parts of the hidden units, each part r times   | the network's if P divides K, else on average |
-    | "noise" | the whole network, with normal noise on each matrix     | near the network's                            |
-    | "drop"  | the whole network, a fraction of its units drawn anew   | near the network's                            |
+    | "noise" | the whole network, with normal noise on each matrix     | close to the network's                        |
+    | "drop"  | the whole network, a fraction of its units drawn anew   | close to the network's                        |
 
     This holds where the gates of a token's experts sum to a constant, that is for the scorings "topk-softmax" and
-    "sigmoid-normalized" with ``gate="linear"``, or "softmax-topk" with every expert active. Otherwise the scale is such that
-    it holds for equal gates (the limit of a small `router_init_std`), and a warning says so. With ``gate="sqrt"`` that is
-    more than is kept later: copies that have grown apart keep their norm, not their mean, and the output shrinks by up to
-    sqrt(K).
+    "sigmoid-normalized" with ``gate="linear"``, or "softmax-topk" with every expert active. Otherwise the scale is chosen so
+    that it holds for equal gates (the limit of a small `router_init_std`), and a warning says so. With ``gate="sqrt"`` it
+    does not last: once the experts' outputs are independent, the gates keep the RMS of their sum, not their mean, and the
+    output shrinks by up to sqrt(K).
 
     For "split", if P divides K, the router starts with the same rows for every part, so that each token's experts hold every
-    part equally often. A split network can also leave its first `shared_width` units to the shared expert, and its output
-    bias with them.
+    part equally often. With `shared_width` the shared expert gets the network's first units and its output bias.
 
     Args:
         module: As for `read_ffn`: ours, transformers' (Llama, Mistral, Qwen, Gemma, Phi-3, GPT-2, T5 and others),
-            ``nn.Sequential(Linear, GELU, Linear)``, a list of modules that are applied one after the other.
+            ``nn.Sequential(Linear, GELU, Linear)``, or a list of modules that are applied one after the other.
         n_experts: E.
         top_k: K.
         how: See above.
         expert_width: For "split" the size e of a part, so that P = h / e and r = E / P; None: P = E. Else h.
         shuffle: For "split", whether parts are random hidden units instead of neighbouring ones.
         noise_std: For "noise": its standard deviation over that of the matrix. None: 0.05.
-        drop_fraction: For "drop": how many of each expert's units are drawn anew, normal with each matrix's mean and standard
-            deviation. None: 0.5.
+        drop_fraction: For "drop": the fraction of each expert's units that is drawn anew, normal with each matrix's mean and
+            standard deviation. None: 0.5.
         router_init_std: Standard deviation of the router's initial weight; None: the layer's ``init_std``.
-        route_scale: None: what makes the above true. If given, the layer has it, and the experts' `w_down` (and `b_down`) are
-            multiplied by what is then missing; so a scale that a parameterization is going to set can be allowed for.
+        route_scale: None: the scale for which the above holds. A given scale is compensated for in the experts' `w_down` (and
+            `b_down`), so that a scale which a parameterization will set can be allowed for.
         generator: For all draws; None: the global one.
         gate_name: As for `read_ffn`, as are the next three.
         up_name: See there.
         down_name: See there.
         activation: See there.
-        layer_class: `MoELayer` or a subclass with its arguments.
-        **layer_arguments: Further arguments of `MoELayer`. Its `width` is the network's.
+        layer_class: The class of the layer: `MoELayer` or a subclass with its arguments.
+        **layer_arguments: Further arguments of `layer_class`. Its `width` is the network's.
 
     Returns:
         A layer of the network's dtype, device, mode and ``requires_grad`` (of each map; the router is always trained).
@@ -101,11 +101,10 @@ def moe_from_ffn(
     require_positive(
         n_experts=n_experts, top_k=top_k, **{name: size for name, size in sizes.items() if size is not None}
     )
-    _refuse_arguments(how, ffn, layer_arguments, shuffle=shuffle, noise_std=noise_std, drop_fraction=drop_fraction)
+    _refuse_unsupported(how, ffn, layer_arguments, shuffle=shuffle, noise_std=noise_std, drop_fraction=drop_fraction)
     if route_scale is not None and not 0 < abs(route_scale) < math.inf:
-        raise ValueError(
-            f"route_scale is {route_scale}, but the experts' weights are divided by it. Give another number than 0."
-        )
+        expected = "a finite number other than 0: the experts' weights are divided by it"
+        raise ValueError(mismatch("route_scale", found=route_scale, expected=expected))
     shared_width = layer_arguments.get("shared_width", 0)
     cut = _cut(ffn, how, n_experts, expert_width, shared_width, permutation(ffn, generator) if shuffle else None)
     needed = _needed_scale(cut.parts, n_experts, top_k, layer_arguments)
@@ -136,46 +135,52 @@ def moe_from_ffn(
     return layer
 
 
-def empty_layer(layer_class: type[MoELayer], like: Tensor, **arguments: Any) -> MoELayer:
-    """A layer of a tensor's dtype and device whose weights nobody has drawn: at the sizes of real models that takes seconds."""
+def empty_layer(layer_class: type[Layer], like: Tensor, **arguments: Any) -> Layer:
+    """Makes a layer of a tensor's dtype and device without drawing its weights, which takes seconds for large models."""
     with torch.device("meta"):
         layer = layer_class(**arguments)
     layer = layer.to(like.dtype).to_empty(device=like.device)
     for module in layer.modules():
         for name, value in vars(module).items():
-            if isinstance(value, Tensor) and value.is_meta:  # a plain attribute, which to_empty does not know
+            if isinstance(value, Tensor) and value.is_meta:  # a plain attribute, which to_empty leaves on meta
                 setattr(module, name, torch.zeros_like(value, device=like.device))
     nn.init.zeros_(layer.router.balance_bias)
     return layer
 
 
-def _refuse_arguments(how: str, ffn: DenseFFN, layer_arguments: dict[str, Any], **own: Any) -> None:
+def _refuse_unsupported(how: str, ffn: DenseFFN, layer_arguments: dict[str, Any], **own: Any) -> None:
     belongs = {"shuffle": "split", "noise_std": "noise", "drop_fraction": "drop"}
     for name, value in own.items():
         if value not in (None, False) and belongs[name] != how:
-            raise ValueError(
-                f"{name} is {value}, but how is {how!r}: it belongs to how={belongs[name]!r}. Leave it out."
-            )
-    if "width" in layer_arguments:
-        raise ValueError(
-            f"width is {layer_arguments['width']}, but the layer's is the network's, {ffn.w_up.shape[1]}. Leave it out."
-        )
-    noise_std, drop_fraction = own["noise_std"], own["drop_fraction"]
-    if noise_std is not None and not 0 < noise_std < math.inf:
-        raise ValueError(f"noise_std is {noise_std}, but it must be positive: copies without noise are how='copy'.")
-    if drop_fraction is not None and not 0 < drop_fraction <= 1:
-        raise ValueError(f"drop_fraction is {drop_fraction}, but it must be above 0 and at most 1.")
-    if layer_arguments.get("shared_gate"):
-        raise ValueError(
-            "shared_gate is true, but a network split over experts has no such gate to start from. Leave it out."
-        )
-    if layer_arguments.get("shared_width") and how != "split":
-        raise ValueError(
-            f"shared_width is {layer_arguments['shared_width']}, but with how={how!r} the active experts are the whole network "
-            "already, and nothing is left for a shared one. Use how='split'."
-        )
-    if layer_arguments.get("bias") is False and any(b is not None for b in (ffn.b_gate, ffn.b_up, ffn.b_down)):
-        raise ValueError("bias is false, but the network has biases, which would be lost. Leave it out.")
+            expected = f"it with how={belongs[name]!r} only, not with how={how!r}"
+            raise ValueError(mismatch(name, found=value, expected=expected, do="Leave it out."))
+    if own["noise_std"] is not None:
+        require_number("noise_std", own["noise_std"], above=0, do="Without noise, experts are how='copy'.")
+    if own["drop_fraction"] is not None and not 0 < own["drop_fraction"] <= 1:
+        raise ValueError(mismatch("drop_fraction", found=own["drop_fraction"], expected="a number in (0, 1]"))
+    shared_width, width = layer_arguments.get("shared_width"), layer_arguments.get("width")
+    has_bias = any(b is not None for b in (ffn.b_gate, ffn.b_up, ffn.b_down))
+    refused = {
+        "width": (width is not None, f"none: it is the network's, {ffn.w_up.shape[1]}", "Leave it out."),
+        "shared_gate": (
+            bool(layer_arguments.get("shared_gate")),
+            "False: a network split over experts has no such gate to start from",
+            "Leave it out.",
+        ),
+        "shared_width": (
+            bool(shared_width) and how != "split",
+            f"0 with how={how!r}: the active experts are the whole network already, and nothing is left for a shared one",
+            "Use how='split'.",
+        ),
+        "bias": (
+            layer_arguments.get("bias") is False and has_bias,
+            "True: the network has biases, which would be lost",
+            "Leave it out.",
+        ),
+    }
+    for name, (refuse, expected, do) in refused.items():
+        if refuse:
+            raise ValueError(mismatch(name, found=layer_arguments[name], expected=expected, do=do))
 
 
 def _cut(ffn: DenseFFN, how: str, n_experts: int, width: int | None, shared_width: int, order: Tensor | None) -> Cut:
@@ -183,10 +188,9 @@ def _cut(ffn: DenseFFN, how: str, n_experts: int, width: int | None, shared_widt
     order = torch.arange(h) if order is None else order
     if how != "split":
         if width not in (None, h):
-            raise ValueError(
-                f"expert_width is {width}, but how={how!r} makes experts of the network's own hidden width {h}. Leave it out, "
-                "or use how='split'."
-            )
+            expected = f"the network's own hidden width {h} with how={how!r}"
+            do = "Leave it out, or use how='split'."
+            raise ValueError(mismatch("expert_width", found=width, expected=expected, do=do))
         return Cut(order[None], order[:0])
     routed = h - shared_width
     parts = n_experts if width is None else (routed // width if routed % width == 0 else 0)
@@ -194,18 +198,19 @@ def _cut(ffn: DenseFFN, how: str, n_experts: int, width: int | None, shared_widt
         fitting = [
             routed // p for p in range(1, n_experts + 1) if routed > 0 and n_experts % p == 0 and routed % p == 0
         ]
-        raise ValueError(
-            f"expert_width is {width}, but how='split' cuts the network's {h} hidden units (less shared_width={shared_width}) "
-            f"into parts of this size, and their number must divide n_experts={n_experts}. "
-            f"It may be {', '.join(map(str, fitting)) or 'nothing with this shared_width'}."
+        expected = (
+            f"a size of parts into which how='split' can cut the network's {h} hidden units (less shared_width={shared_width}), "
+            f"with a number of parts that divides n_experts={n_experts}"
         )
+        do = f"It may be {listed(fitting, 'nothing with this shared_width')}."
+        raise ValueError(mismatch("expert_width", found=width, expected=expected, do=do))
     return Cut(order[shared_width:].view(parts, -1), order[:shared_width])
 
 
 def _needed_scale(parts: int, n_experts: int, top_k: int, layer_arguments: dict[str, Any]) -> float:
-    """The route scale that keeps the output where all gates of a token are equal: P / (K gate).
+    """The route scale that keeps the network's output if all gates of a token are equal: P / (K gate).
 
-    The experts of a token hold K / P times the network (on average, if P does not divide K), each times its gate.
+    The experts of a token hold the network K / P times (on average, if P does not divide K), each times its gate.
     """
     gates = {"softmax-topk": 1 / n_experts, "sigmoid": 0.5}
     gate = gates.get(layer_arguments.get("scoring", "topk-softmax"), 1 / top_k)
@@ -215,7 +220,7 @@ def _needed_scale(parts: int, n_experts: int, top_k: int, layer_arguments: dict[
     return parts / (top_k * math.sqrt(gate)) * (math.sqrt(2) if layer_arguments.get("shared_width") else 1.0)
 
 
-def _finish(layer: MoELayer, module: nn.Module | Sequence[nn.Module], ffn: DenseFFN) -> None:
+def _finish(layer: MoEBase, module: nn.Module | Sequence[nn.Module], ffn: DenseFFN) -> None:
     first = module if isinstance(module, nn.Module) else module[0]
     layer.output_multiplier = ffn.output_multiplier
     layer.train(first.training)
@@ -226,8 +231,8 @@ def _finish(layer: MoELayer, module: nn.Module | Sequence[nn.Module], ffn: Dense
     keep_weights(layer)
 
 
-def _why_not_equal(layer: MoELayer, cut: Cut) -> str | None:
-    """What keeps the output from being the network's whatever the gates are, or None."""
+def _why_not_equal(layer: MoEBase, cut: Cut) -> str | None:
+    """Why the layer's output differs from the network's for some gates, or None if it does for none."""
     router, k = layer.router, layer.top_k
     normalized = router.scoring in ("topk-softmax", "sigmoid-normalized")
     constant = normalized or (router.scoring == "softmax-topk" and k == layer.n_experts)

@@ -1,4 +1,4 @@
-"""Expert parallelism: every rank holds some of the experts, and the tokens travel to them.
+"""Expert parallelism: every rank holds some of the experts, and tokens are sent to the ranks of their experts.
 
     route -> sort by expert -> counts -> rows and gates to the experts' ranks -> grouped_ffn -> rows back -> sum per token
 
@@ -17,23 +17,22 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_mue.checks import require_choice
+from lightning_mue.checks import mismatch, require_choice
 from lightning_mue.kernels.combine.op import combine_rows
 from lightning_mue.kernels.dispatch.op import DispatchPlan, count_by_expert, plan_dispatch
 from lightning_mue.moe import autocast
 from lightning_mue.moe.experts import Experts
 from lightning_mue.moe.parallel.exchange import (
+    ExchangeCounts,
     Flight,
     Slice,
-    Splits,
-    Traffic,
-    communication_bytes,
     exchange_counts,
     gather_rows,
     join_slices,
     take_slice,
 )
-from lightning_mue.moe.parallel.mesh import check_experts, check_mesh, check_replicas, fingerprint, shard
+from lightning_mue.moe.parallel.mesh import check_experts, check_mesh, shard
+from lightning_mue.moe.parallel.replicas import check_replicas, fingerprint
 from lightning_mue.moe.router import RoutingInfo
 from lightning_mue.sharded import cutting_dims, local
 
@@ -45,10 +44,10 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def parallelize_experts(module: Module, mesh: DeviceMesh, *, tokens: str = "replicated") -> Module:
-    """Share the experts of every MoE layer out over the ranks of a mesh, in place.
+    """Shards the experts of every MoE layer over the ranks of a mesh, in place.
 
     Each expert weight [E, ...] becomes a DTensor, ``Shard(0)`` over `mesh`: rank r keeps experts ``r E/P`` to
-    ``(r+1) E/P``, and its optimizer state only for these. Everything else stays as it is. Call it before `fully_shard`
+    ``(r+1) E/P``, and optimizer state for these only. All other parameters stay as they are. Call it before `fully_shard`
     and before the optimizer is made; in Lightning in ``configure_model``, under `ModelParallelStrategy`::
 
         def configure_model(self):
@@ -56,18 +55,18 @@ def parallelize_experts(module: Module, mesh: DeviceMesh, *, tokens: str = "repl
             if self.device_mesh["data_parallel"].size() > 1:
                 fully_shard(self.transformer, mesh=self.device_mesh["data_parallel"])
 
-    Parameters may be real (all ranks must have drawn the same: seed them alike) or on the meta device. No communication
-    takes place. A second call with the same mesh and mode changes nothing.
+    Parameters may be real (all ranks must have drawn the same values, from one seed) or on the meta device. No
+    communication takes place. A second call with the same mesh and mode changes nothing.
 
     Args:
-        module: A model, an `MoELayer` or an `Experts`. In a dense model there is nothing to do (the base of a
-            parameterization may be one).
-        mesh: One dimension, of P ranks. With P = 1 nothing travels.
-        tokens: "replicated": all ranks of the mesh run on the same tokens, as in Lightning's tensor-parallel dimension. Each
-            sends its slice of the tokens to the experts and all gather the outputs. Values and gradients of everything
-            are on every rank those of one process.
+        module: A model, an `MoELayer` or an `Experts`. A dense model is left as it is (the base of a parameterization may be
+            dense).
+        mesh: One dimension, of P ranks. With P = 1 nothing is communicated.
+        tokens: "replicated": all ranks of the mesh have the same tokens, as in Lightning's tensor-parallel dimension. Each
+            sends its slice of the tokens to the experts, and the outputs are gathered. All values and gradients are on
+            every rank those of one process.
             "split": each rank has tokens of its own; the mesh is (part of) the data-parallel ranks. Gradients of the
-            experts are divided by P, so that they are a mean over ranks, as data parallelism makes of all the others.
+            experts are divided by P, so that they are a mean over ranks, as data parallelism makes all other gradients.
 
     Returns:
         `module`.
@@ -94,29 +93,34 @@ def parallelize_experts(module: Module, mesh: DeviceMesh, *, tokens: str = "repl
 
 @dataclass(frozen=True)
 class ExpertParallel:
-    """How the experts of a layer are shared out, and the forward pass over them: `Experts.parallel`.
+    """The dispatcher of experts that are sharded over a mesh: `Experts.parallel`.
 
     Attributes:
-        mesh: The ranks that share the experts, in one dimension.
+        mesh: The ranks over which the experts are sharded, in one dimension.
         tokens: "replicated" or "split", see `parallelize_experts`.
     """
 
     mesh: DeviceMesh
     tokens: str
 
+    @property
+    def n_ranks(self) -> int:
+        """P."""
+        return self.mesh.size()
+
     def forward(
         self, experts: Experts, x_Td: Tensor, routing: RoutingInfo, overlap: Callable[[], Tensor] | None = None
     ) -> Tensor:
-        """As `Experts.forward`, on the ranks that hold the experts. All ranks of the mesh must call it together.
+        """Does what `Experts.forward` does, on the ranks that hold the experts. All ranks of the mesh must call it together.
 
-        It keeps for the backward pass, per assignment, the row that was received (2d bytes in bfloat16), the pre-activations
-        (4h if gated) and indices: K d numbers a token in place of d. Each row travels out and back, and its gradients do.
+        It keeps for the backward pass, per assignment, the received row (2d bytes in bfloat16), the pre-activations (4h if
+        gated) and indices: K d numbers a token in place of d. Each row is sent and its output returned, and so are gradients.
 
         Args:
             experts: The layer's experts.
             x_Td: This rank's tokens, [T, d]; T may differ between ranks if tokens are split, and may be zero.
             routing: Of these tokens, over all E experts.
-            overlap: Computed while the rows travel; its result [T, d] is added to the output.
+            overlap: Computed during communication; its result [T, d] is added to the output.
 
         Returns:
             [T, d], of x's dtype.
@@ -129,10 +133,14 @@ class ExpertParallel:
             return self._exchange(experts, x_Td, routing, overlap)
         if routing.token_ids is not None:
             raise ValueError(
-                "choice='expert' lets experts choose among all tokens, which tokens='replicated' cuts into slices. Use "
-                "tokens='split' in parallelize_experts, or choice='token'."
+                mismatch(
+                    "choice",
+                    found="'expert' with tokens='replicated'",
+                    expected="'token': experts choose among all tokens, but each rank computes a slice of them only",
+                    do="Use tokens='split' in parallelize_experts, or choice='token'.",
+                )
             )
-        # Routing is done for all tokens on every rank, so that loads and auxiliary losses are those of all tokens.
+        # Every rank routes all tokens, so that loads and auxiliary losses are those of all tokens.
         part = Slice.of(len(x_Td), self.mesh.get_group())
         x_cd, gates_cK = take_slice(part, x_Td, routing.gates)
         ids_cK = routing.expert_ids[part.start : part.stop]
@@ -156,19 +164,19 @@ class ExpertParallel:
         plan = routing.plan(experts.backend)
         gates_S = routing.assignment_gates(plan).flatten()[plan.order]
         rows_Sd = gather_rows(x_Td.to(dtype), plan, experts.backend)
-        splits = exchange_counts(plan.offsets.diff(), fingerprint(*replicas) if replicas else None, group)
+        counts = exchange_counts(plan.offsets.diff(), fingerprint(*replicas) if replicas else None, group)
         if replicas:
-            check_replicas(splits.remarks)
+            check_replicas(counts.attached)
 
-        rows, sent = len(rows_Sd), sum(splits.send)
-        if sent < rows:  # those of no expert come last, and stay here
+        rows, sent = len(rows_Sd), sum(counts.send)
+        if sent < rows:  # padding rows come last, and are not sent
             rows_Sd, gates_S = rows_Sd[:sent], gates_S[:sent]
-        there = Flight(splits.send, splits.receive, group)
-        travelling = there.start(rows_Sd, gates_S)
+        there = Flight(counts.send, counts.receive, group)
+        in_flight = there.start(rows_Sd, gates_S)
         extra = None if overlap is None else overlap()
-        rows_Rd, gates_R = there.land(*travelling)
-        y_Rd = experts.compute(rows_Rd, gates_R[:, None], _local_plan(splits, experts.backend))
-        back = Flight(splits.receive, splits.send, group)
+        rows_Rd, gates_R = there.land(*in_flight)
+        y_Rd = experts.compute(rows_Rd, gates_R[:, None], _local_plan(counts, experts.backend))
+        back = Flight(counts.receive, counts.send, group)
         (back_Sd,) = back.land(*back.start(y_Rd))
         if sent < rows:
             back_Sd = F.pad(back_Sd, (0, 0, 0, rows - sent))
@@ -187,10 +195,10 @@ class ExpertParallel:
 
 
 def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
-    """Scale gradients so that their joint 2-norm is at most `max_norm`, whatever meshes they lie on.
+    """Scales gradients so that their joint 2-norm is at most `max_norm`, for plain tensors and DTensors of any meshes.
 
-    `torch.nn.utils.clip_grad_norm_`, and with it Lightning's clipping by norm, raises where plain tensors and DTensors, or
-    DTensors of different meshes, come together; with expert parallelism they do. In a LightningModule::
+    `torch.nn.utils.clip_grad_norm_`, and with it Lightning's clipping by norm, raises for plain tensors together with
+    DTensors, and for DTensors of different meshes, which expert parallelism makes. In a LightningModule::
 
         def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
             if gradient_clip_algorithm == "value" and gradient_clip_val:
@@ -199,7 +207,7 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float | None) -> Tens
                 clip_grad_norm(self.parameters(), gradient_clip_val)
 
     Args:
-        parameters: Parameters in the same order on all ranks, plain (alike on all ranks) or DTensors.
+        parameters: Parameters in the same order on all ranks: DTensors, or plain tensors that are equal on all ranks.
         max_norm: The largest norm. None, and 0 or less, clip nothing, as in Lightning.
 
     Returns:
@@ -224,12 +232,12 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float | None) -> Tens
     return norm
 
 
-def _local_plan(splits: Splits, backend: str) -> DispatchPlan:
-    """Received rows lie by rank, then by expert; the plan brings each expert's together without moving them."""
-    ranks, experts = splits.counts_Pe.shape
-    ids_Pe = torch.arange(experts, device=splits.counts_Pe.device).repeat(ranks)
-    ids_R = ids_Pe.repeat_interleave(splits.counts_Pe.flatten(), output_size=sum(splits.receive))
-    return plan_dispatch(ids_R[:, None], splits.counts_Pe.sum(0), backend=backend)
+def _local_plan(counts: ExchangeCounts, backend: str) -> DispatchPlan:
+    """Received rows are ordered by rank, then by expert; the plan groups them by expert without moving them."""
+    ranks, experts = counts.counts_Pe.shape
+    ids_Pe = torch.arange(experts, device=counts.counts_Pe.device).repeat(ranks)
+    ids_R = ids_Pe.repeat_interleave(counts.counts_Pe.flatten(), output_size=sum(counts.receive))
+    return plan_dispatch(ids_R[:, None], counts.counts_Pe.sum(0), backend=backend)
 
 
-__all__ = ["ExpertParallel", "Traffic", "clip_grad_norm", "communication_bytes", "parallelize_experts"]
+__all__ = ["ExpertParallel", "clip_grad_norm", "parallelize_experts"]

@@ -17,10 +17,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_mue import MuECallback
-from lightning_mue.moe import MoELayer, SwiGLU
+from lightning_mue.moe import FeedForward, MoELayer, moe_from_ffn
 from lightning_mue.moe.convert.dense_ffn import read_ffn
-from lightning_mue.moe.convert.upcycling import moe_from_ffn
-from lightning_mue.moe.feed_forward import FeedForward
 from lightning_mue.parameterizations.applying.initial_weights import has_weights
 
 D, H, E = 16, 48, 8
@@ -99,7 +97,7 @@ def huggingface(kind):
 
 
 OWN = {
-    "ours": (lambda: SwiGLU(D, H), "swiglu"),
+    "ours": (lambda: FeedForward(D, H), "swiglu"),
     "ours-gelu": (lambda: FeedForward(D, H, activation="gelu-tanh", bias=True), "gelu-tanh"),
     "sequential": (lambda: nn.Sequential(nn.Linear(D, H), nn.GELU(), nn.Linear(H, D), nn.Dropout(0.3)), "gelu"),
     "relu": (lambda: nn.Sequential(nn.Linear(D, H), nn.ReLU(), nn.Linear(H, D)), "relu"),
@@ -243,7 +241,7 @@ def test_names_and_activation_stand_above_what_is_found():
     # All told: nothing is tried, right or wrong.
     told = read_ffn(module, gate_name="gate", up_name="up", down_name="down", activation="swiglu")
     assert torch.equal(told.w_gate, module.gate.weight)
-    with pytest.raises(ValueError, match=r"cannot be read \(with up_name='upp'\)|can be read \(with up_name='upp'\)"):
+    with pytest.raises(ValueError, match=r"no feed-forward network can be read \(with up_name='upp'\)"):
         read_ffn(module, up_name="upp")
     with pytest.raises(ValueError, match="activation: found 'swish'"):
         read_ffn(module, activation="swish")
@@ -288,9 +286,9 @@ class Picky(NanoGPT):
         (Residual(), "computes something else"),
         (Pair(), "does not return a tensor .* but tuple"),
         (Picky(), "cannot be run .*TypeError"),
-        (nn.Linear(D, D), r"Found linear maps \[out, in\]: weight"),
-        (nn.LayerNorm(D), "Found linear maps .*: none"),
-        (nn.Sequential(nn.Linear(D, H), nn.GELU(), nn.Linear(H, 40)), "holds no feed-forward network"),
+        (nn.Linear(D, D), r"can be read; linear maps \[out, in\]: weight"),
+        (nn.LayerNorm(D), "can be read; linear maps .*: none"),
+        (nn.Sequential(nn.Linear(D, H), nn.GELU(), nn.Linear(H, 40)), "in which no feed-forward network can be read"),
     ],
     ids=["tanh", "residual", "tuple", "two-inputs", "one-map", "none", "other-width"],
 )
@@ -440,7 +438,7 @@ def test_a_route_scale_that_is_given_is_kept_and_allowed_for():
 
 
 def test_noise_has_the_size_that_was_asked_for():
-    module = SwiGLU(64, 256, init_std=0.3)
+    module = FeedForward(64, 256, init_std=0.3)
     layer = moe_from_ffn(module, 4, how="noise", noise_std=0.25, route_scale=2.0)
     for name, factor in (("w_gate", 1.0), ("w_up", 1.0), ("w_down", 0.5)):
         difference = (getattr(layer.experts, name) - factor * getattr(module, name)).detach()
@@ -454,7 +452,7 @@ def test_noise_has_the_size_that_was_asked_for():
 
 
 def test_drop_redraws_the_same_units_of_every_matrix():
-    module = SwiGLU(64, 100, init_std=0.3)
+    module = FeedForward(64, 100, init_std=0.3)
     module.w_up.data += 1.0
     layer = moe_from_ffn(module, 4, how="drop", drop_fraction=0.3)
     changed = []
@@ -491,12 +489,12 @@ def test_follows_the_source_and_shares_nothing():
     assert all(torch.equal(p, q) for p, q in zip(module.parameters(), before, strict=True))
     assert has_weights(layer)
     assert type(moe_from_ffn(module, E, layer_class=Mine)) is Mine
-    meta = moe_from_ffn(SwiGLU(D, H).to("meta"), E)
+    meta = moe_from_ffn(FeedForward(D, H).to("meta"), E)
     assert {t.device.type for t in meta.state_dict().values()} == {"meta"}
 
 
 def test_our_own_multiplier_is_taken_along():
-    module = SwiGLU(D, H)
+    module = FeedForward(D, H)
     module.output_multiplier = 0.25
     layer = moe_from_ffn(module, E)
     x = torch.randn(4, D)
@@ -525,11 +523,11 @@ def test_a_generator_fixes_all_draws():
         assert not torch.equal(a.router.weight, c.router.weight)
         moe_from_ffn(module, E, how=how, generator=torch.Generator(), **arguments)
         assert torch.equal(state, torch.get_rng_state())
-    assert abs(float(moe_from_ffn(SwiGLU(256, 8), 64, router_init_std=0.5).router.weight.std()) - 0.5) < 0.02
+    assert abs(float(moe_from_ffn(FeedForward(256, 8), 64, router_init_std=0.5).router.weight.std()) - 0.5) < 0.02
 
 
 def test_nothing_of_the_meta_device_stays_behind():
-    layer = moe_from_ffn(SwiGLU(D, H), E, balance="switch")
+    layer = moe_from_ffn(FeedForward(D, H), E, balance="switch")
     tensors = [t for m in layer.modules() for t in vars(m).values() if isinstance(t, torch.Tensor)]
     assert not any(t.is_meta for t in [*tensors, *layer.state_dict().values()])
     assert torch.equal(layer.router.balance_bias, torch.zeros(E))
@@ -542,7 +540,7 @@ def test_nothing_of_the_meta_device_stays_behind():
 @pytest.mark.parametrize("upcycled", [True, False])
 def test_a_layer_trained_alone_keeps_its_weights_under_a_plan(upcycled):
     """The callback draws a fresh layer's weights anew, and leaves those that came from a network."""
-    layer = moe_from_ffn(SwiGLU(D, H), 4, optimizer=frozen) if upcycled else MoELayer(D, H, 4, optimizer=frozen)
+    layer = moe_from_ffn(FeedForward(D, H), 4, optimizer=frozen) if upcycled else MoELayer(D, H, 4, optimizer=frozen)
     before = layer.experts.w_up.clone()
     data = DataLoader(TensorDataset(torch.randn(8, D), torch.randn(8, D)), batch_size=8)
     trainer = Trainer(
@@ -582,22 +580,22 @@ def test_it_trains_and_the_copies_grow_apart():
     [
         ({"how": "clone"}, "how: found 'clone'"),
         ({"n_experts": 0}, "n_experts: found 0"),
-        ({"top_k": 9}, "top_k is 9"),
-        ({"width": 8}, "width is 8, but the layer's is the network's, 16"),
+        ({"top_k": 9}, "top_k: found 9, expected at most n_experts=8"),
+        ({"width": 8}, "width: found 8, expected none: it is the network's, 16"),
         ({"how": "split", "expert_width": 0}, "expert_width: found 0, expected an integer of at least 1"),
         ({"how": "split", "shared_width": -8}, "shared_width: found -8"),
-        ({"noise_std": 0.1}, "noise_std is 0.1, but how is 'copy'"),
-        ({"how": "noise", "noise_std": 0.0}, "noise_std is 0.0, but it must be positive"),
-        ({"how": "drop", "drop_fraction": 1.5}, "drop_fraction is 1.5"),
-        ({"shuffle": True}, "shuffle is True, but how is 'copy'"),
-        ({"expert_width": 24}, "expert_width is 24, but how='copy'"),
+        ({"noise_std": 0.1}, "noise_std: found 0.1, expected it with how='noise' only, not with how='copy'"),
+        ({"how": "noise", "noise_std": 0.0}, "noise_std: found 0.0, expected a finite number above 0"),
+        ({"how": "drop", "drop_fraction": 1.5}, "drop_fraction: found 1.5, expected a number in .0, 1]"),
+        ({"shuffle": True}, "shuffle: found True, expected it with how='split' only, not with how='copy'"),
+        ({"expert_width": 24}, "expert_width: found 24, expected the network's own hidden width 48 with how='copy'"),
         ({"how": "split", "expert_width": 20}, r"48 hidden units.*It may be 48, 24, 12, 6\."),
-        ({"how": "split", "expert_width": 16}, "must divide n_experts=8"),
+        ({"how": "split", "expert_width": 16}, "expert_width: found 16, expected .* divides n_experts=8"),
         ({"how": "split", "shared_width": 48}, "nothing with this shared_width"),
-        ({"shared_width": 8}, "shared_width is 8, but with how='copy'"),
-        ({"how": "split", "shared_width": 8, "shared_gate": True}, "shared_gate"),
-        ({"bias": False}, "the network has biases"),
-        ({"route_scale": 0.0}, "route_scale is 0.0"),
+        ({"shared_width": 8}, "shared_width: found 8, expected 0 with how='copy'"),
+        ({"how": "split", "shared_width": 8, "shared_gate": True}, "shared_gate: found True"),
+        ({"bias": False}, "bias: found False, expected True: the network has biases"),
+        ({"route_scale": 0.0}, "route_scale: found 0.0"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(arguments, message):
@@ -609,10 +607,10 @@ def test_arguments_that_do_not_fit_are_named(arguments, message):
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        ("gpt2", r"module is of type str, but it must be a torch.nn.Module, or a list of modules"),
-        (torch.zeros(3, 3), "module is of type Tensor"),
-        (nn.Linear, "module is the class Linear"),
-        ([nn.Linear(D, H), F.gelu, nn.Linear(H, D)], r"module\[1\] is of type builtin_function_or_method"),
+        ("gpt2", r"module: found a value of type str, expected a torch.nn.Module, or a list of modules"),
+        (torch.zeros(3, 3), "module: found a value of type Tensor"),
+        (nn.Linear, "module: found the class Linear"),
+        ([nn.Linear(D, H), F.gelu, nn.Linear(H, D)], r"module\[1\]: found a value of type builtin_function_or_method"),
     ],
     ids=["str", "tensor", "class", "function"],
 )
@@ -626,5 +624,5 @@ def test_sizes_that_are_no_integers_and_empty_lists_are_named():
     for name in ("expert_width", "shared_width"):
         with pytest.raises(TypeError, match=rf"{name}: found 8.0 of type float, expected an integer of at least 1"):
             moe_from_ffn(module, E, how="split", **{name: 8.0})
-    with pytest.raises(ValueError, match="module is an empty list"):
+    with pytest.raises(ValueError, match="module: found an empty list"):
         moe_from_ffn([], E)

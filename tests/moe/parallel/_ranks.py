@@ -33,7 +33,8 @@ from lightning_mue.data import TextDataModule
 from lightning_mue.moe import MoELayer
 from lightning_mue.moe.parallel import exchange as _exchange
 from lightning_mue.moe.parallel import expert_parallel as parallel
-from lightning_mue.moe.parallel.expert_parallel import clip_grad_norm, communication_bytes, parallelize_experts
+from lightning_mue.moe.parallel.expert_parallel import clip_grad_norm, parallelize_experts
+from lightning_mue.moe.parallel.replicas import FINGERPRINT
 from lightning_mue.optim import HyperSphereOptimizer
 from lightning_mue.parameterizations.reading.parameters import tag_roles
 
@@ -255,21 +256,30 @@ def travels(mesh, tokens):
     plain = {t.to_local().untyped_storage().data_ptr() for t in experts.parameters()}
     return {
         "bytes": spy.bytes - 8,  # what `received_by` itself sends
-        "predicted": communication_bytes(
-            sent,
-            received,
-            width=D,
-            n_experts=E,
-            ranks=2,
-            dtype=torch.bfloat16,
-            replicated=None if tokens == "split" else (23, 2),
-        ).total,
+        "predicted": bytes_sent(sent, received, replicated=None if tokens == "split" else (23, 2)),
         "events": spy.events,
         "saved": sum(size for at, size in storages.items() if at not in plain),
         "rows": len(ids) * 2 - sent + received,
         "sorted rows": len(ids) * 2,
         "overlap adds": distance(y, experts.parallel.forward(experts, x, routing) + 2 * x),
     }
+
+
+def bytes_sent(sent, received, *, replicated, ranks=2):
+    """Bytes that a rank sends in a forward and a backward pass of experts in bfloat16: the table of the guide.
+
+    Rows go out and their outputs come back, then their gradients: 2 (sent + received) D numbers; gates, in float32, go out and
+    their gradients come back; counts and fingerprints are float64. `replicated` is (T, K): outputs, and gradients of tokens
+    and gates, are gathered from slices.
+    """
+    rows = 2 * (sent + received) * D * 2
+    gates = (sent + received) * 4
+    counts = 8 * (ranks - 1) * (E // ranks + (0 if replicated is None else FINGERPRINT))
+    slices = 0
+    if replicated is not None:
+        tokens, top_k = replicated
+        slices = -(-tokens // ranks) * (ranks - 1) * (2 * D * 2 + top_k * 4)
+    return rows + gates + counts + slices
 
 
 def received_by(mesh, sent):

@@ -15,7 +15,7 @@ from helpers.processes import launch
 from moe.parallel import _ranks as ranks
 
 from lightning_mue.moe import MoELayer
-from lightning_mue.moe.parallel import mesh as _mesh
+from lightning_mue.moe.parallel import replicas
 from lightning_mue.moe.parallel.expert_parallel import parallelize_experts
 
 # Two processes take some 10 s of CPU time each, most of it for imports.
@@ -57,7 +57,7 @@ def test_values_and_gradients_are_those_of_one_process(two, case, tokens, dtype)
 @pytest.mark.parametrize("tokens", ranks.TOKENS)
 @pytest.mark.parametrize(("how", "tolerance"), [("autocast", 0.02), ("checkpointed", 1e-10)])
 def test_autocast_and_activation_checkpointing(two, how, tokens, tolerance):
-    """Under autocast rows travel in bfloat16."""
+    """Under autocast rows are sent in bfloat16."""
     for report in two:
         assert max(report["agreement"][how, tokens].values()) < tolerance
 
@@ -145,15 +145,15 @@ def assert_trained_alike(found, wanted):
 
 
 REFUSALS = {
-    "other tokens": r"shared out already.*tokens='replicated'",
-    "tokens": r"tokens is 'both'.*'replicated', 'split'",
-    "dimensions": r"dimensions \('data', 'experts'\).*mesh\['tensor_parallel'\]",
-    "not in the mesh": r"mesh holds the ranks \[[01]\], but this is rank",
-    "no mesh": r"TypeError: mesh is None.*DDP",
-    "experts": r"n_experts=3.*2 ranks.*1, 3 ranks",
-    "sharded": r"sharded already.*parallelize_experts first",
-    "other batches": r"RuntimeError.*different tokens.*tokens='split'",
-    "expert choice": r"choice='expert'.*tokens='split'",
+    "other tokens": r"experts: found experts that are sharded already.*tokens='replicated'",
+    "tokens": r"tokens: found 'both'.*'replicated', 'split'",
+    "dimensions": r"mesh: found the dimensions \('data', 'experts'\).*mesh\['tensor_parallel'\]",
+    "not in the mesh": r"mesh: found the ranks \[[01]\], expected one that holds this rank",
+    "no mesh": r"TypeError: mesh: found None.*DDP",
+    "experts": r"experts\.n_experts: found 3.*2 ranks.*1, 3 ranks",
+    "sharded": r"experts: found parameters that are sharded already.*parallelize_experts first",
+    "other batches": r"RuntimeError: tokens: .*different tokens.*tokens='split'",
+    "expert choice": r"choice: found 'expert' with tokens='replicated'.*tokens='split'",
     "ddp": r"mixed torch.Tensor and DTensor",
     "plain state": r"mixed torch.Tensor and DTensor",  # why the guide names set_model_state_dict
     "torch's clipping": r"mixed torch.Tensor and DTensor",  # why there is clip_grad_norm
@@ -186,11 +186,11 @@ def test_fingerprints(tokens, width, experts):
     common = ranks.draw(1, width, seed=98)
 
     def fingerprint(x, dtype=torch.float64):
-        return _mesh.fingerprint(x.to(dtype), x.to(dtype) @ weight.T.to(dtype)).tolist()
+        return replicas.fingerprint(x.to(dtype), x.to(dtype) @ weight.T.to(dtype)).tolist()
 
     def raises(*prints):
         try:
-            _mesh.check_replicas(list(prints))
+            replicas.check_replicas(list(prints))
         except RuntimeError:
             return True
         return False
@@ -203,7 +203,7 @@ def test_fingerprints(tokens, width, experts):
     assert not raises(prints[0], fingerprint(xs[0] * torch.nan))
     assert not raises(*[fingerprint(torch.zeros(tokens, width))] * 2)
     assert not raises(*[fingerprint(xs[0][:0])] * 2)
-    assert len(prints[0]) == _mesh.REMARKS
+    assert len(prints[0]) == replicas.FINGERPRINT
 
 
 def test_fingerprints_look_beyond_the_first_tokens_of_sequences():
@@ -211,9 +211,9 @@ def test_fingerprints_look_beyond_the_first_tokens_of_sequences():
     xs = [ranks.draw(8, 32, 16, seed=seed) for seed in (0, 1)]
     for x in xs:
         x[:, 0] = 1
-    prints = [_mesh.fingerprint(x.flatten(0, 1), x.flatten(0, 1)).tolist() for x in xs]
-    with pytest.raises(RuntimeError, match="different tokens"):
-        _mesh.check_replicas(prints)
+    prints = [replicas.fingerprint(x.flatten(0, 1), x.flatten(0, 1)).tolist() for x in xs]
+    with pytest.raises(RuntimeError, match=r"^tokens: found 'replicated' .* different tokens"):
+        replicas.check_replicas(prints)
 
 
 def test_a_plain_state_dict_loads_as_the_guide_says(two):
@@ -231,7 +231,10 @@ def test_clipping_without_a_largest_norm_returns_the_norm_alone(two):
 
 
 def test_a_process_group_is_needed():
-    with pytest.raises(RuntimeError, match="configure_model under Lightning's ModelParallelStrategy"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"^parallelize_experts: found no process group.*configure_model under Lightning's ModelParallelStrategy",
+    ):
         parallelize_experts(MoELayer(8, 4, 4), None)
 
 
@@ -299,7 +302,7 @@ def test_a_trainer_loses_what_one_process_loses(pair, alone):
 
 @pytest.mark.parametrize("clipping", ranks.CLIPPING)
 def test_the_class_of_the_guide_trains_as_one_process(pair, clipping):
-    """Without clipping, by norm and by value; with experts shared out, and with FSDP2 alone."""
+    """Without clipping, by norm and by value; with sharded experts, and with FSDP2 alone."""
     wanted = ranks.fit_guide("auto", clipping)
     norms, largest = wanted["gradients"].T
     assert torch.allclose(norms, torch.tensor(0.1)) == (clipping == "norm")

@@ -1,0 +1,47 @@
+"""Checks of the arguments of a language model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lightning_mue.checks import mismatch, require_non_negative, require_number, require_positive, require_size
+from lightning_mue.moe import MoELayer
+
+
+def check_sizes(given: Mapping[str, Any]) -> None:
+    """Refuses sizes and numbers of the wrong type or out of range."""
+    sizes = ("vocab_size", "context_length", "width", "depth", "n_heads", "moe_every", "n_expert_groups")
+    optional = [name for name in ("n_kv_heads", "head_dim", "ffn_width", "expert_width") if given[name] is not None]
+    require_positive(**{name: given[name] for name in (*sizes, *optional)})
+    require_size(n_experts=given["n_experts"], top_k=given["top_k"])
+    for name in ("rope_base", "bytes_per_token"):
+        require_number(name, given[name], above=0)
+    factors = [name for name in given if name.endswith(("_std", "_multiplier")) and given[name] is not None]
+    require_non_negative(**{name: given[name] for name in factors})
+
+
+def check_options(n_groups: int, options: Mapping[str, Any]) -> None:
+    """Refuses what an MoE layer would refuse, in a model without one too: it may be the base of a model with experts."""
+    shared_width = options.get("shared_width") or 1
+    with torch.device("meta"):
+        MoELayer(1, 1, n_groups, n_groups, n_groups=n_groups, **{**options, "shared_width": shared_width})
+
+
+def infer_head_dim(width: int, n_heads: int, n_kv_heads: int, head_dim: int | None) -> int:
+    """The head dimension: the given one, or ``width / n_heads``.
+
+    Raises:
+        ValueError: ``n_kv_heads`` does not divide ``n_heads``, or ``n_heads`` does not divide ``width``.
+    """
+    if n_heads % n_kv_heads:
+        expected = f"a divisor of n_heads={n_heads}: every key/value head serves equally many query heads"
+        raise ValueError(mismatch("n_kv_heads", found=n_kv_heads, expected=expected))
+    if head_dim is not None:
+        return head_dim
+    if width % n_heads:
+        do = "Choose a divisor, or give head_dim."
+        raise ValueError(mismatch("n_heads", found=n_heads, expected=f"a divisor of width={width}", do=do))
+    return width // n_heads
