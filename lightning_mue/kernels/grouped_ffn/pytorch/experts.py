@@ -20,10 +20,12 @@ from lightning_mue.kernels.activations import ACTIVATIONS
 from lightning_mue.kernels.grouped_ffn.op import Problem
 from lightning_mue.kernels.grouped_ffn.pytorch.blocks import Cutting, plan_blocks
 from lightning_mue.kernels.grouped_ffn.pytorch.elementwise import ELEMENTWISE
-from lightning_mue.kernels.grouped_ffn.pytorch.scratch import Scratch, borrowed, new_empty, on_huge_pages
-from lightning_mue.kernels.grouped_ffn.pytorch.workers import interrupts_held, run_over_experts
+from lightning_mue.kernels.grouped_ffn.pytorch.scratch import Scratch, borrowed
+from lightning_mue.kernels.grouped_ffn.pytorch.workers import run_over_experts
 
-_PARALLEL_FLOPS = 1e7  # below this, waking the workers costs more than they save
+#: Below this, threaded operators are faster than workers. After a threaded operator OpenMP's threads spin for some milliseconds
+#: and take cores from the workers: 3 to 5 ms a pass on two cores, unless OMP_WAIT_POLICY=passive is set.
+_PARALLEL_FLOPS = 8e9
 _BLOCKS_PER_THREAD = 4
 
 
@@ -84,19 +86,18 @@ class _Pass:
         def work(indices: Iterable[int]) -> None:
             columns, longest = self.columns(), self.layout.longest
             size = longest * sum(columns.values())
-            with borrowed("scratch", p.x, size) as flat, torch.inference_mode():
+            with borrowed("scratch", p.x, size) as flat:
                 scratch = Scratch(flat, columns, longest)
                 for i in indices:
                     self.block(scratch, i)
 
-        with interrupts_held(), borrowed("rows", p.x, self.layout.n_rows * self.width) as flat:
+        # No mode is set here: an interrupt could leave the main thread in it. As an operator this runs below autograd.
+        with borrowed("rows", p.x, self.layout.n_rows * self.width) as flat:
             rows_Pd = flat.view(-1, self.width)
-            with torch.inference_mode():
-                rows_Pd[self.idle_P].zero_()
-                self.results_N = self.layout.by_padded_row(rows_Pd)
-                run_over_experts(work, rows, parallel=p.x.device.type == "cpu" and flops > _PARALLEL_FLOPS)
-            with torch.no_grad():  # what is returned must be an ordinary tensor, what is read is not
-                return self.combine(rows_Pd, gates)
+            rows_Pd[self.idle_P].zero_()
+            self.results_N = self.layout.by_padded_row(rows_Pd)
+            run_over_experts(work, rows, parallel=p.x.device.type == "cpu" and flops > _PARALLEL_FLOPS)
+            return self.combine(rows_Pd, gates)
 
     def combine(self, rows_Pd: Tensor, gates: Tensor | None) -> Tensor:
         """The sum over each token's rows in float32, weighted by the gates where given: [T, d], of the rows' type."""
@@ -112,7 +113,7 @@ class _Forward(_Pass):
     def __init__(self, p: Problem, keep: bool) -> None:
         super().__init__(p)
         self.keep = keep
-        self.z = new_empty(p.x, len(p.up), len(p.order) if keep else 0, self.hidden)
+        self.z = p.x.new_empty(len(p.up), len(p.order) if keep else 0, self.hidden)
         self.z[:, self.n_routed :].zero_()
         cut = self.layout.by_expert
         self.weights = [cut(w.mT) for w, _ in p.up]
@@ -160,13 +161,13 @@ class _Backward(_Pass):
         self.dgates_P[self.idle_P].zero_()
         self.dgates_N = layout.by_padded_row(self.dgates_P)
         trained = {name: t for name, t in p._asdict().items() if name[:2] in ("w_", "b_") and t is not None}
-        self.grads = {name: on_huge_pages(torch.empty_like(t)) for name, t in trained.items()} if weights else {}
+        self.grads = {name: torch.empty_like(t) for name, t in trained.items()} if weights else {}
         for e in layout.empty_experts(len(p.w_up)):
             for grad in self.grads.values():
                 grad[e].zero_()
         self.parts = {name: layout.by_expert(t) for name, t in trained.items()}
         n_extra = len(layout.extra_parts)
-        self.extra = {name: new_empty(t, n_extra, 1, *t.shape[1:]) for name, t in self.grads.items() if n_extra}
+        self.extra = {name: t.new_empty(n_extra, 1, *t.shape[1:]) for name, t in self.grads.items() if n_extra}
         self.grad_parts = {name: self._grad_parts(name) for name in self.grads}
         self.z_nh = [layout.by_sorted_row(plane) for plane in z]
         self.source_N = None if layout.source_P is None else layout.by_padded_row(layout.source_P)
