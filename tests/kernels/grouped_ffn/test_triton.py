@@ -75,8 +75,10 @@ def name_of(case):
 def small(module, monkeypatch, tile="wide", chunk=16, **options):
     """Small tiles and chunks, so that a small problem has many of each."""
     sizes = dict(zip(("rows", "cols", "inner"), TILES[tile], strict=True))
-    tiling = sys.modules[module.Tiling.__module__].Tiling(**{"stages": 2, "warps": 4, "group": 2, **sizes, **options})
-    monkeypatch.setattr(module, "choose", lambda kind, run: tiling)
+    tiling = sys.modules[module.ExpertTiling.__module__].ExpertTiling(
+        **{"stages": 2, "warps": 4, "group": 2, **sizes, **options}
+    )
+    monkeypatch.setattr(module, "choose", lambda key, run: tiling)
     weights = sys.modules[module.launch_weights.__module__]
     monkeypatch.setattr(weights, "chunk_size", lambda rows, tiles, device: chunk)
 

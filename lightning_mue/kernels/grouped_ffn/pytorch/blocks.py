@@ -36,7 +36,7 @@ class Cutting(NamedTuple):
     parts: int
 
 
-class Block(NamedTuple):
+class RowBlock(NamedTuple):
     """Some neighbouring experts, or part of the rows of one.
 
     Attributes:
@@ -69,7 +69,7 @@ class Block(NamedTuple):
         return self.n_rows != self.rows.stop - self.rows.start
 
 
-class Layout(NamedTuple):
+class RowLayout(NamedTuple):
     """All blocks.
 
     Attributes:
@@ -81,7 +81,7 @@ class Layout(NamedTuple):
         slot_S: int32, the padded row of each sorted row. All three are None if nothing is padded.
     """
 
-    blocks: list[Block]
+    blocks: list[RowBlock]
     n_rows: int
     source_P: Tensor | None
     real_P: Tensor | None
@@ -93,7 +93,7 @@ class Layout(NamedTuple):
         return max((block.n_rows for block in self.blocks), default=0)
 
     @property
-    def extra_parts(self) -> list[Block]:
+    def extra_parts(self) -> list[RowBlock]:
         """The blocks that are not the first of their expert."""
         return [block for block in self.blocks if block.part]
 
@@ -126,7 +126,7 @@ def _split(values: Tensor, slices: Sequence[slice]) -> Sequence[Tensor]:
     return values.split([*sizes, len(values) - end])[1:-1:2]
 
 
-def plan_blocks(ends: Sequence[int], n_rows: int, hidden: int, cutting: Cutting) -> Layout:
+def plan_blocks(ends: Sequence[int], n_rows: int, hidden: int, cutting: Cutting) -> RowLayout:
     """Cut the rows into blocks.
 
     Args:
@@ -138,7 +138,7 @@ def plan_blocks(ends: Sequence[int], n_rows: int, hidden: int, cutting: Cutting)
     counts = [stop - start for start, stop in pairwise(ends)]
     lengths = [_round_up(n, cutting.row_multiple) for n in counts]
     limit = max(_CUT_ROWS, 3 * ends[-1] // (2 * cutting.parts)) if cutting.parts else n_rows
-    blocks: list[Block] = []
+    blocks: list[RowBlock] = []
     start = n_extra = 0
     for first, stop in _groups(lengths, hidden, cutting):
         n_parts = -(-counts[first] // limit) if stop == first + 1 else 1
@@ -148,10 +148,10 @@ def plan_blocks(ends: Sequence[int], n_rows: int, hidden: int, cutting: Cutting)
             )
             padded = slice(start, start + length * (stop - first))
             n_extra += part > 0
-            blocks.append(Block(slice(first, stop), length, rows, padded, n_extra if part else 0))
+            blocks.append(RowBlock(slice(first, stop), length, rows, padded, n_extra if part else 0))
             start = padded.stop
     if start == ends[-1]:
-        return Layout(blocks, n_rows, None, None, None)
+        return RowLayout(blocks, n_rows, None, None, None)
     return _padded(blocks, ends, n_rows)
 
 
@@ -188,7 +188,7 @@ def _halved(lengths: Sequence[int], first: int, stop: int) -> Iterator[tuple[int
         yield from _halved(lengths, middle, stop)
 
 
-def _padded(blocks: Sequence[Block], ends: Sequence[int], n_rows: int) -> Layout:
+def _padded(blocks: Sequence[RowBlock], ends: Sequence[int], n_rows: int) -> RowLayout:
     """A layout with the maps between sorted and padded rows."""
     runs = []  # first sorted row, last one, padded length
     for block in blocks:
@@ -205,4 +205,4 @@ def _padded(blocks: Sequence[Block], ends: Sequence[int], n_rows: int) -> Layout
     shifts = torch.cat([shift, shift.new_tensor([n_padded - ends[-1]])])
     slot_S = torch.repeat_interleave(shifts, torch.cat([last - first + 1, last.new_tensor([idle])]), output_size=n_rows)
     slot_S += torch.arange(n_rows, dtype=torch.int32)
-    return Layout(list(blocks), n_padded + idle, torch.minimum(sorted_P, last_P), sorted_P <= last_P, slot_S)
+    return RowLayout(list(blocks), n_padded + idle, torch.minimum(sorted_P, last_P), sorted_P <= last_P, slot_S)

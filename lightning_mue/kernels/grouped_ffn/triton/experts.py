@@ -24,7 +24,7 @@ from lightning_mue.kernels.grouped_ffn.op import Problem
 from lightning_mue.kernels.grouped_ffn.triton.hidden import launch_hidden
 from lightning_mue.kernels.grouped_ffn.triton.rows import launch_rows
 from lightning_mue.kernels.grouped_ffn.triton.tile_map import TileMap, tile_rows
-from lightning_mue.kernels.grouped_ffn.triton.tuning import Kind, Tiling, choose
+from lightning_mue.kernels.grouped_ffn.triton.tuning import ExpertTiling, TilingKey, choose
 from lightning_mue.kernels.grouped_ffn.triton.up import launch_up
 from lightning_mue.kernels.grouped_ffn.triton.weights import launch_bias, launch_weights
 from lightning_mue.kernels.triton_tools.launching import INTERPRETED, new_like, numerics
@@ -87,17 +87,17 @@ class Tiles:
         self.maps: dict[int, TileMap] = {}
         experts, h, d = p.w_up.shape
         mean = triton.next_power_of_2(-(-len(p.order) // experts))
-        self.kind = ("", p.activation, mean, experts, d, h, p.x.dtype, numerics(p.x)["PRECISION"], p.x.device)
+        self.key = ("", p.activation, mean, experts, d, h, p.x.dtype, numerics(p.x)["PRECISION"], p.x.device)
 
-    def __call__(self, tiling: Tiling) -> TileMap:
+    def __call__(self, tiling: ExpertTiling) -> TileMap:
         """Return the table for a tiling."""
         if tiling.rows not in self.maps:
             self.maps[tiling.rows] = tile_rows(self.p.offsets, len(self.p.order), tiling.rows)
         return self.maps[tiling.rows]
 
-    def run(self, kernel: str, launch: Callable[[Tiling], Any]) -> Any:
+    def run(self, kernel: str, launch: Callable[[ExpertTiling], Any]) -> Any:
         """Launch with the tiling that is chosen for this kernel."""
-        return launch(choose(Kind(kernel, *self.kind[1:]), launch))
+        return launch(choose(TilingKey(kernel, *self.key[1:]), launch))
 
 
 def _dense(p: Problem) -> Problem:

@@ -23,7 +23,7 @@ from torch import Tensor
 from lightning_mue.kernels.grouped_ffn.op import Problem
 from lightning_mue.kernels.grouped_ffn.triton.activations import function_and_slope
 from lightning_mue.kernels.grouped_ffn.triton.tile_map import TileMap, place_of
-from lightning_mue.kernels.grouped_ffn.triton.tuning import Tiling, programs, weights_to_read
+from lightning_mue.kernels.grouped_ffn.triton.tuning import ExpertTiling, programs, weights_to_read
 from lightning_mue.kernels.triton_tools.launching import add, load_weight, multiply_add, new_empty, numerics, rounded
 
 
@@ -218,7 +218,7 @@ def hidden_kernel(
 
 
 def launch_hidden(
-    p: Problem, dy: Tensor, z: Tensor, tiles: TileMap, weights: bool, tiling: Tiling
+    p: Problem, dy: Tensor, z: Tensor, tiles: TileMap, weights: bool, tiling: ExpertTiling
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dz [G, S, h], gate * a [S, h] (without rows unless `weights`) and parts of dgate [tiles of h, S], float32.
 

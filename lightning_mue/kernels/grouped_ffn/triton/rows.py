@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_mue.kernels.grouped_ffn.triton.tile_map import TileMap, place_of
-from lightning_mue.kernels.grouped_ffn.triton.tuning import Tiling, programs, weights_to_read
+from lightning_mue.kernels.grouped_ffn.triton.tuning import ExpertTiling, programs, weights_to_read
 from lightning_mue.kernels.triton_tools.launching import (
     describe,
     load_weight,
@@ -205,7 +205,9 @@ def rows_kernel(
         tl.store(out_at, rounded(sums, out_ptr.dtype.element_ty, UPCAST), mask=box)
 
 
-def launch_rows(planes: Tensor, weights: tuple[Tensor, ...], tiles: TileMap, tiling: Tiling, *, k_last: bool) -> Tensor:
+def launch_rows(
+    planes: Tensor, weights: tuple[Tensor, ...], tiles: TileMap, tiling: ExpertTiling, *, k_last: bool
+) -> Tensor:
     """Return out [S, n]; rows of no expert are not written.
 
     Args:

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_mue.kernels.grouped_ffn.triton.tile_map import chunk_rows
-from lightning_mue.kernels.grouped_ffn.triton.tuning import Tiling, programs
+from lightning_mue.kernels.grouped_ffn.triton.tuning import ExpertTiling, programs
 from lightning_mue.kernels.triton_tools.launching import (
     add,
     multiply_add,
@@ -179,7 +179,7 @@ _SIDE = 64  # of the squares in which chunks are added
 
 
 def launch_weights(
-    planes: Tensor, token_rows: Tensor, tokens: Tensor, offsets: Tensor, outs: tuple[Tensor, ...], tiling: Tiling
+    planes: Tensor, token_rows: Tensor, tokens: Tensor, offsets: Tensor, outs: tuple[Tensor, ...], tiling: ExpertTiling
 ) -> None:
     """Write the sums over each expert's rows of ``planes[g, r]^T token_rows[tokens[r]]``, zeros for no rows.
 
