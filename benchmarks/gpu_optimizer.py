@@ -4,9 +4,9 @@
     python benchmarks/gpu_optimizer.py --smoke --out FOLDER  # tiny sizes, on a CPU too: only shows that the script runs
 
 Times are by device events, medians over alternating rounds; random inputs, several sets in turn. FLOPs of the symmetric
-kernel are those that it must do, n (n + 1) k a matrix. What a figure should come to is in the issue and in the shared notes
-on performance: orthogonalization from n = 2048 on at least 1.8x torch.optim.Muon at aspect 2.75, 2.0x at 4, 1.3x square;
-whole steps at least 6x; largest singular value at most 1.17; error at most 1.2 times the standard form's.
+kernel are those that it must do, n (n + 1) k a matrix. Targets: orthogonalization from n = 2048 on at least 1.8x
+torch.optim.Muon at aspect 2.75, 2.0x at 4, 1.3x square; whole steps at least 6x; largest singular value at most 1.17; error at
+most 1.2 times the standard form's.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def same_in_all_tilings(a: Tensor, c: Tensor, expected: Tensor, precision: str) 
 
 
 def polynomial(g: Tensor, dtype: torch.dtype, preset: str) -> Tensor:
-    """The standard form, written the plain way, with products in `dtype`."""
+    """The standard form, written without fusing, with products in `dtype`."""
     x = (g / g.norm(dim=(-2, -1), keepdim=True)).to(dtype)
     for a, b, c in PRESETS[preset].steps:
         gram = x @ x.mT

@@ -134,7 +134,7 @@ def _tokens(inverse: Tensor, bags: Tensor | None) -> int:
 
 
 def _without_masked(rows_Sd: Tensor, offsets: Tensor) -> Tensor:
-    """The rows, masked ones (of no expert) set to zero; on the CPU a copy only where there are any."""
+    """The rows, masked ones set to zero; on the CPU a copy only where there are any."""
     if not rows_Sd.is_cuda and int(offsets[-1]) == len(rows_Sd):
         return rows_Sd
     masked_S = torch.arange(len(rows_Sd), device=rows_Sd.device) >= offsets[-1]

@@ -27,8 +27,8 @@ class DispatchPlan:
             expert choice, of the places that were given).
         inverse: int32 [T, K] (or [S], see `bags`). Assignment (t, k) is row ``inverse[t, k]``.
         tokens: int32 [S]. Row r reads token ``tokens[r]``.
-        offsets: int32 [E + 1]. Expert e owns rows ``offsets[e]`` to ``offsets[e + 1]``. Rows from ``offsets[E]`` on belong
-            to no expert (tokens that are masked out): they are not computed and count as zero.
+        offsets: int32 [E + 1]. Expert e owns rows ``offsets[e]`` to ``offsets[e + 1]``. Rows from ``offsets[E]`` on are
+            masked (of tokens that are masked out): they belong to no expert, are not computed and count as zero.
         bags: None where every token has K assignments. Else int32 [T + 1]: token t has assignments ``bags[t]`` to
             ``bags[t + 1]``, and `inverse` is flat; assignments from ``bags[T]`` on belong to no token and no expert.
     """
@@ -87,8 +87,7 @@ def plan_expert_choice(token_ids_EC: Tensor, n_tokens: int) -> DispatchPlan:
 
     Returns:
         The plan, with `bags`. Within an expert, rows keep the order of the places. Unused places are the last assignments,
-        from ``bags[T]`` on, and the last rows, of no expert. No shape depends on the choice, and on CUDA nothing is copied
-        to the host.
+        from ``bags[T]`` on, and the last rows. No shape depends on the choice, and on CUDA nothing is copied to the host.
 
     Raises:
         ValueError: token_ids_EC is not a matrix.

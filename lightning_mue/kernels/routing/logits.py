@@ -1,4 +1,4 @@
-"""The router's logits as an operator: ``x W^T`` in float32, of inputs of any type that are saved as they are.
+"""The router's logits as an operator: ``x W^T`` in float32, of inputs of any type, which are saved by reference.
 
 Shape legend: T tokens, d width, E experts.
 """
@@ -19,7 +19,7 @@ from lightning_mue.checks import mismatch
 def router_logits(x_Td: Tensor, weight_Ed: Tensor) -> Tensor:
     """Return ``x W^T`` in full float32 precision for all input types, also under autocast and with tf32 switched on.
 
-    Differentiable; x and the weight are saved as they are, not as float32 copies.
+    Differentiable; x and the weight are saved by reference, not as float32 copies.
 
     Args:
         x_Td: [T, d], any floating dtype.

@@ -69,7 +69,7 @@ def route(
     n_sequences: int = 1,
     backend: str = "auto",
 ) -> Routed:
-    """Choose the K experts of highest ``score + bias`` for every token, and weigh them.
+    """Choose the K experts of highest ``score + bias`` for every token, and compute their gates.
 
     | scoring              | score                   | gate of i in the chosen set A |
     |----------------------|-------------------------|-------------------------------|
@@ -80,7 +80,7 @@ def route(
 
     ``gate="sqrt"`` takes the square root (SqrtGate, arXiv:2603.28743), in log space: its gradient stays finite where the
     gate itself underflows. The bias (arXiv:2408.15664) takes part in the selection only; while it is all zero, logits are
-    compared directly, which the scores preserve and rounding does not blur. With G groups of E/G neighbouring experts,
+    compared directly: the order is the same, without ties from rounding. With G groups of E/G neighbouring experts,
     K/G of each are chosen (arXiv:2605.23893); gates are normalized over the whole set.
 
     Gates, `probability_sum` and `z_sum` are differentiable in the logits. A token with a NaN logit gets NaN gates and valid,
@@ -94,7 +94,7 @@ def route(
         gate: One of `GATES`.
         n_groups: G, a divisor of E and of K.
         mask_T: bool [T], True for real tokens. The others (padding) get id E and gate 0, count nowhere, and get no
-            gradient, whatever their logits are. None: all are real.
+            gradient, even if their logits are NaN. None: all are real.
         n_sequences: N; the tokens are N sequences of equal length, one after the other, each with statistics of its own.
         backend: One of `BACKENDS`; "grouped_mm" routes as "torch" does.
 

@@ -3,8 +3,8 @@
     out = beta * c + alpha * a @ b
 
 Newton-Schulz iterations consist of them: the Gram product `X X^T`, and products of polynomials in it, which commute and so
-are symmetric again. A GPU kernel (triton.py) computes the lower triangle and stores it twice; elsewhere the
-twin in plain PyTorch computes all of it, since no CPU library here has a batched kernel for half.
+are symmetric again. A GPU kernel (triton.py) computes the lower triangle and stores it twice. Elsewhere plain
+PyTorch computes the full product, because CPU libraries have no batched kernel for a triangle.
 
 Shape legend: B matrices, n rows and columns of the result, k the inner dimension.
 """
@@ -88,8 +88,8 @@ def triton_available() -> bool:
 def kernel_fits(a: Tensor) -> bool:
     """Return whether `symmetric_matmul` takes the kernel for this tensor, by its device and type.
 
-    CUDA of compute capability 8.0 or newer; float16, bfloat16 or float32; Triton installed. Not AMD devices, on which
-    nobody has tried it.
+    CUDA of compute capability 8.0 or newer; float16, bfloat16 or float32; Triton installed. Not AMD devices, on which it
+    is untested.
     """
     return (
         a.is_cuda

@@ -14,7 +14,7 @@ from lightning_mue.kernels.grouped_ffn.op import grouped_ffn
 
 Case = experts.Case
 
-#: Norm-wise. float32: the issue's bound, about a hundred roundings. bfloat16: operands and three intermediates are rounded to
+#: Norm-wise. float32: about a hundred roundings. bfloat16: operands and three intermediates are rounded to
 #: 8 bits (the interpreter cuts off, twice as much). float16: the same with 11 bits.
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 TILES = {"small": (16, 16, 16), "tall": (32, 16, 16), "wide": (16, 32, 32)}  # the interpreter is slow: mostly "wide"

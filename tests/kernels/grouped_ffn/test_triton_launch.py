@@ -271,7 +271,7 @@ def _can_compile():
 @pytest.mark.skipif(not _can_compile(), reason="Triton has no compiler for NVIDIA devices here")
 @pytest.mark.parametrize(("dtype", "activation"), [("bfloat16", "swiglu"), ("float32", "gelu")])
 def test_every_kernel_compiles_for_hopper(dtype, activation, tmp_path):
-    """For the size that performance.md sets targets for: within its shared memory, without spilled registers."""
+    """For the sizes of the targets in docs/gpu.md: within its shared memory, without spilled registers."""
     script = Path(__file__).parent / "_compile_experts.py"
     command = [sys.executable, "-W", "ignore", str(script), dtype, activation, "default"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)

@@ -187,6 +187,18 @@ def test_an_interrupt_while_workers_are_started(problem):
         problem.check()
 
 
+def test_what_had_not_begun_is_dropped():
+    """The workers are busy with something else when the interrupt comes, and free again for the next call."""
+    free, begun, seen = threading.Event(), [], []
+    for _ in range(2):
+        workers._team(2).put(free.wait)
+    interrupted_after(0.1, lambda: run_in_threads(begun.extend, range(8), 2))
+    free.set()
+    run_in_threads(seen.extend, range(8), 2)
+    assert sorted(seen) == list(range(8))
+    assert begun == []
+
+
 @pytest.fixture
 def slow_blocks(problem):
     """Makes every block last `seconds`; the first one sends Ctrl-C at the times `interrupts`. Lists the blocks begun and ended."""

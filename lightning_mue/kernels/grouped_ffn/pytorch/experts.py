@@ -1,7 +1,7 @@
 """The experts in plain PyTorch: a loop over blocks of experts, each a few GEMMs; on the CPU in worker threads.
 
-Every block's rows are gathered into work buffers that stay, and its weight gradients written in place. Blocks share nothing
-that they write to.
+Every block's rows are gathered into work buffers that are kept, and its weight gradients are written in place. No two blocks write
+to the same memory.
 
 Shape legend: T tokens, S rows sorted by expert, P rows in the padded layout of `blocks`, B experts of a block, C rows of
 each, N = B * C, n those that are not padding, d width, h expert hidden width, E experts, G = 2 for gated activations (gate
@@ -58,7 +58,7 @@ class _Pass:
         self.p, self.elementwise = p, ELEMENTWISE[p.activation]
         self.gated, self.hidden, self.width = ACTIVATIONS[p.activation].gated, p.w_up.shape[1], p.x.shape[1]
         ends = p.offsets.tolist()  # the one host synchronization of this backend
-        self.n_routed = ends[-1]  # rows from here on are of no expert
+        self.n_routed = ends[-1]  # rows from here on are masked: of no expert
         self.layout = plan_blocks(ends, len(p.order), self.hidden, _cutting(p.x))
         source_P, slot_S = self.layout.source_P, self.layout.slot_S
         self.slots = p.inverse if slot_S is None else slot_S[p.inverse]  # the padded row of each assignment
@@ -67,7 +67,7 @@ class _Pass:
 
     @property
     def idle_P(self) -> slice:
-        """The padded rows of no expert."""
+        """The masked rows, in the padded layout."""
         return slice(self.layout.n_rows - len(self.p.order) + self.n_routed, self.layout.n_rows)
 
     def columns(self) -> dict[str, int]:
@@ -79,7 +79,7 @@ class _Pass:
         raise NotImplementedError
 
     def over_blocks(self, products: int, gates: Tensor | None) -> Tensor:
-        """Compute all blocks, each so many GEMMs of [N, d, h], and sum their rows: [T, d]."""
+        """Compute all blocks, each `products` GEMMs of [N, d, h], and sum their rows: [T, d]."""
         p, rows = self.p, [block.n_rows for block in self.layout.blocks]
         flops = 2 * products * sum(rows) * self.hidden * self.width
 
@@ -135,7 +135,7 @@ class _Forward(_Pass):
         torch.bmm(a_BCh, self.w_down[i], out=self.results_N[i].view(*shape, self.width))
 
     def _project(self, scratch: Scratch, x_BCd: Tensor, plane: int, i: int) -> Tensor:
-        """One pre-activation, [B, C, h]; what is not padding also goes to z."""
+        """One pre-activation, [B, C, h]; rows that are not padding are also written to z."""
         block, biases = self.layout.blocks[i], self.biases[plane]
         in_place = self.keep and not block.is_padded
         z_BCh = self.z_nh[plane][i].view(*block.shape, -1) if in_place else scratch.get(f"z{plane}", block.shape)
@@ -181,7 +181,7 @@ class _Backward(_Pass):
         return parts
 
     def add_extra_parts(self) -> None:
-        """Sum the gradients of experts that were cut, in order."""
+        """Add up the gradients of the parts of each split expert, in order."""
         for block in self.layout.extra_parts:
             for name, grad in self.grads.items():
                 grad[block.experts] += self.extra[name][block.part - 1]
@@ -211,7 +211,7 @@ class _Backward(_Pass):
             dx_BCd.baddbmm_(dz_BCh, weight) if name != names[0] else torch.bmm(dz_BCh, weight, out=dx_BCd)
 
     def _differentiate(self, scratch: Scratch, i: int, da_BCh: Tensor, a_BCh: Tensor, dz_BCh: list[Tensor]) -> None:
-        """From da, without the gates, to a, with the gates, the pre-activations' gradients, and the gates' own."""
+        """Turn da (without gates) into gate * a, the gradients of the pre-activations and those of the gates."""
         shape = self.layout.blocks[i].shape
         z_BCh = [self._saved(scratch, plane, i) for plane in range(len(self.z))]
         gates_BC1, dgates_BC = self.gates_N1[i].view(*shape, 1), self.dgates_N[i].view(shape)

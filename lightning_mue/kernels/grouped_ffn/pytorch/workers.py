@@ -67,9 +67,9 @@ def run_in_threads(work: Callable[[Iterable[int]], None], items: Sequence[int], 
             if error is not None:
                 raise error
     except BaseException:
-        queue.clear()  # a worker that starts only now finds nothing to do
+        queue.clear()
         for lock in busy:
-            lock.acquire()
+            lock.acquire()  # waits for a worker that is busy, and keeps one that is not from beginning
         raise
 
 
@@ -77,14 +77,17 @@ def _run(
     work: Callable[[Iterable[int]], None], queue: deque[int], busy: Lock, finished: SimpleQueue[BaseException | None]
 ) -> None:
     """One worker's part of a call."""
+    if not busy.acquire(blocking=False):
+        return  # the caller was interrupted before this had begun
     error = None
-    with busy:
-        try:
-            # In inference mode a worker may write to the tensors of a caller in any mode.
-            with torch.inference_mode():
-                work(_take(queue))
-        except BaseException as raised:
-            error = raised
+    try:
+        # In inference mode a worker may write to the tensors of a caller in any mode.
+        with torch.inference_mode():
+            work(_take(queue))
+    except BaseException as raised:
+        error = raised
+    finally:
+        busy.release()
     finished.put(error)
 
 

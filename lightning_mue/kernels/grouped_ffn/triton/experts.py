@@ -1,11 +1,11 @@
-"""The experts on Triton: which kernel runs when. Grids depend on shapes alone; the host learns nothing about the routing.
+"""The experts on Triton: the order of the kernels. Grids depend on shapes alone; the host reads nothing about the routing.
 
-Forward   up        x by index -> z, a            `grouped_up.py`
-          down      a -> a row of d per assignment `grouped_rows.py`
-          combine   rows -> tokens, by gates      `combine.py`
-Backward  hidden    dy by index, z -> dz, gate * a, dgates    `grouped_hidden.py`
-          dx        dz -> a row of d per assignment -> tokens `grouped_rows.py`, `combine.py`
-          dw        dz, x by index; gate * a, dy by index     `grouped_weights.py`
+Forward   up        x by index -> z, a                          up.py
+          down      a -> a row of d per assignment              rows.py
+          combine   rows -> tokens, by gates                    kernels/combine/triton.py
+Backward  hidden    dy by index, z -> dz, gate * a, dgates      hidden.py
+          dx        dz -> a row of d per assignment -> tokens   rows.py, kernels/combine/triton.py
+          dw        dz, x by index; gate * a, dy by index       weights.py
 
 Shape legend: T tokens, K experts per token, S rows sorted by expert, d width, h expert hidden width, E experts, G planes of z.
 """
@@ -101,7 +101,7 @@ class Tiles:
 
 
 def _dense(p: Problem) -> Problem:
-    """The same problem, with contiguous rows of x, gates and biases; weights stay as they are."""
+    """The same problem, with contiguous rows of x, gates and biases; weights are not copied."""
     x = p.x if p.x.stride(1) == 1 or not p.x.numel() else p.x.contiguous()
     b_gate, b_up = (None if b is None else b.contiguous() for b in (p.b_gate, p.b_up))
     return p._replace(x=x, gates=p.gates.contiguous(), inverse=p.inverse.contiguous(), b_gate=b_gate, b_up=b_up)

@@ -78,7 +78,7 @@ def add_products(
     """`sums` plus the products of one plane.
 
     A loop for each plane: with two products into one sum in a loop, the second would wait for the first, and no matrix
-    instruction would be under way while the next is issued.
+    instruction would be in flight while the next one is issued.
     """
     i = tl.arange(0, INNER)
     n_in = (col + tl.arange(0, COLS) < n_size)[None, :]
@@ -208,7 +208,7 @@ def rows_kernel(
 def launch_rows(
     planes: Tensor, weights: tuple[Tensor, ...], tiles: TileMap, tiling: ExpertTiling, *, k_last: bool
 ) -> Tensor:
-    """Return out [S, n]; rows of no expert are not written.
+    """Return out [S, n]; masked rows are not written.
 
     Args:
         planes: [G, S, k], contiguous.

@@ -129,7 +129,7 @@ def up_kernel(
 
 
 def launch_up(p: Problem, tiles: TileMap, keep: bool, tiling: ExpertTiling) -> tuple[Tensor, Tensor]:
-    """Return a [S, h] and z [G, S, h] (without rows unless `keep`); rows of no expert are not written.
+    """Return a [S, h] and z [G, S, h] (without rows unless `keep`); masked rows are not written.
 
     `p.x`'s rows and the biases are contiguous. `tiles` has tiles of `tiling.rows` rows.
     """
