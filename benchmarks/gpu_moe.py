@@ -28,7 +28,7 @@ from moe_peers_gpu import Shape
 
 NAME, TITLE = "gpu_moe", "Experts on a GPU"
 Part = Callable[[Report], Iterable[Row]]
-SECONDS = {  # the most a section may take; those up to "Memory" fit into the time of a whole run, whatever they take
+SECONDS = {  # the most a section may take; those up to "Memory" fit into the time of a whole run at their limits
     "Ceilings": 15,
     "Errors against float64": 60,
     "Compilation": 70,
@@ -47,7 +47,7 @@ SECONDS = {  # the most a section may take; those up to "Memory" fit into the ti
 
 
 def targets(report: Report, shape: Shape) -> list[Row]:
-    """What issue 5 asks of an H200, beside what was measured; None where that is missing."""
+    """The targets for an H200 and what was measured; None where that is missing."""
 
     def found(section: str, column: str, **where: object) -> float | None:
         for row in report.get(section, []):
@@ -125,7 +125,7 @@ def title(options: argparse.Namespace) -> str:
 
 
 def main() -> None:
-    """Run all sections, whatever happens to one of them; what failed is said at the end."""
+    """Run all sections, also after one of them failed; failures are listed at the end."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, on a CPU in Triton's interpreter")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the report")

@@ -34,7 +34,7 @@ class Precision(NamedTuple):
     Attributes:
         dtype: Of x and the weights.
         float32: How float32 matrices are multiplied, "ieee" or "tf32".
-        error: Largest relative error allowed. The issue's for float32 and bfloat16; tf32 and float16 have 10 bits.
+        error: Largest relative error allowed. Those of docs/gpu.md; tf32 and float16 have 10 bits.
     """
 
     dtype: torch.dtype

@@ -386,7 +386,7 @@ def saved_bytes(contender: Contender, routed: Routed) -> int:
 
 
 def stated_bytes(shape: Shape, whole: bool) -> float:
-    """What the package says that its experts, or its whole layer, save a token."""
+    """Bytes per token that the experts, or the whole layer, save by `activation_memory()`."""
     from lightning_mue.moe import MoELayer
 
     with torch.device("meta"):

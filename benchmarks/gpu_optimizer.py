@@ -139,7 +139,7 @@ def same_in_all_tilings(a: Tensor, c: Tensor, expected: Tensor, precision: str) 
 
 
 def polynomial(g: Tensor, dtype: torch.dtype, preset: str) -> Tensor:
-    """The standard form, written the plain way, with products in `dtype`."""
+    """The standard form, written without fusing, with products in `dtype`."""
     x = (g / g.norm(dim=(-2, -1), keepdim=True)).to(dtype)
     for a, b, c in PRESETS[preset].steps:
         gram = x @ x.mT

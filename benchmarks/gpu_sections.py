@@ -1,4 +1,4 @@
-"""Runs a benchmark section by section, so that whatever stops it, it leaves what it had.
+"""Runs a benchmark section by section, so that a run that is stopped leaves the sections before.
 
 Every section has its share of the time and runs in a process of its own kind: after an error that a device does not recover
 from (a bad address), a crash or a hang, a new process goes on with the next section. What went wrong is recorded as a row.

@@ -1,4 +1,4 @@
-"""Triton kernels, each beside its twin in plain PyTorch; importing them needs neither Triton nor a GPU."""
+"""Operators with Triton kernels and an implementation in plain PyTorch each; importing them needs neither Triton nor a GPU."""
 
 from lightning_mue.kernels.symmetric.op import symmetric_matmul, symmetric_matmul_torch
 

@@ -1,4 +1,4 @@
-"""Which implementation of an operator runs: chosen by name, or by where the tensors lie."""
+"""Chooses the implementation of an operator: by name, or by the device and type of the tensors."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from lightning_mue.checks import mismatch, require_choice
 from lightning_mue.kernels.symmetric.op import kernel_fits, triton_available
 
 #: What a user may ask for. "triton": our kernels, on CUDA. "grouped_mm": torch's grouped GEMM, on CUDA and CPU. "torch":
-#: plain PyTorch on every device, parallel over experts on the CPU.
+#: plain PyTorch on every device, on the CPU with worker threads over experts.
 BACKENDS = ("auto", "triton", "grouped_mm", "torch")
 
 
@@ -27,25 +28,23 @@ def resolve_backend(backend: str, x: Tensor) -> str:
         if kernel_fits(x):
             return "triton"
         return "grouped_mm" if x.is_cuda and x.dtype == torch.bfloat16 else "torch"
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; found {backend!r}.")
+    require_choice("backend", backend, BACKENDS)
     if backend == "triton" and not kernel_fits(x) and not _interpreted(x):
         missing = "Triton is not installed" if not triton_available() else f"x is {x.dtype} on {x.device}"
-        raise ValueError(
-            "backend='triton' needs a CUDA device of compute capability 8.0 or newer, and float32, bfloat16 or float16; "
-            f"{missing}. Use backend='auto', which falls back to plain PyTorch."
-        )
+        expected = "Triton, a CUDA device of compute capability 8.0 or newer, and x in float32, bfloat16 or float16"
+        do = "Use backend='auto', which falls back to plain PyTorch."
+        raise ValueError(mismatch("backend", found=f"'triton', but {missing}", expected=expected, do=do))
     if backend == "grouped_mm" and x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(
-            f"backend='grouped_mm' computes float32, bfloat16 and float16; x is {x.dtype}. Use backend='torch'."
-        )
+        expected = "x in float32, bfloat16 or float16"
+        do = "Use backend='torch'."
+        raise ValueError(mismatch("backend", found=f"'grouped_mm' with x in {x.dtype}", expected=expected, do=do))
     return backend
 
 
 def implementation(op: str, backend: str) -> ModuleType:
     """Return the module that implements `op` ("grouped_ffn", "routing", ...) for a resolved backend."""
     name = {"triton": "triton", "torch": "pytorch", "grouped_mm": "grouped_mm"}[backend]
-    folder = op == "grouped_ffn" and backend != "grouped_mm"  # several files, of which experts.py is the entry
+    folder = op == "grouped_ffn" and backend != "grouped_mm"  # a folder of files; experts.py is the entry
     return import_module(f"lightning_mue.kernels.{op}.{name}{'.experts' if folder else ''}")
 
 

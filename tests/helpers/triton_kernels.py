@@ -23,13 +23,16 @@ def load_kernels(name: str, path: Path | None = None) -> ModuleType:
     """Import a module with kernels anew, for the interpreter where there is no device; once a process.
 
     Triton reads TRITON_INTERPRET when a kernel is defined. Triton itself is imported without it: some other test
-    may have done so before, and its own library then stays as it is there.
+    may have done so before, and its own library then stays as it was loaded.
     """
     pytest.importorskip("triton")
     import triton.experimental.gluon
     import triton.language  # noqa: F401
 
-    sys.modules.pop(name, None)
+    for part in [
+        m for m in sys.modules if m == name or m.startswith(name + "_")
+    ]:  # triton.py and, beside it, triton_*.py
+        del sys.modules[part]
     with pytest.MonkeyPatch.context() as patch:
         if DEVICE == "cpu":
             patch.setitem(os.environ, "TRITON_INTERPRET", "1")

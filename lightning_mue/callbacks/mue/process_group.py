@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from lightning.pytorch import Trainer
 from torch.nn.parallel import DistributedDataParallel
@@ -27,8 +25,6 @@ def set_process_groups(trainer: Trainer) -> None:
     ignores = any(name in ddp.parameters_to_ignore for name, _ in ddp.module.named_parameters())
     if ignores or getattr(trainer.strategy, "_model_averager", None) is not None:
         return
-    optimizers: list[Any] = trainer.optimizers
-    for optimizer in optimizers:
-        divides = isinstance(optimizer, HyperSphereOptimizer) and hasattr(type(optimizer), "process_group")
-        if divides and optimizer.process_group is None:
+    for optimizer in trainer.optimizers:
+        if isinstance(optimizer, HyperSphereOptimizer) and optimizer.process_group is None:
             optimizer.process_group = ddp.process_group

@@ -1,4 +1,4 @@
-"""From rows back to tokens: the sum over each token's rows, weighted by gates, as one operator: `lightning_mue::combine_rows`.
+"""The sum over each token's rows, weighted by gates, as one operator: `lightning_mue::combine_rows`.
 
 Summed in float32, in the order of the assignments and without atomics, so that it is reproducible bit by bit. The backward
 pass is written by hand: it reads dy by index, and keeps no copy of rows per assignment.
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_mue.checks import mismatch
 from lightning_mue.kernels.backends import implementation, resolve_backend
 from lightning_mue.kernels.dispatch.op import DispatchPlan
 
@@ -22,7 +23,7 @@ def combine_rows(rows_Sd: Tensor, plan: DispatchPlan, gates: Tensor | None = Non
     """Return ``y_t = sum over t's assignments j of gates_j * rows[inverse_j]``; differentiable in rows and gates.
 
     Args:
-        rows_Sd: [S, d]. Rows of no expert (from ``plan.offsets[E]`` on) count as zero, whatever they hold.
+        rows_Sd: [S, d]. Rows from ``plan.offsets[E]`` on belong to no expert; they count as zero whatever they hold.
         plan: Of these rows.
         gates: Of `plan.inverse`'s shape, float32 (float64 for float64 rows); None: all one.
         backend: One of `BACKENDS`.
@@ -34,15 +35,14 @@ def combine_rows(rows_Sd: Tensor, plan: DispatchPlan, gates: Tensor | None = Non
         ValueError: A shape or type does not fit, or the backend is unknown or does not run here.
     """
     if rows_Sd.ndim != 2 or len(rows_Sd) != plan.order.numel():
-        raise ValueError(
-            f"rows_Sd must be [S, d] with the plan's S = {plan.order.numel()} rows; found {list(rows_Sd.shape)}. "
-            "Pass the plan that these rows were made with."
-        )
+        expected = f"[S, d] with the plan's S = {plan.order.numel()} rows"
+        do = "Pass the plan that these rows were made with."
+        raise ValueError(mismatch("rows_Sd", found=f"shape {list(rows_Sd.shape)}", expected=expected, do=do))
     if gates is not None and (gates.shape != plan.inverse.shape or gates.dtype != _sum_dtype(rows_Sd)):
-        raise ValueError(
-            f"gates must be {_sum_dtype(rows_Sd)} of shape {list(plan.inverse.shape)}, as plan.inverse; found {gates.dtype} "
-            f"{list(gates.shape)}. Cast or reshape them, or pass None for weights of one."
-        )
+        found = f"{gates.dtype} of shape {list(gates.shape)}"
+        expected = f"{_sum_dtype(rows_Sd)} of shape {list(plan.inverse.shape)}, the shape of plan.inverse"
+        do = "Cast or reshape them, or pass None for weights of one."
+        raise ValueError(mismatch("gates", found=found, expected=expected, do=do))
     y: Tensor = combine_rows_op(
         rows_Sd,
         gates,
@@ -88,7 +88,7 @@ def combine_rows_backward_op(
     offsets: Tensor,
     backend: str,
 ) -> list[Tensor]:
-    """Return the gradients of rows [S, d] and, where `rows` is given, of the gates. Those of rows of no expert are zero."""
+    """Return the gradients of rows [S, d] and, where `rows` is given, of the gates. Those of masked rows are zero."""
     if backend == "triton":
         given = [None if t is None else t.contiguous() for t in (dy, rows, gates, order, inverse, tokens, offsets)]
         with torch.cuda.device_of(dy):
@@ -133,17 +133,17 @@ def _tokens(inverse: Tensor, bags: Tensor | None) -> int:
     return inverse.shape[0] if bags is None else bags.shape[0] - 1
 
 
-def _without_strays(rows_Sd: Tensor, offsets: Tensor) -> Tensor:
-    """The rows, those of no expert set to zero; on the CPU a copy only where there are any."""
+def _without_masked(rows_Sd: Tensor, offsets: Tensor) -> Tensor:
+    """The rows, masked ones set to zero; on the CPU a copy only where there are any."""
     if not rows_Sd.is_cuda and int(offsets[-1]) == len(rows_Sd):
         return rows_Sd
-    stray_S = torch.arange(len(rows_Sd), device=rows_Sd.device) >= offsets[-1]
-    return rows_Sd.masked_fill(stray_S[:, None], 0)
+    masked_S = torch.arange(len(rows_Sd), device=rows_Sd.device) >= offsets[-1]
+    return rows_Sd.masked_fill(masked_S[:, None], 0)
 
 
 def _combine(rows_Sd: Tensor, gates: Tensor | None, inverse: Tensor, offsets: Tensor, bags: Tensor | None) -> Tensor:
     """The sum in plain PyTorch, [T, d] of the dtype that is summed in."""
-    values_Sd = _without_strays(rows_Sd, offsets).to(_sum_dtype(rows_Sd))
+    values_Sd = _without_masked(rows_Sd, offsets).to(_sum_dtype(rows_Sd))
     if not values_Sd.numel():
         return values_Sd.new_zeros(_tokens(inverse, bags), rows_Sd.shape[1])
     weights = None if gates is None else gates.masked_fill(inverse >= offsets[-1], 0)
@@ -162,12 +162,12 @@ def _spread(
     offsets: Tensor,
 ) -> list[Tensor]:
     """The backward pass in plain PyTorch."""
-    dy_Sd = _without_strays(dy[tokens], offsets).to(_sum_dtype(dy))
+    dy_Sd = _without_masked(dy[tokens], offsets).to(_sum_dtype(dy))
     if gates is None:
         return [dy_Sd.to(dy.dtype)]
     weights_S1 = gates.masked_fill(inverse >= offsets[-1], 0).flatten()[order][:, None]
     drows = (dy_Sd * weights_S1).to(dy.dtype)
     if rows_Sd is None:
         return [drows]
-    dgates_S = (_without_strays(rows_Sd, offsets).to(dy_Sd.dtype) * dy_Sd).sum(1)
+    dgates_S = (_without_masked(rows_Sd, offsets).to(dy_Sd.dtype) * dy_Sd).sum(1)
     return [drows, dgates_S[inverse.flatten()].view_as(gates)]

@@ -1,6 +1,6 @@
-"""Triton kernels from rows back to tokens: sums over each token's rows, without atomics, in a fixed order.
+"""Triton kernels that sum the rows of each token, without atomics and in a fixed order.
 
-Rows from `offsets[E]` on belong to no expert: they count as zero and are not read.
+Rows from `offsets[E]` on are masked, they belong to no expert: they count as zero and are not read.
 
 Shape legend: T tokens, S rows sorted by expert (= assignments), K experts per token, d width.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_mue.kernels.triton_tools.launching import add, new_empty
 
-_UNROLLED = 16  # sums of more rows than this are taken in a loop
+_UNROLLED = 16  # longer sums are not unrolled
 
 
 @triton.jit
@@ -183,7 +183,7 @@ def launch_spread(
 
 
 def launch_gather(parts: Tensor, inverse: Tensor, offsets: Tensor) -> Tensor:
-    """Return, of `inverse`'s shape, the sums over n of ``parts[n, inverse]`` (float32 [n, S]); zero for rows of no expert."""
+    """Return, of `inverse`'s shape, the sums over n of ``parts[n, inverse]`` (float32 [n, S]); zero for masked rows."""
     out = new_empty(parts, *inverse.shape, dtype=torch.float32)
     rows = parts.shape[1]
     gather_kernel[(-(-rows // 256),)](parts, inverse, offsets[-1:], out, rows, len(parts), WIDTH=256, num_warps=4)

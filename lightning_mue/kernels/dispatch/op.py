@@ -1,4 +1,4 @@
-"""From "which experts does each token want" to "which rows does each expert get": sorting, and nothing else.
+"""Sorts the assignments of tokens to experts by expert, as an operator: `lightning_mue::plan_dispatch`.
 
 An *assignment* is one (token, expert) pair. Assignments are listed by token; *rows* are the same pairs listed by expert, so
 that every expert's rows are contiguous.
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_mue.checks import mismatch
 from lightning_mue.kernels.backends import implementation, resolve_backend
 
 
@@ -26,8 +27,8 @@ class DispatchPlan:
             expert choice, of the places that were given).
         inverse: int32 [T, K] (or [S], see `bags`). Assignment (t, k) is row ``inverse[t, k]``.
         tokens: int32 [S]. Row r reads token ``tokens[r]``.
-        offsets: int32 [E + 1]. Expert e owns rows ``offsets[e]`` to ``offsets[e + 1]``. Rows from ``offsets[E]`` on belong
-            to no expert (tokens that are masked out): they are computed by nobody and count as zero.
+        offsets: int32 [E + 1]. Expert e owns rows ``offsets[e]`` to ``offsets[e + 1]``. Rows from ``offsets[E]`` on are
+            masked (of tokens that are masked out): they belong to no expert, are not computed and count as zero.
         bags: None where every token has K assignments. Else int32 [T + 1]: token t has assignments ``bags[t]`` to
             ``bags[t + 1]``, and `inverse` is flat; assignments from ``bags[T]`` on belong to no token and no expert.
     """
@@ -54,10 +55,10 @@ def plan_dispatch(expert_ids: Tensor, counts_E: Tensor, *, backend: str = "auto"
         ValueError: A shape does not fit, or the backend cannot run here.
     """
     if expert_ids.ndim != 2 or counts_E.ndim != 1:
-        raise ValueError(
-            f"expert_ids must be [tokens, top_k] and counts [n_experts]; found {list(expert_ids.shape)} and "
-            f"{list(counts_E.shape)}. Add a dimension to a flat list with ids[:, None], and sum counts over sequences."
-        )
+        found = f"shapes {list(expert_ids.shape)} and {list(counts_E.shape)}"
+        do = "Add a dimension to a flat list with ids[:, None], and sum counts over sequences."
+        expected = "[tokens, top_k] and [n_experts]"
+        raise ValueError(mismatch("expert_ids and counts_E", found=found, expected=expected, do=do))
     # Backends are chosen for floating point; to integers only the device matters.
     chosen = resolve_backend(backend, expert_ids.new_empty(0, dtype=torch.float32))
     return DispatchPlan(*torch.ops.lightning_mue.plan_dispatch.default(expert_ids, counts_E, chosen))
@@ -66,7 +67,7 @@ def plan_dispatch(expert_ids: Tensor, counts_E: Tensor, *, backend: str = "auto"
 def count_by_expert(expert_ids: Tensor, n_experts: int, n_sequences: int = 1) -> Tensor:
     """How often each expert occurs in each of N equal stretches: int64 [N, E]. Id E, no expert, is left out.
 
-    What bincount does, but of a shape that is known before it runs.
+    As `torch.bincount`, but with a shape that is known before it runs.
     """
     ids_NA = expert_ids.reshape(n_sequences, -1)
     counts = ids_NA.new_zeros(n_sequences, n_experts + 1)
@@ -77,7 +78,7 @@ def plan_expert_choice(token_ids_EC: Tensor, n_tokens: int) -> DispatchPlan:
     """The plan where experts choose tokens (arXiv:2202.09368): rows are given, and the assignments are sorted by token.
 
     Without unused places, row ``e * C + c`` is place (e, c), so that `values.flatten()[plan.inverse]` brings values [E, C]
-    (such as gates) into the order of the assignments; in general `in_assignment_order` does.
+    (such as gates) into the order of the assignments.
 
     Args:
         token_ids_EC: int64 [E, C]: row e holds the tokens that expert e chose, each in [0, n_tokens), no token twice;
@@ -86,14 +87,14 @@ def plan_expert_choice(token_ids_EC: Tensor, n_tokens: int) -> DispatchPlan:
 
     Returns:
         The plan, with `bags`. Within an expert, rows keep the order of the places. Unused places are the last assignments,
-        from ``bags[T]`` on, and the last rows, of no expert. No shape depends on the choice, and on CUDA nothing is copied
-        to the host.
+        from ``bags[T]`` on, and the last rows. No shape depends on the choice, and on CUDA nothing is copied to the host.
 
     Raises:
-        ValueError: token_ids is not a matrix.
+        ValueError: token_ids_EC is not a matrix.
     """
     if token_ids_EC.ndim != 2:
-        raise ValueError(f"token_ids must be [n_experts, capacity]; found {list(token_ids_EC.shape)}.")
+        found = f"shape {list(token_ids_EC.shape)}"
+        raise ValueError(mismatch("token_ids_EC", found=found, expected="[n_experts, capacity]"))
     used_EC = token_ids_EC >= 0
     offsets = F.pad(used_EC.sum(1).cumsum(0), (1, 0))
     row_S = _rows_of_places(used_EC)
@@ -108,24 +109,8 @@ def plan_expert_choice(token_ids_EC: Tensor, n_tokens: int) -> DispatchPlan:
     return DispatchPlan(order_S, inverse_S.int(), tokens_S, offsets.int(), bags)
 
 
-def in_assignment_order(values_EC: Tensor, token_ids_EC: Tensor, plan: DispatchPlan) -> Tensor:
-    """Bring values of places, such as expert choice's gates, into the order of the assignments; differentiable.
-
-    Args:
-        values_EC: [E, C].
-        token_ids_EC: As given to `plan_expert_choice`.
-        plan: As it returned.
-
-    Returns:
-        [S], of values' dtype.
-    """
-    row_S = _rows_of_places(token_ids_EC >= 0)
-    places_S = torch.empty_like(row_S).scatter(0, row_S, torch.arange(len(row_S), device=row_S.device))
-    return values_EC.flatten()[places_S[plan.inverse]]
-
-
 def _rows_of_places(used_EC: Tensor) -> Tensor:
-    """The row of each place, int64 [E * C]: used ones first, in order."""
+    """The row of each place, int64 [E * C]: used places first, in order."""
     used_S = used_EC.flatten()
     until_S = used_S.cumsum(0)
     n_used = used_S.sum()
@@ -133,7 +118,7 @@ def _rows_of_places(used_EC: Tensor) -> Tensor:
     return torch.where(used_S, until_S - 1, n_used + place_S - until_S)
 
 
-# Defined the plain way, as in `routing.py`.
+# Defined without `torch.library.custom_op` for speed, as in kernels/routing/op.py.
 torch.library.define(
     "lightning_mue::plan_dispatch",
     "(Tensor expert_ids, Tensor counts, str backend) -> (Tensor, Tensor, Tensor, Tensor)",

@@ -1,11 +1,11 @@
 """Triton kernels that sort assignments by expert: a counting sort, stable and without atomics, in two launches.
 
-First every block of assignments writes how many of them go to each expert. Then every block adds up what lies before it,
-which tells where its own first row of each expert is, and walks over its assignments tile by tile, counting on.
+First every block of assignments writes how many of them go to each expert. Then every block sums the counts of the blocks before
+it, which gives its first row of each expert, and places its assignments tile by tile.
 
 Shape legend: S assignments, K experts per token, E experts, B blocks; EP is E rounded up to a power of two.
 
-As in `symmetric.py` and `routing.py`, no library functions of `triton.language`.
+No library functions of `triton.language`, see kernels/symmetric/triton.py.
 """
 
 # Triton reads annotations of kernel arguments, and only `tl.constexpr` means something to it.
@@ -54,7 +54,7 @@ def place_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """The rows of a block's assignments; the first block also writes the offsets. Assignments to no expert come last."""
+    """The rows of a block's assignments; the first block also writes the offsets. Assignments of masked tokens come last."""
     block = tl.program_id(0)
     e = tl.arange(0, EP)
     counts = tl.load(counts_ptr + e, mask=e < E, other=0).to(tl.int32)
@@ -69,7 +69,7 @@ def place_kernel(
         before += tl.load(histograms_ptr + (done + r)[:, None] * E + e[None, :], mask=tile, other=0)
     earlier = _sum(before, 0)
     next_row = ends - counts + earlier
-    none = _sum(counts, 0) + block * BLOCK - _sum(earlier, 0)  # the next row of no expert
+    none = _sum(counts, 0) + block * BLOCK - _sum(earlier, 0)  # the next row of masked tokens
     for done in range(0, tl.minimum(total - block * BLOCK, BLOCK), ROWS):
         s = block * BLOCK + done + r
         inside = s < total
@@ -89,7 +89,7 @@ def place_kernel(
 #: Whether Triton's interpreter runs the kernels (TRITON_INTERPRET=1 when this module was imported).
 INTERPRETED = not isinstance(place_kernel, triton.JITFunction)
 
-#: Assignments a program. Reading the histograms before it costs a block some S / BLOCK * E integers from L2: 64 KiB at
+#: Assignments a program. To read the histograms before its own, a block loads some S / BLOCK * E integers from L2: 64 KiB at
 #: S = 262144, E = 128. Smaller blocks would spread the walk over more programs, but that cost is quadratic in their number.
 BLOCK = 1024
 

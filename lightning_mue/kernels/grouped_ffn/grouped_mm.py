@@ -16,7 +16,7 @@ from lightning_mue.kernels.grouped_ffn.pytorch.elementwise import ELEMENTWISE
 
 def forward(p: Problem, keep: bool) -> tuple[Tensor, Tensor]:
     """As `grouped_ffn_op`."""
-    if not len(p.order):  # the grouped GEMM refuses the strides of nothing
+    if not len(p.order):  # the grouped GEMM refuses the strides of empty tensors
         return torch.zeros_like(p.x), p.x.new_zeros(len(p.up), 0, p.w_up.shape[1])
     x_Sd = p.x[p.tokens]
     planes = [_product(x_Sd, w.mT, p) if b is None else _product(x_Sd, w.mT, p) + _of_rows(b, p) for w, b in p.up]
@@ -51,12 +51,12 @@ def backward(p: Problem, dy: Tensor, z: Tensor, weights: bool) -> list[Tensor]:
 
 
 def _product(a: Tensor, b: Tensor, p: Problem) -> Tensor:
-    """Rows by expert: [S, i] times [E, i, j], or [i, S] times [S, j] to [E, i, j]. Rows of no expert are not written."""
+    """Rows by expert: [S, i] times [E, i, j], or [i, S] times [S, j] to [E, i, j]. Masked rows are not written."""
     return F.grouped_mm(_aligned(a), _aligned(b), offs=p.offsets[1:])
 
 
 def _aligned(t: Tensor) -> Tensor:
-    """The same values in rows (or columns) that begin at multiples of 16 bytes, as the grouped GEMM demands.
+    """The same values in rows (or columns) that begin at multiples of 16 bytes, as the grouped GEMM requires.
 
     A copy only if need be.
     """
@@ -89,7 +89,7 @@ def _valid(p: Problem) -> Tensor:
 
 
 def _of_rows(bias_Eh: Tensor, p: Problem) -> Tensor:
-    """The bias of each row's expert: [S, h]; rows of no expert get the last one's."""
+    """The bias of each row's expert: [S, h]; masked rows get the last expert's."""
     rows_S = torch.arange(len(p.order), device=p.x.device, dtype=torch.int32)
     expert_S = torch.searchsorted(p.offsets[1:], rows_S, right=True, out_int32=True)
     return bias_Eh[expert_S.clamp_(max=len(bias_Eh) - 1)]
@@ -97,6 +97,6 @@ def _of_rows(bias_Eh: Tensor, p: Problem) -> Tensor:
 
 def _sums_by_expert(dz_Sh: Tensor, p: Problem) -> Tensor:
     """Sum of each expert's rows, [E, h]: in float32 and in a fixed order, which index_add does not promise on CUDA."""
-    offsets = F.pad(p.offsets.long(), (0, 1), value=len(dz_Sh))  # one segment more: the rows of no expert
+    offsets = F.pad(p.offsets.long(), (0, 1), value=len(dz_Sh))  # one segment more: the masked rows
     sums = torch.segment_reduce(dz_Sh.float(), "sum", offsets=offsets)
     return sums[:-1].to(dz_Sh.dtype)

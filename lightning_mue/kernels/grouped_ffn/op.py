@@ -4,9 +4,9 @@
                                          a = f(W_up_e x_t + b_up_e)                              (not gated)
     e = expert of assignment (t, k)
 
-Why an operator and not plain autograd: it saves only its inputs and the pre-activations z (the least that a backward pass
-can do with, SonicMoE, arXiv:2512.14080), reads tokens by index, and, having static output shapes, compiles without a graph
-break, runs on the meta device and counts its FLOPs. Three implementations stand behind it (`kernels.backends`).
+An operator instead of plain autograd saves only its inputs and the pre-activations z, the least that a backward pass needs
+(SonicMoE, arXiv:2512.14080), and reads tokens by index. Its output shapes are static: it compiles without a graph break, runs on
+the meta device and counts its FLOPs. backends.py chooses among three implementations.
 
 Shape legend: T tokens, K experts per token, S assignments (= rows, sorted by expert), d width, h expert hidden width, E
 experts, G = 2 for gated activations (gate first), else 1.
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from lightning_mue.checks import mismatch, require_choice
 from lightning_mue.kernels.activations import ACTIVATIONS
 from lightning_mue.kernels.backends import implementation, resolve_backend
 from lightning_mue.kernels.dispatch.op import DispatchPlan
@@ -92,8 +93,8 @@ def grouped_ffn(
 ) -> Tensor:
     """Compute the gate-weighted sum of the chosen experts of every token; differentiable in everything but the plan.
 
-    GEMMs run in x's dtype with float32 sums (float64 for float64); the sum over experts is taken in float32. Rows of no
-    expert (`plan.offsets`) count as zero. Arguments as in `Problem`.
+    GEMMs run in x's dtype with float32 sums (float64 for float64); the sum over experts is taken in float32. Rows of
+    masked tokens (see `DispatchPlan.offsets`) count as zero. Arguments as in `Problem`.
 
     Args:
         x: [T, d].
@@ -136,15 +137,16 @@ def grouped_ffn(
 
 
 def _check(p: Problem) -> None:
-    """Raise unless types and shapes fit one another: a kernel that trusted them would read outside of its tensors."""
-    if p.activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; found {p.activation!r}.")
+    """Raise unless types and shapes match: otherwise a kernel would read outside its tensors."""
+    require_choice("activation", p.activation, ACTIVATIONS)
     gated = ACTIVATIONS[p.activation].gated
     if gated != (p.w_gate is not None) or (not gated and p.b_gate is not None):
-        verb = "needs w_gate" if gated else "takes neither w_gate nor b_gate"
-        raise ValueError(f"activation={p.activation!r} {verb}. Pass them for gated activations, and only for those.")
+        found, expected = ("no w_gate", "w_gate") if gated else ("w_gate or b_gate", "neither")
+        expected, do = f"{expected} for {p.activation!r}", "Pass them for gated activations, and only for those."
+        raise ValueError(mismatch("activation", found=found, expected=expected, do=do))
     if p.x.ndim != 2 or p.w_up.ndim != 3:
-        raise ValueError(f"x must be [T, d] and w_up [E, h, d]; found {list(p.x.shape)} and {list(p.w_up.shape)}.")
+        found = f"shapes {list(p.x.shape)} and {list(p.w_up.shape)}"
+        raise ValueError(mismatch("x and w_up", found=found, expected="[T, d] and [E, h, d]"))
     (n_experts, hidden, _), (n_tokens, width) = p.w_up.shape, p.x.shape
     up, bias = (n_experts, hidden, width), (n_experts, hidden)
     places = (n_tokens, p.inverse.shape[-1]) if p.bags is None else p.order.shape
@@ -154,15 +156,15 @@ def _check(p: Problem) -> None:
     for name, shape in shapes.items():
         found = getattr(p, name)
         if found is not None and found.shape != shape:
-            raise ValueError(
-                f"{name} must have shape {list(shape)}, for x {list(p.x.shape)} and w_up {list(p.w_up.shape)}; found "
-                f"{list(found.shape)}. Check the weights, and that the plan was made for these tokens and experts."
-            )
+            expected = f"shape {list(shape)}, for x {list(p.x.shape)} and w_up {list(p.w_up.shape)}"
+            do = "Check the weights, and that the plan was made for these tokens and experts."
+            raise ValueError(mismatch(name, found=f"shape {list(found.shape)}", expected=expected, do=do))
     gates_dtype = torch.promote_types(p.x.dtype, torch.float32)
     for name in ("w_gate", "w_up", "w_down", "b_gate", "b_up", "gates"):
-        found, expected = getattr(p, name), gates_dtype if name == "gates" else p.x.dtype
-        if found is not None and found.dtype != expected:
-            raise TypeError(f"{name} must be {expected}, for x is {p.x.dtype}; found {found.dtype}. Convert it.")
+        found, dtype = getattr(p, name), gates_dtype if name == "gates" else p.x.dtype
+        if found is not None and found.dtype != dtype:
+            expected = f"{dtype}, for x is {p.x.dtype}"
+            raise TypeError(mismatch(name, found=found.dtype, expected=expected, do="Convert it."))
 
 
 def activation_memory(

@@ -1,4 +1,4 @@
-"""The router's logits as an operator: ``x W^T`` in float32, of inputs of any type that are saved as they are.
+"""The router's logits as an operator: ``x W^T`` in float32, of inputs of any type, which are saved by reference.
 
 Shape legend: T tokens, d width, E experts.
 """
@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from lightning_mue.checks import mismatch
+
 
 def router_logits(x_Td: Tensor, weight_Ed: Tensor) -> Tensor:
-    """Return ``x W^T`` in full float32 precision, whatever the inputs' types, autocast and the tf32 switches say.
+    """Return ``x W^T`` in full float32 precision for all input types, also under autocast and with tf32 switched on.
 
-    Differentiable; x and the weight are saved as they are, not as float32 copies.
+    Differentiable; x and the weight are saved by reference, not as float32 copies.
 
     Args:
         x_Td: [T, d], any floating dtype.
@@ -30,15 +32,15 @@ def router_logits(x_Td: Tensor, weight_Ed: Tensor) -> Tensor:
         ValueError: The shapes do not fit.
     """
     if x_Td.ndim != 2 or weight_Ed.ndim != 2 or x_Td.shape[1] != weight_Ed.shape[1]:
-        raise ValueError(
-            f"x must be [tokens, width] and the router's weight [n_experts, width]; found {list(x_Td.shape)} and "
-            f"{list(weight_Ed.shape)}. Flatten leading dimensions of x with x.reshape(-1, width)."
-        )
+        found = f"shapes {list(x_Td.shape)} and {list(weight_Ed.shape)}"
+        expected = "[tokens, width] and [n_experts, width]"
+        do = "Flatten leading dimensions of x with x.reshape(-1, width)."
+        raise ValueError(mismatch("x_Td and weight_Ed", found=found, expected=expected, do=do))
     logits_TE: Tensor = torch.ops.lightning_mue.router_logits.default(x_Td, weight_Ed)
     return logits_TE
 
 
-# Operators are defined the plain way: `torch.library.custom_op` adds some 30 us to a call, and this takes little more.
+# Defined without `torch.library.custom_op`, which adds some 30 us to a call: the product itself takes little more.
 torch.library.define("lightning_mue::router_logits", "(Tensor x, Tensor weight) -> Tensor")
 torch.library.define(
     "lightning_mue::router_logits_backward",
@@ -48,7 +50,7 @@ torch.library.define(
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """Products of float32 in float32, whatever the program has asked for elsewhere."""
+    """Multiply float32 matrices in full float32, whatever the program has set."""
     libraries: tuple[Any, Any] = torch.backends.cuda, torch.backends.mkldnn
     switches = [library.matmul for library in libraries if library.matmul.fp32_precision not in _FULL]
     before = [s.fp32_precision for s in switches]
@@ -117,8 +119,9 @@ torch.library.register_autograd("lightning_mue::router_logits", _logits_backward
 
 
 def no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
-    """Raise: without this, autograd would take the gradient of a gradient for a constant."""
-    raise RuntimeError("Routing has first derivatives only. Take gradients without create_graph=True.")
+    """Raise, because without this autograd would treat the gradient as a constant."""
+    do = "Take gradients without create_graph=True."
+    raise RuntimeError(mismatch("routing", found="a second derivative", expected="first derivatives only", do=do))
 
 
 torch.library.register_autograd("lightning_mue::router_logits_backward", no_second_derivative)

@@ -1,6 +1,6 @@
 """Routing as operators: the router's logits, and the choice of experts with its gates, counts and statistics.
 
-    logits = x W^T                                              `router_logits`, in a file of its own
+    logits = x W^T                                              `router_logits`, in logits.py
     experts, gates, counts, sums for the auxiliary losses       `route`
 
 Each has one hand-written backward pass and saves its inputs by reference. Two implementations stand behind `route`
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_mue.checks import mismatch, require_choice
 from lightning_mue.kernels.backends import implementation, resolve_backend
 from lightning_mue.kernels.routing.logits import no_second_derivative, router_logits
 
@@ -68,7 +69,7 @@ def route(
     n_sequences: int = 1,
     backend: str = "auto",
 ) -> Routed:
-    """Choose the K experts of highest ``score + bias`` for every token, and weigh them.
+    """Choose the K experts of highest ``score + bias`` for every token, and compute their gates.
 
     | scoring              | score                   | gate of i in the chosen set A |
     |----------------------|-------------------------|-------------------------------|
@@ -79,7 +80,7 @@ def route(
 
     ``gate="sqrt"`` takes the square root (SqrtGate, arXiv:2603.28743), in log space: its gradient stays finite where the
     gate itself underflows. The bias (arXiv:2408.15664) takes part in the selection only; while it is all zero, logits are
-    compared directly, which the scores preserve and rounding does not blur. With G groups of E/G neighbouring experts,
+    compared directly: the order is the same, without ties from rounding. With G groups of E/G neighbouring experts,
     K/G of each are chosen (arXiv:2605.23893); gates are normalized over the whole set.
 
     Gates, `probability_sum` and `z_sum` are differentiable in the logits. A token with a NaN logit gets NaN gates and valid,
@@ -93,8 +94,8 @@ def route(
         gate: One of `GATES`.
         n_groups: G, a divisor of E and of K.
         mask_T: bool [T], True for real tokens. The others (padding) get id E and gate 0, count nowhere, and get no
-            gradient, whatever their logits are. None: all are real.
-        n_sequences: N; the tokens are N stretches of equal length, for which the statistics are kept apart.
+            gradient, even if their logits are NaN. None: all are real.
+        n_sequences: N; the tokens are N sequences of equal length, one after the other, each with statistics of its own.
         backend: One of `BACKENDS`; "grouped_mm" routes as "torch" does.
 
     Returns:
@@ -119,38 +120,36 @@ _MOST_SEQUENCES = 65535  # of a kernel's grid, CUDA's limit in the second dimens
 
 def _check(logits_TE: Tensor, bias_E: Tensor, mask_T: Tensor | None, s: Settings) -> None:
     if logits_TE.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"logits must be float32 or float64; found {logits_TE.dtype}. Use router_logits or .float().")
+        do = "Use router_logits or .float()."
+        raise TypeError(mismatch("logits_TE", found=logits_TE.dtype, expected="float32 or float64", do=do))
     if logits_TE.ndim != 2 or bias_E.shape != logits_TE.shape[1:]:
-        raise ValueError(
-            f"logits must be [tokens, n_experts] and bias [n_experts]; found {list(logits_TE.shape)} and "
-            f"{list(bias_E.shape)}."
-        )
+        found = f"shapes {list(logits_TE.shape)} and {list(bias_E.shape)}"
+        raise ValueError(mismatch("logits_TE and bias_E", found=found, expected="[tokens, n_experts] and [n_experts]"))
     tokens, n_experts = logits_TE.shape
-    for name, value, known in (("scoring", s.scoring, SCORINGS), ("gate", s.gate, GATES)):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}; found {value!r}.")
+    require_choice("scoring", s.scoring, SCORINGS)
+    require_choice("gate", s.gate, GATES)
     if not 1 <= s.top_k <= n_experts:
-        raise ValueError(f"top_k must be 1 to n_experts={n_experts}; found {s.top_k}.")
+        raise ValueError(mismatch("top_k", found=s.top_k, expected=f"1 to n_experts={n_experts}"))
     if s.n_groups < 1 or n_experts % s.n_groups or s.top_k % s.n_groups:
-        raise ValueError(
-            f"n_groups must divide n_experts={n_experts} and top_k={s.top_k}; found {s.n_groups}. Use 1 for no groups."
-        )
+        expected = f"a divisor of n_experts={n_experts} and of top_k={s.top_k}"
+        raise ValueError(mismatch("n_groups", found=s.n_groups, expected=expected, do="Use 1 for no groups."))
     if s.n_sequences != 1 and (s.n_sequences < 1 or tokens % s.n_sequences):
-        raise ValueError(
-            f"n_sequences must cut the {tokens} tokens into equal stretches; found {s.n_sequences}. Pass the number of "
-            "sequences of equal length, or 1."
-        )
+        expected = f"a divisor of the number of tokens, {tokens}"
+        do = "Pass the number of sequences of equal length, or 1."
+        raise ValueError(mismatch("n_sequences", found=s.n_sequences, expected=expected, do=do))
     if mask_T is not None and mask_T.dtype != torch.bool:
-        raise TypeError(f"mask must be bool, True for real tokens; found {mask_T.dtype}. Use mask.bool().")
+        expected = "torch.bool, True for real tokens"
+        raise TypeError(mismatch("mask_T", found=mask_T.dtype, expected=expected, do="Use mask.bool()."))
     if mask_T is not None and mask_T.shape != logits_TE.shape[:1]:
-        raise ValueError(f"mask must be [{tokens}], one entry a token; found {list(mask_T.shape)}. Flatten it.")
+        found, expected = f"shape {list(mask_T.shape)}", f"[{tokens}], one entry per token"
+        raise ValueError(mismatch("mask_T", found=found, expected=expected, do="Flatten it."))
 
 
 def _module(backend: str) -> ModuleType:
     return implementation("routing", "triton" if backend == "triton" else "torch")
 
 
-# Operators are defined the plain way: `torch.library.custom_op` adds some 30 us to a call, and routing is little more.
+# Defined without `torch.library.custom_op`, which adds some 30 us to a call: routing itself takes little more.
 torch.library.define(
     "lightning_mue::route",
     "(Tensor logits, Tensor bias, Tensor? mask, int top_k, str scoring, str gate, int n_groups, SymInt n_sequences, "

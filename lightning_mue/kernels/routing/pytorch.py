@@ -15,10 +15,10 @@ from lightning_mue.kernels.routing.op import Settings
 
 
 def forward(logits_TE: Tensor, bias_E: Tensor, mask_T: Tensor | None, s: Settings) -> tuple[Tensor, ...]:
-    """As the operator `route`. Softmaxes are written out: torch's take 0.2 us a row, however short the rows."""
+    """As the operator `route`. Softmaxes are written out: torch's take 0.2 us a row, even for short rows."""
     n_experts, length = logits_TE.shape[1], len(logits_TE) // s.n_sequences
     scratch_TE = torch.empty_like(logits_TE)
-    # A host may look at the bias. Without one, logits are compared as they are, and the first choice is the largest.
+    # On the CPU reading the bias costs no synchronization. Without one, logits are compared: the first choice is the largest.
     direct = logits_TE.device.type == "cpu" and not bias_E.any()
     if direct:
         ids_TK = _select(logits_TE, s, scratch_TE)
@@ -68,7 +68,7 @@ def backward(
     dchosen_TK = row_T1 = None
     if dgates_TK is not None:
         if mask_T is not None:
-            ids_TK = ids_TK.clamp(max=n_experts - 1)  # what no expert gets is cleared below
+            ids_TK = ids_TK.clamp(max=n_experts - 1)  # masked tokens are set to zero below
         dchosen_TK = _chosen_grad(dgates_TK, logits_TE, ids_TK, gates_TK, s)
         if s.scoring == "softmax-topk":
             row_T1 = -dchosen_TK.sum(1, keepdim=True)
@@ -168,14 +168,14 @@ def _by_topk(values_Rn: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def _by_rounds(values_Rn: Tensor, k: int, scratch: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The k largest of each row by k + 1 maxima, and in which rows these are sure: [R, k] and bool [R].
 
-    Several times faster than `torch.topk`, whose inner loop is scalar: a maximum over rows is not, and a column's number is
-    carried in the lowest bits of its value, so that no index has to be looked for. Rows where that may have changed the
+    Several times faster than `torch.topk`, whose inner loop is scalar: a maximum over rows is not, and the column's number is
+    stored in the lowest bits of its value, so that no index has to be searched for. Rows where that may have changed the
     order (the largest k + 1 values are not clearly apart, or not finite) are reported as unsure.
     """
     rows, columns = values_Rn.shape
     digits = (1 << (columns - 1).bit_length()) - 1
     column = torch.arange(columns, dtype=torch.int32)
-    # Short rows are faster when they stand: a maximum then runs over all rows at once.
+    # Short rows are faster transposed: a maximum then runs over all rows at once.
     across = columns <= 16
     bits = values_Rn.contiguous().view(torch.int32)
     keys = torch.empty_like(bits) if scratch is None else scratch.view(torch.int32)

@@ -3,8 +3,8 @@
     out = beta * c + alpha * a @ b
 
 Newton-Schulz iterations consist of them: the Gram product `X X^T`, and products of polynomials in it, which commute and so
-are symmetric again. A GPU kernel (triton.py) computes the lower triangle and stores it twice; elsewhere the
-twin in plain PyTorch computes all of it, since no CPU library here has a batched kernel for half.
+are symmetric again. A GPU kernel (triton.py) computes the lower triangle and stores it twice. Elsewhere plain
+PyTorch computes the full product, because CPU libraries have no batched kernel for a triangle.
 
 Shape legend: B matrices, n rows and columns of the result, k the inner dimension.
 """
@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
+
+from lightning_mue.checks import mismatch
 
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -86,8 +88,8 @@ def triton_available() -> bool:
 def kernel_fits(a: Tensor) -> bool:
     """Return whether `symmetric_matmul` takes the kernel for this tensor, by its device and type.
 
-    CUDA of compute capability 8.0 or newer; float16, bfloat16 or float32; Triton installed. Not AMD devices, on which
-    nobody has tried it.
+    CUDA of compute capability 8.0 or newer; float16, bfloat16 or float32; Triton installed. Not AMD devices, on which it
+    is untested.
     """
     return (
         a.is_cuda
@@ -106,12 +108,13 @@ def _product(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, 
 def _prepare(a: Tensor, b: Tensor, c: Tensor | None, beta: float, out: Tensor | None) -> Tensor:
     """Check the arguments, and return `out`, made if it was None."""
     if a.ndim != 3 or b.ndim != 3 or b.shape != (a.shape[0], a.shape[2], a.shape[1]):
-        raise ValueError(
-            f"a and b must be batches [B, n, k] and [B, k, n]; found {list(a.shape)} and {list(b.shape)}. "
-            "Add a batch dimension to single matrices with unsqueeze(0)."
+        found, do = (
+            f"shapes {list(a.shape)} and {list(b.shape)}",
+            "Add a batch dimension to single matrices with unsqueeze(0).",
         )
+        raise ValueError(mismatch("a and b", found=found, expected="batches [B, n, k] and [B, k, n]", do=do))
     if beta and c is None:
-        raise ValueError(f"beta is {beta}, but c is None. Pass c, or beta=0.")
+        raise ValueError(mismatch("c", found=None, expected=f"a tensor, for beta is {beta}", do="Pass c, or beta=0."))
     square = (a.shape[0], a.shape[1], a.shape[1])
     if out is None:
         out = a.new_empty(square)
@@ -120,25 +123,27 @@ def _prepare(a: Tensor, b: Tensor, c: Tensor | None, beta: float, out: Tensor | 
     if c is not None:
         _check_like(a, "c", c, square)
     if not a.is_floating_point():
-        raise TypeError(f"a must be real floating point; found {a.dtype}.")
+        raise TypeError(mismatch("a", found=a.dtype, expected="real floating point"))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (a, b, c, out)):
-        raise RuntimeError(
-            "symmetric_matmul has no gradient, but an argument requires one. Call it in torch.no_grad()."
-        )
+        found = "an argument that requires a gradient"
+        expected, do = "none, because it has no gradient", "Call it in torch.no_grad()."
+        raise RuntimeError(mismatch("symmetric_matmul", found=found, expected=expected, do=do))
     if not torch.compiler.is_compiling():  # no addresses while tracing
         storage = out.untyped_storage().data_ptr()
         for name, t in (("a", a), ("b", b), ("c", c if beta else None)):
             # Address 0: a tensor without memory (meta, fake).
             if t is not None and storage and t.untyped_storage().data_ptr() == storage and _spans_meet(t, out):
-                raise ValueError(f"out shares memory with {name}. Pass another buffer, or out=None for a new one.")
+                found, do = f"memory that it shares with {name}", "Pass another buffer, or out=None for a new one."
+                raise ValueError(mismatch("out", found=found, expected="memory of its own", do=do))
     return out
 
 
 def _check_like(a: Tensor, name: str, t: Tensor, shape: tuple[int, ...]) -> None:
     if t.shape != shape:
-        raise ValueError(f"{name} must have shape {list(shape)}; found {list(t.shape)}.")
+        raise ValueError(mismatch(name, found=f"shape {list(t.shape)}", expected=f"shape {list(shape)}"))
     if t.dtype != a.dtype or t.device != a.device:
-        raise TypeError(f"{name} must be {a.dtype} on {a.device}, as a is; found {t.dtype} on {t.device}.")
+        found, expected = f"{t.dtype} on {t.device}", f"{a.dtype} on {a.device}, as a is"
+        raise TypeError(mismatch(name, found=found, expected=expected))
 
 
 def _spans_meet(x: Tensor, y: Tensor) -> bool:
@@ -152,7 +157,7 @@ def _spans_meet(x: Tensor, y: Tensor) -> bool:
     return x_first <= y_last and y_first <= x_last
 
 
-# Defined the plain way: `torch.library.custom_op` costs 45 us a call, several launches, and this one is called ten times
+# Defined without `torch.library.custom_op`, which costs 45 us a call, as much as several launches: this one is called ten times
 # for an orthogonalization. As an operator, torch.compile calls it without looking inside, and its FLOPs are counted.
 torch.library.define(
     "lightning_mue::symmetric_matmul", "(Tensor a, Tensor b, Tensor? c, float alpha, float beta, Tensor(a!) out) -> ()"

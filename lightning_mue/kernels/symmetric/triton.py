@@ -26,11 +26,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_mue.kernels.triton_tools.timing import may_time as _may_time
-from lightning_mue.kernels.triton_tools.timing import milliseconds as _milliseconds
+from lightning_mue.kernels.triton_tools.timing import may_time, milliseconds
 
 
-class Tiling(NamedTuple):
+class SymmetricTiling(NamedTuple):
     """How the kernel cuts the work.
 
     Attributes:
@@ -50,16 +49,16 @@ class Tiling(NamedTuple):
 
 #: Tried at the first call of a size. Compiled for sm_90 with Triton 3.6 and 3.9 (no device was at hand), all of them use
 #: the wide matrix instructions (wgmma) and, where rows are aligned, 16-byte loads and stores; none spills registers inside
-#: its loop. Not timed on a device yet, which is also why there is no variant with the bulk copy engine (TMA).
+#: its loop. Not timed on a device yet; for the same reason there is no variant with the bulk copy engine (TMA).
 HALF = (
-    Tiling(128, 128, 64, 3, 8),
-    Tiling(128, 128, 64, 4, 8),
-    Tiling(256, 128, 64, 3, 8),
-    Tiling(128, 64, 64, 4, 4),
-    Tiling(64, 64, 64, 4, 4),
+    SymmetricTiling(128, 128, 64, 3, 8),
+    SymmetricTiling(128, 128, 64, 4, 8),
+    SymmetricTiling(256, 128, 64, 3, 8),
+    SymmetricTiling(128, 64, 64, 4, 4),
+    SymmetricTiling(64, 64, 64, 4, 4),
 )
-TF32 = (Tiling(128, 128, 32, 3, 8), Tiling(128, 64, 32, 4, 4), Tiling(64, 64, 32, 4, 4))
-IEEE = (Tiling(64, 64, 16, 3, 4), Tiling(128, 64, 16, 3, 8))
+TF32 = (SymmetricTiling(128, 128, 32, 3, 8), SymmetricTiling(128, 64, 32, 4, 4), SymmetricTiling(64, 64, 32, 4, 4))
+IEEE = (SymmetricTiling(64, 64, 16, 3, 4), SymmetricTiling(128, 64, 16, 3, 8))
 
 _GROUP = 8  # rows of squares that are walked together, so that their operands stay in L2
 
@@ -206,7 +205,7 @@ def launch(
     beta: float,
     out: Tensor,
     precision: str = "tf32",
-    tiling: Tiling | None = None,
+    tiling: SymmetricTiling | None = None,
 ) -> None:
     """Write `beta * c + alpha * a @ b` to `out`, all of it; arguments are not checked.
 
@@ -227,19 +226,19 @@ def launch(
     tensors = (a, b, c if c is not None and has_c else out, out)
     case = Case(a.shape, tuple(t.stride() for t in tensors), has_c, a.dtype, a.device, precision)
 
-    def run(tiling: Tiling) -> None:
+    def run(tiling: SymmetricTiling) -> None:
         grid, integers, constants = _geometry(case, tiling)
         symmetric_kernel[grid](*tensors, *integers, float(alpha), float(beta), **constants)
 
     run(tiling or _known.get(case) or _choose(case, run))
 
 
-_chosen: dict[tuple[Any, ...], Tiling] = {}  # the fastest, by kind of case
-_known: dict[Case, Tiling] = {}  # the same, by case: the kind takes longer to find out than a launch should
+_chosen: dict[tuple[Any, ...], SymmetricTiling] = {}  # the fastest, by kind of case
+_known: dict[Case, SymmetricTiling] = {}  # the same, by case: the kind takes longer to find out than a launch should
 
 
 @functools.lru_cache(maxsize=4096)
-def _geometry(case: Case, tiling: Tiling) -> tuple[tuple[int], tuple[int, ...], dict[str, Any]]:
+def _geometry(case: Case, tiling: SymmetricTiling) -> tuple[tuple[int], tuple[int, ...], dict[str, Any]]:
     """The grid, and the kernel's integers and constants."""
     batch, n, k = case.shape
     side = -(-n // tiling.tile)
@@ -262,12 +261,12 @@ def _geometry(case: Case, tiling: Tiling) -> tuple[tuple[int], tuple[int, ...], 
     return (batch * per_matrix,), (n, k, side, per_matrix, *(x for s in case.strides for x in s)), constants
 
 
-def tilings_for(dtype: torch.dtype, precision: str) -> tuple[Tiling, ...]:
+def tilings_for(dtype: torch.dtype, precision: str) -> tuple[SymmetricTiling, ...]:
     """Return what is tried for a type of product; the first is taken where nothing can be timed."""
     return HALF if dtype != torch.float32 else TF32 if precision == "tf32" else IEEE
 
 
-def _choose(case: Case, run: Callable[[Tiling], None]) -> Tiling:
+def _choose(case: Case, run: Callable[[SymmetricTiling], None]) -> SymmetricTiling:
     """Return the fastest tiling for cases of this kind, timed now if it is not known and can be."""
     (batch, n, k), tilings = case.shape, tilings_for(case.dtype, case.precision)
     # Neighbouring sizes behave alike, and the last chunk of a stack is often smaller than the others. What decides
@@ -278,7 +277,7 @@ def _choose(case: Case, run: Callable[[Tiling], None]) -> Tiling:
         case[2:],
     )
     if kind not in _chosen:
-        if not _may_time(case.device):
+        if not may_time(case.device):
             return tilings[0]
-        _chosen[kind] = min(tilings, key=lambda tiling: _milliseconds(run, tiling))
+        _chosen[kind] = min(tilings, key=lambda tiling: milliseconds(run, tiling))
     return _known.setdefault(case, _chosen[kind])

@@ -1,4 +1,4 @@
-"""What all kernels of the experts share: how a product is taken, how weights are loaded, and facts about the device."""
+"""What the kernels share: products, loads of weights, new memory, and properties of the device."""
 
 # mypy: disable-error-code="no-untyped-def"
 

@@ -6,6 +6,7 @@ import copy
 import difflib
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,7 +80,12 @@ def _rebuild(model: nn.Module, overrides: Mapping[str, Any]) -> nn.Module:
     instantiator = hparams.pop("_instantiator", None)
     signature = inspect.signature(cls).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.values())
-    _check_overrides(cls.__name__, overrides, list(signature), hparams, open_ended=open_ended)
+    names = [*signature, *hparams]
+    for key in overrides:
+        # Of a constructor with **kwargs, what looks like a slip.
+        slip = not open_ended or difflib.get_close_matches(key, names, n=1, cutoff=0.75)
+        if key not in names and slip:
+            raise _unknown_override(cls.__name__, key, names)
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     needed = [name for name, p in signature.items() if p.default is p.empty and p.kind not in variadic]
     if missing := [name for name in needed if name not in hparams and name not in overrides]:
@@ -101,24 +107,16 @@ def _rebuild(model: nn.Module, overrides: Mapping[str, Any]) -> nn.Module:
             arguments = {key: value for key, value in arguments.items() if key in signature}
         return cls(**arguments)
     except (TypeError, ValueError) as error:
+        # A constructor that forwards **kwargs says only now what it does not take.
+        unexpected = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unexpected and unexpected[1] in overrides:
+            raise _unknown_override(cls.__name__, unexpected[1], names) from error
         found = f"{dict(overrides)}, with which {cls.__name__} cannot be built: {error}"
         raise ValueError(mismatch("base", found=found, expected=f"overrides that {cls.__name__} takes")) from error
 
 
-def _check_overrides(
-    name: str, overrides: Mapping[str, Any], accepted: list[str], hparams: Mapping[str, Any], *, open_ended: bool
-) -> None:
-    """Refuses overrides that a constructor does not take; of one with ``**kwargs``, those that look like a slip."""
-    for key in overrides:
-        if key in accepted or key in hparams:
-            continue
-        close = difflib.get_close_matches(key, [*accepted, *hparams], n=1, cutoff=0.75)
-        if close or not open_ended:
-            raise ValueError(
-                mismatch(
-                    f"base.{key}",
-                    found=f"{key!r}, which {name} does not take",
-                    expected=f"one of its arguments {', '.join(accepted)}",
-                    do=f"Did you mean {close[0]!r}?" if close else "",
-                )
-            )
+def _unknown_override(name: str, key: str, accepted: list[str]) -> ValueError:
+    close = difflib.get_close_matches(key, accepted, n=1, cutoff=0.75)
+    expected = f"one of its arguments {', '.join(dict.fromkeys(accepted))}"
+    hint = f"Did you mean {close[0]!r}?" if close else ""
+    return ValueError(mismatch(f"base.{key}", found=f"{key!r}, which {name} does not take", expected=expected, do=hint))

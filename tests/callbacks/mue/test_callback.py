@@ -125,15 +125,16 @@ def test_sets_weights_multipliers_and_steps():
     assert trainer.optimizers[0].param_groups[0]["lr"] == 1e-2
 
 
-def test_hypersphere_kinds_come_from_the_plan():
+def test_hypersphere_kinds_come_from_the_plan(monkeypatch):
     seen = {}
 
-    class SeeingSphere(HyperSphereOptimizer):
-        def _prepare(self, group):
-            seen.update({id(p): (group["kind"], group["lr"]) for p in group["params"]})
-            return super()._prepare(group)
+    def prepare(group, *args):
+        seen.update({id(p): (group["kind"], group["lr"]) for p in group["params"]})
+        return whole(group, *args)
 
-    model = make_model(lambda params: SeeingSphere([p for _, p in params], lr=0.02, adamw_lr=0.005))
+    whole = hypersphere.prepare
+    monkeypatch.setattr(hypersphere, "prepare", prepare)
+    model = make_model(lambda params: HyperSphereOptimizer([p for _, p in params], lr=0.02, adamw_lr=0.005))
     fit(model, [MuECallback(rule="hyperp", base={**BASE, "depth": 8}, verbose=False)], max_steps=2)
     assert seen[id(model.transformer.blocks[0].ffn.experts.w_up)] == ("sphere", pytest.approx(0.02 * 2))
     assert seen[id(model.transformer.unembedding.weight)] == ("adam_sphere", pytest.approx(0.02 * 2))

@@ -13,10 +13,6 @@ from lightning_mue.callbacks.mue.process_group import set_process_groups
 from lightning_mue.optim import HyperSphereOptimizer
 
 
-class Grouped(HyperSphereOptimizer):
-    process_group = None
-
-
 class Foreign(torch.optim.AdamW):
     process_group = None
 
@@ -42,16 +38,16 @@ def params():
 
 
 def test_only_sphere_optimizers_without_a_group_get_one(world):
-    given, mine, foreign = Grouped(params()), Grouped(params()), Foreign(params())
-    mine.process_group = "my own"
+    given, mine, foreign = HyperSphereOptimizer(params()), HyperSphereOptimizer(params()), Foreign(params())
+    mine.process_group = own = torch.distributed.new_group([0])
     set_process_groups(trainer(world.ddp, [given, mine, foreign], _model_averager=None))
     assert given.process_group is torch.distributed.group.WORLD
-    assert (mine.process_group, foreign.process_group) == ("my own", None)
+    assert (mine.process_group, foreign.process_group) == (own, None)
 
 
 @pytest.mark.parametrize("case", ["no DDP", "one process", "ignored", "post-local SGD"])
 def test_none_where_the_ranks_are_no_replicas(world, case):
-    optimizer, averager = Grouped(params()), object() if case == "post-local SGD" else None
+    optimizer, averager = HyperSphereOptimizer(params()), object() if case == "post-local SGD" else None
     if case == "one process":
         world.sizes["size"] = 1
     if case == "ignored":
@@ -62,7 +58,7 @@ def test_none_where_the_ranks_are_no_replicas(world, case):
 
 
 def test_ignored_buffers_do_not_count(world):
-    optimizer = Grouped(params())
+    optimizer = HyperSphereOptimizer(params())
     world.ddp.parameters_to_ignore.add("a_buffer")
     set_process_groups(trainer(world.ddp, [optimizer]))
     assert optimizer.process_group is torch.distributed.group.WORLD
@@ -73,7 +69,7 @@ def test_one_device_has_no_group(toy):
 
     class Model(toy.ToyModel):
         def configure_optimizers(self):
-            return Grouped(self.named_parameters(), lr=0.01)
+            return HyperSphereOptimizer(self.named_parameters(), lr=0.01)
 
     trainer = toy.make_trainer([MuECallback(rule="hyperp", roles={"": "hidden"}, verbose=False)], False, max_steps=1)
     trainer.fit(toy.make_model(cls=Model), toy.tokens(1))

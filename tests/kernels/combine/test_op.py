@@ -121,11 +121,11 @@ def test_strided_rows_and_gates(device):
 
 def test_bad_arguments_are_named():
     rows, gates, plan, *_ = make(CASES[0], torch.float32, "cpu")
-    with pytest.raises(ValueError, match=r"rows_Sd must be .* S = 18 rows"):
+    with pytest.raises(ValueError, match=r"rows_Sd: found shape \[17, .*\], expected .* S = 18 rows"):
         combine_rows(rows[:-1], plan)
-    with pytest.raises(ValueError, match=r"gates must be torch.float32 of shape \[9, 2\]"):
+    with pytest.raises(ValueError, match=r"gates: found torch.float64 .*, expected torch.float32 of shape \[9, 2\]"):
         combine_rows(rows, plan, gates.double())
-    with pytest.raises(ValueError, match="backend must be one of"):
+    with pytest.raises(ValueError, match="backend: found 'cuda', expected one of"):
         combine_rows(rows, plan, backend="cuda")
 
 

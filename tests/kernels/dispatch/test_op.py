@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from lightning_mue.kernels import backends
-from lightning_mue.kernels.dispatch.op import in_assignment_order, plan_dispatch, plan_expert_choice
+from lightning_mue.kernels.dispatch.op import plan_dispatch, plan_expert_choice
 
 FIELDS = ("order", "inverse", "tokens", "offsets")
 BACKENDS = ["torch", "triton"]
@@ -181,11 +181,11 @@ def test_on_the_meta_device():
 
 def test_what_is_refused():
     flat, matrix = torch.zeros(4, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"found \[4\] and \[3\].*ids\[:, None\]"):
+    with pytest.raises(ValueError, match=r"expert_ids and counts_E: found shapes \[4\] and \[3\].*ids\[:, None\]"):
         plan_dispatch(flat, flat[:3])
-    with pytest.raises(ValueError, match=r"found \[2, 3\] and \[2, 3\].*sum counts"):
+    with pytest.raises(ValueError, match=r"found shapes \[2, 3\] and \[2, 3\].*sum counts"):
         plan_dispatch(matrix, matrix)
-    with pytest.raises(ValueError, match=r"token_ids must be \[n_experts, capacity\]; found \[4\]"):
+    with pytest.raises(ValueError, match=r"token_ids_EC: found shape \[4\], expected \[n_experts, capacity\]"):
         plan_expert_choice(flat, 4)
 
 
@@ -215,14 +215,10 @@ def test_expert_choice(size, unused):
     assert plan.inverse[len(used) :].tolist() == list(range(len(used), total))
     assert ((plan.tokens >= 0) & (plan.tokens < max(tokens, 1))).all()
     assert all(getattr(plan, name).dtype == torch.int32 for name in (*FIELDS, "bags"))
-    # Values of places follow.
-    values = torch.randn(experts, capacity).requires_grad_()
-    ours = in_assignment_order(values, ids, plan)
-    assert ours[: len(used)].tolist() == [values[used[r][0], used[r][1]].item() for r in by_token]
-    ours.sum().backward()
-    assert (values.grad == 1).all()
-    if not unused:
-        assert torch.equal(ours, values.flatten()[plan.inverse])
+    if not unused:  # values of places in the order of the assignments
+        values = torch.randn(experts, capacity)
+        expected = [values[used[r][0], used[r][1]].item() for r in by_token]
+        assert values.flatten()[plan.inverse].tolist() == expected
 
 
 def test_expert_choice_compiles_without_a_graph_break():

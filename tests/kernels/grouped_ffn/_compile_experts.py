@@ -98,13 +98,13 @@ def main(dtype, activation, which):
     for module in (tuning, grouped_weights):
         module.multiprocessors = lambda device: 132
 
-    def choose(kind, launch):
-        tilings = tuning.candidates(kind)
+    def choose(key, launch):
+        tilings = tuning.candidates(key)
         for tiling in tilings if which == "all" else tilings[:1]:
             before = len(compiled)
             launch(tiling)
             for name, kernel in compiled[before:]:
-                report(f"{kind.kernel} {tuple(tiling)}", name, kernel)
+                report(f"{key.kernel} {tuple(tiling)}", name, kernel)
         return tilings[0]
 
     grouped_ffn.choose = choose

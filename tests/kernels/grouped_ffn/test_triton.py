@@ -14,7 +14,7 @@ from lightning_mue.kernels.grouped_ffn.op import grouped_ffn
 
 Case = experts.Case
 
-#: Norm-wise. float32: the issue's bound, about a hundred roundings. bfloat16: operands and three intermediates are rounded to
+#: Norm-wise. float32: about a hundred roundings. bfloat16: operands and three intermediates are rounded to
 #: 8 bits (the interpreter cuts off, twice as much). float16: the same with 11 bits.
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 TILES = {"small": (16, 16, 16), "tall": (32, 16, 16), "wide": (16, 32, 32)}  # the interpreter is slow: mostly "wide"
@@ -75,8 +75,10 @@ def name_of(case):
 def small(module, monkeypatch, tile="wide", chunk=16, **options):
     """Small tiles and chunks, so that a small problem has many of each."""
     sizes = dict(zip(("rows", "cols", "inner"), TILES[tile], strict=True))
-    tiling = sys.modules[module.Tiling.__module__].Tiling(**{"stages": 2, "warps": 4, "group": 2, **sizes, **options})
-    monkeypatch.setattr(module, "choose", lambda kind, run: tiling)
+    tiling = sys.modules[module.ExpertTiling.__module__].ExpertTiling(
+        **{"stages": 2, "warps": 4, "group": 2, **sizes, **options}
+    )
+    monkeypatch.setattr(module, "choose", lambda key, run: tiling)
     weights = sys.modules[module.launch_weights.__module__]
     monkeypatch.setattr(weights, "chunk_size", lambda rows, tiles, device: chunk)
 

@@ -1,12 +1,13 @@
-"""Sharing experts out over threads: PyTorch's own OpenMP threads, and the pool where those cannot be had."""
+"""Experts in worker threads: each runs once, errors reach the caller, and Ctrl-C at any time leaves nothing behind."""
 
 from __future__ import annotations
 
-import ctypes
 import os
+import random
 import signal
 import threading
-from pathlib import Path
+import time
+import weakref
 
 import pytest
 import torch
@@ -14,73 +15,59 @@ import torch
 from lightning_mue.kernels.grouped_ffn.pytorch import experts as grouped_ffn
 from lightning_mue.kernels.grouped_ffn.pytorch import workers
 from lightning_mue.kernels.grouped_ffn.pytorch.elementwise import ELEMENTWISE
-from lightning_mue.kernels.grouped_ffn.pytorch.workers import interrupts_held, run_in_threads, run_over_experts
+from lightning_mue.kernels.grouped_ffn.pytorch.workers import run_in_threads, run_over_experts
 from lightning_mue.moe import MoELayer
 
 
-@pytest.fixture(params=["openmp", "pool"])
-def two_threads(request, monkeypatch):
-    if request.param == "pool":
-        monkeypatch.setattr(workers, "_openmp_region", lambda: None)
-    elif workers._openmp_region() is None:
-        pytest.skip("PyTorch is built without OpenMP here")
+@pytest.fixture(autouse=True)
+def two_threads():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    yield request.param
+    yield
     torch.set_num_threads(before)
 
 
-def test_every_expert_with_rows_runs_exactly_once(two_threads):
+def test_every_expert_with_rows_runs_exactly_once():
     seen = []
     run_over_experts(seen.extend, [500, 0, *[7] * 40, 0], parallel=True)
     assert sorted(seen) == [0, *range(2, 42)]
 
 
-def test_small_experts_run_in_two_threads_at_once(two_threads):
+def test_small_experts_run_in_two_threads_at_once():
     both, threads = threading.Barrier(2, timeout=20), set()
 
     def work(experts):
+        if experts == []:  # the large experts, which are offered to the calling thread first
+            return
         both.wait()  # breaks if one thread were to do all
         threads.add(threading.get_ident())
         assert list(experts) is not None
 
-    run_over_experts(work_of_small(work), [5] * 16, parallel=True)
+    run_over_experts(work, [5] * 16, parallel=True)
     assert len(threads) == 2
+    assert threading.get_ident() not in threads
 
 
-def work_of_small(work):
-    """`run_over_experts` first offers the large experts, of which there are none, to the calling thread."""
-
-    def offered(experts):
-        if experts != []:
-            work(experts)
-
-    return offered
-
-
-def test_operators_of_a_worker_are_single_threaded(two_threads):
-    """A worker that starts threads of its own has as many competitors as there are workers."""
-    found = []
-    a = torch.randn(64, 64)
-    library = ctypes.CDLL(str(next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.[sd][oy]*"))))
-
-    def body():
-        _ = a @ a
-        # Inside a parallel region PyTorch's operators start none of their own, whatever their number is set to.
-        found.append(torch.get_num_threads() == 1 if two_threads == "pool" else library.omp_in_parallel() == 1)
-
-    run_in_threads(body, 2)
-    assert found == [True, True]
+def test_operators_of_a_worker_are_single_threaded():
+    """Else workers would compete with threads of their own. Neither the caller's number of threads nor the default changes."""
+    workers._teams.clear()
+    found, of_new_thread = [], []
+    run_in_threads(lambda items: found.append(torch.get_num_threads()), [0, 1], 2)
+    assert found == [1, 1]
     assert torch.get_num_threads() == 2
+    thread = threading.Thread(target=lambda: of_new_thread.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert of_new_thread == [2]
 
 
-def test_serial_where_threads_are_not_wanted(two_threads):
+def test_serial_where_threads_are_not_wanted():
     threads = set()
     run_over_experts(lambda experts: threads.add(threading.get_ident()), [5] * 16, parallel=False)
     assert threads == {threading.get_ident()}
 
 
-def test_errors_in_a_worker_reach_the_caller(two_threads):
+def test_errors_in_a_worker_reach_the_caller():
     def fail(experts):
         for e in experts:
             raise RuntimeError(f"expert {e}")
@@ -92,17 +79,28 @@ def test_errors_in_a_worker_reach_the_caller(two_threads):
     assert len(seen) == 16
 
 
-def test_worker_leaves_no_inference_mode_behind(two_threads):
-    run_over_experts(lambda experts: list(experts), [5] * 16, parallel=True)
+def test_workers_are_in_inference_mode_and_the_caller_is_not():
     modes = []
-    run_in_threads(lambda: modes.append(torch.is_inference_mode_enabled()), 2)
-    assert modes == [False, False]
+    run_in_threads(lambda items: modes.append(torch.is_inference_mode_enabled()), [0, 1], 2)
+    assert modes == [True, True]
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_workers_keep_nothing_of_a_call():
+    class Held:
+        pass
+
+    held, freed = Held(), threading.Event()
+    weakref.finalize(held, freed.set)
+    run_in_threads(lambda items, held=held: list(items), [0, 1], 2)
+    del held
+    assert freed.wait(10)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_after_fork(two_threads):
-    """A forked child has none of its parent's threads, OpenMP's included."""
+def test_after_fork():
+    """A forked child has none of its parent's threads."""
     calls = []
     run_over_experts(calls.extend, [5] * 16, parallel=True)
     child = os.fork()
@@ -112,56 +110,142 @@ def test_after_fork(two_threads):
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_an_interrupt_waits_for_the_block():
-    done, before = [], signal.getsignal(signal.SIGINT)
-
-    def body():
-        with interrupts_held():
-            signal.raise_signal(signal.SIGINT)
-            done.append(True)
-
-    with pytest.raises(KeyboardInterrupt):
-        body()
-    assert done
-    assert signal.getsignal(signal.SIGINT) is before
-    with interrupts_held():
-        pass
-    assert signal.getsignal(signal.SIGINT) is before
+# ---- Ctrl-C ----------------------------------------------------------------------------------------------------------------
 
 
-def test_an_interrupt_goes_to_the_handler_that_was_there(monkeypatch):
-    calls, before = [], signal.getsignal(signal.SIGINT)
+def ctrl_c():
+    """As the terminal sends it: to the process, which handles it in the main thread."""
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+class Problem:
+    """A layer whose passes run in two workers, an input and what comes out."""
+
+    def __init__(self, dtype=torch.float32):
+        torch.manual_seed(0)
+        self.layer = MoELayer(64, 64, 16, 2, init_std=0.1).to(dtype)
+        self.x = torch.randn(300, 64, dtype=dtype)
+        self.expected = self.values(self.x)
+
+    def values(self, x):
+        x = x.clone().requires_grad_()
+        y = self.layer(x)
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *self.layer.experts.parameters()])]
+
+    def check(self):
+        """The main thread is as it was, and a call computes what it did."""
+        assert not torch.is_inference_mode_enabled()
+        assert torch.is_grad_enabled()
+        assert torch.get_num_threads() == 2
+        for found, expected in zip(self.values(self.x), self.expected, strict=True):
+            assert torch.equal(found, expected)
+            assert not found.is_inference()
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def problem(request, monkeypatch):
+    monkeypatch.setattr(grouped_ffn, "_PARALLEL_FLOPS", 0)
+    return Problem(request.param)
+
+
+def interrupted_after(delay, step):
+    """Run `step` again and again until a Ctrl-C after `delay` seconds ends it."""
+    caught = threading.Event()
+
+    def send():
+        time.sleep(delay)
+        ctrl_c()
+        while not caught.wait(2):  # Python drops an exception that it raises in a finalizer
+            ctrl_c()
+
+    sender = threading.Thread(target=send)
     try:
-        for handler, expected in ((lambda *args: calls.append(args), 1), (signal.SIG_IGN, 1)):
-            signal.signal(signal.SIGINT, handler)
-            with interrupts_held():
-                signal.raise_signal(signal.SIGINT)
-            assert len(calls) == expected
-            assert signal.getsignal(signal.SIGINT) is handler
-    finally:
-        signal.signal(signal.SIGINT, before)
+        sender.start()
+        while True:
+            step()
+    except KeyboardInterrupt:
+        caught.set()
+    sender.join()
+
+
+def test_an_interrupt_at_any_time(problem):
+    """The interrupted calls had another input: none of their values turns up later."""
+    generator, other = random.Random(0), torch.randn_like(problem.x)
+    start = time.perf_counter()
+    problem.values(other)
+    duration = time.perf_counter() - start
+    for _ in range(15):
+        interrupted_after(generator.uniform(0, 2 * duration), lambda: problem.values(other))
+        problem.check()
+
+
+def test_an_interrupt_while_workers_are_started(problem):
+    generator = random.Random(0)
+    for _ in range(8):
+        workers._teams.clear()
+        interrupted_after(generator.uniform(0, 2e-3), lambda: problem.values(problem.x))
+        problem.check()
+
+
+def test_what_had_not_begun_is_dropped():
+    """The workers are busy with something else when the interrupt comes, and free again for the next call."""
+    free, begun, seen = threading.Event(), [], []
+    for _ in range(2):
+        workers._team(2).put(free.wait)
+    interrupted_after(0.1, lambda: run_in_threads(begun.extend, range(8), 2))
+    free.set()
+    run_in_threads(seen.extend, range(8), 2)
+    assert sorted(seen) == list(range(8))
+    assert begun == []
+
+
+@pytest.fixture
+def slow_blocks(problem):
+    """Makes every block last `seconds`; the first one sends Ctrl-C at the times `interrupts`. Lists the blocks begun and ended."""
+    function, begun, ended = ELEMENTWISE["swiglu"].function, [], []
+    patch = pytest.MonkeyPatch()
+
+    def patched(interrupts, seconds):
+        def silu(z, out):
+            begun.append(threading.current_thread())
+            start, first = time.monotonic(), len(begun) == 1
+            for at in (*(interrupts if first else ()), seconds):
+                time.sleep(max(start + at - time.monotonic(), 0))
+                if at != seconds:
+                    ctrl_c()
+            function(z, out)
+            ended.append(threading.current_thread())
+            return out
+
+        patch.setitem(grouped_ffn.ELEMENTWISE, "swiglu", ELEMENTWISE["swiglu"]._replace(function=silu))
+        return begun, ended, patch.undo
+
+    yield patched
+    patch.undo()
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_an_interrupt_leaves_the_main_thread_as_it_was(two_threads, monkeypatch, backward):
-    """It comes in the middle of a block, in inference mode, in a callback from OpenMP."""
-    layer, x = MoELayer(64, 64, 16, 2, init_std=0.1), torch.randn(1000, 64)
-    expected = layer(x)
-    function, finished = ELEMENTWISE["swiglu"].function, []
+def test_an_interrupt_ends_the_call_after_the_blocks_that_have_begun(problem, slow_blocks, backward):
+    y = problem.layer(problem.x).sum()
+    begun, ended, undo = slow_blocks([0.1], 0.2)
+    with pytest.raises(KeyboardInterrupt):
+        y.backward() if backward else problem.layer(problem.x)
+    assert threading.main_thread() not in begun
+    assert 1 <= len(begun) == len(ended) <= 4  # of 16 experts
+    undo()
+    problem.check()
 
-    def silu(z, out):
-        signal.raise_signal(signal.SIGINT)
-        finished.append(z.shape)  # the main thread gets here only if the interrupt waits
-        return function(z, out)
 
-    y = layer(x)
-    with monkeypatch.context() as patch:
-        patch.setitem(grouped_ffn.ELEMENTWISE, "swiglu", ELEMENTWISE["swiglu"]._replace(function=silu))
-        with pytest.raises(KeyboardInterrupt):
-            y.sum().backward() if backward else layer(x)
-    assert len(finished) == 16
-    assert not torch.is_inference_mode_enabled()
-    assert torch.is_grad_enabled()
-    y = layer(x)
-    y.sum().backward()
-    assert torch.equal(y, expected)
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_second_interrupt_does_not_wait(problem, slow_blocks, backward):
+    """Workers that still run write to what belongs to the interrupted call alone."""
+    y = problem.layer(problem.x).sum()
+    begun, ended, undo = slow_blocks([0.1, 0.3], 1)
+    with pytest.raises(KeyboardInterrupt):
+        y.backward() if backward else problem.layer(problem.x)
+    assert begun
+    assert not ended
+    undo()
+    while not ended:
+        problem.check()
+    problem.check()

@@ -117,7 +117,11 @@ def test_operators_are_well_formed():
 @pytest.mark.parametrize(
     ("x", "w", "words"),
     [
-        (torch.zeros(2, 3, 8), torch.zeros(4, 8), r"\[2, 3, 8\] and \[4, 8\].*reshape"),
+        (
+            torch.zeros(2, 3, 8),
+            torch.zeros(4, 8),
+            r"x_Td and weight_Ed: found shapes \[2, 3, 8\] and \[4, 8\].*reshape",
+        ),
         (torch.zeros(3, 8), torch.zeros(8, 4), r"\[3, 8\] and \[8, 4\]"),
     ],
 )

@@ -23,6 +23,11 @@ needs_interpreter = pytest.mark.skipif(
 )
 
 
+def with_backward(kernels):
+    """triton_backward.py, as triton.py was loaded with it."""
+    return sys.modules[kernels.backward.__module__]
+
+
 @pytest.fixture
 def kernels(triton_routing, monkeypatch):
     """Every buffer that a kernel is given to fill is poisoned; "triton" is accepted in the interpreter."""
@@ -32,7 +37,8 @@ def kernels(triton_routing, monkeypatch):
         out = empty(like, *shape, dtype=dtype)
         return out.fill_(torch.nan if out.is_floating_point() else -77)
 
-    monkeypatch.setattr(triton_routing, "new_empty", poisoned)
+    for module in (triton_routing, with_backward(triton_routing)):
+        monkeypatch.setattr(module, "new_empty", poisoned)
     monkeypatch.setattr(backends, "_interpreted", lambda x: True)
     return triton_routing
 
@@ -201,7 +207,7 @@ def test_nothing_goes_to_the_host(kernels, monkeypatch):
             return lambda *args, **kwargs: launches.append(grid)
 
     for name in ("route_kernel", "sum_parts_kernel", "route_backward_kernel"):
-        monkeypatch.setattr(kernels, name, Silent())
+        monkeypatch.setattr(with_backward(kernels) if "backward" in name else kernels, name, Silent())
     within(NoHost(), *args, kernels)
     assert len(launches) == 3
     with pytest.raises(RuntimeError, match="host synchronization"):  # negative control: the twin on the CPU looks
@@ -256,7 +262,8 @@ def test_negative_controls_a_broken_kernel_is_caught(kernels, monkeypatch, devic
     }
     case = cases.get(part, Case(20, 8, 2, "sigmoid"))
     compare(case, device)
-    monkeypatch.setattr(kernels, part, broken[part])
+    for module in (kernels, with_backward(kernels)):
+        monkeypatch.setattr(module, part, broken[part], raising=module is kernels)
     with pytest.raises(AssertionError, match=said):
         compare(case, device)
 
@@ -267,7 +274,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from lightning_mue.kernels.dispatch import triton as dispatch
-from lightning_mue.kernels.routing import triton as routing
+from lightning_mue.kernels.routing import triton as routing, triton_backward, triton_functions
 
 INTEGERS = {"ids_ptr": "i64", "mask_ptr": "u8", "counts_out": "i64"} | dict.fromkeys(
     ("counts_ptr", "histograms_ptr", "order_ptr", "inverse_ptr", "tokens_ptr", "offsets_ptr"), "i32")
@@ -284,10 +291,10 @@ texts = []
 for (E, K, G), sigmoid, over in [((8, 2, 1), True, True), ((96, 6, 3), False, False), ((128, 8, 1), False, True)]:
     up = triton.next_power_of_2
     shared = {"E": E, "EP": up(E), "K": K, "KP": up(K), "SIGMOID": sigmoid, "OVER_SET": over, "SQRT": sigmoid,
-              "HAS_MASK": not sigmoid, "BT": min(128, routing.TILE // up(E))}
+              "HAS_MASK": not sigmoid, "BT": min(128, triton_functions.TILE // up(E))}
     texts += [
         ptx(routing.route_kernel, SIZE=E // G, EACH=K // G, **shared),
-        ptx(routing.route_backward_kernel, HAS_DGATES=True, HAS_DPROBABILITY=True, HAS_DZ=sigmoid, **shared),
+        ptx(triton_backward.route_backward_kernel, HAS_DGATES=True, HAS_DPROBABILITY=True, HAS_DZ=sigmoid, **shared),
         ptx(routing.sum_parts_kernel, E=E, BE=min(32, up(E)), BP=32),
         ptx(dispatch.histogram_kernel, E=E, EP=up(E), BLOCK=1024, ROWS=min(64, 4096 // up(E))),
         ptx(dispatch.place_kernel, K=K, E=E, EP=up(E), BLOCK=1024, ROWS=min(64, 4096 // up(E))),

@@ -110,19 +110,19 @@ BUFFER = torch.zeros(5, 12, 12)
 @pytest.mark.parametrize(
     ("args", "kwargs", "error", "words"),
     [
-        ((A[0], B[0]), {}, ValueError, r"\[B, n, k\].*\[12, 20\].*unsqueeze"),
+        ((A[0], B[0]), {}, ValueError, r"a and b: found shapes \[12, 20\].*\[B, n, k\].*unsqueeze"),
         ((A, A), {}, ValueError, r"\[3, 12, 20\] and \[3, 12, 20\]"),
         ((A, B[:2]), {}, ValueError, r"\[2, 20, 12\]"),
         ((A, B[..., :7]), {}, ValueError, r"\[3, 20, 7\]"),
-        ((A, B, C[:, :5]), {"beta": 1.0}, ValueError, r"c must have shape \[3, 12, 12\].*\[3, 5, 12\]"),
-        ((A, B), {"beta": 1.0}, ValueError, "beta is 1.0, but c is None"),
-        ((A, B), {"out": BUFFER}, ValueError, r"out must have shape \[3, 12, 12\].*\[5, 12, 12\]"),
-        ((A, B.double()), {}, TypeError, "b must be torch.float32.*torch.float64"),
-        ((A, B, C.bfloat16()), {"beta": 1.0}, TypeError, "c must be torch.float32.*bfloat16"),
-        ((A, B), {"out": C.to("meta")}, TypeError, "out must be torch.float32 on cpu.*meta"),
-        ((A.int(), B.int()), {}, TypeError, "floating point.*int32"),
-        ((A.cfloat(), B.cfloat()), {}, TypeError, "floating point.*complex64"),
-        ((A.clone().requires_grad_(), B), {}, RuntimeError, "no gradient"),
+        ((A, B, C[:, :5]), {"beta": 1.0}, ValueError, r"c: found shape \[3, 5, 12\], expected shape \[3, 12, 12\]"),
+        ((A, B), {"beta": 1.0}, ValueError, "c: found None, expected a tensor, for beta is 1.0"),
+        ((A, B), {"out": BUFFER}, ValueError, r"out: found shape \[5, 12, 12\], expected shape \[3, 12, 12\]"),
+        ((A, B.double()), {}, TypeError, "b: found torch.float64 .*expected torch.float32"),
+        ((A, B, C.bfloat16()), {"beta": 1.0}, TypeError, "c: found torch.bfloat16 .*expected torch.float32"),
+        ((A, B), {"out": C.to("meta")}, TypeError, "out: found torch.float32 on meta, expected torch.float32 on cpu"),
+        ((A.int(), B.int()), {}, TypeError, "a: found torch.int32, expected real floating point"),
+        ((A.cfloat(), B.cfloat()), {}, TypeError, "a: found torch.complex64, expected real floating point"),
+        ((A.clone().requires_grad_(), B), {}, RuntimeError, "symmetric_matmul: found .* requires a gradient.*no_grad"),
     ],
 )
 def test_bad_arguments(args, kwargs, error, words):
@@ -142,7 +142,9 @@ def test_out_may_lie_beside_its_inputs_but_not_on_them():
         ("b", (y.clone(), y.mT), {"out": square[2:4].mT}),
         ("c", (y.clone(), y.clone(), x), {"beta": 1.0, "out": x}),
     ):
-        with pytest.raises(ValueError, match=f"out shares memory with {name}"):
+        with pytest.raises(
+            ValueError, match=f"out: found memory that it shares with {name}, expected memory of its own"
+        ):
             symmetric_matmul(*args, **kwargs)
     symmetric_matmul(y.clone(), y.clone(), x, out=x)  # beta is 0: c is not an input
 
@@ -219,8 +221,8 @@ def test_fastest_tiling_is_kept_for_sizes_alike(triton_symmetric, monkeypatch, d
 
     for name in ("_chosen", "_known"):
         monkeypatch.setattr(m, name, {})
-    monkeypatch.setattr(m, "_may_time", lambda device: timing_is_possible)
-    monkeypatch.setattr(m, "_milliseconds", lambda run, tiling: timed.append(tiling) or -tiling.tile)
+    monkeypatch.setattr(m, "may_time", lambda device: timing_is_possible)
+    monkeypatch.setattr(m, "milliseconds", lambda run, tiling: timed.append(tiling) or -tiling.tile)
     monkeypatch.setattr(m, "symmetric_kernel", Kernel())
     largest = max(m.HALF, key=lambda tiling: tiling.tile)[:2]
 
@@ -252,9 +254,9 @@ def test_fastest_tiling_is_kept_for_sizes_alike(triton_symmetric, monkeypatch, d
 
 
 def test_nothing_is_timed_off_the_device_or_when_switched_off(triton_symmetric, monkeypatch, device):
-    assert not triton_symmetric._may_time(torch.device("cpu"))
+    assert not triton_symmetric.may_time(torch.device("cpu"))
     monkeypatch.setenv("LIGHTNING_MUE_AUTOTUNE", "0")
-    assert not triton_symmetric._may_time(torch.device(device))
+    assert not triton_symmetric.may_time(torch.device(device))
 
 
 @pytest.mark.parametrize("shape", [(2, 20, 20), (2, 20, 70), (2, 70, 20)])

@@ -95,7 +95,7 @@ def test_any_shape_any_strides(triton_symmetric, device, data):
         draw(st.tuples(*[st.sampled_from(LAYOUTS)] * 3), "layouts"),
     )
     alpha, beta = draw(st.sampled_from([(1.0, 0.0), (2.5, -0.75), (0.0, 1.0), (-1, 1)]), "factors")
-    tiling = triton_symmetric.Tiling(*draw(st.sampled_from([(16, 16, 16), (32, 16, 16), (64, 32, 32)])), 2, 4)
+    tiling = triton_symmetric.SymmetricTiling(*draw(st.sampled_from([(16, 16, 16), (32, 16, 16), (64, 32, 32)])), 2, 4)
     out = run(triton_symmetric, a, b, c, alpha, beta, tiling, draw(st.sampled_from(LAYOUTS), "out"))
     check(out, a, b, c, alpha, beta)
 
@@ -142,7 +142,7 @@ def test_offsets_beyond_32_bits(triton_symmetric, device, layout):
     b = far_apart(b, {"matrices": (step, 4, 1), "rows": (1, 1, step), "columns": (1, 1, step)}[layout])
     c = far_apart(c, out_strides)
     out = far_apart(torch.full_like(c, torch.nan, memory_format=torch.contiguous_format), out_strides)
-    triton_symmetric.launch(a, b, c, 1.0, 1.0, out, "ieee", triton_symmetric.Tiling(32, 16, 16, 2, 4))
+    triton_symmetric.launch(a, b, c, 1.0, 1.0, out, "ieee", triton_symmetric.SymmetricTiling(32, 16, 16, 2, 4))
     check(*(t.contiguous() for t in (out, a, b, c)), 1.0, 1.0)
 
 
@@ -180,7 +180,7 @@ def test_negative_controls_a_broken_kernel_is_caught(triton_symmetric, monkeypat
     broken = {"no mirror": no_mirror, "full tiles": full_tiles, "upper squares": upper_squares, "last row": last_row}
     n = 16 if part == "full tiles" else 40  # in a single square the mirror writes nothing that is not written anyway
     a, b, c = problem((1, n, 8), torch.float32, device, 3)
-    tiling = m.Tiling(16, 16, 16, 2, 4)
+    tiling = m.SymmetricTiling(16, 16, 16, 2, 4)
     check(run(m, a, b, c, 1.0, 1.0, tiling), a, b, c, 1.0, 1.0)
     monkeypatch.setattr(m, name, broken[part])
     with pytest.raises(AssertionError, match=said):

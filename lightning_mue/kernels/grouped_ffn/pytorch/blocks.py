@@ -1,8 +1,8 @@
-"""How the rows are cut into blocks of work: one expert each, part of one that has many rows, or a few small ones.
+"""Cuts the rows into blocks of work: one expert each, part of one that has many rows, or a few small ones.
 
 In bfloat16 a GEMM of oneDNN costs 30 us before it computes anything, and 2 to 5 ms when it meets a new shape, as row counts
 do at every step. So neighbouring experts are padded to equal length and multiplied in one batched GEMM, and there are few
-different lengths. An expert with more than a fair share of the rows is cut, so that no thread waits for another.
+different lengths. An expert with more than a fair share of the rows is split, so that no thread waits for another.
 
 Shape legend: S rows sorted by expert, P rows of the padded layout, B experts of a block, C padded rows of each, h expert
 hidden width, E experts.
@@ -28,7 +28,7 @@ class Cutting(NamedTuple):
     Attributes:
         row_multiple: What C is a multiple of.
         batch: Whether a block may hold several experts.
-        parts: How many blocks there should be at the least, for the workers to share out evenly. 0: nothing is cut.
+        parts: Smallest number of blocks, so that workers are loaded evenly. 0: no expert is split.
     """
 
     row_multiple: int
@@ -36,7 +36,7 @@ class Cutting(NamedTuple):
     parts: int
 
 
-class Block(NamedTuple):
+class RowBlock(NamedTuple):
     """Some neighbouring experts, or part of the rows of one.
 
     Attributes:
@@ -44,7 +44,7 @@ class Block(NamedTuple):
         length: C.
         rows: Slice of the S sorted rows.
         padded: Slice of the P padded rows.
-        part: 0, but counted on over all blocks that are not the first of their expert.
+        part: 0 for the first block of an expert; the other blocks are numbered 1, 2, ... over all experts.
     """
 
     experts: slice
@@ -69,19 +69,19 @@ class Block(NamedTuple):
         return self.n_rows != self.rows.stop - self.rows.start
 
 
-class Layout(NamedTuple):
+class RowLayout(NamedTuple):
     """All blocks.
 
     Attributes:
         blocks: Of all experts that have rows.
-        n_rows: P, and behind them the rows of no expert.
+        n_rows: P, followed by the masked rows.
         source_P: int32, the sorted row that each padded row holds. Padding repeats its expert's last row, so that it can
             hold no NaN that the expert does not have.
         real_P: bool, false for padding.
         slot_S: int32, the padded row of each sorted row. All three are None if nothing is padded.
     """
 
-    blocks: list[Block]
+    blocks: list[RowBlock]
     n_rows: int
     source_P: Tensor | None
     real_P: Tensor | None
@@ -93,7 +93,7 @@ class Layout(NamedTuple):
         return max((block.n_rows for block in self.blocks), default=0)
 
     @property
-    def extra_parts(self) -> list[Block]:
+    def extra_parts(self) -> list[RowBlock]:
         """The blocks that are not the first of their expert."""
         return [block for block in self.blocks if block.part]
 
@@ -126,32 +126,32 @@ def _split(values: Tensor, slices: Sequence[slice]) -> Sequence[Tensor]:
     return values.split([*sizes, len(values) - end])[1:-1:2]
 
 
-def plan_blocks(ends: Sequence[int], n_rows: int, hidden: int, cutting: Cutting) -> Layout:
+def plan_blocks(ends: Sequence[int], n_rows: int, hidden: int, cutting: Cutting) -> RowLayout:
     """Cut the rows into blocks.
 
     Args:
         ends: Expert e has the sorted rows ``ends[e]`` to ``ends[e + 1]``.
-        n_rows: S, rows of no expert included.
+        n_rows: S, masked rows included.
         hidden: h.
         cutting: How.
     """
     counts = [stop - start for start, stop in pairwise(ends)]
     lengths = [_round_up(n, cutting.row_multiple) for n in counts]
     limit = max(_CUT_ROWS, 3 * ends[-1] // (2 * cutting.parts)) if cutting.parts else n_rows
-    blocks: list[Block] = []
+    blocks: list[RowBlock] = []
     start = n_extra = 0
     for first, stop in _groups(lengths, hidden, cutting):
         n_parts = -(-counts[first] // limit) if stop == first + 1 else 1
-        for part, rows in enumerate(_runs(ends[first], ends[stop], n_parts)):
+        for part, rows in enumerate(_equal_parts(ends[first], ends[stop], n_parts)):
             length = (
                 max(lengths[first:stop]) if n_parts == 1 else _round_up(rows.stop - rows.start, cutting.row_multiple)
             )
             padded = slice(start, start + length * (stop - first))
             n_extra += part > 0
-            blocks.append(Block(slice(first, stop), length, rows, padded, n_extra if part else 0))
+            blocks.append(RowBlock(slice(first, stop), length, rows, padded, n_extra if part else 0))
             start = padded.stop
     if start == ends[-1]:
-        return Layout(blocks, n_rows, None, None, None)
+        return RowLayout(blocks, n_rows, None, None, None)
     return _padded(blocks, ends, n_rows)
 
 
@@ -162,14 +162,14 @@ def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def _runs(start: int, stop: int, n_parts: int) -> Iterator[slice]:
+def _equal_parts(start: int, stop: int, n_parts: int) -> Iterator[slice]:
     """Equal parts."""
     for first, last in pairwise(start + (stop - start) * i // n_parts for i in range(n_parts + 1)):
         yield slice(first, last)
 
 
 def _groups(lengths: Sequence[int], hidden: int, cutting: Cutting) -> Iterator[tuple[int, int]]:
-    """Runs of equally many experts."""
+    """Groups of equally many experts."""
     filled = sum(length > 0 for length in lengths)
     fitting = _BLOCK_ELEMENTS * filled // max(hidden * sum(lengths), 1)
     size = max(1, min(fitting, len(lengths) // max(cutting.parts, 1))) if cutting.batch else 1
@@ -178,7 +178,7 @@ def _groups(lengths: Sequence[int], hidden: int, cutting: Cutting) -> Iterator[t
 
 
 def _halved(lengths: Sequence[int], first: int, stop: int) -> Iterator[tuple[int, int]]:
-    """The run, or its halves where it has an empty expert or would waste too much, and so on."""
+    """The group, or recursively its halves where it has an empty expert or would waste too much."""
     part = lengths[first:stop]
     if min(part) > 0 and max(part) * len(part) <= _WASTE * sum(part):
         yield first, stop
@@ -188,7 +188,7 @@ def _halved(lengths: Sequence[int], first: int, stop: int) -> Iterator[tuple[int
         yield from _halved(lengths, middle, stop)
 
 
-def _padded(blocks: Sequence[Block], ends: Sequence[int], n_rows: int) -> Layout:
+def _padded(blocks: Sequence[RowBlock], ends: Sequence[int], n_rows: int) -> RowLayout:
     """A layout with the maps between sorted and padded rows."""
     runs = []  # first sorted row, last one, padded length
     for block in blocks:
@@ -205,4 +205,4 @@ def _padded(blocks: Sequence[Block], ends: Sequence[int], n_rows: int) -> Layout
     shifts = torch.cat([shift, shift.new_tensor([n_padded - ends[-1]])])
     slot_S = torch.repeat_interleave(shifts, torch.cat([last - first + 1, last.new_tensor([idle])]), output_size=n_rows)
     slot_S += torch.arange(n_rows, dtype=torch.int32)
-    return Layout(list(blocks), n_padded + idle, torch.minimum(sorted_P, last_P), sorted_P <= last_P, slot_S)
+    return RowLayout(list(blocks), n_padded + idle, torch.minimum(sorted_P, last_P), sorted_P <= last_P, slot_S)

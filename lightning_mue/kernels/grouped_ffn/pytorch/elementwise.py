@@ -1,4 +1,4 @@
-"""Activations that write to a given place: a work buffer that stays in the cache."""
+"""Activations that write to a given tensor, so that a work buffer stays in the cache."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Elementwise(NamedTuple):
 
 
 def _in_vectors(function: Callable[[Tensor, Tensor], Tensor], z: Tensor, out: Tensor) -> Tensor:
-    """Write f(z) such that a number's result does not depend on where it stands.
+    """Write f(z) such that the result of a number does not depend on its position.
 
-    torch computes what is left over at the end of each thread's part with a scalar function, which rounds otherwise than the
-    vectors': permuting tokens would change last bits. So threads get whole vectors, and the rest is computed in padding.
+    torch computes the remainder at the end of each thread's part with a scalar function, which rounds differently from the vector
+    function: permuting tokens would change last bits. So threads get whole vectors, and the remainder is computed in padding.
     """
     n = z.numel()
     threads = min(torch.get_num_threads(), -(-n // _SERIAL))
@@ -45,7 +45,7 @@ def _in_vectors(function: Callable[[Tensor, Tensor], Tensor], z: Tensor, out: Te
 
 
 _VECTOR = 32  # float32 numbers that a pass of torch's loop takes with AVX-512; less with narrower units
-_SERIAL = 32768  # up to so many numbers torch does not share out over threads
+_SERIAL = 32768  # torch uses one thread for up to so many numbers
 
 
 def _silu(z: Tensor, out: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The experts in plain PyTorch: a loop over blocks of experts, each a few GEMMs; on the CPU in worker threads.
 
-Every block's rows are gathered into work buffers that stay, and its weight gradients written in place. Blocks share nothing
-that they write to.
+Every block's rows are gathered into work buffers that are kept, and its weight gradients are written in place. No two blocks write
+to the same memory.
 
 Shape legend: T tokens, S rows sorted by expert, P rows in the padded layout of `blocks`, B experts of a block, C rows of
 each, N = B * C, n those that are not padding, d width, h expert hidden width, E experts, G = 2 for gated activations (gate
@@ -20,10 +20,13 @@ from lightning_mue.kernels.activations import ACTIVATIONS
 from lightning_mue.kernels.grouped_ffn.op import Problem
 from lightning_mue.kernels.grouped_ffn.pytorch.blocks import Cutting, plan_blocks
 from lightning_mue.kernels.grouped_ffn.pytorch.elementwise import ELEMENTWISE
-from lightning_mue.kernels.grouped_ffn.pytorch.scratch import Scratch, borrowed, new_empty, on_huge_pages
-from lightning_mue.kernels.grouped_ffn.pytorch.workers import interrupts_held, run_over_experts
+from lightning_mue.kernels.grouped_ffn.pytorch.scratch import Scratch, borrowed
+from lightning_mue.kernels.grouped_ffn.pytorch.workers import run_over_experts
 
-_PARALLEL_FLOPS = 1e7  # below this, waking the workers costs more than they save
+#: Below this, threaded operators are faster than workers. After a threaded operator OpenMP's threads spin for some milliseconds
+#: and take cores from the workers: 3 to 5 ms a pass on two cores, unless OMP_WAIT_POLICY=passive is set. Far above it, threaded
+#: operators would lose more: on a busy machine their threads wait for each other after every operator.
+_PARALLEL_FLOPS = 1e9
 _BLOCKS_PER_THREAD = 4
 
 
@@ -56,7 +59,7 @@ class _Pass:
         self.p, self.elementwise = p, ELEMENTWISE[p.activation]
         self.gated, self.hidden, self.width = ACTIVATIONS[p.activation].gated, p.w_up.shape[1], p.x.shape[1]
         ends = p.offsets.tolist()  # the one host synchronization of this backend
-        self.n_routed = ends[-1]  # rows from here on are of no expert
+        self.n_routed = ends[-1]  # rows from here on are masked: of no expert
         self.layout = plan_blocks(ends, len(p.order), self.hidden, _cutting(p.x))
         source_P, slot_S = self.layout.source_P, self.layout.slot_S
         self.slots = p.inverse if slot_S is None else slot_S[p.inverse]  # the padded row of each assignment
@@ -65,7 +68,7 @@ class _Pass:
 
     @property
     def idle_P(self) -> slice:
-        """The padded rows of no expert."""
+        """The masked rows, in the padded layout."""
         return slice(self.layout.n_rows - len(self.p.order) + self.n_routed, self.layout.n_rows)
 
     def columns(self) -> dict[str, int]:
@@ -77,26 +80,25 @@ class _Pass:
         raise NotImplementedError
 
     def over_blocks(self, products: int, gates: Tensor | None) -> Tensor:
-        """Compute all blocks, each so many GEMMs of [N, d, h], and sum their rows: [T, d]."""
+        """Compute all blocks, each `products` GEMMs of [N, d, h], and sum their rows: [T, d]."""
         p, rows = self.p, [block.n_rows for block in self.layout.blocks]
         flops = 2 * products * sum(rows) * self.hidden * self.width
 
         def work(indices: Iterable[int]) -> None:
             columns, longest = self.columns(), self.layout.longest
             size = longest * sum(columns.values())
-            with borrowed("scratch", p.x, size) as flat, torch.inference_mode():
+            with borrowed("scratch", p.x, size) as flat:
                 scratch = Scratch(flat, columns, longest)
                 for i in indices:
                     self.block(scratch, i)
 
-        with interrupts_held(), borrowed("rows", p.x, self.layout.n_rows * self.width) as flat:
+        # No mode is set here: an interrupt could leave the main thread in it. As an operator this runs below autograd.
+        with borrowed("rows", p.x, self.layout.n_rows * self.width) as flat:
             rows_Pd = flat.view(-1, self.width)
-            with torch.inference_mode():
-                rows_Pd[self.idle_P].zero_()
-                self.results_N = self.layout.by_padded_row(rows_Pd)
-                run_over_experts(work, rows, parallel=p.x.device.type == "cpu" and flops > _PARALLEL_FLOPS)
-            with torch.no_grad():  # what is returned must be an ordinary tensor, what is read is not
-                return self.combine(rows_Pd, gates)
+            rows_Pd[self.idle_P].zero_()
+            self.results_N = self.layout.by_padded_row(rows_Pd)
+            run_over_experts(work, rows, parallel=p.x.device.type == "cpu" and flops > _PARALLEL_FLOPS)
+            return self.combine(rows_Pd, gates)
 
     def combine(self, rows_Pd: Tensor, gates: Tensor | None) -> Tensor:
         """The sum over each token's rows in float32, weighted by the gates where given: [T, d], of the rows' type."""
@@ -112,7 +114,7 @@ class _Forward(_Pass):
     def __init__(self, p: Problem, keep: bool) -> None:
         super().__init__(p)
         self.keep = keep
-        self.z = new_empty(p.x, len(p.up), len(p.order) if keep else 0, self.hidden)
+        self.z = p.x.new_empty(len(p.up), len(p.order) if keep else 0, self.hidden)
         self.z[:, self.n_routed :].zero_()
         cut = self.layout.by_expert
         self.weights = [cut(w.mT) for w, _ in p.up]
@@ -134,7 +136,7 @@ class _Forward(_Pass):
         torch.bmm(a_BCh, self.w_down[i], out=self.results_N[i].view(*shape, self.width))
 
     def _project(self, scratch: Scratch, x_BCd: Tensor, plane: int, i: int) -> Tensor:
-        """One pre-activation, [B, C, h]; what is not padding also goes to z."""
+        """One pre-activation, [B, C, h]; rows that are not padding are also written to z."""
         block, biases = self.layout.blocks[i], self.biases[plane]
         in_place = self.keep and not block.is_padded
         z_BCh = self.z_nh[plane][i].view(*block.shape, -1) if in_place else scratch.get(f"z{plane}", block.shape)
@@ -160,13 +162,13 @@ class _Backward(_Pass):
         self.dgates_P[self.idle_P].zero_()
         self.dgates_N = layout.by_padded_row(self.dgates_P)
         trained = {name: t for name, t in p._asdict().items() if name[:2] in ("w_", "b_") and t is not None}
-        self.grads = {name: on_huge_pages(torch.empty_like(t)) for name, t in trained.items()} if weights else {}
+        self.grads = {name: torch.empty_like(t) for name, t in trained.items()} if weights else {}
         for e in layout.empty_experts(len(p.w_up)):
             for grad in self.grads.values():
                 grad[e].zero_()
         self.parts = {name: layout.by_expert(t) for name, t in trained.items()}
         n_extra = len(layout.extra_parts)
-        self.extra = {name: new_empty(t, n_extra, 1, *t.shape[1:]) for name, t in self.grads.items() if n_extra}
+        self.extra = {name: t.new_empty(n_extra, 1, *t.shape[1:]) for name, t in self.grads.items() if n_extra}
         self.grad_parts = {name: self._grad_parts(name) for name in self.grads}
         self.z_nh = [layout.by_sorted_row(plane) for plane in z]
         self.source_N = None if layout.source_P is None else layout.by_padded_row(layout.source_P)
@@ -180,7 +182,7 @@ class _Backward(_Pass):
         return parts
 
     def add_extra_parts(self) -> None:
-        """Sum the gradients of experts that were cut, in order."""
+        """Add up the gradients of the parts of each split expert, in order."""
         for block in self.layout.extra_parts:
             for name, grad in self.grads.items():
                 grad[block.experts] += self.extra[name][block.part - 1]
@@ -210,7 +212,7 @@ class _Backward(_Pass):
             dx_BCd.baddbmm_(dz_BCh, weight) if name != names[0] else torch.bmm(dz_BCh, weight, out=dx_BCd)
 
     def _differentiate(self, scratch: Scratch, i: int, da_BCh: Tensor, a_BCh: Tensor, dz_BCh: list[Tensor]) -> None:
-        """From da, without the gates, to a, with the gates, the pre-activations' gradients, and the gates' own."""
+        """Turn da (without gates) into gate * a, the gradients of the pre-activations and those of the gates."""
         shape = self.layout.blocks[i].shape
         z_BCh = [self._saved(scratch, plane, i) for plane in range(len(self.z))]
         gates_BC1, dgates_BC = self.gates_N1[i].view(*shape, 1), self.dgates_N[i].view(shape)

@@ -1,68 +1,40 @@
-"""Worker threads for the CPU backend: one expert a thread beats all threads on one expert.
+"""Worker threads for the CPU backend: experts side by side, each with single-threaded operators.
 
-A GEMM of a few hundred rows does not scale over threads, but experts are independent of each other. Each worker runs
-its operators single-threaded and takes the next largest expert until none is left.
+A GEMM of a few hundred rows does not scale over many threads, but experts are independent of each other. Each worker takes the
+next largest expert until none is left.
 
-The workers are PyTorch's own OpenMP threads where it has them. Threads beside those would have to share the cores with
-them: after every threaded operator they spin for milliseconds, which costs two workers on two cores 4 ms a call.
+Ctrl-C: Python raises KeyboardInterrupt in the main thread between any two instructions. The main thread therefore changes
+neither its grad mode nor its number of threads, and it waits on primitives written in C, which an interrupt cannot leave half
+acquired. Workers, which no interrupt reaches, set their own modes.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import cache
-from pathlib import Path
-from threading import Barrier
-from typing import Any
+from functools import partial
+from queue import SimpleQueue
+from threading import Lock, Thread
 
 import torch
 
-_pools: dict[int, ThreadPoolExecutor] = {}
-_forked = threading.Event()
+Task = Callable[[], None]
+
+_teams: dict[int, SimpleQueue[Task]] = {}  # by number of workers, the queue that they read from
 if hasattr(os, "register_at_fork"):  # absent on Windows, which does not fork
-    # A forked child inherits the tables but none of the threads, OpenMP's included: it must start its own.
-    os.register_at_fork(after_in_child=_pools.clear)
-    os.register_at_fork(after_in_child=_forked.set)
-
-
-@contextmanager
-def interrupts_held() -> Iterator[None]:
-    """Let a Ctrl-C (SIGINT) take effect after the block, some milliseconds later.
-
-    Python would raise KeyboardInterrupt between any two of its instructions. In a callback from OpenMP it cannot get out and
-    would be lost; between entering a mode of PyTorch's (inference, no gradients) and the block that leaves it again, the
-    main thread would stay in that mode.
-    """
-    handler = signal.getsignal(signal.SIGINT)
-    if not callable(handler) or threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread handles signals
-        return
-    held: list[tuple[Any, ...]] = []
-    signal.signal(signal.SIGINT, lambda *args: held.append(args))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if held:
-            handler(*held[-1])
+    os.register_at_fork(after_in_child=_teams.clear)  # a forked child inherits the table but no threads
 
 
 def run_over_experts(work: Callable[[Iterable[int]], None], rows: Sequence[int], *, parallel: bool) -> None:
     """Call `work` on every expert that has rows, each exactly once.
 
     Args:
-        work: Called with the indices of some experts; writes its results to places that no other expert touches. It
-            must produce the same values in whatever order and thread the experts come.
+        work: Called with the indices of some experts; writes its results to places that no other expert touches. It must produce
+            the same values for every order of the experts and in every thread.
         rows: Rows of each expert.
-        parallel: Allow worker threads. Experts too large to share out evenly still run in the calling thread, with
-            threaded operators.
+        parallel: Allow worker threads. Experts too large for an even split still run in the calling thread, with threaded
+            operators.
     """
     todo = sorted((e for e, n in enumerate(rows) if n), key=lambda e: -rows[e])
     n_threads = torch.get_num_threads() if parallel else 1
@@ -72,82 +44,51 @@ def run_over_experts(work: Callable[[Iterable[int]], None], rows: Sequence[int],
         work(todo)
         return
     work([e for e in todo if rows[e] > fair_share])
-    queue = deque(small)
-
-    def drain() -> None:
-        # Workers do not inherit the caller's grad or inference mode; in inference mode they may write to any tensor.
-        with torch.inference_mode():
-            work(_take(queue))
-
-    run_in_threads(drain, n_threads)
+    run_in_threads(work, small, n_threads)
 
 
-def run_in_threads(body: Callable[[], None], n_threads: int) -> None:
-    """Call `body` in up to `n_threads` threads at once, whose operators are single-threaded; return when all are done.
+def run_in_threads(work: Callable[[Iterable[int]], None], items: Sequence[int], n_threads: int) -> None:
+    """Call `work` in `n_threads` threads at once, each with an iterator that takes the next item until none is left.
+
+    Operators in these threads are single-threaded and run in inference mode. Returns, or raises, when no thread is at work any
+    more; only a second interrupt ends the wait for the items that had begun.
 
     Raises:
-        BaseException: What `body` raised, in one of the threads.
+        BaseException: What `work` raised in one of the threads, or KeyboardInterrupt.
     """
-    region = None if _forked.is_set() else _openmp_region()
-    if region is not None:
-        region(body, n_threads)
-        return
-    for done in [_pool(n_threads).submit(body) for _ in range(n_threads)]:
-        done.result()
-
-
-@cache
-def _openmp_region() -> Callable[[Callable[[], None], int], None] | None:
-    """A function that runs a body as an OpenMP parallel region in PyTorch's threads; None where that cannot be had.
-
-    GOMP_parallel is what GCC makes of ``#pragma omp parallel``; GNU's, LLVM's and Intel's libraries all have it. Looked
-    up through PyTorch's library, it is that of the OpenMP which PyTorch itself uses, however many are loaded.
-    """
+    queue, finished = deque(items), SimpleQueue[BaseException | None]()
+    busy = [Lock() for _ in range(n_threads)]
+    tasks = _team(n_threads)
     try:
-        (library,) = (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.[sd][oy]*")  # .so or .dylib
-        gomp_parallel = ctypes.CDLL(str(library)).GOMP_parallel
-    except (ValueError, OSError, AttributeError):
-        return None
-    if "ATen parallel backend: OpenMP" not in torch.__config__.parallel_info():
-        return None
-    callback_type = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-    gomp_parallel.argtypes = [callback_type, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-    gomp_parallel.restype = None
-
-    def region(body: Callable[[], None], n_threads: int) -> None:
-        errors: list[BaseException] = []
-
-        def run(_: Any) -> None:
-            try:
-                body()
-            except BaseException as error:  # must not reach C; raised again below
-                errors.append(error)
-
-        gomp_parallel(callback_type(run), None, n_threads, 0)
-        if errors:
-            raise errors[0]
-
-    return region
+        for lock in busy:
+            tasks.put(partial(_run, work, queue, lock, finished))
+        for _ in busy:
+            error = finished.get()
+            if error is not None:
+                raise error
+    except BaseException:
+        queue.clear()
+        for lock in busy:
+            lock.acquire()  # waits for a worker that is busy, and keeps one that is not from beginning
+        raise
 
 
-def _single_threaded(barrier: Barrier) -> None:
-    torch.get_num_threads()  # a thread's first look at this number resets it to that of the process
-    torch.set_num_threads(1)  # OpenMP and MKL keep it per thread
-    barrier.wait()
-
-
-def _pool(n_threads: int) -> ThreadPoolExecutor:
-    """The pool of `n_threads` workers, each already set to run its operators single-threaded."""
-    if n_threads not in _pools:
-        barrier = Barrier(n_threads + 1)
-        pool = ThreadPoolExecutor(n_threads, thread_name_prefix="lightning-mue-experts")
-        starts = [pool.submit(_single_threaded, barrier) for _ in range(n_threads)]
-        barrier.wait()
-        for start in starts:
-            start.result()
-        torch.set_num_threads(n_threads)  # the default of threads that start later, which the workers have lowered
-        _pools[n_threads] = pool
-    return _pools[n_threads]
+def _run(
+    work: Callable[[Iterable[int]], None], queue: deque[int], busy: Lock, finished: SimpleQueue[BaseException | None]
+) -> None:
+    """One worker's part of a call."""
+    if not busy.acquire(blocking=False):
+        return  # the caller was interrupted before this had begun
+    error = None
+    try:
+        # In inference mode a worker may write to the tensors of a caller in any mode.
+        with torch.inference_mode():
+            work(_take(queue))
+    except BaseException as raised:
+        error = raised
+    finally:
+        busy.release()
+    finished.put(error)
 
 
 def _take(queue: deque[int]) -> Iterator[int]:
@@ -156,3 +97,34 @@ def _take(queue: deque[int]) -> Iterator[int]:
             yield queue.popleft()
         except IndexError:
             return
+
+
+def _team(n_threads: int) -> SimpleQueue[Task]:
+    """The queue of a team of `n_threads` workers, which is started if there is none."""
+    if n_threads not in _teams:
+        tasks, ready = SimpleQueue[Task](), SimpleQueue[None]()
+        Thread(target=_start, args=(n_threads, tasks, ready), daemon=True).start()
+        ready.get()
+        _teams[n_threads] = tasks
+    return _teams[n_threads]
+
+
+def _start(n_threads: int, tasks: SimpleQueue[Task], ready: SimpleQueue[None]) -> None:
+    """Start the workers; in a thread of its own, so that no interrupt leaves the process with another default of threads."""
+    before, started = torch.get_num_threads(), SimpleQueue[None]()
+    for i in range(n_threads):
+        name = f"lightning-mue-experts-{i}"
+        Thread(target=_serve, args=(tasks, started), name=name, daemon=True).start()
+    for _ in range(n_threads):
+        started.get()
+    torch.set_num_threads(before)  # the default for threads that start later, which the workers have lowered
+    ready.put(None)
+
+
+def _serve(tasks: SimpleQueue[Task], started: SimpleQueue[None]) -> None:
+    """A worker's life."""
+    torch.get_num_threads()  # a thread's first call resets its number of threads to the default
+    torch.set_num_threads(1)  # OpenMP and MKL keep it per thread
+    started.put(None)
+    while True:
+        tasks.get()()

@@ -1,6 +1,6 @@
 """The activations of `kernels.activations.ACTIVATIONS` inside kernels, in float32.
 
-Only builtins of `triton.language` are used (see `symmetric.py` for why), so sigmoid and tanh are written out.
+Only builtins of `triton.language` are used (see kernels/symmetric/triton.py), so sigmoid and tanh are written out.
 """
 
 # Triton reads annotations of kernel arguments, and only `tl.constexpr` means something to it.
@@ -29,7 +29,7 @@ def function_and_slope(z, ACTIVATION: tl.constexpr):
         f = z * s
         slope = s + f * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
     elif ACTIVATION == "relu":
-        f = tl.where(z < 0.0, 0.0, z)  # unlike a maximum, this hands NaN on
+        f = tl.where(z < 0.0, 0.0, z)  # unlike a maximum, this keeps NaN
         slope = tl.where(z > 0.0, 1.0, 0.0)
     else:
         tl.static_assert(ACTIVATION == "relu2")

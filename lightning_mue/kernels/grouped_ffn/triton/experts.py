@@ -1,11 +1,11 @@
-"""The experts on Triton: which kernel runs when. Grids depend on shapes alone; the host learns nothing about the routing.
+"""The experts on Triton: the order of the kernels. Grids depend on shapes alone; the host reads nothing about the routing.
 
-Forward   up        x by index -> z, a            `grouped_up.py`
-          down      a -> a row of d per assignment `grouped_rows.py`
-          combine   rows -> tokens, by gates      `combine.py`
-Backward  hidden    dy by index, z -> dz, gate * a, dgates    `grouped_hidden.py`
-          dx        dz -> a row of d per assignment -> tokens `grouped_rows.py`, `combine.py`
-          dw        dz, x by index; gate * a, dy by index     `grouped_weights.py`
+Forward   up        x by index -> z, a                          up.py
+          down      a -> a row of d per assignment              rows.py
+          combine   rows -> tokens, by gates                    kernels/combine/triton.py
+Backward  hidden    dy by index, z -> dz, gate * a, dgates      hidden.py
+          dx        dz -> a row of d per assignment -> tokens   rows.py, kernels/combine/triton.py
+          dw        dz, x by index; gate * a, dy by index       weights.py
 
 Shape legend: T tokens, K experts per token, S rows sorted by expert, d width, h expert hidden width, E experts, G planes of z.
 """
@@ -24,7 +24,7 @@ from lightning_mue.kernels.grouped_ffn.op import Problem
 from lightning_mue.kernels.grouped_ffn.triton.hidden import launch_hidden
 from lightning_mue.kernels.grouped_ffn.triton.rows import launch_rows
 from lightning_mue.kernels.grouped_ffn.triton.tile_map import TileMap, tile_rows
-from lightning_mue.kernels.grouped_ffn.triton.tuning import Kind, Tiling, choose
+from lightning_mue.kernels.grouped_ffn.triton.tuning import ExpertTiling, TilingKey, choose
 from lightning_mue.kernels.grouped_ffn.triton.up import launch_up
 from lightning_mue.kernels.grouped_ffn.triton.weights import launch_bias, launch_weights
 from lightning_mue.kernels.triton_tools.launching import INTERPRETED, new_like, numerics
@@ -87,21 +87,21 @@ class Tiles:
         self.maps: dict[int, TileMap] = {}
         experts, h, d = p.w_up.shape
         mean = triton.next_power_of_2(-(-len(p.order) // experts))
-        self.kind = ("", p.activation, mean, experts, d, h, p.x.dtype, numerics(p.x)["PRECISION"], p.x.device)
+        self.key = ("", p.activation, mean, experts, d, h, p.x.dtype, numerics(p.x)["PRECISION"], p.x.device)
 
-    def __call__(self, tiling: Tiling) -> TileMap:
+    def __call__(self, tiling: ExpertTiling) -> TileMap:
         """Return the table for a tiling."""
         if tiling.rows not in self.maps:
             self.maps[tiling.rows] = tile_rows(self.p.offsets, len(self.p.order), tiling.rows)
         return self.maps[tiling.rows]
 
-    def run(self, kernel: str, launch: Callable[[Tiling], Any]) -> Any:
+    def run(self, kernel: str, launch: Callable[[ExpertTiling], Any]) -> Any:
         """Launch with the tiling that is chosen for this kernel."""
-        return launch(choose(Kind(kernel, *self.kind[1:]), launch))
+        return launch(choose(TilingKey(kernel, *self.key[1:]), launch))
 
 
 def _dense(p: Problem) -> Problem:
-    """The same problem, with contiguous rows of x, gates and biases; weights stay as they are."""
+    """The same problem, with contiguous rows of x, gates and biases; weights are not copied."""
     x = p.x if p.x.stride(1) == 1 or not p.x.numel() else p.x.contiguous()
     b_gate, b_up = (None if b is None else b.contiguous() for b in (p.b_gate, p.b_up))
     return p._replace(x=x, gates=p.gates.contiguous(), inverse=p.inverse.contiguous(), b_gate=b_gate, b_up=b_up)

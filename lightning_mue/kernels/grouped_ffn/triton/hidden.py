@@ -5,7 +5,7 @@
 
 Rows of dy are read by index. a is computed again from z. dgate = <dy, y_row> in another order of summation, which needs no
 y_row (SonicMoE, arXiv:2512.14080). A tile sees only some of h: it writes its part of dgate, and `gather_kernel` in
-`combine.py` adds the parts in a fixed order. For the gradient of W_down, gate * a is written, too.
+kernels/combine/triton.py adds the parts in a fixed order. For the gradient of W_down, gate * a is written, too.
 
 Shape legend: S rows sorted by expert, d width, h expert hidden width, E experts, G planes of z (gate, up; or up alone).
 """
@@ -23,7 +23,7 @@ from torch import Tensor
 from lightning_mue.kernels.grouped_ffn.op import Problem
 from lightning_mue.kernels.grouped_ffn.triton.activations import function_and_slope
 from lightning_mue.kernels.grouped_ffn.triton.tile_map import TileMap, place_of
-from lightning_mue.kernels.grouped_ffn.triton.tuning import Tiling, programs, weights_to_read
+from lightning_mue.kernels.grouped_ffn.triton.tuning import ExpertTiling, programs, weights_to_read
 from lightning_mue.kernels.triton_tools.launching import add, load_weight, multiply_add, new_empty, numerics, rounded
 
 
@@ -218,11 +218,11 @@ def hidden_kernel(
 
 
 def launch_hidden(
-    p: Problem, dy: Tensor, z: Tensor, tiles: TileMap, weights: bool, tiling: Tiling
+    p: Problem, dy: Tensor, z: Tensor, tiles: TileMap, weights: bool, tiling: ExpertTiling
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dz [G, S, h], gate * a [S, h] (without rows unless `weights`) and parts of dgate [tiles of h, S], float32.
 
-    Rows of no expert are not written. `dy`, `z` and `p.gates` are contiguous.
+    Masked rows are not written. `dy`, `z` and `p.gates` are contiguous.
     """
     planes, rows, h = z.shape
     d, col_tiles = dy.shape[1], -(-h // tiling.cols)

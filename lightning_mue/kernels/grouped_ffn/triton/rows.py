@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_mue.kernels.grouped_ffn.triton.tile_map import TileMap, place_of
-from lightning_mue.kernels.grouped_ffn.triton.tuning import Tiling, programs, weights_to_read
+from lightning_mue.kernels.grouped_ffn.triton.tuning import ExpertTiling, programs, weights_to_read
 from lightning_mue.kernels.triton_tools.launching import (
     describe,
     load_weight,
@@ -78,7 +78,7 @@ def add_products(
     """`sums` plus the products of one plane.
 
     A loop for each plane: with two products into one sum in a loop, the second would wait for the first, and no matrix
-    instruction would be under way while the next is issued.
+    instruction would be in flight while the next one is issued.
     """
     i = tl.arange(0, INNER)
     n_in = (col + tl.arange(0, COLS) < n_size)[None, :]
@@ -205,8 +205,10 @@ def rows_kernel(
         tl.store(out_at, rounded(sums, out_ptr.dtype.element_ty, UPCAST), mask=box)
 
 
-def launch_rows(planes: Tensor, weights: tuple[Tensor, ...], tiles: TileMap, tiling: Tiling, *, k_last: bool) -> Tensor:
-    """Return out [S, n]; rows of no expert are not written.
+def launch_rows(
+    planes: Tensor, weights: tuple[Tensor, ...], tiles: TileMap, tiling: ExpertTiling, *, k_last: bool
+) -> Tensor:
+    """Return out [S, n]; masked rows are not written.
 
     Args:
         planes: [G, S, k], contiguous.

@@ -1,8 +1,8 @@
-"""Which rows a tile covers, found on the device: grids depend on shapes alone, and nothing waits for the host.
+"""Computes on the device which rows each tile covers: grids depend on shapes alone, and nothing waits for the host.
 
 Expert e owns rows offsets[e] to offsets[e + 1]. Cutting every expert's rows into tiles of M gives at most
-ceil(S / M) + E - 1 of them, whatever the routing: that is the length of the table. How many there are, the device counts,
-and kernels loop up to that number.
+ceil(S / M) + E - 1 of them for every routing, which is the length of the table. The device counts how many there are, and
+kernels loop up to that number.
 
 Two ways of cutting:
     tiles   equal tiles of `size` rows, the last of an expert ragged; for products with one result a row.

@@ -1,7 +1,7 @@
-"""How the experts' kernels cut their work: a fixed default each, and the fastest of a few, timed once and remembered.
+"""Tilings of the experts' kernels: a fixed default each, and the fastest of a few, timed once and remembered.
 
-What was timed is kept in a file, so that the next process starts with it. A choice depends on the kind of problem and not on
-one routing: the mean number of rows per expert, in powers of two, the widths, types, device and Triton version.
+What was timed is kept in a file, so that the next process starts with it. A choice depends on sizes and not on one routing: the
+mean number of rows per expert, rounded up to a power of two, the widths, types, device and Triton version.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import torch
 import triton
 from torch import Tensor
 
+from lightning_mue.checks import mismatch
 from lightning_mue.kernels.activations import ACTIVATIONS
 from lightning_mue.kernels.triton_tools.launching import describe, multiprocessors
-from lightning_mue.kernels.triton_tools.timing import may_time as _may_time
-from lightning_mue.kernels.triton_tools.timing import milliseconds as _milliseconds
+from lightning_mue.kernels.triton_tools.timing import may_time, milliseconds
 
 
-class Tiling(NamedTuple):
+class ExpertTiling(NamedTuple):
     """How a kernel cuts its work.
 
     Attributes:
@@ -56,17 +56,17 @@ class Tiling(NamedTuple):
 
 
 @lru_cache
-def _constants(tiling: Tiling) -> dict[str, int]:
+def _constants(tiling: ExpertTiling) -> dict[str, int]:
     names = {"ROWS": tiling.rows, "COLS": tiling.cols, "INNER": tiling.inner, "GROUP": tiling.group}
     return {**names, "num_stages": tiling.stages, "num_warps": tiling.warps}
 
 
-class Kind(NamedTuple):
-    """What a choice depends on.
+class TilingKey(NamedTuple):
+    """What the choice of a tiling depends on.
 
     Attributes:
         kernel: "up", "down", "hidden", "dx", "dw" or "dw_down".
-        activation: A key of `ACTIVATIONS`: it decides on the planes, and on the registers that a tile needs.
+        activation: A key of `ACTIVATIONS`: it determines the planes, and the registers that a tile needs.
         rows: Mean rows per expert, rounded up to a power of two.
         experts: E.
         d: Width.
@@ -93,7 +93,7 @@ class Kind(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The key in the file of choices: the same in every process on this kind of machine."""
+        """The key in the file of choices: the same in every process on this type of machine."""
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         parts = (
             *self[:6],
@@ -109,75 +109,87 @@ class Kind(NamedTuple):
 #: hand): all use the wide matrix instructions (wgmma), 16-byte loads and stores, and fit in 227 KiB of shared memory at one
 #: program per multiprocessor. None spills registers with SwiGLU but the widest of "hidden" (320 bytes; 472 with 3.6), nor a
 #: default with GELU but that of "up" (256 bytes).
-_HALF: dict[str, tuple[Tiling, ...]] = {
+_HALF: dict[str, tuple[ExpertTiling, ...]] = {
     "two sums": (
-        Tiling(128, 128, 64, 4, 8),
-        Tiling(128, 128, 64, 4, 8, described=True),
-        Tiling(128, 128, 64, 4, 8, waves=1, described=True),
-        Tiling(64, 128, 64, 4, 4),
+        ExpertTiling(128, 128, 64, 4, 8),
+        ExpertTiling(128, 128, 64, 4, 8, described=True),
+        ExpertTiling(128, 128, 64, 4, 8, waves=1, described=True),
+        ExpertTiling(64, 128, 64, 4, 4),
     ),
     "one sum": (
-        Tiling(128, 256, 64, 4, 8),
-        Tiling(128, 256, 64, 4, 8, described=True),
-        Tiling(128, 256, 64, 4, 8, waves=1, described=True),
-        Tiling(128, 128, 64, 3, 8, described=True),  # two programs a multiprocessor: one loads while the other stores
-        Tiling(128, 128, 64, 4, 8),
-        Tiling(64, 128, 64, 4, 4),
+        ExpertTiling(128, 256, 64, 4, 8),
+        ExpertTiling(128, 256, 64, 4, 8, described=True),
+        ExpertTiling(128, 256, 64, 4, 8, waves=1, described=True),
+        ExpertTiling(
+            128, 128, 64, 3, 8, described=True
+        ),  # two programs a multiprocessor: one loads while the other stores
+        ExpertTiling(128, 128, 64, 4, 8),
+        ExpertTiling(64, 128, 64, 4, 4),
     ),
     "hidden": (
-        Tiling(128, 128, 64, 4, 8),
-        Tiling(128, 128, 64, 4, 8, described=True),
-        Tiling(128, 128, 64, 4, 8, waves=1, described=True),
-        Tiling(128, 256, 64, 3, 8, described=True),
-        Tiling(64, 128, 64, 4, 4),
+        ExpertTiling(128, 128, 64, 4, 8),
+        ExpertTiling(128, 128, 64, 4, 8, described=True),
+        ExpertTiling(128, 128, 64, 4, 8, waves=1, described=True),
+        ExpertTiling(128, 256, 64, 3, 8, described=True),
+        ExpertTiling(64, 128, 64, 4, 4),
     ),
     # Of n stages, loads by index get n / 2: the index is loaded before them.
-    "dw, two sums": (Tiling(128, 128, 64, 5, 8), Tiling(128, 128, 64, 7, 8), Tiling(128, 128, 64, 5, 8, waves=1)),
-    "dw, one sum": (Tiling(128, 256, 64, 5, 8), Tiling(128, 256, 64, 7, 8), Tiling(128, 128, 64, 7, 8)),
+    "dw, two sums": (
+        ExpertTiling(128, 128, 64, 5, 8),
+        ExpertTiling(128, 128, 64, 7, 8),
+        ExpertTiling(128, 128, 64, 5, 8, waves=1),
+    ),
+    "dw, one sum": (
+        ExpertTiling(128, 256, 64, 5, 8),
+        ExpertTiling(128, 256, 64, 7, 8),
+        ExpertTiling(128, 128, 64, 7, 8),
+    ),
 }
-_TF32 = (Tiling(128, 64, 32, 4, 4), Tiling(128, 128, 32, 3, 8), Tiling(64, 64, 32, 4, 4))
-_IEEE = (Tiling(64, 64, 16, 3, 4), Tiling(128, 64, 16, 3, 8))
+_TF32 = (ExpertTiling(128, 64, 32, 4, 4), ExpertTiling(128, 128, 32, 3, 8), ExpertTiling(64, 64, 32, 4, 4))
+_IEEE = (ExpertTiling(64, 64, 16, 3, 4), ExpertTiling(128, 64, 16, 3, 8))
 
 
-def candidates(kind: Kind) -> tuple[Tiling, ...]:
-    """Return what is tried for a kind; the first is taken where nothing can be timed."""
-    if kind.dtype == torch.float32:
-        return _TF32 if kind.precision == "tf32" else _IEEE
+def candidates(key: TilingKey) -> tuple[ExpertTiling, ...]:
+    """Return what is tried for a key; the first is taken where nothing can be timed."""
+    if key.dtype == torch.float32:
+        return _TF32 if key.precision == "tf32" else _IEEE
     shape = {
-        "up": "two sums" if kind.gated else "one sum",
+        "up": "two sums" if key.gated else "one sum",
         "hidden": "hidden",
-        "dw": "dw, two sums" if kind.gated else "dw, one sum",
+        "dw": "dw, two sums" if key.gated else "dw, one sum",
         "dw_down": "dw, one sum",
-    }.get(kind.kernel, "one sum")
+    }.get(key.kernel, "one sum")
     tilings = _HALF[shape]
-    if kind.rows <= 64 and not kind.kernel.startswith("dw"):  # tiles of 128 rows would be half empty
+    if key.rows <= 64 and not key.kernel.startswith("dw"):  # tiles of 128 rows would be half empty
         return tuple(sorted(tilings, key=lambda t: t.rows))
     return tilings
 
 
-def choose(kind: Kind, run: Callable[[Tiling], Any]) -> Tiling:
-    """Return the fastest tiling for this kind, timed now if it is not known and can be.
+def choose(key: TilingKey, run: Callable[[ExpertTiling], Any]) -> ExpertTiling:
+    """Return the fastest tiling for this key; times the candidates now if none is known and timing is possible.
 
-    Timing waits for the device. It happens at the first call of a kind that is not in the file of choices; not while a CUDA
+    Timing waits for the device. It happens at the first call of a key that is not in the file of choices; not while a CUDA
     graph is captured, and not with LIGHTNING_MUE_AUTOTUNE=0.
     """
-    if kind in _chosen:
-        return _chosen[kind]
-    tilings = candidates(kind)
-    may_time = _may_time(kind.device)
-    if not may_time and kind.device.type != "cuda":
+    if key in _chosen:
+        return _chosen[key]
+    tilings = candidates(key)
+    timing_is_possible = may_time(key.device)
+    if not timing_is_possible and key.device.type != "cuda":
         return tilings[0]
-    known = _read(cache_file()).get(kind.name)
-    tiling = next((t for t in tilings if list(t) == known), None)  # one that is not offered any more is timed again
+    known = _read(cache_file()).get(key.name)
+    tiling = next(
+        (t for t in tilings if list(t) == known), None
+    )  # a tiling that is no longer a candidate is timed again
     if tiling is None:
-        if not may_time:
+        if not timing_is_possible:
             return tilings[0]
-        tiling = min(tilings, key=lambda t: _milliseconds(run, t))
-        _write(cache_file(), kind.name, tiling)
-    return _chosen.setdefault(kind, tiling)
+        tiling = min(tilings, key=lambda t: milliseconds(run, t))
+        _write(cache_file(), key.name, tiling)
+    return _chosen.setdefault(key, tiling)
 
 
-_chosen: dict[Kind, Tiling] = {}
+_chosen: dict[TilingKey, ExpertTiling] = {}
 
 
 def cache_file() -> Path:
@@ -191,18 +203,24 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text())
         if not isinstance(content, dict):
-            raise ValueError(f"found a {type(content).__name__}, expected an object")
+            raise ValueError(f"it holds a {type(content).__name__}")
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError) as error:  # json's and unicode's errors are ValueErrors
         warnings.warn(
-            f"{file}, the choices of tilings, cannot be read and is ignored: {error}. Delete it.", stacklevel=2
+            mismatch(
+                str(file),
+                found=f"no choices of tilings ({error})",
+                expected="a JSON object",
+                do="It is ignored. Delete it.",
+            ),
+            stacklevel=2,
         )
         return {}
     return content
 
 
-def _write(file: Path, name: str, tiling: Tiling) -> None:
+def _write(file: Path, name: str, tiling: ExpertTiling) -> None:
     """Add a choice to a file. Readers see the old file or the new one; of two writers at a time, one choice may be lost."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -213,18 +231,22 @@ def _write(file: Path, name: str, tiling: Tiling) -> None:
         os.replace(new.name, file)
     except OSError as error:
         warnings.warn(
-            f"{file}: cannot keep the choice of a tiling ({error}); it is timed again in every process. "
-            "Set LIGHTNING_MUE_CACHE to a folder that can be written.",
+            mismatch(
+                str(file),
+                found=f"{error}, so that tilings are timed again in every process",
+                expected="a file that can be written",
+                do="Set LIGHTNING_MUE_CACHE to a folder that can be written.",
+            ),
             stacklevel=2,
         )
 
 
-def programs(tiling: Tiling, tiles: int, device: torch.device) -> tuple[int]:
+def programs(tiling: ExpertTiling, tiles: int, device: torch.device) -> tuple[int]:
     """Return the grid for at most `tiles` tiles."""
     return (max(1, min(tiles, tiling.waves * multiprocessors(device)) if tiling.waves else tiles),)
 
 
-def weights_to_read(weights: tuple[Tensor, ...], tiling: Tiling, *, k_last: bool) -> tuple[tuple[Any, ...], str]:
+def weights_to_read(weights: tuple[Tensor, ...], tiling: ExpertTiling, *, k_last: bool) -> tuple[tuple[Any, ...], str]:
     """Return what `load_weight` reads, and how: descriptors if wanted and possible for all, else the tensors.
 
     Args:

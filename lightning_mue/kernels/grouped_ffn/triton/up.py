@@ -21,7 +21,7 @@ from torch import Tensor
 from lightning_mue.kernels.grouped_ffn.op import Problem
 from lightning_mue.kernels.grouped_ffn.triton.activations import function_and_slope
 from lightning_mue.kernels.grouped_ffn.triton.tile_map import TileMap, place_of
-from lightning_mue.kernels.grouped_ffn.triton.tuning import Tiling, programs, weights_to_read
+from lightning_mue.kernels.grouped_ffn.triton.tuning import ExpertTiling, programs, weights_to_read
 from lightning_mue.kernels.triton_tools.launching import load_weight, multiply_add, new_empty, numerics, rounded
 
 
@@ -128,8 +128,8 @@ def up_kernel(
         tl.store(a_ptr + r.to(tl.int64)[:, None] * h + n[None, :], a, mask=box)
 
 
-def launch_up(p: Problem, tiles: TileMap, keep: bool, tiling: Tiling) -> tuple[Tensor, Tensor]:
-    """Return a [S, h] and z [G, S, h] (without rows unless `keep`); rows of no expert are not written.
+def launch_up(p: Problem, tiles: TileMap, keep: bool, tiling: ExpertTiling) -> tuple[Tensor, Tensor]:
+    """Return a [S, h] and z [G, S, h] (without rows unless `keep`); masked rows are not written.
 
     `p.x`'s rows and the biases are contiguous. `tiles` has tiles of `tiling.rows` rows.
     """

@@ -4,7 +4,7 @@
 
 All are the product of a matrix of rows (dz, gate * a) with a matrix of tokens (x, dy), which is read by index in the loop and
 never copied. dW_down is computed as its transpose. An expert with many rows is cut into equal chunks (`tile_map.py`), whose
-sums, float32, are added in a fixed order: one hot expert does not leave most of the device idle, and results are
+sums, float32, are added in a fixed order: one expert with most of the rows does not leave the device idle, and results are
 reproducible bit by bit.
 
 Shape legend: S rows sorted by expert, T tokens, d width, h expert hidden width, E experts, G planes (gate, up; or one).
@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_mue.kernels.grouped_ffn.triton.tile_map import chunk_rows
-from lightning_mue.kernels.grouped_ffn.triton.tuning import Tiling, programs
+from lightning_mue.kernels.grouped_ffn.triton.tuning import ExpertTiling, programs
 from lightning_mue.kernels.triton_tools.launching import (
     add,
     multiply_add,
@@ -168,7 +168,7 @@ def chunk_size(rows: int, tiles: int, device: torch.device) -> int:
     """Return the rows above which an expert is cut, for matrices of `tiles` tiles.
 
     A chunk takes at most a quarter of the time that all rows take when spread evenly over the device: a chunk that starts
-    last costs no more than that. The slots then hold at most 8 tiles per multiprocessor, whatever the widths. A chunk of
+    last costs no more than that. The slots then hold at most 8 tiles per multiprocessor, for all widths. A chunk of
     less than 512 rows would be dominated by writing and reading its sum.
     """
     return max(_SHORTEST, rows * tiles // (4 * multiprocessors(device)))
@@ -179,12 +179,12 @@ _SIDE = 64  # of the squares in which chunks are added
 
 
 def launch_weights(
-    planes: Tensor, token_rows: Tensor, tokens: Tensor, offsets: Tensor, outs: tuple[Tensor, ...], tiling: Tiling
+    planes: Tensor, token_rows: Tensor, tokens: Tensor, offsets: Tensor, outs: tuple[Tensor, ...], tiling: ExpertTiling
 ) -> None:
     """Write the sums over each expert's rows of ``planes[g, r]^T token_rows[tokens[r]]``, zeros for no rows.
 
     Args:
-        planes: [G, S, h], contiguous. Rows of no expert are not read.
+        planes: [G, S, h], contiguous. Masked rows are not read.
         token_rows: [T, d], rows contiguous.
         tokens: int32 [S].
         offsets: int32 [E + 1].

@@ -1,0 +1,181 @@
+"""The plan of the house: imports go one way, rooms without circles, sizes, one meaning a word, references that exist."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import lightning_mue
+
+PACKAGE = Path(lightning_mue.__file__).parent
+ROOT = PACKAGE.parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+#: A room may import those of the lines above it; rooms of one line are independent of each other.
+ORDER = [
+    {"names", "sharded", "checks", "console", "contract"},
+    {"parameterizations", "diagnostics", "kernels"},
+    {"optim", "moe"},
+    {"models"},
+    {"callbacks", "data", "analysis"},
+    {"cli"},
+]
+KNOWS_NO_LIGHTNING = ORDER[0] | ORDER[1]
+#: What the house may have at most. A figure that falls is lowered here.
+MOST_FILES_AT_ONE_LEVEL, MOST_LONG_FILES, LONG_FILE = 13, 3, 300
+MOST_LONG_FUNCTIONS, LONG_FUNCTION = 1, 40
+
+
+@cache
+def tree_of(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def module_of(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return parts[:-1] if parts[-1] == "__init__" else parts
+
+
+MODULES = {module_of(path): path for path in FILES}
+
+
+def imports(path):
+    """All imports of a file, those inside functions and of types alone too."""
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            yield from (tuple(alias.name.split(".")) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from ((*node.module.split("."), alias.name) for alias in node.names)
+
+
+def imported_modules(path):
+    """The package's own modules that a file imports."""
+    for name in imports(path):
+        if name[0] == PACKAGE.name:
+            yield next(name[:n] for n in range(len(name), 0, -1) if name[:n] in MODULES)
+
+
+def rank_of(room):
+    return next(i for i, rooms in enumerate(ORDER) if room in rooms)
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if p != PACKAGE / "__init__.py"], ids=lambda p: str(p.relative_to(PACKAGE))
+)
+def test_imports_go_one_way(path):
+    own = module_of(path)[1]
+    for name in imports(path):
+        assert not (name[0] in ("lightning", "pytorch_lightning") and own in KNOWS_NO_LIGHTNING), name
+    for other in imported_modules(path):
+        if len(other) > 1 and other[1] != own:
+            assert rank_of(other[1]) < rank_of(own), f"{own} imports {'.'.join(other)}"
+
+
+@pytest.mark.parametrize("room", sorted({p.parent for p in FILES}), ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_circle_inside_a_room(room):
+    """Files and folders of one folder import each other in one direction, lazy and type-only imports counted."""
+    depth = len(module_of(room / "__init__.py"))
+    arrows = {}
+    for path in FILES:
+        module = module_of(path)
+        if module[:depth] == module_of(room / "__init__.py") and len(module) > depth:
+            for other in imported_modules(path):
+                if other[:depth] == module[:depth] and len(other) > depth and other[depth] != module[depth]:
+                    arrows.setdefault(module[depth], set()).add(other[depth])
+    left = dict(arrows)
+    while free := [a for a, targets in left.items() if not targets & set(left)]:
+        for a in free:
+            del left[a]
+    assert not left, f"circle among {left}"
+
+
+def test_few_files_at_one_level():
+    counts = Counter(path.parent for path in FILES)
+    assert {str(d): n for d, n in counts.items() if n > MOST_FILES_AT_ONE_LEVEL} == {}
+
+
+def test_few_long_files():
+    lengths = {str(p.relative_to(PACKAGE)): p.read_text(encoding="utf-8").count("\n") for p in FILES}
+    long = {name: n for name, n in lengths.items() if n > LONG_FILE}
+    assert len(long) <= MOST_LONG_FILES, long
+
+
+def code_lines(function):
+    """Lines of a function without its docstring, comments and empty lines."""
+    body = function.body[1:] if ast.get_docstring(function) is not None else function.body
+    lines = {line for statement in body for node in ast.walk(statement) for line in _lines(node)}
+    return len(lines)
+
+
+def _lines(node):
+    if not hasattr(node, "lineno"):
+        return ()
+    return (node.lineno, node.end_lineno) if isinstance(node, (ast.expr, ast.stmt)) else ()
+
+
+def test_few_long_functions_outside_kernels():
+    long = {
+        f"{path.relative_to(PACKAGE)}:{node.name}": n
+        for path in FILES
+        if "kernels" not in path.parts
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and (n := code_lines(node)) > LONG_FUNCTION
+    }
+    assert len(long) <= MOST_LONG_FUNCTIONS, long
+
+
+def test_a_class_name_means_one_thing():
+    names = Counter(node.name for path in FILES for node in ast.walk(tree_of(path)) if isinstance(node, ast.ClassDef))
+    assert {name: n for name, n in names.items() if n > 1} == {}
+
+
+TEXTS = [
+    path
+    for pattern in (
+        "lightning_mue/**/*.py",
+        "tests/**/*.py",
+        "benchmarks/*",
+        "docs/**/*.md",
+        "configs/*",
+        "*.md",
+        "*.toml",
+        "Makefile",
+    )
+    for path in sorted(ROOT.glob(pattern))
+    if path.is_file() and path != Path(__file__)
+]
+_FILE = re.compile(r"(?<![\w/.*{<-])((?:[\w-]+/)*[\w-]+\.(?:md|py|yaml|sh))(?![\w/])")
+#: Files that users, tests or runs write; other projects' files.
+_NOT_OURS = {
+    "base.yaml",
+    "plan.yaml",
+    "config.yaml",
+    "pretrain.py",
+    "script.py",
+    "train.py",
+    "setup.py",
+    "hparams.yaml",
+}
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_references_exist(path):
+    """A file that a text names is in the project: from the root, beside the text, or by a name that one file alone has."""
+    text = path.read_text(encoding="utf-8")
+    known = {p.name for p in TEXTS} | {Path(__file__).name}
+    for name in (
+        _FILE.findall(text) if (path.suffix == ".py" and path.is_relative_to(PACKAGE)) or path.suffix == ".md" else ()
+    ):
+        if name in _NOT_OURS:
+            continue
+        places = (ROOT / name, path.parent / name, PACKAGE / name)
+        assert any(place.exists() for place in places) or ("/" not in name and name in known), f"{path}: {name}"
+    # Sources are papers and pages of docs/, not documents that stand elsewhere.
+    found = re.search(
+        r"\btheory \d|theory section|\bissue \d|design\.md|lightning-mechanics|performance\.md", text, re.IGNORECASE
+    )
+    assert found is None, f"{path}: {found[0]}"
