@@ -24,6 +24,16 @@ def mismatch(key: str, *, found: object, expected: str, do: str = "") -> str:
     return f"{key}: found {found}, expected {expected}.{f' {do}' if do else ''}"
 
 
+def value_error(key: str, *, found: object, expected: str, do: str = "") -> ValueError:
+    """A ValueError with the message of `mismatch`."""
+    return ValueError(mismatch(key, found=found, expected=expected, do=do))
+
+
+def type_error(key: str, *, found: object, expected: str, do: str = "") -> TypeError:
+    """A TypeError with the message of `mismatch`."""
+    return TypeError(mismatch(key, found=found, expected=expected, do=do))
+
+
 def listed(values: Collection[object], nothing: str = "none", limit: int = 12) -> str:
     """Values for a message, separated by commas, the first `limit` of them.
 
@@ -43,7 +53,7 @@ def require_choice(key: str, value: object, choices: Collection[Any], do: str = 
     """
     if value not in choices:
         names = ", ".join(repr(choice) for choice in choices)
-        raise ValueError(mismatch(key, found=repr(value), expected=f"one of {names}", do=do))
+        raise value_error(key, found=repr(value), expected=f"one of {names}", do=do)
 
 
 def require_type(key: str, value: object, types: type | tuple[type, ...], expected: str, do: str = "") -> None:
@@ -61,7 +71,7 @@ def require_type(key: str, value: object, types: type | tuple[type, ...], expect
     """
     allowed = types if isinstance(types, tuple) else (types,)
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-        raise TypeError(mismatch(key, found=f"{value!r} of type {type(value).__name__}", expected=expected, do=do))
+        raise type_error(key, found=f"{value!r} of type {type(value).__name__}", expected=expected, do=do)
 
 
 def require_integer(key: str, value: object, at_least: int, do: str = "") -> None:
@@ -74,7 +84,7 @@ def require_integer(key: str, value: object, at_least: int, do: str = "") -> Non
     expected = f"an integer of at least {at_least}"
     require_type(key, value, Integral, expected, do)  # type: ignore[type-abstract]
     if value < at_least:  # type: ignore[operator]
-        raise ValueError(mismatch(key, found=value, expected=expected, do=do))
+        raise value_error(key, found=value, expected=expected, do=do)
 
 
 def require_number(
@@ -99,7 +109,7 @@ def require_number(
         expected += f" above {above:g}" if above > -math.inf else ""
     require_type(key, value, Real, expected, do)  # type: ignore[type-abstract]
     if not (math.isfinite(value) and at_least <= value < below and value > above):  # type: ignore[arg-type,operator]
-        raise ValueError(mismatch(key, found=value, expected=expected, do=do))
+        raise value_error(key, found=value, expected=expected, do=do)
 
 
 def require_positive(**sizes: int) -> None:
@@ -137,4 +147,4 @@ def require_fraction(**values: float) -> None:
         expected = "a number above 0 and below 1"
         require_type(key, value, Real, expected)  # type: ignore[type-abstract]
         if not 0 < value < 1:
-            raise ValueError(mismatch(key, found=value, expected=expected))
+            raise value_error(key, found=value, expected=expected)

@@ -16,7 +16,7 @@ from torch import nn
 
 from lightning_mue.analysis.check import CoordinateCheck
 from lightning_mue.analysis.training import Loss, OptimizerFactory, ShortTraining
-from lightning_mue.checks import mismatch, require_positive
+from lightning_mue.checks import require_positive, value_error
 from lightning_mue.contract import declared_axes
 from lightning_mue.names import clean_name, is_numbered_layer
 from lightning_mue.parameterizations import Parameterization, get_rule
@@ -135,20 +135,16 @@ def _positions(
         declared = declared_axes(model)
         value = declared.get(axis, 1 if axis == "n_experts" and size[axis] == 0 else size[axis])
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-            raise ValueError(
-                mismatch("sizes", found=f"{axis}={value!r}", expected=f"a positive number for the x axis {axis}")
-            )
+            raise value_error("sizes", found=f"{axis}={value!r}", expected=f"a positive number for the x axis {axis}")
         xs.append(float(value))
         layers = sum(is_numbered_layer(clean_name(name)) for name, _ in model.named_modules())
         depths.append(float(declared.get("depth", layers)))
     if len(set(xs)) < len(xs):
-        raise ValueError(
-            mismatch(
-                "sizes",
-                found=f"models at {axis} = {', '.join(f'{x:g}' for x in xs)}",
-                expected=f"a different {axis} for every size",
-                do="Remove the duplicates, or give another axis.",
-            )
+        raise value_error(
+            "sizes",
+            found=f"models at {axis} = {', '.join(f'{x:g}' for x in xs)}",
+            expected=f"a different {axis} for every size",
+            do="Remove the duplicates, or give another axis.",
         )
     return xs, depths
 
@@ -157,30 +153,26 @@ def _checked(
     sizes: Sequence[Mapping[str, Any]], axis: str | None, steps: int, seeds: int | Sequence[int]
 ) -> tuple[str, tuple[int, ...]]:
     if len(sizes) < 2:
-        raise ValueError(
-            mismatch(
-                "sizes", found=len(sizes), expected="at least 2, because a slope needs two points", do="Better give 4."
-            )
+        raise value_error(
+            "sizes", found=len(sizes), expected="at least 2, because a slope needs two points", do="Better give 4."
         )
     axis = next(iter(sizes[0]), None) if axis is None else axis
     lacking = [dict(size) for size in sizes if axis not in size]
     if axis is None or lacking:
-        raise ValueError(mismatch("sizes", found=lacking[0], expected=f"the axis {axis!r} in every size"))
+        raise value_error("sizes", found=lacking[0], expected=f"the axis {axis!r} in every size")
     require_positive(steps=steps)
     if isinstance(seeds, int):
         require_positive(seeds=seeds)
         return axis, tuple(range(seeds))
     if not seeds:
-        raise ValueError(mismatch("seeds", found="none", expected="at least one seed"))
+        raise value_error("seeds", found="none", expected="at least one seed")
     return axis, tuple(seeds)
 
 
 def _take(batches: Iterable[Any], count: int) -> list[Any]:
     taken = list(itertools.islice(batches, count))
     if not taken:
-        raise ValueError(
-            mismatch("batches", found="none", expected="a dataloader, a list or a generator of training batches")
-        )
+        raise value_error("batches", found="none", expected="a dataloader, a list or a generator of training batches")
     return taken
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_mue.analysis.slopes import Slope, common_prefix
-from lightning_mue.checks import mismatch
+from lightning_mue.checks import mismatch, value_error
 
 _COLUMNS = 4
 _GOOD, _BAD = "#1b7837", "#b2182b"
@@ -43,7 +43,7 @@ def plot_slopes(
     matplotlib = _matplotlib()
     panels = [slope for slope in slopes[max(slopes)] if slope.decides and slope.rms]
     if not panels:
-        raise ValueError(mismatch("plot", found="no measured quantity", expected="at least one slope that decides"))
+        raise value_error("plot", found="no measured quantity", expected="at least one slope that decides")
     prefix = common_prefix(panel.name for panel in panels)
     rows = math.ceil(len(panels) / _COLUMNS)
     figure = matplotlib.figure.Figure(figsize=(3.3 * _COLUMNS, 2.6 * rows + 0.9), layout="constrained")

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_mue.analysis.probe import ModuleProbe
 from lightning_mue.analysis.slopes import Record
-from lightning_mue.checks import mismatch
+from lightning_mue.checks import value_error
 from lightning_mue.parameterizations import ScaledStep, ScalingPlan, initialize
 from lightning_mue.parameterizations.applying.drawing import draw_
 from lightning_mue.parameterizations.reading.initializer import measure_init
@@ -109,13 +109,11 @@ def _run(module: LightningModule, batch: Any, seed: int) -> None:
     if not module.automatic_optimization:
         step = module.validation_step
         if not is_overridden("validation_step", module):
-            raise ValueError(
-                mismatch(
-                    "loss",
-                    found=f"none, and {type(module).__name__} optimizes manually in its training_step",
-                    expected="a forward pass that the probe can call",
-                    do="Give the module a validation_step, or give `loss`.",
-                )
+            raise value_error(
+                "loss",
+                found=f"none, and {type(module).__name__} optimizes manually in its training_step",
+                expected="a forward pass that the probe can call",
+                do="Give the module a validation_step, or give `loss`.",
             )
     device = module.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

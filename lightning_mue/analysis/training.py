@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_mue.analysis.recording import Recorder
 from lightning_mue.analysis.slopes import Record
-from lightning_mue.checks import listed, mismatch
+from lightning_mue.checks import listed, type_error, value_error
 from lightning_mue.parameterizations import ScalingPlan, plan
 from lightning_mue.parameterizations.reading.optimizer_family import family_of
 
@@ -93,8 +93,8 @@ class ShortTraining:
         """Makes the plan for a module, and stores its notes and family."""
         families = {family_of(optimizer) for optimizer in optimizers}
         if len(families) != 1:
-            raise ValueError(
-                mismatch("optimizer", found=f"the families {listed(sorted(families))}", expected="one optimizer family")
+            raise value_error(
+                "optimizer", found=f"the families {listed(sorted(families))}", expected="one optimizer family"
             )
         family = families.pop()
         self.family = family
@@ -106,13 +106,11 @@ class ShortTraining:
         """Returns a LightningModule that trains ``module`` with the given loss and a constant rate, and logs nothing."""
         if not isinstance(module, LightningModule):
             if self.loss is None:
-                raise TypeError(
-                    mismatch(
-                        "loss",
-                        found=f"none, for a {type(module).__name__}, which is not a LightningModule",
-                        expected="a loss, because the module has no training_step",
-                        do="Give loss=lambda model, batch: ... .",
-                    )
+                raise type_error(
+                    "loss",
+                    found=f"none, for a {type(module).__name__}, which is not a LightningModule",
+                    expected="a loss, because the module has no training_step",
+                    do="Give loss=lambda model, batch: ... .",
                 )
             trained: LightningModule = _Wrapped(module)
         else:
@@ -139,13 +137,11 @@ class ShortTraining:
             else flatten_optimizers(own())
         )
         if not made:
-            raise ValueError(
-                mismatch(
-                    "optimizer",
-                    found=f"none returned by {type(module).__name__}.configure_optimizers",
-                    expected="at least one",
-                    do="Give `optimizer`.",
-                )
+            raise value_error(
+                "optimizer",
+                found=f"none returned by {type(module).__name__}.configure_optimizers",
+                expected="at least one",
+                do="Give `optimizer`.",
             )
         groups = [group for optimizer in made for group in optimizer.param_groups]
         # A scheduler changes the rate in its constructor (a warm-up starts at 0); this is undone.

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lightning_mue.checks import mismatch
+from lightning_mue.checks import value_error
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -88,12 +88,10 @@ def _valid(tag: str, title: str) -> str:
     try:
         re.compile(tag)
     except re.error as error:
-        raise ValueError(
-            mismatch(
-                f"charts[{title!r}]",
-                found=f"the tag {tag!r}, which is not a valid regular expression ({error})",
-                expected="regular expressions",
-                do="Pass a literal tag through re.escape.",
-            )
+        raise value_error(
+            f"charts[{title!r}]",
+            found=f"the tag {tag!r}, which is not a valid regular expression ({error})",
+            expected="regular expressions",
+            do="Pass a literal tag through re.escape.",
         ) from error
     return tag

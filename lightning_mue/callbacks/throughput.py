@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_mue.callbacks import tensorboard_page
 from lightning_mue.callbacks.monitors.sampling import will_step
 from lightning_mue.callbacks.mue.run import replicas
-from lightning_mue.checks import mismatch
+from lightning_mue.checks import type_error
 from lightning_mue.contract import flops_per_token
 
 _RATE, _MFU = "train/tokens_per_second", "train/mfu"
@@ -46,7 +46,7 @@ class ThroughputMonitor(Callback):
 
     def __init__(self, tokens_of: Callable[[Any], int] | None = None) -> None:
         if tokens_of is not None and not callable(tokens_of):
-            raise TypeError(mismatch("tokens_of", found=repr(tokens_of), expected="a function of the batch, or None"))
+            raise type_error("tokens_of", found=repr(tokens_of), expected="a function of the batch, or None")
         self.tokens_of = tokens_of
         #: Start of the interval and tokens since then; None before the end of the first batch.
         self._clock: tuple[float, int] | None = None

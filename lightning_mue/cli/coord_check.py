@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from lightning_mue.analysis import CoordinateCheck, coordinate_check
 from lightning_mue.callbacks import MuECallback
-from lightning_mue.checks import mismatch
+from lightning_mue.checks import value_error
 from lightning_mue.console import wide_console
 from lightning_mue.parameterizations.reading.base import RUN_KEYS, build_base
 
@@ -92,28 +92,24 @@ def _parse_axes(axes: Sequence[str]) -> list[dict[str, Any]]:
     for axis in axes:
         name, equals, given = axis.partition("=")
         if not equals or not name or not given:
-            raise ValueError(
-                mismatch(
-                    "--axis",
-                    found=repr(axis),
-                    expected="name=value,value,...",
-                    do="For example --axis width=64,128,256,512.",
-                )
+            raise value_error(
+                "--axis",
+                found=repr(axis),
+                expected="name=value,value,...",
+                do="For example --axis width=64,128,256,512.",
             )
         if name in values:
-            raise ValueError(
-                mismatch(
-                    "--axis", found=f"{name} twice", expected="each axis once", do="Give all of its values at once."
-                )
+            raise value_error(
+                "--axis", found=f"{name} twice", expected="each axis once", do="Give all of its values at once."
             )
         values[name] = [yaml.safe_load(value) for value in given.split(",")]
     lengths = {name: len(given) for name, given in values.items()}
     if len(set(lengths.values())) > 1:
         found = ", ".join(f"{name}: {length}" for name, length in lengths.items())
-        raise ValueError(mismatch("--axis", found=found, expected="equally many values for axes that vary together"))
+        raise value_error("--axis", found=found, expected="equally many values for axes that vary together")
     if min(lengths.values(), default=0) < 2:
-        raise ValueError(
-            mismatch("--axis", found=" ".join(axes) or "none", expected="at least two sizes", do="Better give four.")
+        raise value_error(
+            "--axis", found=" ".join(axes) or "none", expected="at least two sizes", do="Better give four."
         )
     return [dict(zip(values, size, strict=True)) for size in zip(*values.values(), strict=True)]
 
@@ -126,13 +122,11 @@ def _at_size(model: LightningModule, **size: Any) -> nn.Module:
         reason: BaseException = error
         while (deeper := reason.__cause__ or reason.__context__) is not None:
             reason = deeper  # the configuration parser wraps the module's message in a long text of its own
-        raise ValueError(
-            mismatch(
-                "--axis",
-                found=", ".join(f"{name}={value}" for name, value in size.items()),
-                expected=f"a size at which {type(model).__name__} can be built",
-                do=str(reason).removeprefix("base."),
-            )
+        raise value_error(
+            "--axis",
+            found=", ".join(f"{name}={value}" for name, value in size.items()),
+            expected=f"a size at which {type(model).__name__} can be built",
+            do=str(reason).removeprefix("base."),
         ) from error
 
 
@@ -150,13 +144,11 @@ def _without_run(model: LightningModule, base: Any) -> Any:
 def _batches(trainer: Trainer, model: LightningModule, datamodule: LightningDataModule | None) -> Iterable[Any]:
     """The training batches of the datamodule or the module itself, prepared as in ``fit``."""
     if datamodule is None and not is_overridden("train_dataloader", model):
-        raise ValueError(
-            mismatch(
-                "data",
-                found=f"none, and no train_dataloader in {type(model).__name__}",
-                expected="training batches for coord-check",
-                do="Add `data` to the config, or train_dataloader to the module.",
-            )
+        raise value_error(
+            "data",
+            found=f"none, and no train_dataloader in {type(model).__name__}",
+            expected="training batches for coord-check",
+            do="Add `data` to the config, or train_dataloader to the module.",
         )
     source: Any = model if datamodule is None else datamodule
     trainer.strategy.connect(model)  # a datamodule may ask the trainer for its module

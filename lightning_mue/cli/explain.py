@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_mue.analysis.training import flatten_optimizers
 from lightning_mue.callbacks import MuECallback
-from lightning_mue.checks import mismatch
+from lightning_mue.checks import value_error
 from lightning_mue.parameterizations import ScalingPlan
 from lightning_mue.parameterizations.planning.compare import compare_rules
 from lightning_mue.parameterizations.reading.base_record import save_base
@@ -64,12 +64,10 @@ def stand_in_optimizers(model: LightningModule, family: Family | None) -> list[O
     try:
         configured = model.configure_optimizers()
     except Exception as error:
-        raise ValueError(
-            mismatch(
-                "--family",
-                found=f"none, and {type(model).__name__}.configure_optimizers cannot run without a trainer ({error})",
-                expected="the family of the optimizer",
-                do="Give --family adam, sgd, sphere or muon.",
-            )
+        raise value_error(
+            "--family",
+            found=f"none, and {type(model).__name__}.configure_optimizers cannot run without a trainer ({error})",
+            expected="the family of the optimizer",
+            do="Give --family adam, sgd, sphere or muon.",
         ) from error
     return flatten_optimizers(configured)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from lightning_mue.callbacks import MuECallback
-from lightning_mue.checks import mismatch
+from lightning_mue.checks import value_error
 from lightning_mue.cli.coord_check import check_sizes, report
 from lightning_mue.cli.explain import compare, save_base_of, stand_in_optimizers
 from lightning_mue.console import wide_console
@@ -35,13 +35,11 @@ class MuETrainer(Trainer):
         """
         callback = self._callback("explain")
         if callback is None:
-            raise ValueError(
-                mismatch(
-                    "trainer.callbacks",
-                    found="no MuECallback",
-                    expected="one, whose parameterization explain prints",
-                    do="Add lightning_mue.callbacks.MuECallback.",
-                )
+            raise value_error(
+                "trainer.callbacks",
+                found="no MuECallback",
+                expected="one, whose parameterization explain prints",
+                do="Add lightning_mue.callbacks.MuECallback.",
             )
         if save_base is not None:
             save_base_of(model, callback, save_base)
@@ -110,9 +108,7 @@ class MuETrainer(Trainer):
         """
         found = [c for c in self.callbacks if isinstance(c, MuECallback)]  # type: ignore[attr-defined]
         if len(found) > 1:
-            raise ValueError(
-                mismatch("trainer.callbacks", found=f"{len(found)} MuECallbacks", expected=f"one for {command}")
-            )
+            raise value_error("trainer.callbacks", found=f"{len(found)} MuECallbacks", expected=f"one for {command}")
         return found[0] if found else None
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from lightning.pytorch import LightningDataModule
 
-from lightning_mue.checks import mismatch, require_fraction, require_integer, require_positive
+from lightning_mue.checks import mismatch, require_fraction, require_integer, require_positive, value_error
 from lightning_mue.data.sampling import FixedLoader, StepLoader, validation_starts
 
 
@@ -83,13 +83,11 @@ class LanguageDataModule(LightningDataModule, ABC):
         needed = self.context_length + 1
         for name, tokens_N in zip(Splits._fields, splits, strict=True):
             if len(tokens_N) < needed:
-                raise ValueError(
-                    mismatch(
-                        f"{self.describe()}, {name} split",
-                        found=f"{len(tokens_N)} tokens (train {len(splits.train)}, val {len(splits.val)})",
-                        expected=f"at least {needed}, the tokens of one window of context_length={self.context_length}",
-                        do="Use a larger corpus, a smaller context_length, or another val_fraction.",
-                    )
+                raise value_error(
+                    f"{self.describe()}, {name} split",
+                    found=f"{len(tokens_N)} tokens (train {len(splits.train)}, val {len(splits.val)})",
+                    expected=f"at least {needed}, the tokens of one window of context_length={self.context_length}",
+                    do="Use a larger corpus, a smaller context_length, or another val_fraction.",
                 )
         self._check_vocabulary()
         self._splits = splits
@@ -175,11 +173,9 @@ class LanguageDataModule(LightningDataModule, ABC):
             return
         largest, where = self.largest_token()
         if largest >= model_vocab_size:
-            raise ValueError(
-                mismatch(
-                    f"{type(model).__name__}.vocab_size",
-                    found=model_vocab_size,
-                    expected=f"at least {largest + 1}, because token id {largest} occurs in {where}",
-                    do=f"Set the model's vocab_size to {largest + 1} or more, or use data made with the model's tokenizer.",
-                )
+            raise value_error(
+                f"{type(model).__name__}.vocab_size",
+                found=model_vocab_size,
+                expected=f"at least {largest + 1}, because token id {largest} occurs in {where}",
+                do=f"Set the model's vocab_size to {largest + 1} or more, or use data made with the model's tokenizer.",
             )

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_mue.checks import mismatch
+from lightning_mue.checks import mismatch, value_error
 from lightning_mue.data.cache import CACHE_TAG
 
 # Ends every document: it does not occur in text, so a model can learn where a document ends. Its id is 0.
@@ -77,13 +77,11 @@ class TextCorpus:
         paths = [self.root] if self.root.is_file() else sorted(self._walk(), key=self._name)
         files = [SourceFile(self._name(path), *_size_and_mtime(path)) for path in paths]
         if not sum(file.size for file in files):
-            raise ValueError(
-                mismatch(
-                    "path",
-                    found=f"{str(self.root)!r}, where {len(files)} files match pattern={self.pattern!r}, with no bytes in them",
-                    expected="text",
-                    do="Give a folder with text in it, or another pattern.",
-                )
+            raise value_error(
+                "path",
+                found=f"{str(self.root)!r}, where {len(files)} files match pattern={self.pattern!r}, with no bytes in them",
+                expected="text",
+                do="Give a folder with text in it, or another pattern.",
             )
         return files
 
@@ -160,13 +158,11 @@ def _read(path: Path, start: int, stop: int | None) -> Iterator[bytes]:
                 yield piece
     except OSError as error:
         # Not an OSError: the caller, which writes the bytes, must be able to tell this from a full disk.
-        raise ValueError(
-            mismatch(
-                "path",
-                found=f"the corpus file {str(path)!r}, which could not be read ({error})",
-                expected="readable files",
-                do="Make it readable, or exclude it with a narrower pattern.",
-            )
+        raise value_error(
+            "path",
+            found=f"the corpus file {str(path)!r}, which could not be read ({error})",
+            expected="readable files",
+            do="Make it readable, or exclude it with a narrower pattern.",
         ) from error
 
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lightning_mue.checks import mismatch
+from lightning_mue.checks import mismatch, value_error
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -87,13 +87,11 @@ def validation_starts(
     n_windows = (n_tokens - 1) // context_length
     per_rank = n_windows // world_size
     if per_rank < 1:
-        raise ValueError(
-            mismatch(
-                "validation split",
-                found=f"{n_tokens} tokens, which is {max(n_windows, 0)} windows of context_length={context_length}",
-                expected=f"at least one window for each of the {world_size} processes",
-                do="Raise val_fraction, lower context_length, or use a larger corpus.",
-            )
+        raise value_error(
+            "validation split",
+            found=f"{n_tokens} tokens, which is {max(n_windows, 0)} windows of context_length={context_length}",
+            expected=f"at least one window for each of the {world_size} processes",
+            do="Raise val_fraction, lower context_length, or use a larger corpus.",
         )
     batch_size = min(batch_size, per_rank)
     n_batches = per_rank // batch_size

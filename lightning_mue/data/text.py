@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lightning_mue.checks import mismatch
+from lightning_mue.checks import value_error
 from lightning_mue.data.base import LanguageDataModule, Splits
 from lightning_mue.data.cache import ByteCache, default_cache_dir
 from lightning_mue.data.corpus import TextCorpus
@@ -81,13 +81,11 @@ class TextDataModule(LanguageDataModule):
         try:
             cache.write(manifest, splits)
         except OSError as error:
-            raise ValueError(
-                mismatch(
-                    "cache_dir",
-                    found=f"{str(cache.folder)!r}, where the corpus {self.describe()} could not be written ({error})",
-                    expected="a writable folder with room for a copy of the corpus",
-                    do="Set cache_dir, or the environment variable LIGHTNING_MUE_CACHE, to such a folder.",
-                )
+            raise value_error(
+                "cache_dir",
+                found=f"{str(cache.folder)!r}, where the corpus {self.describe()} could not be written ({error})",
+                expected="a writable folder with room for a copy of the corpus",
+                do="Set cache_dir, or the environment variable LIGHTNING_MUE_CACHE, to such a folder.",
             ) from error
 
     def load_splits(self) -> Splits:

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from lightning_mue.checks import mismatch, require_choice
+from lightning_mue.checks import mismatch, require_choice, value_error
 from lightning_mue.data.base import LanguageDataModule, Splits
 
 TokenDtype = Literal["uint16", "uint32"]
@@ -67,9 +67,7 @@ class TokenDataModule(LanguageDataModule):
         )
         require_choice("dtype", dtype, get_args(TokenDtype))
         if bytes_per_token is not None and not bytes_per_token > 0:
-            raise ValueError(
-                mismatch("bytes_per_token", found=bytes_per_token, expected="a number above 0, or null if unknown")
-            )
+            raise value_error("bytes_per_token", found=bytes_per_token, expected="a number above 0, or null if unknown")
         self.train_path = Path(train_path).expanduser()
         self.val_path = None if val_path is None else Path(val_path).expanduser()
         self.dtype: TokenDtype = dtype
@@ -133,21 +131,19 @@ def map_tokens(name: str, path: Path, dtype: TokenDtype) -> np.ndarray:
     little_endian = np.dtype(dtype).newbyteorder("<")
     size = path.stat().st_size
     if size == 0:
-        raise ValueError(mismatch(name, found=f"{str(path)!r}, which is empty", expected=expected))
+        raise value_error(name, found=f"{str(path)!r}, which is empty", expected=expected)
     if size % little_endian.itemsize:
-        raise ValueError(
-            mismatch(
-                name,
-                found=f"{str(path)!r} of {size} bytes",
-                expected=f"a multiple of the {little_endian.itemsize} bytes of dtype={dtype!r}",
-                do="The file is truncated, or its ids have another dtype: write it again, or set dtype.",
-            )
+        raise value_error(
+            name,
+            found=f"{str(path)!r} of {size} bytes",
+            expected=f"a multiple of the {little_endian.itemsize} bytes of dtype={dtype!r}",
+            do="The file is truncated, or its ids have another dtype: write it again, or set dtype.",
         )
     with path.open("rb") as file:
         start = file.read(8)
     for magic, (what, do) in _HEADERS.items():
         if start.startswith(magic):
-            raise ValueError(mismatch(name, found=f"{str(path)!r}, {what}", expected=expected, do=do))
+            raise value_error(name, found=f"{str(path)!r}, {what}", expected=expected, do=do)
     return np.memmap(path, dtype=little_endian, mode="r")
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_mue.checks import mismatch
+from lightning_mue.checks import value_error
 
 #: Elements of the largest float32 temporary (64 MiB).
 CHUNK_ELEMENTS = 1 << 24
@@ -153,11 +153,7 @@ def _moments_about(summary: Tensor, shift: Tensor) -> Tensor:
     _, _, m2, m3, m4, _, _ = summary.unbind()
     square = shift.square()
     return torch.stack(
-        [
-            m2 + square,
-            m3 + 3 * shift * m2 + shift * square,
-            m4 + 4 * shift * m3 + 6 * square * m2 + square.square(),
-        ]
+        [m2 + square, m3 + 3 * shift * m2 + shift * square, m4 + 4 * shift * m3 + 6 * square * m2 + square.square()]
     )
 
 
@@ -170,7 +166,5 @@ def _outliers(x_Td: Tensor, threshold: float) -> Tensor:
 
 def _as_tokens(x: Tensor) -> Tensor:
     if x.ndim == 0:
-        raise ValueError(
-            mismatch("x", found="a scalar", expected="shape [..., features]", do="Pass the branch output itself.")
-        )
+        raise value_error("x", found="a scalar", expected="shape [..., features]", do="Pass the branch output itself.")
     return x.flatten(0, -2) if x.ndim > 1 else x.unsqueeze(0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_mue.checks import mismatch
+from lightning_mue.checks import value_error
 
 
 def max_violation(load: Tensor) -> Tensor:
@@ -102,12 +102,10 @@ def router_entropy(logits: Tensor) -> Tensor:
 
 def _per_expert(x: Tensor, name: str) -> Tensor:
     if x.ndim == 0 or x.shape[-1] == 0:
-        raise ValueError(
-            mismatch(
-                name,
-                found=f"shape {list(x.shape)}",
-                expected="at least one expert in the last dimension",
-                do="Pass one number for each expert, zeros included.",
-            )
+        raise value_error(
+            name,
+            found=f"shape {list(x.shape)}",
+            expected="at least one expert in the last dimension",
+            do="Pass one number for each expert, zeros included.",
         )
     return x.float()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_mue.checks import mismatch
+from lightning_mue.checks import value_error
 
 #: Elements of the largest float32 temporary (64 MiB): logits are widened and scored a chunk at a time.
 CHUNK_ELEMENTS = 1 << 24
@@ -33,13 +33,11 @@ def z_value(logits: Tensor, dim: int = -1) -> Tensor:
         ValueError: If ``logits`` has no dimension or no classes.
     """
     if logits.ndim == 0 or logits.shape[dim] == 0:
-        raise ValueError(
-            mismatch(
-                "logits",
-                found=f"shape {list(logits.shape)}",
-                expected=f"at least one class along dim={dim}",
-                do="Pass the logits themselves, not a loss.",
-            )
+        raise value_error(
+            "logits",
+            found=f"shape {list(logits.shape)}",
+            expected=f"at least one class along dim={dim}",
+            do="Pass the logits themselves, not a loss.",
         )
     x_RV = logits.movedim(dim, -1).reshape(-1, logits.shape[dim])
     rows = max(1, CHUNK_ELEMENTS // x_RV.shape[1])
@@ -104,4 +102,4 @@ def _check_attention_shapes(q: Tensor, k: Tensor, causal: bool) -> None:
         do = "Pass at least as many key as query positions with causal=True, and at least one key otherwise."
     else:
         return
-    raise ValueError(mismatch("q, k", found=f"shapes {list(q.shape)} and {list(k.shape)}", expected=expected, do=do))
+    raise value_error("q, k", found=f"shapes {list(q.shape)} and {list(k.shape)}", expected=expected, do=do)

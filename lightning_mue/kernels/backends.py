@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from lightning_mue.checks import mismatch, require_choice
+from lightning_mue.checks import require_choice, value_error
 from lightning_mue.kernels.symmetric.op import kernel_fits, triton_available
 
 #: What a user may ask for. "triton": our kernels, on CUDA. "grouped_mm": torch's grouped GEMM, on CUDA and CPU. "torch":
@@ -33,11 +33,11 @@ def resolve_backend(backend: str, x: Tensor) -> str:
         missing = "Triton is not installed" if not triton_available() else f"x is {x.dtype} on {x.device}"
         expected = "Triton, a CUDA device of compute capability 8.0 or newer, and x in float32, bfloat16 or float16"
         do = "Use backend='auto', which falls back to plain PyTorch."
-        raise ValueError(mismatch("backend", found=f"'triton', but {missing}", expected=expected, do=do))
+        raise value_error("backend", found=f"'triton', but {missing}", expected=expected, do=do)
     if backend == "grouped_mm" and x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         expected = "x in float32, bfloat16 or float16"
         do = "Use backend='torch'."
-        raise ValueError(mismatch("backend", found=f"'grouped_mm' with x in {x.dtype}", expected=expected, do=do))
+        raise value_error("backend", found=f"'grouped_mm' with x in {x.dtype}", expected=expected, do=do)
     return backend
 
 

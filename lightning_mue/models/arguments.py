@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lightning_mue.checks import mismatch, require_non_negative, require_number, require_positive, require_size
+from lightning_mue.checks import require_non_negative, require_number, require_positive, require_size, value_error
 from lightning_mue.moe import MoELayer
 
 
@@ -38,10 +38,10 @@ def infer_head_dim(width: int, n_heads: int, n_kv_heads: int, head_dim: int | No
     """
     if n_heads % n_kv_heads:
         expected = f"a divisor of n_heads={n_heads}: every key/value head serves equally many query heads"
-        raise ValueError(mismatch("n_kv_heads", found=n_kv_heads, expected=expected))
+        raise value_error("n_kv_heads", found=n_kv_heads, expected=expected)
     if head_dim is not None:
         return head_dim
     if width % n_heads:
         do = "Choose a divisor, or give head_dim."
-        raise ValueError(mismatch("n_heads", found=n_heads, expected=f"a divisor of width={width}", do=do))
+        raise value_error("n_heads", found=n_heads, expected=f"a divisor of width={width}", do=do)
     return width // n_heads

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lightning_mue.checks import mismatch
+from lightning_mue.checks import value_error
 
 
 class Generates(nn.Module):
@@ -52,14 +52,14 @@ class Generates(nn.Module):
                 expected = (
                     f"token ids: this model has a vocabulary of {self.vocab_size}, and text needs one of 256 bytes"
                 )
-                raise ValueError(mismatch("prompt", found="text", expected=expected))
+                raise value_error("prompt", found="text", expected=expected)
             device = next(self.parameters()).device
             ids = torch.tensor(list(prompt.encode()), dtype=torch.int64, device=device)
             out = self.generate(ids, max_new_tokens, temperature=temperature, top_k=top_k, seed=seed)
             assert isinstance(out, Tensor)
             return bytes(out.tolist()).decode(errors="replace")
         if prompt.shape[-1] == 0:
-            raise ValueError(mismatch("prompt", found="an empty prompt", expected="at least one token"))
+            raise value_error("prompt", found="an empty prompt", expected="at least one token")
         generator = None if seed is None else torch.Generator(prompt.device).manual_seed(seed)
         was_training = self.training
         self.eval()

@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from lightning_mue.checks import mismatch
+from lightning_mue.checks import value_error
 from lightning_mue.models.arguments import check_options, check_sizes, infer_head_dim
 from lightning_mue.models.generation import Generates
 from lightning_mue.models.transformer import Attention, Block, RotaryEmbedding, Transformer
@@ -199,7 +199,7 @@ class MoELanguageModel(KeepsMultipliers, Generates, LightningModule):
         if tokens_BS.shape[-1] > self.context_length:
             found = f"sequences of {tokens_BS.shape[-1]} tokens"
             do = "Give model and data the same context_length."
-            raise ValueError(mismatch("context_length", found=found, expected=f"at most {self.context_length}", do=do))
+            raise value_error("context_length", found=found, expected=f"at most {self.context_length}", do=do)
         return self.transformer(tokens_BS)
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_mue.checks import mismatch
+from lightning_mue.checks import value_error
 from lightning_mue.contract import branch_sizes
 from lightning_mue.names import is_vector
 from lightning_mue.parameterizations.rules.roles import Role
@@ -47,7 +47,7 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, head_dim: int, context_length: int, base: float = 10_000.0) -> None:
         super().__init__()
         if head_dim % 2:
-            raise ValueError(mismatch("head_dim", found=head_dim, expected="an even number: RoPE rotates pairs"))
+            raise value_error("head_dim", found=head_dim, expected="an even number: RoPE rotates pairs")
         frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
         angle = torch.arange(context_length, dtype=torch.float32)[:, None] * frequency
         self.register_buffer("cos_Sj", angle.cos(), persistent=False)
@@ -241,12 +241,4 @@ class Transformer(nn.Module):
         return count
 
 
-__all__ = [
-    "Attention",
-    "AttentionCore",
-    "Block",
-    "RMSNorm",
-    "RotaryEmbedding",
-    "Transformer",
-    "Unembedding",
-]
+__all__ = ["Attention", "AttentionCore", "Block", "RMSNorm", "RotaryEmbedding", "Transformer", "Unembedding"]

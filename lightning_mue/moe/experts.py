@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_mue.checks import mismatch, require_choice, require_non_negative, require_positive
+from lightning_mue.checks import require_choice, require_non_negative, require_positive, type_error
 from lightning_mue.kernels.activations import ACTIVATIONS
 from lightning_mue.kernels.backends import BACKENDS
 from lightning_mue.kernels.dispatch.op import DispatchPlan
@@ -186,7 +186,7 @@ class Experts(nn.Module):
         if dtype is None and x_Td.dtype != self.w_up.dtype:
             do = "Convert one of them, or run under torch.autocast (Lightning: Trainer(precision='bf16-mixed'))."
             expected = f"the dtype of the experts' weights, {self.w_up.dtype}"
-            raise TypeError(mismatch("x", found=x_Td.dtype, expected=expected, do=do))
+            raise type_error("x", found=x_Td.dtype, expected=expected, do=do)
         return dtype or x_Td.dtype
 
 

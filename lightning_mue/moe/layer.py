@@ -25,6 +25,8 @@ from lightning_mue.checks import (
     require_non_negative,
     require_positive,
     require_size,
+    type_error,
+    value_error,
 )
 from lightning_mue.moe.balance import SCOPES, global_load, load_balancing_loss
 from lightning_mue.moe.balance_callbacks import balance_callbacks
@@ -155,7 +157,7 @@ class MoELayer(KeepsMultipliers, MoEBase, LightningModule):
             TypeError: The mask is not boolean.
         """
         if x.shape[-1] != self.width:
-            raise ValueError(mismatch("x", found=f"shape {tuple(x.shape)}", expected=f"[..., width={self.width}]"))
+            raise value_error("x", found=f"shape {tuple(x.shape)}", expected=f"[..., width={self.width}]")
         x_Td = x.reshape(-1, self.width)
         sequences = max(math.prod(x.shape[:-2]), 1) if self.balance_scope == "sequence" else 1
         routing = self.router(x_Td, _flat(mask, x), n_sequences=sequences)
@@ -246,10 +248,10 @@ def _warn_of_reentrant_checkpoint() -> None:
 def _require_consistent(choice: str, balance: str, shared_width: int, *, shared_gate: bool) -> None:
     if choice == "expert" and balance != "none":
         expected = "'none' with choice='expert', where every expert takes equally many tokens anyway"
-        raise ValueError(mismatch("balance", found=repr(balance), expected=expected, do="Set balance='none'."))
+        raise value_error("balance", found=repr(balance), expected=expected, do="Set balance='none'.")
     if shared_gate and not shared_width:
         expected = "a shared expert for shared_gate=True to multiply"
-        raise ValueError(mismatch("shared_width", found=0, expected=expected, do="Give it a width."))
+        raise value_error("shared_width", found=0, expected=expected, do="Give it a width.")
 
 
 def _flat(mask: Tensor | None, x: Tensor) -> Tensor | None:
@@ -258,8 +260,8 @@ def _flat(mask: Tensor | None, x: Tensor) -> Tensor | None:
         return None
     if mask.dtype != torch.bool:
         expected = "torch.bool, True for tokens that count"
-        raise TypeError(mismatch("mask", found=mask.dtype, expected=expected, do="Use mask.bool()."))
+        raise type_error("mask", found=mask.dtype, expected=expected, do="Use mask.bool().")
     if mask.shape != x.shape[:-1]:
         expected = f"that of x's tokens, {tuple(x.shape[:-1])}"
-        raise ValueError(mismatch("mask", found=f"shape {tuple(mask.shape)}", expected=expected))
+        raise value_error("mask", found=f"shape {tuple(mask.shape)}", expected=expected)
     return mask.reshape(-1)

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from lightning_mue.checks import (
     listed,
-    mismatch,
     require_choice,
     require_non_negative,
     require_number,
     require_positive,
+    value_error,
 )
 from lightning_mue.kernels.backends import BACKENDS
 from lightning_mue.kernels.dispatch.op import DispatchPlan, plan_dispatch, plan_expert_choice
@@ -105,7 +105,7 @@ def require_groups(n_groups: int, n_experts: int, top_k: int, name: str = "n_gro
             fitting = [g for g in range(1, min(n_experts, top_k) + 1) if n_experts % g == 0 and top_k % g == 0]
             expected = f"a divisor of {what}={size}: every group has equally many experts and equally many active ones"
             do = f"With n_experts={n_experts} and top_k={top_k} it may be {listed(fitting)}."
-            raise ValueError(mismatch(name, found=n_groups, expected=expected, do=do))
+            raise value_error(name, found=n_groups, expected=expected, do=do)
 
 
 class Router(nn.Module):
@@ -276,14 +276,14 @@ class Router(nn.Module):
 def _require_active(n_experts: int, top_k: int, init_std: float | None) -> None:
     if top_k > n_experts:
         expected = f"at most n_experts={n_experts}: a token cannot choose more experts than there are"
-        raise ValueError(mismatch("top_k", found=top_k, expected=expected, do="Lower it, or add experts."))
+        raise value_error("top_k", found=top_k, expected=expected, do="Lower it, or add experts.")
     if init_std == 0 and top_k < n_experts:
         found = "0 for the router (router_init_std of MoELayer)"
         expected = (
             f"above 0 with top_k={top_k} of n_experts={n_experts}: all experts then tie, and the same ones always win"
         )
         do = f"Give a value such as 0.02, or make every expert active (top_k={n_experts})."
-        raise ValueError(mismatch("init_std", found=found, expected=expected, do=do))
+        raise value_error("init_std", found=found, expected=expected, do=do)
 
 
 def _require_expert_choice(scoring: str, n_groups: int) -> None:
@@ -291,4 +291,4 @@ def _require_expert_choice(scoring: str, n_groups: int) -> None:
     require_choice("scoring", scoring, ("softmax-topk", "sigmoid"), do=why)
     if n_groups > 1:
         expected = "1 with choice='expert', where every expert takes equally many tokens anyway"
-        raise ValueError(mismatch("n_groups", found=n_groups, expected=expected))
+        raise value_error("n_groups", found=n_groups, expected=expected)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning_mue.checks import mismatch, require_choice
+from lightning_mue.checks import require_choice, value_error
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Coefficients:
         if not self.steps or any(a <= 0 or b >= 0 or c <= 0 for a, b, c in self.steps):
             expected = "one (a, b, c) or more with a > 0, b < 0 and c > 0"
             do = "Only such a polynomial raises small singular values and lowers large ones."
-            raise ValueError(mismatch("steps", found=self.steps, expected=expected, do=do))
+            raise value_error("steps", found=self.steps, expected=expected, do=do)
 
     @property
     def gain(self) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_mue.checks import listed, mismatch
+from lightning_mue.checks import listed, type_error, value_error
 from lightning_mue.contract import declared_role
 from lightning_mue.names import all_indices, is_elementwise, is_embedding, is_head, is_vector
 from lightning_mue.parameterizations.rules.kinds import KINDS
@@ -51,7 +51,7 @@ def classify(name: str | None, param: Tensor, *, sphere: bool = True) -> tuple[s
             "Hold it as a real tensor with a last dimension of 2 (torch.view_as_real), or give it to another optimizer."
         )
         found = f"the complex {param.dtype}"
-        raise TypeError(mismatch(label(name, param), found=found, expected="a real dtype", do=do))
+        raise type_error(label(name, param), found=found, expected="a real dtype", do=do)
     kind, reason = _classify(name, param)
     return (kind if sphere else {"sphere": "muon", "adam_sphere": "adamw"}.get(kind, kind)), reason
 
@@ -73,7 +73,7 @@ def _role(given: object, name: str | None, param: Tensor) -> Role:
         return Role(given)
     except ValueError:
         expected = f"one of {', '.join(role.value for role in Role)}"
-        raise ValueError(mismatch(f"mue_role of {label(name, param)}", found=repr(given), expected=expected)) from None
+        raise value_error(f"mue_role of {label(name, param)}", found=repr(given), expected=expected) from None
 
 
 def _has_one_side(param: Tensor) -> bool:
@@ -119,26 +119,26 @@ def to_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
     groups = [item for item in items if isinstance(item, Mapping)]
     if groups and len(groups) != len(items):
         found, do = "group dicts mixed with parameters", "Put the loose parameters in a group."
-        raise TypeError(mismatch("params", found=found, expected="either groups or parameters", do=do))
+        raise type_error("params", found=found, expected="either groups or parameters", do=do)
     if not groups:
         groups = [{"params": items}]
     for group in groups:
         if "params" not in group:
             found = f"only the keys {listed(sorted(group))}"
-            raise ValueError(mismatch("param group", found=found, expected="the key 'params'"))
+            raise value_error("param group", found=found, expected="the key 'params'")
     members = [[group["params"]] if isinstance(group["params"], Tensor) else group["params"] for group in groups]
     result = [{**group, "params": _as_list(params)} for group, params in zip(groups, members, strict=True)]
     for name, param in (pair for group in result for pair in named(group)):
         if not isinstance(param, Tensor) or not (name is None or isinstance(name, str)):
             expected = "tensors, (name, tensor) pairs or group dicts"
-            raise TypeError(mismatch("params", found=f"({name!r}, {type(param)})", expected=expected))
+            raise type_error("params", found=f"({name!r}, {type(param)})", expected=expected)
     return result
 
 
 def _as_list(params: Iterable[Any]) -> list[Any]:
     if isinstance(params, (Tensor, Mapping, set, frozenset)):
         expected = "an ordered iterable of parameters, pairs or groups"
-        raise TypeError(mismatch("params", found=type(params), expected=expected, do="Pass a list."))
+        raise type_error("params", found=type(params), expected=expected, do="Pass a list.")
     return list(params)
 
 

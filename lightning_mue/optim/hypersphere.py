@@ -12,18 +12,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_mue.checks import mismatch, require_choice, require_number
+from lightning_mue.checks import require_choice, require_number, value_error
 from lightning_mue.optim.distributed.agreement import check_replicas
 from lightning_mue.optim.distributed.layout import Layout, layout_of
-from lightning_mue.optim.groups import (
-    announce,
-    describe,
-    named,
-    split_group,
-    to_groups,
-    unique_name,
-    warn_of_guesses,
-)
+from lightning_mue.optim.groups import announce, describe, named, split_group, to_groups, unique_name, warn_of_guesses
 from lightning_mue.optim.options import checked, is_zero
 from lightning_mue.optim.state import check_loadable, check_new_group, prepare, restore_dtypes
 from lightning_mue.optim.updates import update
@@ -153,11 +145,11 @@ class HyperSphereOptimizer(Optimizer):
             warnings.warn(f'process_group: found "auto", which means None: {meaning}', stacklevel=2)
             process_group = None
         elif isinstance(process_group, str):
-            raise ValueError(mismatch("process_group", found=repr(process_group), expected="a process group or None"))
+            raise value_error("process_group", found=repr(process_group), expected="a process group or None")
         groups = to_groups(params)
         if not any(group["params"] for group in groups):
             do = "Build the model's layers before the optimizer."
-            raise ValueError(mismatch("params", found="no parameters", expected="at least one", do=do))
+            raise value_error("params", found="no parameters", expected="at least one", do=do)
         self.process_group = process_group
         self._scratch_bytes = 0
         # The last two are among the defaults because a pickle keeps only these beside groups and state.

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_mue.checks import mismatch
+from lightning_mue.checks import value_error
 from lightning_mue.optim.precision import math_dtype, sum_dtype
 
 #: Longest row that a float32 sum of squares handles to about 1e-8 relative.
@@ -44,7 +44,7 @@ def as_matrices(x: Tensor) -> Tensor:
         ValueError: If `x` has fewer than two dimensions.
     """
     if x.ndim < 2:
-        raise ValueError(mismatch("x", found=f"shape {list(x.shape)}", expected="at least two dimensions"))
+        raise value_error("x", found=f"shape {list(x.shape)}", expected="at least two dimensions")
     return x if x.ndim == 3 else x.flatten(1).unsqueeze(0)
 
 

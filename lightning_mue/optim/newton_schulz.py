@@ -28,7 +28,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lightning_mue.checks import mismatch
+from lightning_mue.checks import type_error, value_error
 from lightning_mue.kernels.symmetric.op import kernel_fits, symmetric_matmul
 from lightning_mue.optim.coefficients import Coefficients, get_preset
 from lightning_mue.optim.matrices import Pool, chunk_count, peak
@@ -75,12 +75,12 @@ def orthogonalize(
     schedule = get_preset(preset) if isinstance(preset, str) else preset
     if g.ndim not in (2, 3):
         expected = "a matrix [out, in] or a batch [B, out, in]"
-        raise ValueError(mismatch("g", found=f"shape {list(g.shape)}", expected=expected))
+        raise value_error("g", found=f"shape {list(g.shape)}", expected=expected)
     if not g.is_floating_point():
-        raise TypeError(mismatch("g", found=g.dtype, expected="a real floating-point dtype"))
+        raise type_error("g", found=g.dtype, expected="a real floating-point dtype")
     compute = default_dtype(g) if dtype is None else torch.float32 if dtype == "tf32" else dtype
     if not (isinstance(compute, torch.dtype) and compute.is_floating_point):
-        raise TypeError(mismatch("dtype", found=repr(dtype), expected='a real floating-point dtype or "tf32"'))
+        raise type_error("dtype", found=repr(dtype), expected='a real floating-point dtype or "tf32"')
     result = torch.empty(g.shape, dtype=math_dtype(g.dtype), device=g.device)
     if not result.numel():
         return result

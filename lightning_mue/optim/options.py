@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_mue.checks import mismatch, require_choice, require_number, require_type
+from lightning_mue.checks import require_choice, require_number, require_type, value_error
 from lightning_mue.optim.coefficients import get_preset
 from lightning_mue.parameterizations.rules.kinds import CONVENTIONS, KINDS
 
@@ -115,7 +115,7 @@ def checked(group: Mapping[str, Any]) -> dict[str, Any]:
     if group["radius"] is not None:
         require_number("radius", group["radius"], at_least=0)
         if group["radius"] == 0:
-            raise ValueError(mismatch("radius", found=0, expected="None or a number above 0"))
+            raise value_error("radius", found=0, expected="None or a number above 0")
     if "kind" in group:
         require_choice("kind", group["kind"], KINDS)
     return group
@@ -127,12 +127,12 @@ def _check_lr(group: dict[str, Any]) -> None:
         group["lr"] = float(group["lr"])
     elif group["lr"].numel() != 1 or group["lr"].ndim > 1:
         found = f"a tensor of shape {list(group['lr'].shape)}"
-        raise ValueError(mismatch("lr", found=found, expected="a number or a tensor of one number"))
+        raise value_error("lr", found=found, expected="a number or a tensor of one number")
 
 
 def _checked_betas(betas: object) -> tuple[float, ...]:
     if not isinstance(betas, Sequence) or len(betas) != 2:
-        raise ValueError(mismatch("betas", found=repr(betas), expected="two numbers in [0, 1)"))
+        raise value_error("betas", found=repr(betas), expected="two numbers in [0, 1)")
     for beta in betas:
         require_number("betas", beta, at_least=0, below=1)
     return tuple(float(beta) for beta in betas)

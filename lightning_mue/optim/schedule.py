@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_mue.checks import mismatch, require_choice
+from lightning_mue.checks import require_choice, value_error
 
 
 class WarmupDecay(LRScheduler):
@@ -44,12 +44,12 @@ class WarmupDecay(LRScheduler):
     ) -> None:
         for name, value in (("warmup", warmup), ("decay", decay), ("final", final)):
             if not 0.0 <= value <= 1.0:
-                raise ValueError(mismatch(name, found=value, expected="a fraction between 0 and 1"))
+                raise value_error(name, found=value, expected="a fraction between 0 and 1")
         if warmup == 1.0:
-            raise ValueError(mismatch("warmup", found=1.0, expected="less than 1, to leave steps at the peak rate"))
+            raise value_error("warmup", found=1.0, expected="less than 1, to leave steps at the peak rate")
         if total_steps is not None and total_steps < 1:
             expected = "at least 1, or null for the trainer's number of steps"
-            raise ValueError(mismatch("total_steps", found=total_steps, expected=expected))
+            raise value_error("total_steps", found=total_steps, expected=expected)
         require_choice("shape", shape, ("linear", "cosine"))
         self._total_steps = total_steps
         self.warmup, self.decay, self.final, self.shape = warmup, min(decay, 1.0 - warmup), final, shape
@@ -65,7 +65,7 @@ class WarmupDecay(LRScheduler):
         # A trainer without an end (max_steps=-1) gives inf or -1.
         if not 0 < steps < math.inf:
             do = "The trainer has no end: set trainer.max_steps, or total_steps of WarmupDecay."
-            raise ValueError(mismatch("total_steps", found=steps, expected="a finite number of at least 1", do=do))
+            raise value_error("total_steps", found=steps, expected="a finite number of at least 1", do=do)
         self._total_steps = int(steps)
         for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
             group["lr"] = rate

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_mue.checks import listed, mismatch
+from lightning_mue.checks import listed, mismatch, value_error
 from lightning_mue.optim.distributed.layout import Layout, layout_of
 from lightning_mue.optim.distributed.pieces import as_state, norms
 from lightning_mue.optim.groups import classify, label, label_in, named
@@ -99,7 +99,7 @@ def check_new_group(group: Mapping[str, Any], groups: Iterable[Mapping[str, Any]
     for name, param in named(group):
         if param in seen:
             do = "Give each parameter once, in one group."
-            raise ValueError(mismatch(label(name, param), found="it given twice", expected="it once", do=do))
+            raise value_error(label(name, param), found="it given twice", expected="it once", do=do)
         seen.add(param)
 
 
@@ -107,7 +107,7 @@ def _check_matrix(param: Tensor, what: str, kind: str) -> None:
     if param.ndim < 2:
         do = "Put it in a group of kind 'adamw', or leave `kind` out."
         found, expected = "a vector or scalar", f"a matrix in a group of kind '{kind}'"
-        raise ValueError(mismatch(what, found=found, expected=expected, do=do))
+        raise value_error(what, found=found, expected=expected, do=do)
     if kind in SPHERE_KINDS and not is_sharded(param) and not param.is_meta and param.numel():
         with torch.no_grad():
             _refuse_zero(param, norms([param], [layout_of(param)])[0], what)
@@ -118,13 +118,11 @@ def _refuse_zero(param: Tensor, norm_E: Tensor, what: str) -> None:
         which = f", matrix {int((norm_E == 0).nonzero()[0])} of the stack" if param.ndim == 3 else ""
         found, expected = "zero (its Frobenius norm is 0)", "a nonzero matrix, with a direction to keep on the sphere"
         do = "Initialize it with random values, or put it in a group of kind 'adamw'."
-        raise ValueError(mismatch(what + which, found=found, expected=expected, do=do))
+        raise value_error(what + which, found=found, expected=expected, do=do)
 
 
 def check_loadable(
-    groups: Sequence[Mapping[str, Any]],
-    states: Sequence[Mapping[str, Any]],
-    pairs: Sequence[tuple[str | None, Tensor]],
+    groups: Sequence[Mapping[str, Any]], states: Sequence[Mapping[str, Any]], pairs: Sequence[tuple[str | None, Tensor]]
 ) -> None:
     """Check that saved groups are this optimizer's and that the saved state fits the parameters, in order.
 
@@ -136,30 +134,28 @@ def check_loadable(
         # torch.distributed.checkpoint's full state dicts merge what was saved into this optimizer's own groups.
         foreign = sorted((_FOREIGN_OPTIONS & set(group)) | foreign_state)
         if group.get("kind") not in KINDS or foreign:
-            raise ValueError(
-                mismatch(
-                    "state_dict",
-                    found=f"param group {index} with {listed(foreign)}"
-                    if foreign
-                    else f"param group {index} without a kind",
-                    expected=f"a HyperSphereOptimizer's, with a kind among {', '.join(KINDS)}",
-                    do="State of torch.optim.AdamW or Muon holds no radii. Load the model's weights only and start this "
-                    "optimizer from scratch.",
-                )
+            raise value_error(
+                "state_dict",
+                found=f"param group {index} with {listed(foreign)}"
+                if foreign
+                else f"param group {index} without a kind",
+                expected=f"a HyperSphereOptimizer's, with a kind among {', '.join(KINDS)}",
+                do="State of torch.optim.AdamW or Muon holds no radii. Load the model's weights only and start this "
+                "optimizer from scratch.",
             )
     saved = [name for group in groups for name in group.get("param_names") or [None] * len(group["params"])]
     for before, (name, _) in zip(saved, pairs, strict=False):  # torch compares how many there are
         if before and name and before != name:
             do = "Parameters are matched by order: build the optimizer from the same ones in the same order and groups."
             found, expected = f"the state of {before!r}", f"that of {name!r} in this place"
-            raise ValueError(mismatch("state_dict", found=found, expected=expected, do=do))
+            raise value_error("state_dict", found=found, expected=expected, do=do)
     for state, (name, param) in zip(states, pairs, strict=False):
         radius = param.shape[:1] if param.ndim == 3 else torch.Size([])
         for key, shape in (("momentum", param.shape), ("exp_avg", param.shape), ("radius", radius)):
             if key in state and state[key].shape != shape:
                 found = f"{key} of shape {list(state[key].shape)} for {label(name, param)}"
                 do = "It was saved from another model, or from parameters grouped in another order."
-                raise ValueError(mismatch("state_dict", found=found, expected=f"{list(shape)}", do=do))
+                raise value_error("state_dict", found=found, expected=f"{list(shape)}", do=do)
 
 
 def restore_dtypes(state: dict[str, Any], saved: Mapping[str, Any], param: Tensor) -> None:

@@ -139,10 +139,7 @@ def adam_direction(
 
 
 def adamw_update(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    states: Sequence[Mapping[str, Tensor]],
-    group: Mapping[str, Any],
+    params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]], group: Mapping[str, Any]
 ) -> None:
     """Take one step of torch's AdamW, in place.
 

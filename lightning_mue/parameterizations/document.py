@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from lightning_mue.checks import mismatch
+from lightning_mue.checks import mismatch, value_error
 from lightning_mue.parameterizations.rules.kinds import Family
 from lightning_mue.parameterizations.rules.monomial import SYMBOLS, parse
 from lightning_mue.parameterizations.rules.roles import Role
@@ -143,7 +143,7 @@ def rewrite(page: str, names: Sequence[str]) -> str:
     if page.count(START) != 1 or page.count(END) != 1 or page.index(START) > page.index(END):
         found = f"{page.count(START)} line(s) {START} and {page.count(END)} line(s) {END}"
         expected = f"one line {START} and after it one line {END}"
-        raise ValueError(mismatch("page", found=found, expected=expected, do="Put them where the tables belong."))
+        raise value_error("page", found=found, expected=expected, do="Put them where the tables belong.")
     before, rest = page.split(START)
     return f"{before}{START}\n\n{render(names)}\n\n{END}{rest.split(END)[1]}"
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_mue.callbacks.monitors.probes import Probe, find_modules, first_tensor, layer_labels, over_layers
 from lightning_mue.callbacks.monitors.sampling import SampledMonitor
-from lightning_mue.checks import mismatch
+from lightning_mue.checks import value_error
 from lightning_mue.contract import branch_kind
 from lightning_mue.diagnostics import activation_summary, merge_summaries, summary_metrics
 from lightning_mue.diagnostics.activation import SUMMARY_SIZE
@@ -73,7 +73,7 @@ class ActivationOutlierMonitor(SampledMonitor):
         super().__init__(every_n_steps)
         if not threshold > 0:
             expected = "a positive number of standard deviations"
-            raise ValueError(mismatch("threshold", found=threshold, expected=expected, do="5 is usual."))
+            raise value_error("threshold", found=threshold, expected=expected, do="5 is usual.")
         self.threshold = threshold
 
     def find_probes(self, pl_module: LightningModule) -> list[Probe]:

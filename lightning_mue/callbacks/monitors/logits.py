@@ -18,7 +18,7 @@ from lightning_mue.callbacks.monitors.probes import (
     over_layers,
 )
 from lightning_mue.callbacks.monitors.sampling import SampledMonitor
-from lightning_mue.checks import mismatch
+from lightning_mue.checks import value_error
 from lightning_mue.contract import declared_roles, is_attention_core, is_router, returns_lm_logits
 from lightning_mue.diagnostics import attention_z_value, z_value
 from lightning_mue.names import is_head
@@ -116,13 +116,11 @@ class LogitsZMonitor(SampledMonitor):
         if self.lm_logits is None:
             return _infer_lm_heads(modules)
         if self.lm_logits not in modules:
-            raise ValueError(
-                mismatch(
-                    "lm_logits",
-                    found=repr(self.lm_logits),
-                    expected=f"the name of a module of {type(pl_module).__name__}",
-                    do=f"Give a name from named_modules(), such as one of {[name for name in modules if name][-8:]}.",
-                )
+            raise value_error(
+                "lm_logits",
+                found=repr(self.lm_logits),
+                expected=f"the name of a module of {type(pl_module).__name__}",
+                do=f"Give a name from named_modules(), such as one of {[name for name in modules if name][-8:]}.",
             )
         return {self.lm_logits: modules[self.lm_logits]}
 

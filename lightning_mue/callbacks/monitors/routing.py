@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_mue.callbacks.monitors.probes import Probe, counted_logits, find_modules, layer_labels, over_layers
 from lightning_mue.callbacks.monitors.sampling import SampledMonitor
-from lightning_mue.checks import mismatch
+from lightning_mue.checks import value_error
 from lightning_mue.contract import is_router
 from lightning_mue.diagnostics import dead_experts, load_entropy, load_max_fraction, max_violation, router_entropy
 from lightning_mue.moe.balance_callbacks import warn_of_missing_callbacks
@@ -29,13 +29,11 @@ class _RouterProbe(Probe):
         if logits_TE is None or counts_E is None:
             return None
         if counts_E.numel() != self.size - 2:
-            raise ValueError(
-                mismatch(
-                    f"router {self.label}",
-                    found=f"counts of {counts_E.numel()} experts",
-                    expected=f"{self.size - 2}, which is its n_experts (or the rows of its weight)",
-                    do="Return one count for each expert, zeros included.",
-                )
+            raise value_error(
+                f"router {self.label}",
+                found=f"counts of {counts_E.numel()} experts",
+                expected=f"{self.size - 2}, which is its n_experts (or the rows of its weight)",
+                do="Return one count for each expert, zeros included.",
             )
         tokens = logits_TE.shape[0]
         entropy = router_entropy(logits_TE) * tokens if tokens else logits_TE.new_zeros((), dtype=torch.float32)
@@ -116,11 +114,9 @@ def _n_experts(module: nn.Module, label: str) -> int:
         return n_experts
     if isinstance(weight, Tensor) and weight.ndim == 2:
         return weight.shape[0]
-    raise ValueError(
-        mismatch(
-            f"router {label}",
-            found=f"{type(module).__name__} without a number of experts",
-            expected="an integer attribute n_experts, or a weight [n_experts, width]",
-            do="Give it one of them.",
-        )
+    raise value_error(
+        f"router {label}",
+        found=f"{type(module).__name__} without a number of experts",
+        expected="an integer attribute n_experts, or a weight [n_experts, width]",
+        do="Give it one of them.",
     )

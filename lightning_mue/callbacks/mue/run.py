@@ -9,21 +9,13 @@ from pathlib import Path
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from lightning_mue.checks import mismatch
+from lightning_mue.checks import mismatch, value_error
 from lightning_mue.parameterizations.reading.base import RUN_KEYS, Base
 from lightning_mue.parameterizations.reading.base_record import load_base
 
 _SET_MAX_STEPS = "Set max_steps of the Trainer (and max_epochs: -1)."
 #: Names under which data modules and models hold the length of a sequence.
-LENGTHS = (
-    "context_length",
-    "sequence_length",
-    "seq_length",
-    "seq_len",
-    "max_seq_len",
-    "block_size",
-    "max_length",
-)
+LENGTHS = ("context_length", "sequence_length", "seq_length", "seq_len", "max_seq_len", "block_size", "max_length")
 
 
 def known_to(base: Base | None) -> dict[str, float]:
@@ -153,14 +145,12 @@ def run_sizes(
             if not trains:
                 sizes[key] = known[key]
                 continue
-            raise ValueError(
-                mismatch(
-                    f"base.{key}",
-                    found=f"{known[key]:g}, while {key} of this run is not given and cannot be inferred",
-                    expected=f"{key} of both runs or of none",
-                    do=f"Give {key}, e.g. MuECallback({key}=4e9, ...), or leave base.{key} out if it is not to count. It cannot "
-                    f"be inferred because of {error.args[0]}",
-                )
+            raise value_error(
+                f"base.{key}",
+                found=f"{known[key]:g}, while {key} of this run is not given and cannot be inferred",
+                expected=f"{key} of both runs or of none",
+                do=f"Give {key}, e.g. MuECallback({key}=4e9, ...), or leave base.{key} out if it is not to count. It cannot "
+                f"be inferred because of {error.args[0]}",
             ) from None
     return sizes
 

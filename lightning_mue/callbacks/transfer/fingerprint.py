@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from lightning_mue.checks import mismatch
+from lightning_mue.checks import value_error
 
 #: Version of the file format; a change of meaning gets a new number.
 SCHEMA = 1
@@ -144,7 +144,7 @@ class Fingerprint:
 
 def _unreadable(path: str | Path, what: str, expected: str = "the fingerprint of a base run") -> ValueError:
     again = "Record one with this version's TransferMonitor(record=...) in the base run."
-    return ValueError(mismatch("compare", found=f"{str(path)!r}, {what}", expected=expected, do=again))
+    return value_error("compare", found=f"{str(path)!r}, {what}", expected=expected, do=again)
 
 
 def _checked(plain: dict[str, Any], path: str | Path) -> Fingerprint:

@@ -22,7 +22,7 @@ from lightning_mue.callbacks.transfer.plan_in_force import plan_in_force
 from lightning_mue.callbacks.transfer.probes import LossProbe, UpdateProbe, activation_probes, update_probes
 from lightning_mue.callbacks.transfer.reach import forward_multipliers
 from lightning_mue.callbacks.transfer.recording import make_folder, total_steps, write_fingerprint
-from lightning_mue.checks import mismatch, require_integer, require_number
+from lightning_mue.checks import require_integer, require_number, value_error
 from lightning_mue.names import clean_name
 from lightning_mue.parameterizations import ScalingPlan
 
@@ -243,16 +243,14 @@ class TransferMonitor(SampledMonitor):
 
 def _check(record: object, compare: object, **numbers: float) -> None:
     if record is None and compare is None:
-        raise ValueError(
-            mismatch(
-                "record",
-                found="None, and compare is None too",
-                expected="one of them",
-                do="Give record='base.json' in the base run, or compare='base.json' in the target run.",
-            )
+        raise value_error(
+            "record",
+            found="None, and compare is None too",
+            expected="one of them",
+            do="Give record='base.json' in the base run, or compare='base.json' in the target run.",
         )
     for name, minimum in (("points", 2), ("patience", 1), ("max_elements", 1)):
         require_integer(name, numbers[name], minimum)
     if not numbers["band"] > 1:
-        raise ValueError(mismatch("band", found=numbers["band"], expected="a ratio above 1", do="2 is usual."))
+        raise value_error("band", found=numbers["band"], expected="a ratio above 1", do="2 is usual.")
     require_number("warmup", numbers["warmup"], at_least=0, below=1, do="It is a fraction of the run.")

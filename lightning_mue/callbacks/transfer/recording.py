@@ -12,7 +12,7 @@ from lightning_mue.callbacks.mue.run import steps
 from lightning_mue.callbacks.transfer.expectation import classes_of
 from lightning_mue.callbacks.transfer.fingerprint import Fingerprint
 from lightning_mue.callbacks.transfer.layers import Layers
-from lightning_mue.checks import mismatch
+from lightning_mue.checks import value_error
 from lightning_mue.parameterizations import ScalingPlan
 
 
@@ -25,13 +25,11 @@ def total_steps(trainer: Trainer) -> int:
     try:
         return steps(trainer)
     except LookupError:
-        raise ValueError(
-            mismatch(
-                "max_steps",
-                found=f"{trainer.max_steps} with max_epochs={trainer.max_epochs}, so the length of this run is not known",
-                expected="a known length, of which TransferMonitor's progress is a fraction",
-                do="Set max_steps of the Trainer.",
-            )
+        raise value_error(
+            "max_steps",
+            found=f"{trainer.max_steps} with max_epochs={trainer.max_epochs}, so the length of this run is not known",
+            expected="a known length, of which TransferMonitor's progress is a fraction",
+            do="Set max_steps of the Trainer.",
         ) from None
 
 
@@ -42,10 +40,8 @@ def make_folder(path: str | Path) -> None:
         ValueError: If the path is that of a folder itself.
     """
     if Path(path).is_dir():
-        raise ValueError(
-            mismatch(
-                "record", found=f"{str(path)!r}, which is a folder", expected="a file's name", do="Give e.g. base.json."
-            )
+        raise value_error(
+            "record", found=f"{str(path)!r}, which is a folder", expected="a file's name", do="Give e.g. base.json."
         )
     Path(path).parent.mkdir(parents=True, exist_ok=True)
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_mue.checks import mismatch
+from lightning_mue.checks import value_error
 from lightning_mue.kernels.backends import implementation, resolve_backend
 from lightning_mue.kernels.dispatch.op import DispatchPlan
 
@@ -37,12 +37,12 @@ def combine_rows(rows_Sd: Tensor, plan: DispatchPlan, gates: Tensor | None = Non
     if rows_Sd.ndim != 2 or len(rows_Sd) != plan.order.numel():
         expected = f"[S, d] with the plan's S = {plan.order.numel()} rows"
         do = "Pass the plan that these rows were made with."
-        raise ValueError(mismatch("rows_Sd", found=f"shape {list(rows_Sd.shape)}", expected=expected, do=do))
+        raise value_error("rows_Sd", found=f"shape {list(rows_Sd.shape)}", expected=expected, do=do)
     if gates is not None and (gates.shape != plan.inverse.shape or gates.dtype != _sum_dtype(rows_Sd)):
         found = f"{gates.dtype} of shape {list(gates.shape)}"
         expected = f"{_sum_dtype(rows_Sd)} of shape {list(plan.inverse.shape)}, the shape of plan.inverse"
         do = "Cast or reshape them, or pass None for weights of one."
-        raise ValueError(mismatch("gates", found=found, expected=expected, do=do))
+        raise value_error("gates", found=found, expected=expected, do=do)
     y: Tensor = combine_rows_op(
         rows_Sd,
         gates,

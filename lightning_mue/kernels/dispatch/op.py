@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_mue.checks import mismatch
+from lightning_mue.checks import value_error
 from lightning_mue.kernels.backends import implementation, resolve_backend
 
 
@@ -58,7 +58,7 @@ def plan_dispatch(expert_ids: Tensor, counts_E: Tensor, *, backend: str = "auto"
         found = f"shapes {list(expert_ids.shape)} and {list(counts_E.shape)}"
         do = "Add a dimension to a flat list with ids[:, None], and sum counts over sequences."
         expected = "[tokens, top_k] and [n_experts]"
-        raise ValueError(mismatch("expert_ids and counts_E", found=found, expected=expected, do=do))
+        raise value_error("expert_ids and counts_E", found=found, expected=expected, do=do)
     # Backends are chosen for floating point; to integers only the device matters.
     chosen = resolve_backend(backend, expert_ids.new_empty(0, dtype=torch.float32))
     return DispatchPlan(*torch.ops.lightning_mue.plan_dispatch.default(expert_ids, counts_E, chosen))
@@ -94,7 +94,7 @@ def plan_expert_choice(token_ids_EC: Tensor, n_tokens: int) -> DispatchPlan:
     """
     if token_ids_EC.ndim != 2:
         found = f"shape {list(token_ids_EC.shape)}"
-        raise ValueError(mismatch("token_ids_EC", found=found, expected="[n_experts, capacity]"))
+        raise value_error("token_ids_EC", found=found, expected="[n_experts, capacity]")
     used_EC = token_ids_EC >= 0
     offsets = F.pad(used_EC.sum(1).cumsum(0), (1, 0))
     row_S = _rows_of_places(used_EC)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from lightning_mue.checks import mismatch, require_choice
+from lightning_mue.checks import require_choice, type_error, value_error
 from lightning_mue.kernels.activations import ACTIVATIONS
 from lightning_mue.kernels.backends import implementation, resolve_backend
 from lightning_mue.kernels.dispatch.op import DispatchPlan
@@ -143,10 +143,10 @@ def _check(p: Problem) -> None:
     if gated != (p.w_gate is not None) or (not gated and p.b_gate is not None):
         found, expected = ("no w_gate", "w_gate") if gated else ("w_gate or b_gate", "neither")
         expected, do = f"{expected} for {p.activation!r}", "Pass them for gated activations, and only for those."
-        raise ValueError(mismatch("activation", found=found, expected=expected, do=do))
+        raise value_error("activation", found=found, expected=expected, do=do)
     if p.x.ndim != 2 or p.w_up.ndim != 3:
         found = f"shapes {list(p.x.shape)} and {list(p.w_up.shape)}"
-        raise ValueError(mismatch("x and w_up", found=found, expected="[T, d] and [E, h, d]"))
+        raise value_error("x and w_up", found=found, expected="[T, d] and [E, h, d]")
     (n_experts, hidden, _), (n_tokens, width) = p.w_up.shape, p.x.shape
     up, bias = (n_experts, hidden, width), (n_experts, hidden)
     places = (n_tokens, p.inverse.shape[-1]) if p.bags is None else p.order.shape
@@ -158,13 +158,13 @@ def _check(p: Problem) -> None:
         if found is not None and found.shape != shape:
             expected = f"shape {list(shape)}, for x {list(p.x.shape)} and w_up {list(p.w_up.shape)}"
             do = "Check the weights, and that the plan was made for these tokens and experts."
-            raise ValueError(mismatch(name, found=f"shape {list(found.shape)}", expected=expected, do=do))
+            raise value_error(name, found=f"shape {list(found.shape)}", expected=expected, do=do)
     gates_dtype = torch.promote_types(p.x.dtype, torch.float32)
     for name in ("w_gate", "w_up", "w_down", "b_gate", "b_up", "gates"):
         found, dtype = getattr(p, name), gates_dtype if name == "gates" else p.x.dtype
         if found is not None and found.dtype != dtype:
             expected = f"{dtype}, for x is {p.x.dtype}"
-            raise TypeError(mismatch(name, found=found.dtype, expected=expected, do="Convert it."))
+            raise type_error(name, found=found.dtype, expected=expected, do="Convert it.")
 
 
 def activation_memory(

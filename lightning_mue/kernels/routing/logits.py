@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from lightning_mue.checks import mismatch
+from lightning_mue.checks import mismatch, value_error
 
 
 def router_logits(x_Td: Tensor, weight_Ed: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def router_logits(x_Td: Tensor, weight_Ed: Tensor) -> Tensor:
         found = f"shapes {list(x_Td.shape)} and {list(weight_Ed.shape)}"
         expected = "[tokens, width] and [n_experts, width]"
         do = "Flatten leading dimensions of x with x.reshape(-1, width)."
-        raise ValueError(mismatch("x_Td and weight_Ed", found=found, expected=expected, do=do))
+        raise value_error("x_Td and weight_Ed", found=found, expected=expected, do=do)
     logits_TE: Tensor = torch.ops.lightning_mue.router_logits.default(x_Td, weight_Ed)
     return logits_TE
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_mue.checks import mismatch, require_choice
+from lightning_mue.checks import require_choice, type_error, value_error
 from lightning_mue.kernels.backends import implementation, resolve_backend
 from lightning_mue.kernels.routing.logits import no_second_derivative, router_logits
 
@@ -121,28 +121,28 @@ _MOST_SEQUENCES = 65535  # of a kernel's grid, CUDA's limit in the second dimens
 def _check(logits_TE: Tensor, bias_E: Tensor, mask_T: Tensor | None, s: Settings) -> None:
     if logits_TE.dtype not in (torch.float32, torch.float64):
         do = "Use router_logits or .float()."
-        raise TypeError(mismatch("logits_TE", found=logits_TE.dtype, expected="float32 or float64", do=do))
+        raise type_error("logits_TE", found=logits_TE.dtype, expected="float32 or float64", do=do)
     if logits_TE.ndim != 2 or bias_E.shape != logits_TE.shape[1:]:
         found = f"shapes {list(logits_TE.shape)} and {list(bias_E.shape)}"
-        raise ValueError(mismatch("logits_TE and bias_E", found=found, expected="[tokens, n_experts] and [n_experts]"))
+        raise value_error("logits_TE and bias_E", found=found, expected="[tokens, n_experts] and [n_experts]")
     tokens, n_experts = logits_TE.shape
     require_choice("scoring", s.scoring, SCORINGS)
     require_choice("gate", s.gate, GATES)
     if not 1 <= s.top_k <= n_experts:
-        raise ValueError(mismatch("top_k", found=s.top_k, expected=f"1 to n_experts={n_experts}"))
+        raise value_error("top_k", found=s.top_k, expected=f"1 to n_experts={n_experts}")
     if s.n_groups < 1 or n_experts % s.n_groups or s.top_k % s.n_groups:
         expected = f"a divisor of n_experts={n_experts} and of top_k={s.top_k}"
-        raise ValueError(mismatch("n_groups", found=s.n_groups, expected=expected, do="Use 1 for no groups."))
+        raise value_error("n_groups", found=s.n_groups, expected=expected, do="Use 1 for no groups.")
     if s.n_sequences != 1 and (s.n_sequences < 1 or tokens % s.n_sequences):
         expected = f"a divisor of the number of tokens, {tokens}"
         do = "Pass the number of sequences of equal length, or 1."
-        raise ValueError(mismatch("n_sequences", found=s.n_sequences, expected=expected, do=do))
+        raise value_error("n_sequences", found=s.n_sequences, expected=expected, do=do)
     if mask_T is not None and mask_T.dtype != torch.bool:
         expected = "torch.bool, True for real tokens"
-        raise TypeError(mismatch("mask_T", found=mask_T.dtype, expected=expected, do="Use mask.bool()."))
+        raise type_error("mask_T", found=mask_T.dtype, expected=expected, do="Use mask.bool().")
     if mask_T is not None and mask_T.shape != logits_TE.shape[:1]:
         found, expected = f"shape {list(mask_T.shape)}", f"[{tokens}], one entry per token"
-        raise ValueError(mismatch("mask_T", found=found, expected=expected, do="Flatten it."))
+        raise value_error("mask_T", found=found, expected=expected, do="Flatten it.")
 
 
 def _module(backend: str) -> ModuleType:

@@ -19,19 +19,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from lightning_mue.checks import mismatch
+from lightning_mue.checks import mismatch, type_error, value_error
 
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def symmetric_matmul(
-    a: Tensor,
-    b: Tensor,
-    c: Tensor | None = None,
-    *,
-    alpha: float = 1.0,
-    beta: float = 0.0,
-    out: Tensor | None = None,
+    a: Tensor, b: Tensor, c: Tensor | None = None, *, alpha: float = 1.0, beta: float = 0.0, out: Tensor | None = None
 ) -> Tensor:
     """Return `beta * c + alpha * a @ b`, where the caller knows that the product is symmetric.
 
@@ -67,13 +61,7 @@ def symmetric_matmul(
 
 
 def symmetric_matmul_torch(
-    a: Tensor,
-    b: Tensor,
-    c: Tensor | None = None,
-    *,
-    alpha: float = 1.0,
-    beta: float = 0.0,
-    out: Tensor | None = None,
+    a: Tensor, b: Tensor, c: Tensor | None = None, *, alpha: float = 1.0, beta: float = 0.0, out: Tensor | None = None
 ) -> Tensor:
     """Do as `symmetric_matmul`, in plain PyTorch, on every device: the full product, symmetric up to rounding."""
     return _product(a, b, c, alpha, beta, _prepare(a, b, c, beta, out))
@@ -112,9 +100,9 @@ def _prepare(a: Tensor, b: Tensor, c: Tensor | None, beta: float, out: Tensor | 
             f"shapes {list(a.shape)} and {list(b.shape)}",
             "Add a batch dimension to single matrices with unsqueeze(0).",
         )
-        raise ValueError(mismatch("a and b", found=found, expected="batches [B, n, k] and [B, k, n]", do=do))
+        raise value_error("a and b", found=found, expected="batches [B, n, k] and [B, k, n]", do=do)
     if beta and c is None:
-        raise ValueError(mismatch("c", found=None, expected=f"a tensor, for beta is {beta}", do="Pass c, or beta=0."))
+        raise value_error("c", found=None, expected=f"a tensor, for beta is {beta}", do="Pass c, or beta=0.")
     square = (a.shape[0], a.shape[1], a.shape[1])
     if out is None:
         out = a.new_empty(square)
@@ -123,7 +111,7 @@ def _prepare(a: Tensor, b: Tensor, c: Tensor | None, beta: float, out: Tensor | 
     if c is not None:
         _check_like(a, "c", c, square)
     if not a.is_floating_point():
-        raise TypeError(mismatch("a", found=a.dtype, expected="real floating point"))
+        raise type_error("a", found=a.dtype, expected="real floating point")
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (a, b, c, out)):
         found = "an argument that requires a gradient"
         expected, do = "none, because it has no gradient", "Call it in torch.no_grad()."
@@ -134,16 +122,16 @@ def _prepare(a: Tensor, b: Tensor, c: Tensor | None, beta: float, out: Tensor | 
             # Address 0: a tensor without memory (meta, fake).
             if t is not None and storage and t.untyped_storage().data_ptr() == storage and _spans_meet(t, out):
                 found, do = f"memory that it shares with {name}", "Pass another buffer, or out=None for a new one."
-                raise ValueError(mismatch("out", found=found, expected="memory of its own", do=do))
+                raise value_error("out", found=found, expected="memory of its own", do=do)
     return out
 
 
 def _check_like(a: Tensor, name: str, t: Tensor, shape: tuple[int, ...]) -> None:
     if t.shape != shape:
-        raise ValueError(mismatch(name, found=f"shape {list(t.shape)}", expected=f"shape {list(shape)}"))
+        raise value_error(name, found=f"shape {list(t.shape)}", expected=f"shape {list(shape)}")
     if t.dtype != a.dtype or t.device != a.device:
         found, expected = f"{t.dtype} on {t.device}", f"{a.dtype} on {a.device}, as a is"
-        raise TypeError(mismatch(name, found=found, expected=expected))
+        raise type_error(name, found=found, expected=expected)
 
 
 def _spans_meet(x: Tensor, y: Tensor) -> bool:

@@ -17,7 +17,7 @@ from typing import NamedTuple, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_mue.checks import listed, mismatch, require_choice
+from lightning_mue.checks import listed, mismatch, require_choice, value_error
 from lightning_mue.kernels.activations import ACTIVATIONS
 from lightning_mue.moe.convert.trial import random_tensors, require_module, run
 
@@ -147,7 +147,7 @@ def _as_one(module: nn.Module | Sequence[nn.Module]) -> nn.Module:
             require_module(f"module[{i}]", part)
         return nn.Sequential(*module)
     if isinstance(module, (list, tuple)):
-        raise ValueError(mismatch("module", found=f"an empty {type(module).__name__}", expected=expected))
+        raise value_error("module", found=f"an empty {type(module).__name__}", expected=expected)
     require_module("module", module, expected)
     whole = cast(nn.Module, module)
     return getattr(whole, "_orig_mod", whole)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_mue.checks import listed, mismatch
+from lightning_mue.checks import listed, value_error
 from lightning_mue.kernels.activations import ACTIVATIONS
 from lightning_mue.moe.base import MoEBase
 from lightning_mue.moe.convert.transformers_state import state_dict_from_transformers
@@ -52,13 +52,11 @@ def moe_from_transformers(
     require_module("block", block)
     if not is_moe_block(block):
         parts = listed([name for name, _ in block.named_children()])
-        raise ValueError(
-            mismatch(
-                "block",
-                found=f"{type(block).__name__} with the modules {parts}, no Mixture-of-Experts block that can be read",
-                expected="modules `gate` (or `router`) with a weight [E, d], and `experts`",
-                do="Pass the block itself, e.g. model.model.layers[0].mlp; a dense network goes to MoELayer.from_ffn.",
-            )
+        raise value_error(
+            "block",
+            found=f"{type(block).__name__} with the modules {parts}, no Mixture-of-Experts block that can be read",
+            expected="modules `gate` (or `router`) with a weight [E, d], and `experts`",
+            do="Pass the block itself, e.g. model.model.layers[0].mlp; a dense network goes to MoELayer.from_ffn.",
         )
     _refuse_unsupported(block)
     state = state_dict_from_transformers(block.state_dict())
@@ -121,25 +119,21 @@ def _refuse_unsupported(block: nn.Module) -> None:
     owner = _owner(block)
     groups, chosen = owner.get("n_group", "num_group", default=1), owner.get("topk_group", default=1)
     if groups > 1 and chosen < groups:
-        raise ValueError(
-            mismatch(
-                "block",
-                found=f"{type(block).__name__}, which chooses {chosen} of {groups} groups and experts inside them "
-                f"(n_group={groups}, topk_group={chosen})",
-                expected="one that chooses freely (n_group=1, or topk_group=n_group)",
-                do="Such a block cannot be read: the groups of a MoELayer all get equally many active experts.",
-            )
+        raise value_error(
+            "block",
+            found=f"{type(block).__name__}, which chooses {chosen} of {groups} groups and experts inside them "
+            f"(n_group={groups}, topk_group={chosen})",
+            expected="one that chooses freely (n_group=1, or topk_group=n_group)",
+            do="Such a block cannot be read: the groups of a MoELayer all get equally many active experts.",
         )
     jitter = owner.get("jitter_noise", "input_jitter_noise", "router_jitter_noise", default=0.0)
     if jitter:
-        raise ValueError(
-            mismatch(
-                "block",
-                found=f"{type(block).__name__}, which multiplies the input of router and experts by noise in training (jitter "
-                f"{jitter})",
-                expected="none: a MoELayer has noise on its router's input only",
-                do="Set the block's jitter to 0, and pass jitter= if you want the router's.",
-            )
+        raise value_error(
+            "block",
+            found=f"{type(block).__name__}, which multiplies the input of router and experts by noise in training (jitter "
+            f"{jitter})",
+            expected="none: a MoELayer has noise on its router's input only",
+            do="Set the block's jitter to 0, and pass jitter= if you want the router's.",
         )
 
 
@@ -156,13 +150,11 @@ def _settings(block: nn.Module, state: dict[str, Tensor]) -> dict[str, Any]:
     n_experts, expert_width, width = state["experts.w_up"].shape
     top_k = owner.get("top_k", "num_experts_per_tok")
     if top_k is None:
-        raise ValueError(
-            mismatch(
-                "block.top_k",
-                found=f"no such setting of {type(block).__name__}",
-                expected="how many experts a token gets",
-                do="Set it.",
-            )
+        raise value_error(
+            "block.top_k",
+            found=f"no such setting of {type(block).__name__}",
+            expected="how many experts a token gets",
+            do="Set it.",
         )
     shared = state.get("shared.w_up")
     return {
@@ -190,9 +182,7 @@ def _activation(block: nn.Module) -> str:
                 return name
     known = listed([name for name, activation in ACTIVATIONS.items() if activation.gated])
     what = f"experts with the activation {found[0]}" if found else "experts without an activation that can be read"
-    raise ValueError(
-        mismatch("block", found=f"{type(block).__name__}: {what}", expected=f"the function of one of {known}")
-    )
+    raise value_error("block", found=f"{type(block).__name__}: {what}", expected=f"the function of one of {known}")
 
 
 def _copy_requires_grad(layer: MoEBase, block: nn.Module) -> None:
@@ -227,15 +217,13 @@ def _choose_scoring(block: nn.Module, layer: MoEBase, scorings: tuple[str, ...])
         if errors[-1] <= _SAME.get(weight.dtype, _SAME_IN_HALF):
             _reset(layer, scoring)
             return
-    raise ValueError(
-        mismatch(
-            "block",
-            found=f"{type(block).__name__}, which computes something else than a MoELayer with its weights: a typical token is "
-            f"off by {min(errors):.2g} relative (scoring {' or '.join(scorings)}, {layer.experts.activation}, route_scale "
-            f"{layer.route_scale:g})",
-            expected="the same outputs",
-            do="The block cannot be read; verify=False skips this check.",
-        )
+    raise value_error(
+        "block",
+        found=f"{type(block).__name__}, which computes something else than a MoELayer with its weights: a typical token is "
+        f"off by {min(errors):.2g} relative (scoring {' or '.join(scorings)}, {layer.experts.activation}, route_scale "
+        f"{layer.route_scale:g})",
+        expected="the same outputs",
+        do="The block cannot be read; verify=False skips this check.",
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_mue.checks import mismatch
+from lightning_mue.checks import value_error
 from lightning_mue.moe.base import MoEBase
 from lightning_mue.moe.convert.pretrained import is_moe_block, moe_from_transformers, router_of, run_block
 from lightning_mue.moe.convert.transformers_state import state_dict_to_transformers
@@ -98,18 +98,16 @@ def replace_moe_blocks(model: nn.Module, *, layer_class: type[MoEBase], **layer_
         if is_moe_block(module):
             places.setdefault(id(module), []).append(name)
     if not places:
-        raise ValueError(
-            mismatch(
-                "model",
-                found=f"{type(model).__name__}, which holds no Mixture-of-Experts block",
-                expected="a module with `experts` beside a `gate` or `router`",
-                do="For dense feed-forward networks use MoELayer.from_ffn.",
-            )
+        raise value_error(
+            "model",
+            found=f"{type(model).__name__}, which holds no Mixture-of-Experts block",
+            expected="a module with `experts` beside a `gate` or `router`",
+            do="For dense feed-forward networks use MoELayer.from_ffn.",
         )
     for names in places.values():
         if "" in names:
             found, do = f"{type(model).__name__}, which is itself a block", "Use MoELayer.from_pretrained_block(model)."
-            raise ValueError(mismatch("model", found=found, expected="a model that holds blocks", do=do))
+            raise value_error("model", found=found, expected="a model that holds blocks", do=do)
         block = model.get_submodule(names[0])
         layer = moe_from_transformers(block, layer_class=layer_class, **layer_arguments)
         adapter = TransformersMoE(layer, block).train(block.training)

@@ -24,7 +24,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lightning_mue.checks import listed, mismatch, require_choice
+from lightning_mue.checks import listed, require_choice, value_error
 
 LAYOUTS = ("stacked", "qwen", "mixtral")
 #: Layouts with one module per expert: our name -> theirs.
@@ -116,7 +116,7 @@ def state_dict_to_transformers(
     if unknown or missing:
         found = f"the unknown weights {listed(unknown)}; missing weights: {listed(missing)}"
         expected = "a layer of gated experts without biases, as transformers' blocks have"
-        raise ValueError(mismatch("state", found=found, expected=expected, do="Only such layers can be exported."))
+        raise value_error("state", found=found, expected=expected, do="Only such layers can be exported.")
     gate, up, down = (state[name] for name in _STACKS)
     theirs = {f"{router}.weight": state["router.weight"]}
     bias = state.get("router.balance_bias")
@@ -147,13 +147,11 @@ _EXPORTED = {"router.weight", "router.balance_bias", "shared_gate.weight", *_STA
 def _halves(gate_up: Tensor, down: Tensor | None) -> tuple[Tensor, Tensor]:
     if gate_up.ndim != 3 or down is None or down.shape != (len(gate_up), gate_up.shape[2], gate_up.shape[1] // 2):
         found = "nothing" if down is None else list(down.shape)
-        raise ValueError(
-            mismatch(
-                "experts.gate_up_proj and experts.down_proj",
-                found=f"shapes {list(gate_up.shape)} and {found}",
-                expected="[E, 2h, d] and [E, d, h]",
-                do="Transposed and interleaved experts (Llama 4, GPT-OSS) cannot be read.",
-            )
+        raise value_error(
+            "experts.gate_up_proj and experts.down_proj",
+            found=f"shapes {list(gate_up.shape)} and {found}",
+            expected="[E, 2h, d] and [E, d, h]",
+            do="Transposed and interleaved experts (Llama 4, GPT-OSS) cannot be read.",
         )
     gate, up = gate_up.chunk(2, dim=1)
     return gate, up
@@ -163,12 +161,10 @@ def _check(ours: Mapping[str, Tensor], block: Mapping[str, Tensor], unknown: lis
     missing = [name for name in ("router.weight", *_STACKS) if name not in ours]
     sizes = {ours[name].shape[0] for name in ("router.weight", *_STACKS) if name in ours}
     if unknown or missing or len(sizes) != 1:
-        raise ValueError(
-            mismatch(
-                "state",
-                found=f"{len(block)} names under prefix={prefix!r}; unknown: {listed(unknown, limit=6)}; missing: "
-                f"{listed(missing)}; numbers of experts: {sorted(sizes)}",
-                expected="the weights of one MoE block of gated experts without biases",
-                do="Pass a block's own state dict, or the prefix of its names up to the last dot, the dot included.",
-            )
+        raise value_error(
+            "state",
+            found=f"{len(block)} names under prefix={prefix!r}; unknown: {listed(unknown, limit=6)}; missing: "
+            f"{listed(missing)}; numbers of experts: {sorted(sizes)}",
+            expected="the weights of one MoE block of gated experts without biases",
+            do="Pass a block's own state dict, or the prefix of its names up to the last dot, the dot included.",
         )

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_mue.checks import mismatch
+from lightning_mue.checks import type_error
 from lightning_mue.moe import autocast
 
 
@@ -26,7 +26,7 @@ def require_module(name: str, value: object, expected: str = "a torch.nn.Module"
     """
     if not isinstance(value, nn.Module):
         found = f"the class {value.__name__}" if isinstance(value, type) else f"a value of type {type(value).__name__}"
-        raise TypeError(mismatch(name, found=found, expected=expected, do="Pass the module itself."))
+        raise type_error(name, found=found, expected=expected, do="Pass the module itself.")
 
 
 def places(module: nn.Module) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_mue.checks import listed, mismatch, require_choice, require_number, require_positive
+from lightning_mue.checks import listed, require_choice, require_number, require_positive, value_error
 from lightning_mue.moe.base import MoEBase
 from lightning_mue.moe.convert.dense_ffn import DenseFFN, read_ffn
 from lightning_mue.moe.convert.filling import Cut, add_noise, draw_router, fill_experts, permutation, redraw_units
@@ -104,7 +104,7 @@ def moe_from_ffn(
     _refuse_unsupported(how, ffn, layer_arguments, shuffle=shuffle, noise_std=noise_std, drop_fraction=drop_fraction)
     if route_scale is not None and not 0 < abs(route_scale) < math.inf:
         expected = "a finite number other than 0: the experts' weights are divided by it"
-        raise ValueError(mismatch("route_scale", found=route_scale, expected=expected))
+        raise value_error("route_scale", found=route_scale, expected=expected)
     shared_width = layer_arguments.get("shared_width", 0)
     cut = _cut(ffn, how, n_experts, expert_width, shared_width, permutation(ffn, generator) if shuffle else None)
     needed = _needed_scale(cut.parts, n_experts, top_k, layer_arguments)
@@ -153,11 +153,11 @@ def _refuse_unsupported(how: str, ffn: DenseFFN, layer_arguments: dict[str, Any]
     for name, value in own.items():
         if value not in (None, False) and belongs[name] != how:
             expected = f"it with how={belongs[name]!r} only, not with how={how!r}"
-            raise ValueError(mismatch(name, found=value, expected=expected, do="Leave it out."))
+            raise value_error(name, found=value, expected=expected, do="Leave it out.")
     if own["noise_std"] is not None:
         require_number("noise_std", own["noise_std"], above=0, do="Without noise, experts are how='copy'.")
     if own["drop_fraction"] is not None and not 0 < own["drop_fraction"] <= 1:
-        raise ValueError(mismatch("drop_fraction", found=own["drop_fraction"], expected="a number in (0, 1]"))
+        raise value_error("drop_fraction", found=own["drop_fraction"], expected="a number in (0, 1]")
     shared_width, width = layer_arguments.get("shared_width"), layer_arguments.get("width")
     has_bias = any(b is not None for b in (ffn.b_gate, ffn.b_up, ffn.b_down))
     refused = {
@@ -180,7 +180,7 @@ def _refuse_unsupported(how: str, ffn: DenseFFN, layer_arguments: dict[str, Any]
     }
     for name, (refuse, expected, do) in refused.items():
         if refuse:
-            raise ValueError(mismatch(name, found=layer_arguments[name], expected=expected, do=do))
+            raise value_error(name, found=layer_arguments[name], expected=expected, do=do)
 
 
 def _cut(ffn: DenseFFN, how: str, n_experts: int, width: int | None, shared_width: int, order: Tensor | None) -> Cut:
@@ -190,7 +190,7 @@ def _cut(ffn: DenseFFN, how: str, n_experts: int, width: int | None, shared_widt
         if width not in (None, h):
             expected = f"the network's own hidden width {h} with how={how!r}"
             do = "Leave it out, or use how='split'."
-            raise ValueError(mismatch("expert_width", found=width, expected=expected, do=do))
+            raise value_error("expert_width", found=width, expected=expected, do=do)
         return Cut(order[None], order[:0])
     routed = h - shared_width
     parts = n_experts if width is None else (routed // width if routed % width == 0 else 0)
@@ -203,7 +203,7 @@ def _cut(ffn: DenseFFN, how: str, n_experts: int, width: int | None, shared_widt
             f"with a number of parts that divides n_experts={n_experts}"
         )
         do = f"It may be {listed(fitting, 'nothing with this shared_width')}."
-        raise ValueError(mismatch("expert_width", found=width, expected=expected, do=do))
+        raise value_error("expert_width", found=width, expected=expected, do=do)
     return Cut(order[shared_width:].view(parts, -1), order[:shared_width])
 
 

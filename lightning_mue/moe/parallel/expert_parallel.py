@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_mue.checks import mismatch, require_choice
+from lightning_mue.checks import require_choice, value_error
 from lightning_mue.kernels.combine.op import combine_rows
 from lightning_mue.kernels.dispatch.op import DispatchPlan, count_by_expert, plan_dispatch
 from lightning_mue.moe import autocast
@@ -132,13 +132,11 @@ class ExpertParallel:
         if self.tokens == "split":
             return self._exchange(experts, x_Td, routing, overlap)
         if routing.token_ids is not None:
-            raise ValueError(
-                mismatch(
-                    "choice",
-                    found="'expert' with tokens='replicated'",
-                    expected="'token': experts choose among all tokens, but each rank computes a slice of them only",
-                    do="Use tokens='split' in parallelize_experts, or choice='token'.",
-                )
+            raise value_error(
+                "choice",
+                found="'expert' with tokens='replicated'",
+                expected="'token': experts choose among all tokens, but each rank computes a slice of them only",
+                do="Use tokens='split' in parallelize_experts, or choice='token'.",
             )
         # Every rank routes all tokens, so that loads and auxiliary losses are those of all tokens.
         part = Slice.of(len(x_Td), self.mesh.get_group())

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from torch import nn
 
-from lightning_mue.checks import listed, mismatch
+from lightning_mue.checks import listed, mismatch, type_error, value_error
 from lightning_mue.moe.experts import Experts
 from lightning_mue.sharded import is_sharded
 
@@ -48,23 +48,21 @@ def check_mesh(mesh: Any) -> None:
     from torch.distributed.device_mesh import DeviceMesh
 
     if not isinstance(mesh, DeviceMesh):
-        raise TypeError(
-            mismatch(
-                "mesh",
-                found=repr(mesh),
-                expected="a DeviceMesh",
-                do="Under ModelParallelStrategy take self.device_mesh['tensor_parallel']; elsewhere make one with "
-                "init_device_mesh. Under DDP experts cannot be sharded: every rank holds all of them.",
-            )
+        raise type_error(
+            "mesh",
+            found=repr(mesh),
+            expected="a DeviceMesh",
+            do="Under ModelParallelStrategy take self.device_mesh['tensor_parallel']; elsewhere make one with "
+            "init_device_mesh. Under DDP experts cannot be sharded: every rank holds all of them.",
         )
     if mesh.ndim != 1:
         found = f"the dimensions {mesh.mesh_dim_names or tuple(mesh.shape)}"
         do = "Take a part of it, such as mesh['tensor_parallel']."
-        raise ValueError(mismatch("mesh", found=found, expected="one dimension", do=do))
+        raise value_error("mesh", found=found, expected="one dimension", do=do)
     if mesh.get_coordinate() is None:
         expected = f"one that holds this rank, {dist.get_rank()}"
         do = "Take the part of the mesh with this rank."
-        raise ValueError(mismatch("mesh", found=f"the ranks {mesh.mesh.tolist()}", expected=expected, do=do))
+        raise value_error("mesh", found=f"the ranks {mesh.mesh.tolist()}", expected=expected, do=do)
 
 
 def check_experts(name: str, experts: Experts, mesh: DeviceMesh) -> None:
@@ -83,14 +81,12 @@ def check_experts(name: str, experts: Experts, mesh: DeviceMesh) -> None:
             f"experts that are sharded already, by {experts.parallel}",
             "Make a new model to shard it differently.",
         )
-        raise ValueError(mismatch(name, found=found, expected="whole experts", do=do))
+        raise value_error(name, found=found, expected="whole experts", do=do)
     if experts.n_experts % mesh.size():
         divisors = [p for p in range(1, experts.n_experts + 1) if experts.n_experts % p == 0]
         expected = f"a multiple of the {mesh.size()} ranks of the mesh: every rank holds equally many experts"
         do = f"Change one of them; {experts.n_experts} experts can be on {listed(divisors)} ranks."
-        raise ValueError(mismatch(f"{name}.n_experts", found=experts.n_experts, expected=expected, do=do))
+        raise value_error(f"{name}.n_experts", found=experts.n_experts, expected=expected, do=do)
     if any(is_sharded(weight) for weight in experts.parameters()):
         do = "Call parallelize_experts first, and fully_shard after it, over another mesh dimension."
-        raise ValueError(
-            mismatch(name, found="parameters that are sharded already", expected="whole parameters", do=do)
-        )
+        raise value_error(name, found="parameters that are sharded already", expected="whole parameters", do=do)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_mue.checks import mismatch
+from lightning_mue.checks import value_error
 from lightning_mue.optim.groups import label_in
 from lightning_mue.parameterizations.rules.kinds import MUON_KINDS
 from lightning_mue.sharded import is_sharded
@@ -71,7 +71,7 @@ def check_replicas(groups: Iterable[Mapping[str, Any]], process_group: ProcessGr
             if difference := _difference(first, other):
                 expected, found = f"{difference[0]} as on its rank 0", f"{difference[1]} on rank {rank} of the group"
                 do = "Pass a group of ranks that hold the same plain parameters and synchronize gradients (DDP), or None."
-                raise ValueError(mismatch("process_group", found=found, expected=expected, do=do))
+                raise value_error("process_group", found=found, expected=expected, do=do)
     log = logger.info if dist.get_rank(process_group) == 0 else logger.debug
     log("HyperSphereOptimizer: %d ranks share the work on %d plain matrices.", size, len(own))
 

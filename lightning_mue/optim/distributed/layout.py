@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_mue.checks import mismatch
+from lightning_mue.checks import value_error
 from lightning_mue.parameterizations.rules.kinds import matrix_sides
 from lightning_mue.sharded import is_sharded
 
@@ -97,7 +97,7 @@ def layout_of(param: Tensor, process_group: ProcessGroup | None = None) -> Layou
             placements say.
     """
     if param.ndim < 2:
-        raise ValueError(mismatch("param", found=f"shape {list(param.shape)}", expected="at least two dimensions"))
+        raise value_error("param", found=f"shape {list(param.shape)}", expected="at least two dimensions")
     if is_sharded(param):
         return _sharded(param)
     shape = tuple(param.shape)
@@ -131,7 +131,7 @@ def _sharded(param: Any) -> Layout:
         elif placement.is_partial() or not hasattr(placement, "dim"):
             key, expected = f"parameter of shape {list(shape)}", "Shard or Replicate on every mesh dimension"
             do = "Redistribute it before it goes to the optimizer."
-            raise ValueError(mismatch(key, found=f"placements {list(placements)}", expected=expected, do=do))
+            raise value_error(key, found=f"placements {list(placements)}", expected=expected, do=do)
         elif len(shape) != 3 or placement.dim != 0:
             sharded.append(dim)
     layout = Layout(shape, local_shape, matrix_sides(shape), _indices(shape, mesh, placements))
@@ -167,7 +167,7 @@ def _with_shards(layout: Layout, mesh: DeviceMesh, placements: tuple[Placement, 
                 "torch's DTensor mixes up the pieces of such a tensor: make the mesh with init_device_mesh, or list its "
                 "ranks in ascending order."
             )
-            raise ValueError(mismatch(key, found=found, expected=expected, do=do))
+            raise value_error(key, found=found, expected=expected, do=do)
     groups = tuple(mesh.get_group(dim) for dim in dims)
     group, placement = groups[0], placements[dims[0]]
     side: int = placement.dim - (len(layout.shape) == 3)  # type: ignore[attr-defined]
@@ -176,12 +176,7 @@ def _with_shards(layout: Layout, mesh: DeviceMesh, placements: tuple[Placement, 
     rest = math.prod(layout.shape[2:]) if side == 1 and len(layout.shape) > 3 else 1
     sizes = tuple(size * rest for size in shard_sizes(layout.matrix[side] // rest, mesh.size(dims[0])))
     return replace(
-        layout,
-        split_dim=side,
-        split_group=group,
-        split_rank=dist.get_rank(group),
-        split_sizes=sizes,
-        sum_groups=groups,
+        layout, split_dim=side, split_group=group, split_rank=dist.get_rank(group), split_sizes=sizes, sum_groups=groups
     )
 
 
@@ -208,13 +203,11 @@ def _check_local(layout: Layout, placements: Sequence[Placement]) -> None:
     expected = (layout.count, *piece_shape(layout.matrix, layout.split_dim, size))
     local = (_stacked(layout.local_shape), *matrix_sides(layout.local_shape))
     if local != expected:
-        raise ValueError(
-            mismatch(
-                f"this rank's part of the parameter of shape {list(layout.shape)}",
-                found=f"shape {list(layout.local_shape)}",
-                expected=f"{list(expected)} (matrices, rows, columns) from its placements {list(placements)}",
-                do="Shard the parameter with fully_shard or distribute_tensor.",
-            )
+        raise value_error(
+            f"this rank's part of the parameter of shape {list(layout.shape)}",
+            found=f"shape {list(layout.local_shape)}",
+            expected=f"{list(expected)} (matrices, rows, columns) from its placements {list(placements)}",
+            do="Shard the parameter with fully_shard or distribute_tensor.",
         )
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_mue.checks import mismatch
+from lightning_mue.checks import value_error
 from lightning_mue.optim.distributed.assignment import Bucket, assign_matrices, default_bucket_bytes
 from lightning_mue.optim.distributed.layout import Layout
 from lightning_mue.optim.distributed.transfer import GatheredTransfer, Orthogonalizer, Piece, Transfer
@@ -80,9 +80,7 @@ def _check(layouts: Sequence[Layout], directions: Sequence[Tensor]) -> None:
         if tuple(direction.shape) != layout.local_shape:
             expected = f"that of this rank's part of the parameter, {list(layout.local_shape)}"
             do = "Pass the local tensor of a DTensor."
-            raise ValueError(
-                mismatch(f"directions[{index}]", found=f"shape {list(direction.shape)}", expected=expected, do=do)
-            )
+            raise value_error(f"directions[{index}]", found=f"shape {list(direction.shape)}", expected=expected, do=do)
 
 
 def _pipeline(
@@ -143,7 +141,7 @@ def reduce_sums(layouts: Sequence[Layout], sums: Sequence[Tensor]) -> list[Tenso
     for index, (layout, total) in enumerate(zip(layouts, totals, strict=True)):
         if total.ndim != 2 or len(total) != layout.count:
             expected = f"[{layout.count}, k], a row for each matrix that this rank holds"
-            raise ValueError(mismatch(f"sums[{index}]", found=f"shape {list(total.shape)}", expected=expected))
+            raise value_error(f"sums[{index}]", found=f"shape {list(total.shape)}", expected=expected)
         for group in layout.sum_groups:
             members.setdefault(group, []).append(index)
     for group, indices in members.items():

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_mue.checks import mismatch
+from lightning_mue.checks import value_error
 from lightning_mue.optim.distributed.assignment import Assignment, Bucket, MatrixRange
 from lightning_mue.optim.distributed.layout import by_expert
 
@@ -29,7 +29,7 @@ def _apply(fn: Orthogonalizer, batch_Boi: Tensor, dtype: torch.dtype) -> Tensor:
     result_Boi = fn(batch_Boi)
     if result_Boi.shape != batch_Boi.shape:
         found, expected = f"a result of shape {list(result_Boi.shape)}", f"that of the batch, {list(batch_Boi.shape)}"
-        raise ValueError(mismatch("fn", found=found, expected=expected))
+        raise value_error("fn", found=found, expected=expected)
     return result_Boi.to(dtype)
 
 

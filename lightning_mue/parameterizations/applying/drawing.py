@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from lightning_mue.checks import mismatch
+from lightning_mue.checks import value_error
 from lightning_mue.parameterizations.planning.parameter_plan import ParameterPlan
 from lightning_mue.sharded import is_sharded, local
 
@@ -179,14 +179,12 @@ def _local_part(tensor: Tensor, name: str) -> tuple[Tensor, tuple[int, ...]]:
         part = local(tensor).detach()
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
     if part.numel() and tuple(part.shape) != tuple(shape):
-        raise ValueError(
-            mismatch(
-                name,
-                found=f"a shard of shape {list(part.shape)} on this rank",
-                expected=f"{list(shape)} from its placements {list(placements)}",
-                do="Its place in the whole parameter is unknown, so it cannot be drawn. Shard the parameter with fully_shard or "
-                "distribute_tensor.",
-            )
+        raise value_error(
+            name,
+            found=f"a shard of shape {list(part.shape)} on this rank",
+            expected=f"{list(shape)} from its placements {list(placements)}",
+            do="Its place in the whole parameter is unknown, so it cannot be drawn. Shard the parameter with fully_shard or "
+            "distribute_tensor.",
         )
     return part, tuple(offset) if part.numel() else (0,) * tensor.ndim
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_mue.checks import listed, mismatch
+from lightning_mue.checks import listed, mismatch, value_error
 from lightning_mue.parameterizations.planning.parameter_plan import ParameterPlan
 from lightning_mue.parameterizations.planning.scaling_plan import ScalingPlan
 from lightning_mue.parameterizations.rules.kinds import CONVENTIONS, SPHERE_KINDS, matrix_sides
@@ -115,14 +115,12 @@ def scaled_group(source: Mapping[str, Any], part: Part, betas: float) -> dict[st
     if "betas" in source and betas != 1.0:
         result["betas"] = tuple(1 - (1 - beta) * betas for beta in source["betas"])
         if not all(0 <= beta < 1 for beta in result["betas"]):
-            raise ValueError(
-                mismatch(
-                    "betas",
-                    found=f"{tuple(source['betas'])}, which become {result['betas']}: 1 - beta scales with {betas:g}, the ratio of "
-                    "batch / tokens",
-                    expected="scaled betas in [0, 1)",
-                    do="Use a smaller batch, or betas nearer to 1 at the base.",
-                )
+            raise value_error(
+                "betas",
+                found=f"{tuple(source['betas'])}, which become {result['betas']}: 1 - beta scales with {betas:g}, the ratio of "
+                "batch / tokens",
+                expected="scaled betas in [0, 1)",
+                do="Use a smaller batch, or betas nearer to 1 at the base.",
             )
     # torch's `param_names` runs parallel to `params`, so it cannot be taken over to a part of the group.
     if "param_names" in source:
@@ -187,14 +185,12 @@ def _muon_correction(group: Mapping[str, Any], entry: ParameterPlan) -> float:
     """
     if "adjust_lr_fn" in group:
         if entry.kind != "muon":
-            raise ValueError(
-                mismatch(
-                    "optimizer",
-                    found=f"{entry.name} ({entry.role}) in torch.optim.Muon, while the plan gives it the update {entry.kind!r}",
-                    expected="hidden matrices only",
-                    do="Give the rest (embedding, unembedding, norms, biases) to AdamW; or train all parameters with "
-                    "HyperSphereOptimizer(sphere=False).",
-                )
+            raise value_error(
+                "optimizer",
+                found=f"{entry.name} ({entry.role}) in torch.optim.Muon, while the plan gives it the update {entry.kind!r}",
+                expected="hidden matrices only",
+                do="Give the rest (embedding, unembedding, norms, biases) to AdamW; or train all parameters with "
+                "HyperSphereOptimizer(sphere=False).",
             )
         convention = group["adjust_lr_fn"] or "original"
     else:
@@ -208,15 +204,13 @@ def _muon_correction(group: Mapping[str, Any], entry: ParameterPlan) -> float:
 def _refuse_radius(group: Mapping[str, Any], entry: ParameterPlan, plan: ScalingPlan) -> None:
     if group.get("radius") is None or plan.same_size or entry.kind not in SPHERE_KINDS:
         return
-    raise ValueError(
-        mismatch(
-            "optimizer.radius",
-            found=f"radius={group['radius']:g} for every matrix",
-            expected="None: at another size the radii follow from the initial weights, which the plan scales "
-            f"({entry.name}: std {entry.init.value:.4g})",
-            do="Leave radius out (None keeps the norms of the initial weights), and set the base's initial std instead: a matrix "
-            "[out, in] has the radius std * sqrt(out * in).",
-        )
+    raise value_error(
+        "optimizer.radius",
+        found=f"radius={group['radius']:g} for every matrix",
+        expected="None: at another size the radii follow from the initial weights, which the plan scales "
+        f"({entry.name}: std {entry.init.value:.4g})",
+        do="Leave radius out (None keeps the norms of the initial weights), and set the base's initial std instead: a matrix "
+        "[out, in] has the radius std * sqrt(out * in).",
     )
 
 
@@ -237,22 +231,18 @@ def _warn_of_kinds(changed: Sequence[str]) -> None:
 
 def _refuse_scaled(group: Mapping[str, Any]) -> None:
     if group.get(SCALED):
-        raise ValueError(
-            mismatch(
-                "optimizer",
-                found="groups from param_groups(model, plan), which hold the plan's factors already",
-                expected="groups without them",
-                do="Use either param_groups or MuECallback, not both.",
-            )
+        raise value_error(
+            "optimizer",
+            found="groups from param_groups(model, plan), which hold the plan's factors already",
+            expected="groups without them",
+            do="Use either param_groups or MuECallback, not both.",
         )
 
 
 def _unknown(parameter: Tensor, name: str | None) -> ValueError:
-    return ValueError(
-        mismatch(
-            "optimizer",
-            found=f"a parameter of shape {list(parameter.shape)} ({name or 'unnamed'}) that the plan does not know",
-            expected="parameters of the plan",
-            do="Give the optimizer the parameters of this module only, made after configure_model.",
-        )
+    return value_error(
+        "optimizer",
+        found=f"a parameter of shape {list(parameter.shape)} ({name or 'unnamed'}) that the plan does not know",
+        expected="parameters of the plan",
+        do="Give the optimizer the parameters of this module only, made after configure_model.",
     )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from lightning_mue.checks import listed, mismatch
+from lightning_mue.checks import listed, value_error
 from lightning_mue.names import clean_name
 from lightning_mue.parameterizations.applying.drawing import draw_all
 from lightning_mue.parameterizations.planning.scaling_plan import ScalingPlan
@@ -67,7 +67,7 @@ def set_multipliers(module: nn.Module, values: Mapping[str, float]) -> None:
     )
     if unknown:
         expected = f"paths that {type(module).__name__} exposes: {listed(sorted(read_multipliers(module)))}"
-        raise ValueError(mismatch("multipliers", found=listed(unknown), expected=expected))
+        raise value_error("multipliers", found=listed(unknown), expected=expected)
     for path, (child, attribute) in places.items():
         setattr(child, attribute, float(values[path]))
 
@@ -122,11 +122,9 @@ def check_covers(model: nn.Module, plan: ScalingPlan) -> None:
         for name in dict.fromkeys([*shapes, *planned])
         if shapes.get(name) != planned.get(name)
     ]
-    raise ValueError(
-        mismatch(
-            "plan",
-            found=f"one of another model: {len(wrong)} parameter(s) differ, first {'; '.join(wrong[:4])}",
-            expected=f"one of this {type(model).__name__}",
-            do="Make a new plan from this model.",
-        )
+    raise value_error(
+        "plan",
+        found=f"one of another model: {len(wrong)} parameter(s) differ, first {'; '.join(wrong[:4])}",
+        expected=f"one of this {type(model).__name__}",
+        do="Make a new plan from this model.",
     )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_mue.checks import mismatch
+from lightning_mue.checks import value_error
 from lightning_mue.parameterizations.applying.groups import Part, rate_tags, scaled_group, split
 from lightning_mue.parameterizations.planning.scaling_plan import ScalingPlan
 from lightning_mue.parameterizations.reading.parameters import named_tensors
@@ -46,10 +46,7 @@ class ScaledStep:
         self._shape: list[tuple[Any, list[Tensor]]] = []
         # Splits now, so that unknown parameters and scaled groups are found before the first step.
         self._scale(optimizer.param_groups)
-        self._handles = [
-            optimizer.register_step_pre_hook(self._before),
-            optimizer.register_step_post_hook(self._after),
-        ]
+        self._handles = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
 
     @property
     def effective_lr(self) -> dict[str, Any]:
@@ -126,14 +123,12 @@ class ScaledStep:
                     continue
                 before = noted.setdefault((part.group, key), value)
                 if key in _OURS or not _same(before, value):
-                    raise ValueError(
-                        mismatch(
-                            "optimizer",
-                            found=f"{type(self.optimizer).__name__} keeps {key!r} in its parameter groups, with different values "
-                            "for parameters of one group",
-                            expected="one value a group",
-                            do="Build the optimizer from param_groups(model, plan) instead of using MuECallback's swap.",
-                        )
+                    raise value_error(
+                        "optimizer",
+                        found=f"{type(self.optimizer).__name__} keeps {key!r} in its parameter groups, with different values "
+                        "for parameters of one group",
+                        expected="one value a group",
+                        do="Build the optimizer from param_groups(model, plan) instead of using MuECallback's swap.",
                     )
         for (index, key), value in noted.items():
             own[index][key] = value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from lightning_mue.checks import listed, mismatch
+from lightning_mue.checks import listed, mismatch, value_error
 from lightning_mue.parameterizations.planning.match import Pair
 from lightning_mue.parameterizations.planning.multipliers import fold, folded_cells, site_values
 from lightning_mue.parameterizations.planning.parameter_plan import ParameterPlan
@@ -139,14 +139,12 @@ class Scale:
         # A single output is the gate of a shared expert, which chooses nothing.
         chooses = info.role is Role.ROUTER and info.fans[1] > 1 and self.sparse
         if chooses and init == Init("constant", 0.0):
-            raise ValueError(
-                mismatch(
-                    "base",
-                    found=f"the router {info.name}, which starts at exactly zero while not every expert is active",
-                    expected="a router with a positive std",
-                    do="From zero all experts tie for every token, and the same ones always win. Initialize the base's router "
-                    "with a positive std.",
-                )
+            raise value_error(
+                "base",
+                found=f"the router {info.name}, which starts at exactly zero while not every expert is active",
+                expected="a router with a positive std",
+                do="From zero all experts tie for every token, and the same ones always win. Initialize the base's router "
+                "with a positive std.",
             )
 
     def _refuse_zero_gain(self, info: ParameterInfo, init: Init, kind: str, cell: str, multiplier: float) -> None:
@@ -226,13 +224,11 @@ class Scale:
         if _is_vector(info):
             return Init("keep", 0.0)  # a vector's initial value does not scale
         if row.absent_init is None or self.base_sizes.get("d", 1.0) == 1.0:  # only the ratio of widths is known
-            raise ValueError(
-                mismatch(
-                    "base",
-                    found=f"nothing like the target's {info.name} {list(info.shape)} (role {info.role})",
-                    expected="a counterpart, since the rule gives no initialization without one",
-                    do="Use a base that has one, or name another role by pattern (roles: ...).",
-                )
+            raise value_error(
+                "base",
+                found=f"nothing like the target's {info.name} {list(info.shape)} (role {info.role})",
+                expected="a counterpart, since the rule gives no initialization without one",
+                do="Use a base that has one, or name another role by pattern (roles: ...).",
             )
         return Init("normal", parse(row.absent_init).evaluate(self.base_sizes, self.alpha))
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from lightning_mue.checks import mismatch
+from lightning_mue.checks import value_error
 from lightning_mue.parameterizations.planning.counterparts import match_parameters
 from lightning_mue.parameterizations.planning.role_growth import infer_roles
 from lightning_mue.parameterizations.reading.folding import mark_folds
@@ -55,14 +55,12 @@ class Pair:
         if not pairs:  # no norm, embedding or head: only the sides of the matrices are left
             ratios = sorted({new / old for new, old in self._grown_sides()})
             if len(ratios) > 1:
-                raise ValueError(
-                    mismatch(
-                        "base",
-                        found=f"matrices whose sides grow by different ratios ({_listed(ratios)})",
-                        expected="one ratio, from which the width ratio can be inferred",
-                        do="Give the module a method `mue_axes()` that returns its sizes, e.g. "
-                        "{'width': ..., 'depth': ..., 'ffn_width': ...}.",
-                    )
+                raise value_error(
+                    "base",
+                    found=f"matrices whose sides grow by different ratios ({_listed(ratios)})",
+                    expected="one ratio, from which the width ratio can be inferred",
+                    do="Give the module a method `mue_axes()` that returns its sizes, e.g. "
+                    "{'width': ..., 'depth': ..., 'ffn_width': ...}.",
                 )
             return (ratios[0], 1.0) if ratios else (1.0, 1.0)
         grown = [
@@ -138,13 +136,11 @@ def _check_run(key: str, value: float | None, base_run: Mapping[str, float]) -> 
     if (value is None) == (key not in base_run):
         return
     given, missing = (f"base.{key}", f"`{key}`") if value is None else (f"`{key}`", f"base.{key}")
-    raise ValueError(
-        mismatch(
-            key,
-            found=f"{given} without {missing}, so there is no ratio to scale by",
-            expected="both or neither",
-            do=f"Give both, e.g. {key}: 4e9 and base: {{..., {key}: 1e9}}, or neither.",
-        )
+    raise value_error(
+        key,
+        found=f"{given} without {missing}, so there is no ratio to scale by",
+        expected="both or neither",
+        do=f"Give both, e.g. {key}: 4e9 and base: {{..., {key}: 1e9}}, or neither.",
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from lightning_mue.checks import listed, mismatch
+from lightning_mue.checks import listed, value_error
 from lightning_mue.parameterizations.planning.evaluate import evaluate
 from lightning_mue.parameterizations.planning.match import match
 from lightning_mue.parameterizations.planning.multipliers import MULTIPLIER_KINDS
@@ -78,22 +78,20 @@ def plan(
 
 def _check(alpha: float, multipliers: Mapping[str, str] | None) -> None:
     if not 0.5 <= alpha <= 1.0:
-        raise ValueError(mismatch("alpha", found=alpha, expected="a depth exponent in [0.5, 1]"))
+        raise value_error("alpha", found=alpha, expected="a depth exponent in [0.5, 1]")
     if unknown := sorted(set(multipliers or {}) - set(MULTIPLIER_KINDS)):
         found = f"the kind(s) {listed(unknown)}"
-        raise ValueError(mismatch("multipliers", found=found, expected=f"kinds among {listed(MULTIPLIER_KINDS)}"))
+        raise value_error("multipliers", found=found, expected=f"kinds among {listed(MULTIPLIER_KINDS)}")
 
 
 def _preset(rule: Parameterization, name: str | None) -> Preset | None:
     if name is None:
         return None
     if name not in rule.presets:
-        raise ValueError(
-            mismatch(
-                "preset",
-                found=repr(name),
-                expected=f"a preset of {rule.name}, which has {listed([repr(known) for known in rule.presets])}",
-                do="Leave it out to use your own constants.",
-            )
+        raise value_error(
+            "preset",
+            found=repr(name),
+            expected=f"a preset of {rule.name}, which has {listed([repr(known) for known in rule.presets])}",
+            do="Leave it out to use your own constants.",
         )
     return rule.presets[name]

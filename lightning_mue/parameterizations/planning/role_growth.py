@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from lightning_mue.checks import mismatch
+from lightning_mue.checks import value_error
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo, some
 from lightning_mue.parameterizations.rules.roles import Role
 
@@ -31,14 +31,12 @@ def infer_roles(infos: list[ParameterInfo], base: Mapping[str, ParameterInfo]) -
         elif info.trainable:
             unknown.append(info)
     if unknown:
-        raise ValueError(
-            mismatch(
-                "roles",
-                found=f"no role for {some(unknown)}",
-                expected=f"one of {', '.join(r.value for r in Role)} for each",
-                do=f"Name one by pattern, e.g. roles: {{'{unknown[0].name}': hidden}}, or declare `mue_roles` on the module that "
-                "holds the parameter.",
-            )
+        raise value_error(
+            "roles",
+            found=f"no role for {some(unknown)}",
+            expected=f"one of {', '.join(r.value for r in Role)} for each",
+            do=f"Name one by pattern, e.g. roles: {{'{unknown[0].name}': hidden}}, or declare `mue_roles` on the module that "
+            "holds the parameter.",
         )
     return result
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_mue.checks import mismatch
+from lightning_mue.checks import value_error
 
 #: Keyword overrides of the module's own hyperparameters, a module, a factory of one, or the file of a saved base.
 Base = Mapping[str, Any] | nn.Module | Callable[[], nn.Module] | str | Path
@@ -54,14 +54,14 @@ def build_base(model: nn.Module, base: Base, *, device: str | None = None) -> nn
         return base
     if isinstance(base, (str, Path)):
         found = f"{str(base)!r}, the file of a saved base, which holds no module to run"
-        raise ValueError(mismatch("base", found=found, expected=_EXPECTED))
+        raise value_error("base", found=found, expected=_EXPECTED)
     with _fixed_rng(), torch.device(device or "cpu"):
         if isinstance(base, Mapping):
             made = _rebuild(model, {key: value for key, value in base.items() if key not in RUN_KEYS})
         elif callable(base):
             made = base()
         else:
-            raise ValueError(mismatch("base", found=repr(base), expected=f"{_EXPECTED}, or the path of a saved base"))
+            raise value_error("base", found=repr(base), expected=f"{_EXPECTED}, or the path of a saved base")
         if (mesh := getattr(model, "_device_mesh", None)) is not None:
             made._device_mesh = mesh  # where configure_model shards, it asks the module for the mesh
         configure_model: Any = getattr(made, "configure_model", None)
@@ -69,7 +69,7 @@ def build_base(model: nn.Module, base: Base, *, device: str | None = None) -> nn
             configure_model()  # a LightningModule may build its layers here
     if not isinstance(made, nn.Module):
         found = f"a function that returned {type(made).__name__}"
-        raise ValueError(mismatch("base", found=found, expected="a function that returns a torch.nn.Module"))
+        raise value_error("base", found=found, expected="a function that returns a torch.nn.Module")
     return made
 
 
@@ -89,13 +89,11 @@ def _rebuild(model: nn.Module, overrides: Mapping[str, Any]) -> nn.Module:
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     needed = [name for name, p in signature.items() if p.default is p.empty and p.kind not in variadic]
     if missing := [name for name in needed if name not in hparams and name not in overrides]:
-        raise ValueError(
-            mismatch(
-                "base",
-                found=f"overrides, but {cls.__name__} cannot be rebuilt: its argument(s) {', '.join(missing)} are not known",
-                expected="a module that keeps its hyperparameters",
-                do="Call self.save_hyperparameters() in its __init__, or give `base` as a module or a factory.",
-            )
+        raise value_error(
+            "base",
+            found=f"overrides, but {cls.__name__} cannot be rebuilt: its argument(s) {', '.join(missing)} are not known",
+            expected="a module that keeps its hyperparameters",
+            do="Call self.save_hyperparameters() in its __init__, or give `base` as a module or a factory.",
         )
     arguments = {**hparams, **overrides}
     try:
@@ -112,11 +110,11 @@ def _rebuild(model: nn.Module, overrides: Mapping[str, Any]) -> nn.Module:
         if unexpected and unexpected[1] in overrides:
             raise _unknown_override(cls.__name__, unexpected[1], names) from error
         found = f"{dict(overrides)}, with which {cls.__name__} cannot be built: {error}"
-        raise ValueError(mismatch("base", found=found, expected=f"overrides that {cls.__name__} takes")) from error
+        raise value_error("base", found=found, expected=f"overrides that {cls.__name__} takes") from error
 
 
 def _unknown_override(name: str, key: str, accepted: list[str]) -> ValueError:
     close = difflib.get_close_matches(key, accepted, n=1, cutoff=0.75)
     expected = f"one of its arguments {', '.join(dict.fromkeys(accepted))}"
     hint = f"Did you mean {close[0]!r}?" if close else ""
-    return ValueError(mismatch(f"base.{key}", found=f"{key!r}, which {name} does not take", expected=expected, do=hint))
+    return value_error(f"base.{key}", found=f"{key!r}, which {name} does not take", expected=expected, do=hint)

@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 from torch import nn
 
-from lightning_mue.checks import mismatch
+from lightning_mue.checks import value_error
 from lightning_mue.names import clean_name
 from lightning_mue.parameterizations.reading.base import RUN_KEYS, Base, build_base
 from lightning_mue.parameterizations.reading.parameters import role_patterns
@@ -137,12 +137,12 @@ def load_base(path: str | Path) -> ModelRecord:
         plain = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         found = f"the file {str(path)!r}, which cannot be read ({error})"
-        raise ValueError(mismatch("base", found=found, expected=expected, do=_WRITE)) from error
+        raise value_error("base", found=found, expected=expected, do=_WRITE) from error
     if not isinstance(plain, dict) or plain.get("lightning_mue_base") != VERSION:
         found = f"the file {str(path)!r}, which is something else"
-        raise ValueError(mismatch("base", found=found, expected=expected, do=_WRITE))
+        raise value_error("base", found=found, expected=expected, do=_WRITE)
     try:
         return ModelRecord.from_dict(plain)
     except (KeyError, TypeError, ValueError) as error:
         found = f"the file {str(path)!r}, which is damaged ({error!r})"
-        raise ValueError(mismatch("base", found=found, expected=expected, do=_WRITE)) from error
+        raise value_error("base", found=found, expected=expected, do=_WRITE) from error

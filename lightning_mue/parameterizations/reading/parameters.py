@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from lightning_mue.checks import listed, mismatch, require_choice
+from lightning_mue.checks import listed, require_choice, value_error
 from lightning_mue.contract import branch_kind, branch_sizes, declared_roles, note_role
 from lightning_mue.names import clean_name, split_layer
 from lightning_mue.parameterizations.rules.roles import Role
@@ -105,7 +105,7 @@ def list_parameters(module: nn.Module, roles: Mapping[str, str] | None = None) -
         if isinstance(tensor, nn.parameter.UninitializedParameter):
             found_lazy = f"{name} without a shape, because it belongs to a lazy layer"
             do = "Run one batch through the model first."
-            raise ValueError(mismatch("model", found=found_lazy, expected="parameters that have shapes", do=do))
+            raise value_error("model", found=found_lazy, expected="parameters that have shapes", do=do)
         form, first = module_form(owner), found.get(id(tensor))
         if first is None:
             fans = _fans(tuple(tensor.shape), owner)
@@ -115,13 +115,11 @@ def list_parameters(module: nn.Module, roles: Mapping[str, str] | None = None) -
             found[id(tensor)] = replace(first, role=Role.UNEMBEDDING, tied=True)
     unused = [pattern.pattern for pattern, _ in patterns if pattern.pattern not in used]
     if unused:
-        raise ValueError(
-            mismatch(
-                "roles",
-                found=f"pattern(s) {unused}, which match no parameter",
-                expected=f"patterns on names of parameters: {some(found.values())}",
-                do="Correct or remove them.",
-            )
+        raise value_error(
+            "roles",
+            found=f"pattern(s) {unused}, which match no parameter",
+            expected=f"patterns on names of parameters: {some(found.values())}",
+            do="Correct or remove them.",
         )
     return list(found.values())
 
@@ -138,9 +136,7 @@ def role_patterns(roles: Mapping[str, str] | None) -> list[tuple[re.Pattern[str]
             compiled = re.compile(pattern)
         except re.error as error:
             found = f"{pattern!r} ({error})"
-            raise ValueError(
-                mismatch("roles", found=found, expected="a regular expression", do="Correct it.")
-            ) from error
+            raise value_error("roles", found=found, expected="a regular expression", do="Correct it.") from error
         require_choice(f"roles[{pattern!r}]", role, [known.value for known in Role])
         patterns.append((compiled, Role(role)))
     return patterns

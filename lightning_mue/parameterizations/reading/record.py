@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_mue.checks import mismatch
+from lightning_mue.checks import value_error
 from lightning_mue.contract import declared_axes, is_router
 from lightning_mue.names import clean_name
 from lightning_mue.parameterizations.reading.initializer import Init, measure_init
@@ -129,7 +129,7 @@ def _declared_sizes(module: nn.Module) -> dict[str, float]:
     known = [f.name for f in fields(Axes)]
     if unknown := sorted(set(sizes) - set(known)):
         found = f"{', '.join(unknown)}, declared by {type(module).__name__}"
-        raise ValueError(mismatch("mue_axes", found=found, expected=f"axes among {', '.join(known)}"))
+        raise value_error("mue_axes", found=found, expected=f"axes among {', '.join(known)}")
     return sizes
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lightning_mue.checks import listed, mismatch
+from lightning_mue.checks import listed, value_error
 from lightning_mue.contract import branch_sizes, declared_multipliers
 from lightning_mue.names import clean_name
 
@@ -55,12 +55,10 @@ def sites(module: nn.Module, patterns: Mapping[str, str] | None = None) -> Itera
     for kind, pattern in (patterns or {}).items():
         found = [path for path in numbers if re.search(pattern, path)]
         if not found:
-            raise ValueError(
-                mismatch(
-                    f"multipliers.{kind}",
-                    found=f"the pattern {pattern!r}, which matches no attribute that is a float",
-                    expected=f"a pattern on one of {listed(numbers)}",
-                )
+            raise value_error(
+                f"multipliers.{kind}",
+                found=f"the pattern {pattern!r}, which matches no attribute that is a float",
+                expected=f"a pattern on one of {listed(numbers)}",
             )
         yield from (Site(path, kind, numbers[path], (kind,)) for path in found)
 

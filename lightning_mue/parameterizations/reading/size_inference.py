@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from lightning_mue.checks import mismatch
+from lightning_mue.checks import value_error
 from lightning_mue.names import all_indices, split_layer
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo
 from lightning_mue.parameterizations.rules.roles import MATRIX_ROLES, Role
@@ -38,14 +38,12 @@ def infer_sizes(infos: list[ParameterInfo], attributes: Mapping[str, float]) -> 
     if (experts := _n_experts(infos)) > 1:
         if not ("top_k" in attributes and "expert_width" in sizes):
             missing = "their width" if "top_k" in attributes else "how many of them a token uses"
-            raise ValueError(
-                mismatch(
-                    "base",
-                    found=f"{experts} experts, but {missing} is not known",
-                    expected="experts of known width, of which a known number is active",
-                    do="Give the module a method `mue_axes()` that returns its sizes: width, depth, n_experts, top_k, "
-                    "expert_width, active_width.",
-                )
+            raise value_error(
+                "base",
+                found=f"{experts} experts, but {missing} is not known",
+                expected="experts of known width, of which a known number is active",
+                do="Give the module a method `mue_axes()` that returns its sizes: width, depth, n_experts, top_k, "
+                "expert_width, active_width.",
             )
         shared = [info.fans[0] for info in infos if info.role is Role.SHARED_DOWN]
         active_width = attributes["top_k"] * sizes["expert_width"] + (shared[0] if shared else 0)

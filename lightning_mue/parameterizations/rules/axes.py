@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, fields
 
-from lightning_mue.checks import mismatch
+from lightning_mue.checks import value_error
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Axes:
         for f in fields(self):
             value = getattr(self, f.name)
             if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ValueError(mismatch(f.name, found=repr(value), expected="a positive size"))
+                raise value_error(f.name, found=repr(value), expected="a positive size")
 
     def changed(self, base: Axes) -> list[str]:
         """Names of the axes that differ from the base's."""

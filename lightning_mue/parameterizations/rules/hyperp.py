@@ -49,19 +49,11 @@ _SPHERE: Table = {
 
 # Plain Muon, the comparison. lr is the ratio of the update's spectral norm (`spectral` in docs/theory.md section 5.2); wd is
 # against that lr. The code applies its decay, L^-1, to the unadjusted rate, so wd undoes the shape factor of lr.
-_MUON_MATRIX = {
-    "init": "fan_in^-1/2",
-    "lr": f"fan_out^1/2 fan_in^-1/2 {_LR}",
-    "wd": "fan_out^-1/2 fan_in^1/2 L^-1",
-}
+_MUON_MATRIX = {"init": "fan_in^-1/2", "lr": f"fan_out^1/2 fan_in^-1/2 {_LR}", "wd": "fan_out^-1/2 fan_in^1/2 L^-1"}
 # The AdamW side of plain Muon. The code multiplies the logits by 8/L, which on its path (width = 128 L) is d^-1: folded here.
 _ADAM: Table = {
     **_VECTORS,
-    **rows(
-        "2603.28743, muP++ head (folded)",
-        "code",
-        unembedding={"init": "d^-1", "lr": f"d^-1 {_LR}", "wd": "d"},
-    ),
+    **rows("2603.28743, muP++ head (folded)", "code", unembedding={"init": "d^-1", "lr": f"d^-1 {_LR}", "wd": "d"}),
 }
 _MUON: Table = {
     **_ADAM,

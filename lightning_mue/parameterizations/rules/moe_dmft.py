@@ -20,13 +20,7 @@ _DENSE = COMPLETE_P.tables["adam"]
 _EXPERTS = rows(
     f"{_SOURCE}; S, wd and eps ours",
     "derived",
-    router={
-        "init": "d^-1",
-        "lr": "d^-1 S",
-        "wd": "d S",
-        "eps": "E^-1 L^-1 S^-1",
-        "absent_init": "d^-1/2",
-    },
+    router={"init": "d^-1", "lr": "d^-1 S", "wd": "d S", "eps": "E^-1 L^-1 S^-1", "absent_init": "d^-1/2"},
     expert_up={"init": "d^-1/2", "lr": "d^-1 S", "wd": "d S", "eps": "h^-1 E^-1 L^-1 S^-1"},
     expert_down={
         "init": "alpha_ffn^-1 d^-1/2",
@@ -57,11 +51,7 @@ _DOWN = r"(^|\.)(w_down|down_proj|w2|fc_out|dense_4h_to_h)" + _END
 
 _PAPER = Preset(
     source="2601.20205, constants found at the authors' base",
-    factors={
-        _VALUE: {"init": 1 / 16, "lr": 1 / 16},
-        _QUERY_KEY: {"lr": 1 / 16},
-        _DOWN: {"init": 1 / 4, "lr": 1 / 16},
-    },
+    factors={_VALUE: {"init": 1 / 16, "lr": 1 / 16}, _QUERY_KEY: {"lr": 1 / 16}, _DOWN: {"init": 1 / 4, "lr": 1 / 16}},
 )
 
 MOE_DMFT = register(

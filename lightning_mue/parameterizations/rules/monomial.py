@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 
-from lightning_mue.checks import mismatch
+from lightning_mue.checks import value_error
 
 #: Symbol -> what its ratio compares. ``fan_in`` and ``fan_out`` are each parameter's own.
 SYMBOLS: Mapping[str, str] = {
@@ -83,7 +83,7 @@ def _exponent(text: str | None) -> tuple[Fraction, Fraction]:
         match = _TERM.match(body, position)
         if match is None or match.end() == position or (position > 0 and not match[1]):
             expected = "a sum of numbers and multiples of alpha, e.g. (alpha-1)"
-            raise ValueError(mismatch("exponent", found=repr(text), expected=expected))
+            raise value_error("exponent", found=repr(text), expected=expected)
         number = Fraction(match[2] or 1) * (-1 if match[1] == "-" else 1)
         if match[3]:
             slope += number
@@ -119,7 +119,7 @@ def parse(text: str) -> Monomial:
         match = _FACTOR.match(factor)
         if match is None or match["symbol"] not in SYMBOLS:
             found = f"the factor {factor!r}, which cannot be read"
-            raise ValueError(mismatch(f"cell {text!r}", found=found, expected=f"powers of {', '.join(SYMBOLS)}"))
+            raise value_error(f"cell {text!r}", found=found, expected=f"powers of {', '.join(SYMBOLS)}")
         constant, slope = _exponent(match["power"])
         old = powers.get(match["symbol"], (Fraction(0), Fraction(0)))
         powers[match["symbol"]] = (old[0] + constant, old[1] + slope)

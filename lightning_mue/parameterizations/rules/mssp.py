@@ -41,10 +41,7 @@ def _alike(table: Table) -> Table:
 
 
 _ADAM_I = rows(
-    _SOURCE,
-    router={**_ROUTER, "init": "d^-1"},
-    expert_up={**_UP, "eps": "d^-1"},
-    expert_down={**_DOWN, "eps": "d^-1"},
+    _SOURCE, router={**_ROUTER, "init": "d^-1"}, expert_up={**_UP, "eps": "d^-1"}, expert_down={**_DOWN, "eps": "d^-1"}
 )
 _ADAM_II = rows(
     _SOURCE,

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from lightning_mue import HyperSphereOptimizer, MoELanguageModel, MuECallback
 from lightning_mue.data import TextDataModule
+from lightning_mue.optim import hypersphere
 from lightning_mue.optim.schedule import WarmupDecay
 from lightning_mue.parameterizations import ScalingPlan
 from lightning_mue.parameterizations.reading.sites import read_multipliers
