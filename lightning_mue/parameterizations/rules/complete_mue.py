@@ -29,7 +29,7 @@ COMPLETE_MUE = register(
                 **COMPLETE_P.tables["adam"],
                 # init, lr and wd are the paper's cells; eps, and the init of a router that the base lacks, are derived.
                 **rows(
-                    "2605.23893, Bridges I and II; eps ours",
+                    "2605.23893 Table 2; eps ours",
                     "derived",
                     ffn_up={**_UP, **_EPS},
                     shared_up={**_UP, **_SHARED_EPS},

@@ -13,7 +13,7 @@ from dataclasses import replace
 from lightning_mue.parameterizations.rules.roles import Role
 from lightning_mue.parameterizations.rules.table import Parameterization, Preset, Table, register, rows
 
-_SOURCE = "2603.28743, HyperP"
+_SOURCE = "2603.28743 Table 1, eq. 8"
 _LR = "L^-1/2 T^-0.32 B^1/2"
 _MATRIX = {"init": "fan_in^-1/2", "lr": _LR}
 _VECTOR = {"lr": _LR}

@@ -12,7 +12,7 @@ from lightning_mue.parameterizations.rules.complete_p import COMPLETE_P
 from lightning_mue.parameterizations.rules.roles import Role
 from lightning_mue.parameterizations.rules.table import Parameterization, Preset, Row, Table, register, rows
 
-_SOURCE = "2601.20205 Section 3"
+_SOURCE = "2601.20205 Table 1"
 _DENSE = COMPLETE_P.tables["adam"]
 
 # init and lr are the paper's cells. S is complete-p's; wd undoes the lr's sizes, as there. eps is the scale of the gradient:

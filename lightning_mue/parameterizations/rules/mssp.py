@@ -15,7 +15,7 @@ from lightning_mue.parameterizations.rules.kinds import Family
 from lightning_mue.parameterizations.rules.roles import Role
 from lightning_mue.parameterizations.rules.table import Parameterization, Table, register, rows
 
-_SOURCE = "2605.14200, scaling by regime; wd: its public code"
+_SOURCE = "2605.14200 Table 1; wd: its public code"
 _PAGE = "docs/derivations/mssp.md"
 _FAN_IN = {"init": "fan_in^-1/2", "lr": "fan_in^-1", "wd": "fan_in", "eps": "d^-1"}
 _VECTOR = {"eps": "d^-1"}
