@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from lightning_mue.checks import require_choice, value_error
+from lightning_mue.checks import value_error
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,7 @@ class Coefficients:
     @property
     def gain(self) -> float:
         """Factor by which a very small singular value grows: the product of the a."""
-        gain = 1.0
-        for a, _, _ in self.steps:
-            gain *= a
-        return gain
+        return math.prod(a for a, _, _ in self.steps)
 
 
 #: The named schedules. The bands are the extrema of the composed polynomial on [floor, 1.01], rounded outwards; the
@@ -61,13 +59,3 @@ PRESETS: dict[str, Coefficients] = {
         band=(0.97, 1.15),
     ),
 }
-
-
-def get_preset(name: str) -> Coefficients:
-    """Return the schedule called `name`.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    require_choice("preset", name, PRESETS)
-    return PRESETS[name]

@@ -64,8 +64,10 @@ def _classify(name: str | None, param: Tensor) -> tuple[str, str]:
         if role is Role.UNEMBEDDING:
             return "adam_sphere", f"role {role}"
         return ("sphere" if role in MATRIX_ROLES else "adamw"), f"role {role}"
-    kind = _kind_by_name(name) if name else None
-    return (kind, "name") if kind else ("sphere", "shape")
+    # What shape cannot tell from a hidden matrix: tables, vectors of stacked experts, heads.
+    if name and (is_vector(name) or is_elementwise(name) or is_embedding(name)):
+        return "adamw", "name"
+    return ("adam_sphere", "name") if name and is_head(name) else ("sphere", "shape")
 
 
 def _role(given: object, name: str | None, param: Tensor) -> Role:
@@ -79,13 +81,6 @@ def _role(given: object, name: str | None, param: Tensor) -> Role:
 def _has_one_side(param: Tensor) -> bool:
     """Whether a tensor with several dimensions is a vector or scalar (layer scale [C, 1, 1], class token [1, 1, d])."""
     return sum(size != 1 for size in param.shape) < 2 and (param.ndim > 2 or param.numel() == 1)
-
-
-def _kind_by_name(name: str) -> str | None:
-    """Return the kind of what shape cannot tell from a hidden matrix (heads, tables, vectors), or None."""
-    if is_vector(name) or is_elementwise(name) or is_embedding(name):
-        return "adamw"
-    return "adam_sphere" if is_head(name) else None
 
 
 def label(name: str | None, param: Tensor, place: str = "(unnamed)") -> str:
@@ -120,14 +115,13 @@ def to_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
     if groups and len(groups) != len(items):
         found, do = "group dicts mixed with parameters", "Put the loose parameters in a group."
         raise type_error("params", found=found, expected="either groups or parameters", do=do)
-    if not groups:
-        groups = [{"params": items}]
-    for group in groups:
+    result = []
+    for group in groups or [{"params": items}]:
         if "params" not in group:
             found = f"only the keys {listed(sorted(group))}"
             raise value_error("param group", found=found, expected="the key 'params'")
-    members = [[group["params"]] if isinstance(group["params"], Tensor) else group["params"] for group in groups]
-    result = [{**group, "params": _as_list(params)} for group, params in zip(groups, members, strict=True)]
+        members = group["params"]
+        result.append({**group, "params": [members] if isinstance(members, Tensor) else _as_list(members)})
     for name, param in (pair for group in result for pair in named(group)):
         if not isinstance(param, Tensor) or not (name is None or isinstance(name, str)):
             expected = "tensors, (name, tensor) pairs or group dicts"
@@ -143,35 +137,23 @@ def _as_list(params: Iterable[Any]) -> list[Any]:
 
 
 def split_group(group: Mapping[str, Any], adamw_lr: float | None, *, sphere: bool = True) -> list[dict[str, Any]]:
-    """Split a group without `kind` into one group for each kind; a group with a `kind` is not split.
+    """Split a group without `kind` into groups with `kind` and `name`, in the order of `KINDS`; name one with a `kind`.
 
-    Args:
-        group: A param group. Its own `adamw_lr`, where present, takes precedence over the argument, and is removed.
-        adamw_lr: Learning rate of `adamw` groups without one of their own; None means the group's `lr`.
-        sphere: See `classify`.
-
-    Returns:
-        New groups, in the order of `KINDS`, each with `kind` and `name`; empty ones are left out.
+    `adamw_lr` is for groups of kind `adamw`; the group's own `adamw_lr` takes precedence and is removed. With neither, or
+    in a group that sets both `kind` and `lr`, the rate is `lr`.
     """
     options = {key: value for key, value in group.items() if key not in ("params", "param_names", "adamw_lr")}
     adamw_lr = group.get("adamw_lr", adamw_lr)
-    pairs = named(group)
-    if "kind" in options:
-        members = {options["kind"]: pairs}
-        overrides = {} if adamw_lr is None or "lr" in options else {"lr": adamw_lr}
-    else:
-        members = {kind: [pair for pair in pairs if classify(*pair, sphere=sphere)[0] == kind] for kind in KINDS}
-        overrides = {} if adamw_lr is None else {"lr": adamw_lr}
+    given, prefix = options.get("kind"), options.get("name")
     groups = []
-    for kind, chosen in members.items():
-        if not chosen:
+    for kind in [given] if given else KINDS:
+        pairs = [pair for pair in named(group) if given or classify(*pair, sphere=sphere)[0] == kind]
+        if not pairs:
             continue
-        name = options.get("name")
-        if "kind" not in options:
-            name = f"{name}/{kind}" if name else kind
-        extra = overrides if kind == "adamw" else {}
-        plain = [param if key is None else (key, param) for key, param in chosen]
-        groups.append({**options, **extra, "params": plain, "kind": kind, "name": name or kind})
+        new = {**options, "kind": kind, "name": f"{prefix}/{kind}" if prefix and not given else prefix or kind}
+        if kind == "adamw" and adamw_lr is not None and not (given and "lr" in options):
+            new["lr"] = adamw_lr
+        groups.append({**new, "params": [param if name is None else (name, param) for name, param in pairs]})
     return groups
 
 
@@ -188,10 +170,6 @@ def announce(groups: Sequence[Mapping[str, Any]], *, sphere: bool) -> None:
     The package shows its INFO records on stderr unless the program configures logging itself. To silence them:
     `logging.getLogger("lightning_mue").setLevel(logging.WARNING)`. A process that builds one model in many sizes (a
     sweep, a coordinate check) logs once: sizes, and numbers in names, do not count.
-
-    Args:
-        groups: The optimizer's groups.
-        sphere: See `classify`.
     """
     if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
         return

@@ -141,8 +141,11 @@ class HyperSphereOptimizer(Optimizer):
         if adamw_lr is not None:
             require_number("adamw_lr", adamw_lr, at_least=0)
         if process_group == "auto":
-            meaning = "no rank shares its work. Under DDP pass torch.distributed.group.WORLD."
-            warnings.warn(f'process_group: found "auto", which means None: {meaning}', stacklevel=2)
+            warnings.warn(
+                'process_group: found "auto", which means None: no rank shares its work. Under DDP pass '
+                "torch.distributed.group.WORLD.",
+                stacklevel=2,
+            )
             process_group = None
         elif isinstance(process_group, str):
             raise value_error("process_group", found=repr(process_group), expected="a process group or None")
@@ -280,8 +283,7 @@ class HyperSphereOptimizer(Optimizer):
         self.defaults.pop("process_group", None)  # "auto" or None, of older versions
         if not hasattr(self, "_process_group"):
             self.process_group, self._scratch_bytes = None, 0
-        signature = inspect.signature(type(self).__init__).parameters
-        for key, option in signature.items():
+        for key, option in inspect.signature(type(self).__init__).parameters.items():
             if option.kind is option.KEYWORD_ONLY and key != "process_group":
                 self.defaults.setdefault(key, option.default)
         for group in self.param_groups:

@@ -77,13 +77,11 @@ def has_gradient(g_Boi: Tensor) -> Tensor:
 
 
 def sum_squares(*parts: Tensor) -> Tensor:
-    """Return each matrix's sum of squares, `[B]`, in float64, to about 1e-8 even for float32 matrices of any size.
+    """Return the sum of squares of each matrix of the parts `[E, out, in]`, `[B]` in all, in float64.
 
-    A plain float32 sum over millions of entries is off by 1e-4 on CPU, which would change the radius at every step. So
-    rows are summed in float32, which is fast, and the row norms in float64.
-
-    Args:
-        parts: `[E, out, in]`, all of one shape but for E; B is the sum of the E.
+    The error is about 1e-8 even for float32 matrices of any size. A plain float32 sum over millions of entries is off by
+    1e-4 on CPU, which would change the radius at every step. So rows are summed in float32, which is fast, and the row
+    norms in float64.
     """
     # A rank may hold none of a stack's matrices; at least one part is kept for its type.
     held = [x_Eoi for x_Eoi in parts if len(x_Eoi)] or parts[:1]

@@ -28,9 +28,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lightning_mue.checks import type_error, value_error
+from lightning_mue.checks import require_choice, type_error, value_error
 from lightning_mue.kernels.symmetric.op import kernel_fits, symmetric_matmul
-from lightning_mue.optim.coefficients import Coefficients, get_preset
+from lightning_mue.optim.coefficients import PRESETS, Coefficients
 from lightning_mue.optim.matrices import Pool, chunk_count, peak
 from lightning_mue.optim.precision import default_dtype, math_dtype, product_precision, tf32_products
 
@@ -72,7 +72,9 @@ def orthogonalize(
         ValueError: If `g` is not 2-D or 3-D, or `preset` is unknown.
         TypeError: If `g` or `dtype` is not real floating point.
     """
-    schedule = get_preset(preset) if isinstance(preset, str) else preset
+    if isinstance(preset, str):
+        require_choice("preset", preset, PRESETS)
+    schedule = PRESETS[preset] if isinstance(preset, str) else preset
     if g.ndim not in (2, 3):
         expected = "a matrix [out, in] or a batch [B, out, in]"
         raise value_error("g", found=f"shape {list(g.shape)}", expected=expected)
@@ -97,17 +99,9 @@ def orthogonalize(
 def orthogonalize_chunk(
     u_Boi: Tensor, schedule: Coefficients, dtype: torch.dtype, pool: Pool, *, compile: bool = False
 ) -> Tensor:
-    """Orthogonalize one batch of matrices in the math type.
+    """Orthogonalize one batch of matrices in the math type, with products in `dtype`, which the result has, too.
 
-    Args:
-        u_Boi: The matrices.
-        schedule: The polynomials.
-        dtype: Type of the products.
-        pool: Where scratch comes from, and the result; give it back there.
-        compile: Run the iteration through `torch.compile`.
-
-    Returns:
-        `[B, out, in]` in `dtype`, as the iteration left it.
+    Scratch and the result come from the pool; give the result back there.
     """
     x_Boi = _normalize(u_Boi, schedule.gain, pool.take(u_Boi.shape, u_Boi, dtype))
     segments = _segments(x_Boi, schedule)
@@ -138,13 +132,9 @@ def _normalize(u_Boi: Tensor, size: float, out: Tensor) -> Tensor:
 def flops(n: int, m: int, segments: tuple[int, ...], *, symmetric: bool = False) -> int:
     """Return the floating-point operations of the products for one matrix with sides n <= m.
 
-    The table of docs/derivations/hypersphere.md, section "Orthogonalization".
-
-    Args:
-        n: Smaller side.
-        m: Larger side.
-        segments: Steps between two products with X; all ones is the standard form, without products of polynomials.
-        symmetric: Whether products known to be symmetric cost half (the Triton kernel on CUDA).
+    The table of docs/derivations/hypersphere.md, section "Orthogonalization". `segments` are the steps between two
+    products with X: all ones is the standard form, without products of polynomials. With `symmetric`, products known to be
+    symmetric cost half (the Triton kernel on CUDA).
     """
     inner = sum(segments) - len(segments)  # steps that do not start a segment
     half = 1 if symmetric else 2
@@ -192,14 +182,10 @@ def _iterate(x_Boi: Tensor, schedule: Coefficients, segments: tuple[int, ...], p
 
 
 def _gather(k_Bnn: Tensor, segment: Sequence[tuple[float, float, float]], pool: Pool, tall: bool) -> Tensor:
-    """Return the product of the polynomials P of one segment's steps.
+    """Return the product of the polynomials P of one segment's steps; `k_Bnn`, K of the first, goes to the pool.
 
-    Args:
-        k_Bnn: K of the first step; goes to the pool.
-        segment: `(a, b, c)` of each step.
-        pool: Where scratch comes from.
-        tall: Whether X comes before the product, not after it. The polynomials commute only up to rounding, and the
-            first must be the one next to X: in the other order the rounding errors double.
+    With `tall`, X comes before the product, not after it. The polynomials commute only up to rounding, and the first must
+    be the one next to X: in the other order the rounding errors double.
     """
     gathered_Bnn = None
     for (a, b, c), after in zip(segment, [*segment[1:], None], strict=True):
@@ -216,10 +202,9 @@ def _gather(k_Bnn: Tensor, segment: Sequence[tuple[float, float, float]], pool: 
         if gathered_Bnn is None:
             gathered_Bnn = p_Bnn
         else:
+            # In full: mirroring one half would change the order of the factors.
             factors = (gathered_Bnn, p_Bnn) if tall else (p_Bnn, gathered_Bnn)
-            both_Bnn = torch.bmm(
-                *factors, out=pool.take(k_Bnn.shape, k_Bnn)
-            )  # in full: mirroring one half would change its order
+            both_Bnn = torch.bmm(*factors, out=pool.take(k_Bnn.shape, k_Bnn))
             pool.give(gathered_Bnn, p_Bnn)
             gathered_Bnn = both_Bnn
     assert gathered_Bnn is not None

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_mue.checks import require_choice, require_number, require_type, value_error
-from lightning_mue.optim.coefficients import get_preset
+from lightning_mue.optim.coefficients import PRESETS
 from lightning_mue.parameterizations.rules.kinds import CONVENTIONS, KINDS
 
 #: Types of the Newton-Schulz products, under the names that a YAML file or a state dict can hold.
@@ -58,11 +58,6 @@ class StepOptions:
     factor: float = 1.0
 
     @property
-    def is_zero_lr(self) -> bool:
-        """Whether the learning rate is known to be zero."""
-        return is_zero(self.lr)
-
-    @property
     def sign(self) -> int:
         """Sign of the gradient in the momentum."""
         return -1 if self.maximize else 1
@@ -79,18 +74,8 @@ def step_options(group: Mapping[str, Any]) -> StepOptions:
         ValueError: If an option that is a name was changed in the group to an unknown one.
     """
     _check_choices(group)
-    keys = (
-        "lr",
-        "momentum",
-        "nesterov",
-        "weight_decay",
-        "preset",
-        "retraction",
-        "lr_convention",
-        "maximize",
-        "compile",
-    )
-    return StepOptions(**{key: group[key] for key in keys}, dtype=COMPUTE_DTYPES.get(group["compute_dtype"]))
+    options = {field.name: group[field.name] for field in fields(StepOptions) if field.name not in ("dtype", "factor")}
+    return StepOptions(**options, dtype=COMPUTE_DTYPES.get(group["compute_dtype"]))
 
 
 def checked(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,15 +92,17 @@ def checked(group: Mapping[str, Any]) -> dict[str, Any]:
         group[key] = float(group[key])
     for key in ("nesterov", "maximize", "capturable", "compile"):
         require_type(key, group[key], bool, "true or false")
-    group["betas"] = _checked_betas(group["betas"])
+    if not isinstance(group["betas"], Sequence) or len(group["betas"]) != 2:
+        raise value_error("betas", found=repr(group["betas"]), expected="two numbers in [0, 1)")
+    for beta in group["betas"]:
+        require_number("betas", beta, at_least=0, below=1)
+    group["betas"] = tuple(map(float, group["betas"]))
     for key in ("compute_dtype", "state_dtype"):
         if group[key] is not None:
             group[key] = str(group[key]).removeprefix("torch.")
     _check_choices(group)
     if group["radius"] is not None:
-        require_number("radius", group["radius"], at_least=0)
-        if group["radius"] == 0:
-            raise value_error("radius", found=0, expected="None or a number above 0")
+        require_number("radius", group["radius"], above=0, do="None keeps each matrix's own norm.")
     if "kind" in group:
         require_choice("kind", group["kind"], KINDS)
     return group
@@ -130,17 +117,9 @@ def _check_lr(group: dict[str, Any]) -> None:
         raise value_error("lr", found=found, expected="a number or a tensor of one number")
 
 
-def _checked_betas(betas: object) -> tuple[float, ...]:
-    if not isinstance(betas, Sequence) or len(betas) != 2:
-        raise value_error("betas", found=repr(betas), expected="two numbers in [0, 1)")
-    for beta in betas:
-        require_number("betas", beta, at_least=0, below=1)
-    return tuple(float(beta) for beta in betas)
-
-
 def _check_choices(group: Mapping[str, Any]) -> None:
     """Check the options that are names; they may have been changed in the group since they were given."""
-    get_preset(group["preset"])
+    require_choice("preset", group["preset"], PRESETS)
     require_choice("compute_dtype", group["compute_dtype"], [None, *COMPUTE_DTYPES])
     require_choice("state_dtype", group["state_dtype"], [None, *STATE_DTYPES])
     require_choice("retraction", group["retraction"], RETRACTIONS)

@@ -61,10 +61,7 @@ SumOverRanks = Callable[[list[Tensor]], list[Tensor]]
 def apply_directions(batches: Sequence[MatrixBatch], step: StepOptions, total: SumOverRanks = list) -> None:
     """Step matrices, or a rank's parts of them, along their directions, in place.
 
-    Args:
-        batches: The matrices.
-        step: The options.
-        total: Adds `[B]` sums, one tensor a batch, over the ranks that hold parts of the same matrices.
+    `total` adds `[B]` sums, one tensor a batch, over the ranks that hold parts of the same matrices.
     """
     if isinstance(step.lr, Tensor):
         batches = [batch._replace(moves=batch.moves & (step.lr != 0).to(batch.moves.device)) for batch in batches]
@@ -140,17 +137,7 @@ def _step_from_weights(batches: Sequence[MatrixBatch], lengths: Sequence[Tensor]
 
 
 def _rotate(batches: Sequence[MatrixBatch], lengths: Sequence[Tensor], step: StepOptions, total: SumOverRanks) -> None:
-    """Overwrite the directions with the weights rotated by the angle `lr`, after decay."""
-    keep = 1 - step.lr * step.weight_decay
-    for batch, (of_weight_B, of_direction_B) in zip(batches, _rotations(batches, lengths, step, total), strict=True):
-        for w_Eoi, o_Eoi, of_weight_E11, of_direction_E11 in batch.pairs(of_weight_B * keep, of_direction_B):
-            o_Eoi.mul_(of_direction_E11).addcmul_(w_Eoi.to(o_Eoi.dtype), of_weight_E11)
-
-
-def _rotations(
-    batches: Sequence[MatrixBatch], lengths: Sequence[Tensor], step: StepOptions, total: SumOverRanks
-) -> list[tuple[Tensor, Tensor]]:
-    """Return, for each batch, the factors `[B]` of W and of O in the rotation by the angle `lr` towards -O.
+    """Overwrite the directions with the weights rotated by the angle `lr` towards -O, after decay.
 
     With `w = W / ||W||`, `o = O / ||O||` and `c = <w, o>`, the rotation is in the plane of w and o, against the unit
     tangent `t = (o - c w) / sqrt(1 - c^2)`::
@@ -161,7 +148,7 @@ def _rotations(
     """
     squares = total([torch.cat([sum_squares(w_Eoi.to(o_Eoi.dtype)) for w_Eoi, o_Eoi in b.pairs()]) for b in batches])
     dots = total([torch.cat([dot(w_Eoi.to(o_Eoi.dtype), o_Eoi) for w_Eoi, o_Eoi in b.pairs()]) for b in batches])
-    rotations = []
+    keep = 1 - step.lr * step.weight_decay
     for batch, square_B, dot_B, length_B in zip(batches, squares, dots, lengths, strict=True):
         assert batch.radius is not None
         norm_B, radius_B = square_B.sqrt(), batch.radius.to(square_B.dtype)
@@ -171,8 +158,9 @@ def _rotations(
         angle = torch.as_tensor(step.lr, dtype=sine_B.dtype, device=sine_B.device)
         tilt_B = torch.where(turns_B, angle.sin() / sine_B, 0.0)
         stay_B = torch.where(turns_B, angle.cos() + tilt_B * cosine_B, 1.0)
-        rotations.append((radius_B / norm_B * stay_B, -radius_B / length_B * tilt_B))
-    return rotations
+        of_weight_B, of_direction_B = radius_B / norm_B * stay_B * keep, -radius_B / length_B * tilt_B
+        for w_Eoi, o_Eoi, of_weight_E11, of_direction_E11 in batch.pairs(of_weight_B, of_direction_B):
+            o_Eoi.mul_(of_direction_E11).addcmul_(w_Eoi.to(o_Eoi.dtype), of_weight_E11)
 
 
 def _least_sine(batch: MatrixBatch, step: StepOptions) -> float:

@@ -98,6 +98,3 @@ class WarmupDecay(LRScheduler):
     def get_lr(self) -> list[float | Tensor]:
         """Return the groups' learning rates at the current step."""
         return [float(base) * self.factor(self.last_epoch) for base in self.base_lrs]
-
-
-__all__ = ["WarmupDecay"]

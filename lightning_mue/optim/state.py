@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from lightning_mue.checks import listed, mismatch, value_error
-from lightning_mue.optim.distributed.layout import Layout, layout_of
-from lightning_mue.optim.distributed.pieces import as_state, norms
+from lightning_mue.optim.distributed.layout import Layout, by_expert, layout_of
+from lightning_mue.optim.distributed.sharding import reduce_sums
 from lightning_mue.optim.groups import classify, label, label_in, named
+from lightning_mue.optim.matrices import as_matrices, sum_squares
 from lightning_mue.optim.options import STATE_DTYPES
+from lightning_mue.optim.precision import math_dtype
 from lightning_mue.parameterizations.rules.kinds import KINDS, MUON_KINDS, SPHERE_KINDS
-from lightning_mue.sharded import is_sharded
+from lightning_mue.sharded import is_sharded, local
 
 #: Options and state of torch's own optimizers that this one does not have.
 _FOREIGN_OPTIONS = {"amsgrad", "fused", "ns_steps", "dampening"}
@@ -22,15 +24,12 @@ _STATE = {"momentum", "radius", "exp_avg", "exp_avg_sq", "step"}
 
 #: State of each parameter, as `torch.optim.Optimizer.state`.
 States = MutableMapping[Tensor, dict[str, Any]]
+#: Returns a parameter's layout over the ranks.
+LayoutOf = Callable[[Tensor], Layout]
 
 
-def prepare(group: Mapping[str, Any], states: States, layout: Callable[[Tensor], Layout]) -> list[Tensor]:
-    """Return a group's parameters that have a gradient, and create the state that their kind needs.
-
-    Args:
-        group: The param group.
-        states: The optimizer's state; entries of another kind are kept.
-        layout: Returns a parameter's layout.
+def prepare(group: Mapping[str, Any], states: States, layout: LayoutOf) -> list[Tensor]:
+    """Return a group's parameters that have a gradient, and create the state that their kind needs, where missing.
 
     Raises:
         ValueError: If a matrix that is to be put on the sphere is zero.
@@ -53,7 +52,6 @@ def prepare(group: Mapping[str, Any], states: States, layout: Callable[[Tensor],
 
 
 def _add_buffers(state: dict[str, Any], param: Tensor, group: Mapping[str, Any]) -> None:
-    """Create the buffers that the group's kind needs, where missing."""
     if group["kind"] in MUON_KINDS:
         if "momentum" not in state:
             dtype = STATE_DTYPES.get(group["state_dtype"], param.dtype)
@@ -65,29 +63,46 @@ def _add_buffers(state: dict[str, Any], param: Tensor, group: Mapping[str, Any])
         state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
 
 
-def _add_radii(
-    new: Sequence[tuple[Tensor, str]], group: Mapping[str, Any], states: States, layout: Callable[[Tensor], Layout]
-) -> None:
+def _add_radii(new: Sequence[tuple[Tensor, str]], group: Mapping[str, Any], states: States, layout: LayoutOf) -> None:
     """Set the radii of new parameters to their norms or to the given radius; a collective for sharded matrices."""
     params = [param for param, _ in new]
-    for (param, what), norm_E in zip(new, norms(params, [layout(param) for param in params]), strict=True):
+    for (param, what), norm_E in zip(new, _norms(params, [layout(param) for param in params]), strict=True):
         _refuse_zero(param, norm_E, what)
         radius_E = norm_E if group["radius"] is None else torch.full_like(norm_E, group["radius"])
-        states[param]["radius"] = as_state(radius_E, param)
+        states[param]["radius"] = _as_state(radius_E, param)
+
+
+def _norms(params: Sequence[Tensor], layouts: Sequence[Layout]) -> list[Tensor]:
+    """Return the norms of the matrices that this rank holds, whole or in part, each `[E]` in the math type.
+
+    All ranks must ask for the same parameters in the same order.
+    """
+    squares = [sum_squares(as_matrices(local(param)).to(math_dtype(param.dtype))) for param in params]
+    sums = reduce_sums(layouts, squares)
+    return [square_E.sqrt().to(math_dtype(param.dtype)) for param, square_E in zip(params, sums, strict=True)]
+
+
+def _as_state(radius_E: Tensor, param: Any) -> Tensor:
+    """Return norms in the form of the state: `[]` for a matrix, `[E]` for a stack, sharded as its experts are."""
+    if param.ndim != 3:
+        return radius_E.reshape(())
+    if not is_sharded(param):
+        return radius_E
+    from torch.distributed.tensor import DTensor
+
+    placements = by_expert(param.placements)
+    return DTensor.from_local(
+        radius_E, param.device_mesh, placements, run_check=False, shape=param.shape[:1], stride=(1,)
+    )
 
 
 def check_new_group(group: Mapping[str, Any], groups: Iterable[Mapping[str, Any]], *, start: int, sphere: bool) -> None:
-    """Check the parameters of a new group, before anything is changed.
+    """Check the parameters of a new group, with or without a `kind`, before anything is changed.
 
-    Args:
-        group: The group, which need not have a `kind`.
-        groups: The groups that the optimizer has.
-        start: Number of the group's first parameter, for messages.
-        sphere: See `classify`.
+    Sharded matrices are checked for zeros only at their first step. `start` is the number of the group's first parameter.
 
     Raises:
-        ValueError: If a parameter is given twice, or a trainable parameter of a matrix kind is a vector or zero. Sharded
-            matrices are checked for zeros only at their first step.
+        ValueError: If a parameter is given twice, or a trainable parameter of a matrix kind is a vector or zero.
     """
     seen = {param for other in groups for param in other["params"]}
     for index, (name, param) in enumerate(named(group), start):
@@ -110,7 +125,7 @@ def _check_matrix(param: Tensor, what: str, kind: str) -> None:
         raise value_error(what, found=found, expected=expected, do=do)
     if kind in SPHERE_KINDS and not is_sharded(param) and not param.is_meta and param.numel():
         with torch.no_grad():
-            _refuse_zero(param, norms([param], [layout_of(param)])[0], what)
+            _refuse_zero(param, _norms([param], [layout_of(param)])[0], what)
 
 
 def _refuse_zero(param: Tensor, norm_E: Tensor, what: str) -> None:
@@ -134,15 +149,13 @@ def check_loadable(
         # torch.distributed.checkpoint's full state dicts merge what was saved into this optimizer's own groups.
         foreign = sorted((_FOREIGN_OPTIONS & set(group)) | foreign_state)
         if group.get("kind") not in KINDS or foreign:
-            raise value_error(
-                "state_dict",
-                found=f"param group {index} with {listed(foreign)}"
-                if foreign
-                else f"param group {index} without a kind",
-                expected=f"a HyperSphereOptimizer's, with a kind among {', '.join(KINDS)}",
-                do="State of torch.optim.AdamW or Muon holds no radii. Load the model's weights only and start this "
-                "optimizer from scratch.",
+            found = f"param group {index} with {listed(foreign)}" if foreign else f"param group {index} without a kind"
+            expected = f"a HyperSphereOptimizer's, with a kind among {', '.join(KINDS)}"
+            do = (
+                "State of torch.optim.AdamW or Muon holds no radii. Load the model's weights only and start this optimizer "
+                "from scratch."
             )
+            raise value_error("state_dict", found=found, expected=expected, do=do)
     saved = [name for group in groups for name in group.get("param_names") or [None] * len(group["params"])]
     for before, (name, _) in zip(saved, pairs, strict=False):  # torch compares how many there are
         if before and name and before != name:

@@ -1,4 +1,4 @@
-"""One step of Muon, of Adam on the sphere and of AdamW, on plain tensors: momentum, direction, update.
+"""One step of Muon on plain tensors: momentum, direction, update.
 
 Knows no optimizer state, no groups and no processes.
 
@@ -9,17 +9,15 @@ Shape legend:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
-from lightning_mue.optim.coefficients import get_preset
+from lightning_mue.optim.coefficients import PRESETS
 from lightning_mue.optim.matrices import Matrix, Pool, as_matrices, chunks, has_gradient, write_back
 from lightning_mue.optim.newton_schulz import orthogonalize_chunk
-from lightning_mue.optim.options import StepOptions
+from lightning_mue.optim.options import StepOptions, is_zero
 from lightning_mue.optim.precision import default_dtype, math_dtype
 from lightning_mue.optim.retraction import MatrixBatch, apply_directions
 
@@ -42,10 +40,10 @@ def muon_update(matrices: Sequence[Matrix], step: StepOptions, pool: Pool) -> No
         step: The options, with the factor for this shape.
         pool: Where scratch comes from; a few times `chunk_bytes` at most, for any number of matrices.
     """
-    if step.is_zero_lr:
+    if is_zero(step.lr):
         accumulate([item.momentum for item in matrices], [item.grad for item in matrices], step)
         return
-    schedule = get_preset(step.preset)
+    schedule = PRESETS[step.preset]
     dtype = step.dtype or default_dtype(matrices[0].weight)
     for chunk in chunks(matrices):
         u_Boi = directions(chunk, step, pool)
@@ -85,14 +83,7 @@ def accumulate(momenta: Sequence[Tensor], grads: Sequence[Tensor], step: StepOpt
 
 
 def direction(momentum: Tensor, grad: Tensor, step: StepOptions, *, out: Tensor) -> Tensor:
-    """Write the direction before orthogonalization, `mu M + G` or `M`, to `out` in the math type.
-
-    Args:
-        momentum: The momentum, updated already.
-        grad: The gradient.
-        step: The options.
-        out: As many entries, of any shape.
-    """
+    """Write the direction before orthogonalization, `mu M + G` or the updated `M`, to `out` in the math type."""
     out_like = out.view(momentum.shape)
     if not step.nesterov:
         return out_like.copy_(momentum)
@@ -112,61 +103,3 @@ def _apply(chunk: Sequence[Matrix], directions_Boi: Tensor, step: StepOptions) -
     apply_directions([MatrixBatch(taken, directions_Boi, torch.cat(radii) if radii else None, moves_B)], step)
     parts = weights if on_cpu else taken[0].split([len(w_Eoi) for w_Eoi in weights])
     write_back([item.weight for item in chunk], parts)
-
-
-def adam_direction(
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step: Tensor,
-    *,
-    betas: tuple[float, float],
-    eps: float,
-    maximize: bool = False,
-) -> Tensor:
-    """Update Adam's moments and step count in place and return the bias-corrected direction, in the math type."""
-    beta1, beta2 = betas
-    step += 1
-    if maximize:
-        grad = -grad
-    exp_avg.lerp_(grad.to(exp_avg.dtype), 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    # On the CPU the count is read without a wait; on a device (capturable) it stays a tensor.
-    t = step.item() if step.device.type == "cpu" else step
-    dtype = math_dtype(grad.dtype)
-    scale = exp_avg_sq.to(dtype).div(1 - beta2**t).sqrt_().add_(eps)
-    return exp_avg.to(dtype).div(1 - beta1**t).div_(scale)
-
-
-def adamw_update(
-    params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]], group: Mapping[str, Any]
-) -> None:
-    """Take one step of torch's AdamW, in place.
-
-    Args:
-        params: The parameters, or this rank's parts of them.
-        grads: Their gradients.
-        states: For each, `exp_avg`, `exp_avg_sq` and `step`, updated in place.
-        group: The param group, for the options.
-    """
-    capturable = group["capturable"] and all(param.device.type != "cpu" for param in params)
-    lr = group["lr"]
-    if isinstance(lr, Tensor) and not capturable:
-        lr = lr.item()  # torch refuses a tensor here
-    adamw(
-        list(params),
-        list(grads),
-        [state["exp_avg"] for state in states],
-        [state["exp_avg_sq"] for state in states],
-        [],
-        [state["step"] for state in states],
-        foreach=True,
-        capturable=capturable,
-        amsgrad=False,
-        beta1=group["betas"][0],
-        beta2=group["betas"][1],
-        lr=lr,
-        weight_decay=group["weight_decay"],
-        eps=group["eps"],
-        maximize=group["maximize"],
-    )

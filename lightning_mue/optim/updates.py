@@ -3,38 +3,24 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.optim.adamw import adamw
 
-from lightning_mue.optim.distributed.layout import Layout
-from lightning_mue.optim.distributed.pieces import local_grad
 from lightning_mue.optim.distributed.update import apply_to_parts, muon_update_distributed, rounds
 from lightning_mue.optim.matrices import Matrix, Pool, as_matrices
-from lightning_mue.optim.options import step_options
-from lightning_mue.optim.precision import tf32_products
-from lightning_mue.optim.state import States
-from lightning_mue.optim.step import adam_direction, adamw_update, muon_update
+from lightning_mue.optim.options import is_zero, step_options
+from lightning_mue.optim.precision import math_dtype, tf32_products
+from lightning_mue.optim.state import LayoutOf, States
+from lightning_mue.optim.step import muon_update
 from lightning_mue.parameterizations.rules.kinds import SPHERE_KINDS
-from lightning_mue.sharded import local
-
-#: Returns a parameter's layout over the ranks.
-LayoutOf = Callable[[Tensor], Layout]
+from lightning_mue.sharded import is_sharded, local
 
 
 def update(group: Mapping[str, Any], params: Sequence[Tensor], states: States, layout: LayoutOf) -> int:
-    """Step parameters of a group that have a gradient and state.
-
-    Args:
-        group: The param group: its kind and options.
-        params: Those of its parameters that are to be stepped.
-        states: Their state, updated in place.
-        layout: Returns a parameter's layout.
-
-    Returns:
-        Bytes of the largest scratch memory.
-    """
+    """Step parameters of a group that have a gradient and state, in place; return the bytes of scratch memory."""
     if group["kind"] == "adamw":
         _adamw(group, params, states)
         return 0
@@ -68,21 +54,62 @@ def _muon(group: Mapping[str, Any], params: Sequence[Tensor], states: States, la
 
 def _adam_sphere(group: Mapping[str, Any], params: Sequence[Tensor], states: States, layout: LayoutOf) -> None:
     step = step_options(group)
-    options = {key: group[key] for key in ("betas", "eps", "maximize")}
     for param in params:
-        state, item = states[param], _matrix(param, group, states)
-        wide = adam_direction(item.grad, item.momentum, local(state["exp_avg_sq"]), state["step"], **options)
-        if not step.is_zero_lr:
+        item = _matrix(param, group, states)
+        wide = _adam_direction(item, local(states[param]["exp_avg_sq"]), states[param]["step"], group)
+        if not is_zero(step.lr):
             apply_to_parts([item], [layout(param)], [wide], step)
 
 
+def _adam_direction(item: Matrix, exp_avg_sq: Tensor, step: Tensor, group: Mapping[str, Any]) -> Tensor:
+    """Update Adam's moments and step count in place and return the bias-corrected direction, in the math type."""
+    beta1, beta2 = group["betas"]
+    step += 1
+    grad = -item.grad if group["maximize"] else item.grad
+    item.momentum.lerp_(grad.to(item.momentum.dtype), 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    # On the CPU the count is read without a wait; on a device (capturable) it stays a tensor.
+    t = step.item() if step.device.type == "cpu" else step
+    dtype = math_dtype(grad.dtype)
+    scale = exp_avg_sq.to(dtype).div(1 - beta2**t).sqrt_().add_(group["eps"])
+    return item.momentum.to(dtype).div(1 - beta1**t).div_(scale)
+
+
 def _adamw(group: Mapping[str, Any], params: Sequence[Tensor], states: States) -> None:
-    parts = [{key: local(states[param][key]) for key in ("exp_avg", "exp_avg_sq", "step")} for param in params]
-    adamw_update([local(param) for param in params], [local_grad(param) for param in params], parts, group)
+    capturable = group["capturable"] and all(param.device.type != "cpu" for param in params)
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and not capturable:
+        lr = lr.item()  # torch refuses a tensor here
+    adamw(
+        [local(param) for param in params],
+        [_local_grad(param) for param in params],
+        [local(states[param]["exp_avg"]) for param in params],
+        [local(states[param]["exp_avg_sq"]) for param in params],
+        [],
+        [states[param]["step"] for param in params],
+        foreach=True,
+        capturable=capturable,
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=lr,
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=group["maximize"],
+    )
 
 
 def _matrix(param: Tensor, group: Mapping[str, Any], states: States) -> Matrix:
     state = states[param]
     radius = local(state["radius"]) if group["kind"] in SPHERE_KINDS else None
     momentum = local(state["exp_avg" if group["kind"] == "adam_sphere" else "momentum"])
-    return Matrix(local(param), local_grad(param), momentum, radius)
+    return Matrix(local(param), _local_grad(param), momentum, radius)
+
+
+def _local_grad(param: Tensor) -> Tensor:
+    """Return this rank's part of a parameter's gradient, with the parameter's placements."""
+    grad = param.grad
+    assert grad is not None
+    if is_sharded(param) and grad.placements != param.placements:  # type: ignore[attr-defined]
+        grad = grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]
+    return local(grad)

@@ -38,7 +38,8 @@ def sent_bytes(layouts, direction_dtype, result_dtype, bucket_bytes=None):
     pieces = results = replicas = gathered = 0
     buffers = (direction_dtype,) * len(layouts)
     for bucket in assign_matrices(tuple(layouts), buffers, direction_dtype.itemsize, limit):
-        layout, others = bucket.layout, range(bucket.splits)
+        layout = bucket.layout
+        others = range(layout.splits)
         if layout.gather:
             whole, local = math.prod(layout.shape), math.prod(layout.local_shape)
             gathered += (whole - local) * direction_dtype.itemsize
@@ -46,6 +47,5 @@ def sent_bytes(layouts, direction_dtype, result_dtype, bucket_bytes=None):
         me, replica = layout.split_rank, layout.replica_rank
         pieces += sum(bucket.numel(replica, s, me) for s in others if s != me) * direction_dtype.itemsize
         results += sum(bucket.numel(replica, me, s) for s in others if s != me) * result_dtype.itemsize
-        longest = max(bucket.numel_here(r) for r in range(layout.replicas))
-        replicas += longest * (layout.replicas - 1) * result_dtype.itemsize
+        replicas += bucket.longest * (layout.replicas - 1) * result_dtype.itemsize
     return SentBytes(pieces, results, replicas, gathered)

@@ -36,6 +36,7 @@ class _Fingerprint(NamedTuple):
     label: str
     shape: tuple[int, ...]
     dtype: str
+    group: int  # number among the groups whose work is shared, each of which is communicated by itself
     weight: _Checksum
     gradient: _Checksum | None
 
@@ -44,11 +45,8 @@ class _Fingerprint(NamedTuple):
 def check_replicas(groups: Iterable[Mapping[str, Any]], process_group: ProcessGroup) -> None:
     """Check that all ranks hold the same plain matrices, with the same weights and gradients up to rounding.
 
-    One collective, which gathers a few numbers for each matrix and does not hang if ranks list different ones.
-
-    Args:
-        groups: The optimizer's groups; matrices are the parameters of those whose work is shared, in order.
-        process_group: The ranks.
+    One collective, which gathers a few numbers for each matrix of the optimizer's groups and does not hang if ranks list
+    different ones.
 
     Raises:
         ValueError: On all ranks, naming the first parameter that differs, if they do not agree.
@@ -56,10 +54,10 @@ def check_replicas(groups: Iterable[Mapping[str, Any]], process_group: ProcessGr
     size = dist.get_world_size(process_group)
     if size <= 1:  # -1 where this rank is not in the group
         return
+    shared = [group for group in groups if group["kind"] in MUON_KINDS]
     own = [
-        _fingerprint(param, label_in(group, index))
-        for group in groups
-        if group["kind"] in MUON_KINDS
+        _fingerprint(param, label_in(group, index), number)
+        for number, group in enumerate(shared)
         for index, param in enumerate(group["params"])
         if not is_sharded(param)
     ]
@@ -70,7 +68,10 @@ def check_replicas(groups: Iterable[Mapping[str, Any]], process_group: ProcessGr
         for rank, other in enumerate(others, 1):
             if difference := _difference(first, other):
                 expected, found = f"{difference[0]} as on its rank 0", f"{difference[1]} on rank {rank} of the group"
-                do = "Pass a group of ranks that hold the same plain parameters and synchronize gradients (DDP), or None."
+                do = (
+                    "Pass a group of ranks that hold the same plain parameters in the same param groups and synchronize "
+                    "gradients (DDP), or None."
+                )
                 raise value_error("process_group", found=found, expected=expected, do=do)
     log = logger.info if dist.get_rank(process_group) == 0 else logger.debug
     log("HyperSphereOptimizer: %d ranks share the work on %d plain matrices.", size, len(own))
@@ -83,6 +84,8 @@ def _difference(first: _Fingerprint | None, other: _Fingerprint | None) -> tuple
         return first.label if first else missing, other.label if other else missing
     if (first.shape, first.dtype) != (other.shape, other.dtype):
         return f"{first.label} ({first.dtype})", f"{other.label} ({other.dtype})"
+    if first.group != other.group:
+        return f"{first.label} in matrix group {first.group}", f"{other.label} in matrix group {other.group}"
     if not _close(first.weight, other.weight, WEIGHT_TOLERANCE):
         return f"the weights of {first.label}", f"other weights of {other.label}"
     if (first.gradient is None) != (other.gradient is None):
@@ -93,9 +96,9 @@ def _difference(first: _Fingerprint | None, other: _Fingerprint | None) -> tuple
     return None
 
 
-def _fingerprint(param: Tensor, label: str) -> _Fingerprint:
+def _fingerprint(param: Tensor, label: str, group: int) -> _Fingerprint:
     gradient = None if param.grad is None or param.grad.is_sparse else _checksum(param.grad)
-    return _Fingerprint(label, tuple(param.shape), str(param.dtype), _checksum(param), gradient)
+    return _Fingerprint(label, tuple(param.shape), str(param.dtype), group, _checksum(param), gradient)
 
 
 def _checksum(x: Tensor) -> _Checksum:

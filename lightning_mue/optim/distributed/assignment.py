@@ -72,22 +72,22 @@ class Bucket:
     layout: Layout
     assignments: tuple[tuple[Assignment, ...], ...]
 
-    @property
-    def splits(self) -> int:
-        """How many ranks a matrix is sharded over."""
-        return max(1, len(self.layout.split_sizes))
-
     def assigned(self, replica: int, split: int) -> tuple[Assignment, ...]:
         """What the worker at rank `split` of the replica number `replica` orthogonalizes."""
-        return self.assignments[replica * self.splits + split]
+        return self.assignments[replica * self.layout.splits + split]
 
     def numel(self, replica: int, owner: int, rank: int) -> int:
         """How many numbers `rank` of the split group holds of what `owner`, in this replica, orthogonalizes."""
         return sum(math.prod(each.piece(rank)) for each in self.assigned(replica, owner))
 
-    def numel_here(self, replica: int) -> int:
-        """How many numbers of this rank's pieces are results of a replica."""
-        return sum(self.numel(replica, owner, self.layout.split_rank) for owner in range(self.splits))
+    @property
+    def longest(self) -> int:
+        """How many numbers of this rank's pieces a replica orthogonalizes; of all replicas, the most."""
+        numbers = [
+            [self.numel(c, s, self.layout.split_rank) for s in range(self.layout.splits)]
+            for c in range(self.layout.replicas)
+        ]
+        return max(map(sum, numbers))
 
 
 def cost(matrix: tuple[int, int]) -> int:
@@ -101,17 +101,10 @@ def cost(matrix: tuple[int, int]) -> int:
 
 
 def assign(costs: Sequence[int], loads: list[int]) -> list[int]:
-    """Assign items to workers: in the given order, each to the worker with the smallest load so far.
+    """Return the worker of each item: in the given order, the one with the smallest load so far; `loads` is updated.
 
     With falling costs this is the longest-processing-time rule, whose largest load is at most 4/3 of the optimum (Graham,
     SIAM J. Appl. Math. 17, 1969). Ties go to the first worker, so that all ranks assign alike.
-
-    Args:
-        costs: Cost of each item.
-        loads: Load of each worker; updated in place.
-
-    Returns:
-        The worker of each item.
 
     Example:
         >>> assign([3, 3, 2, 2, 2], loads=[0, 0])
@@ -132,7 +125,7 @@ def assign(costs: Sequence[int], loads: list[int]) -> list[int]:
 def assign_matrices(
     layouts: tuple[Layout, ...], buffers: tuple[Hashable, ...], itemsize: int, bucket_bytes: int
 ) -> tuple[Bucket, ...]:
-    """Assign the matrices of all parameters to workers, in buckets.
+    """Assign the matrices of all parameters to workers, in buckets, which all ranks must take in this order.
 
     Args:
         layouts: The parameters' layouts.
@@ -140,14 +133,10 @@ def assign_matrices(
         itemsize: Bytes a number.
         bucket_bytes: Largest size in bytes of the pieces that this rank holds in a bucket; but every worker gets a
             matrix.
-
-    Returns:
-        The buckets, in the order in which all ranks must take them.
     """
     routes: dict[tuple[Hashable, ...], list[int]] = defaultdict(list)
     for index, (layout, buffer) in enumerate(zip(layouts, buffers, strict=True)):
-        # What only DTensor can gather has a bucket of its own.
-        alone = index if layout.gather else None
+        alone = index if layout.gather else None  # what only DTensor can gather has a bucket of its own
         workers = (layout.split_group, len(layout.split_sizes), layout.replica_group, layout.replicas)
         route = (*workers, buffer, alone)
         routes[route].append(index)
@@ -155,7 +144,7 @@ def assign_matrices(
     buckets: list[Bucket] = []
     for (*workers_of_route, _, _), members in routes.items():
         layout = layouts[members[0]]
-        load = loads.setdefault(tuple(workers_of_route), [0] * (max(1, len(layout.split_sizes)) * layout.replicas))
+        load = loads.setdefault(tuple(workers_of_route), [0] * (layout.splits * layout.replicas))
         buckets += _buckets_of_route(layouts, members, load, itemsize, bucket_bytes)
     return tuple(buckets)
 
@@ -172,11 +161,10 @@ def _buckets_of_route(
         places[shape] += [(index, number) for number in range(each.count)]
     items = [(shape, at) for shape in sorted(places, key=lambda shape: -cost(shape.matrix)) for at in places[shape]]
     sizes = [itemsize * math.prod(shape.matrix) for shape, _ in items]
-    splits = max(1, len(layout.split_sizes))
-    limit = sum(sizes) if layout.gather else bucket_bytes * splits
+    limit = sum(sizes) if layout.gather else bucket_bytes * layout.splits
     if len(loads) > 1:
         # Several buckets unless they are small: the first is worked on while the others are communicated.
-        limit = min(limit, max(sum(sizes) // 4, splits << 20))
+        limit = min(limit, max(sum(sizes) // 4, layout.splits << 20))
     for start, stop in _bucket_bounds(sizes, limit, len(loads)):
         yield Bucket(layout, _assign_bucket(items[start:stop], loads))
 

@@ -69,6 +69,11 @@ class Layout:
         return len(self.indices)
 
     @property
+    def splits(self) -> int:
+        """How many ranks a matrix is sharded over."""
+        return max(1, len(self.split_sizes))
+
+    @property
     def is_distributed(self) -> bool:
         """Whether other ranks hold the same matrices, or parts of them."""
         return bool(self.sum_groups or self.replica_group or self.gather)

@@ -38,8 +38,7 @@ def orthogonalize_sharded(
 
     The result is the same function of the whole directions in every layout. Matrices are assigned to ranks by cost:
     sharded ones to the ranks that hold the pieces and to the replicas of those, whole ones to their replicas. They are
-    communicated in buckets, asynchronously: while one is orthogonalized, or while the caller uses results, the pieces of
-    the next bucket arrive and the results of the previous one return.
+    communicated in buckets, asynchronously, also while the caller uses results.
 
     All ranks must call it with the same parameters in the same order and dtypes, and exhaust the iterator. Parameters
     without a gradient may be left out, on all ranks or on none. Scratch is about four buckets, besides the results of
@@ -62,7 +61,11 @@ def orthogonalize_sharded(
         ValueError: If a direction does not have its layout's local shape, or `fn` changes the shape.
     """
     directions = [direction.detach() for direction in directions]
-    _check(layouts, directions)
+    for index, (layout, direction) in enumerate(zip(layouts, directions, strict=True)):
+        if tuple(direction.shape) != layout.local_shape:
+            expected = f"that of this rank's part of the parameter, {list(layout.local_shape)}"
+            do = "Pass the local tensor of a DTensor."
+            raise value_error(f"directions[{index}]", found=f"shape {list(direction.shape)}", expected=expected, do=do)
     empty = [index for index, layout in enumerate(layouts) if not layout.count]
     if empty:
         yield [(index, directions[index].to(dtype)) for index in empty]
@@ -73,14 +76,6 @@ def orthogonalize_sharded(
     itemsize = max(direction.dtype.itemsize for direction in directions)
     parts = _pipeline(assign_matrices(tuple(layouts), buffers, itemsize, limit), directions, fn, dtype)
     yield from _joined(layouts, parts)
-
-
-def _check(layouts: Sequence[Layout], directions: Sequence[Tensor]) -> None:
-    for index, (layout, direction) in enumerate(zip(layouts, directions, strict=True)):
-        if tuple(direction.shape) != layout.local_shape:
-            expected = f"that of this rank's part of the parameter, {list(layout.local_shape)}"
-            do = "Pass the local tensor of a DTensor."
-            raise value_error(f"directions[{index}]", found=f"shape {list(direction.shape)}", expected=expected, do=do)
 
 
 def _pipeline(
@@ -121,17 +116,10 @@ def _joined(layouts: Sequence[Layout], parts: Iterable[list[Piece]]) -> Iterator
 
 
 def reduce_sums(layouts: Sequence[Layout], sums: Sequence[Tensor]) -> list[Tensor]:
-    """Add, for each matrix, the sums of the ranks that hold its pieces.
+    """Add, for each matrix, the sums of the ranks that hold its pieces; each tensor is `[layout.count, ...]`.
 
     One all-reduce for each group, for all parameters together; none where no matrix is sharded. All ranks must pass the
     same parameters in the same order.
-
-    Args:
-        layouts: The parameters' layouts.
-        sums: For each parameter, sums over the local pieces, float64 `[layout.count, k]`, on the parameter's device.
-
-    Returns:
-        The sums over whole matrices, in the same shapes, the same on all ranks that share a matrix.
 
     Raises:
         ValueError: If a tensor does not have a row for each local matrix.
@@ -139,8 +127,8 @@ def reduce_sums(layouts: Sequence[Layout], sums: Sequence[Tensor]) -> list[Tenso
     totals = list(sums)
     members: dict[ProcessGroup, list[int]] = {}
     for index, (layout, total) in enumerate(zip(layouts, totals, strict=True)):
-        if total.ndim != 2 or len(total) != layout.count:
-            expected = f"[{layout.count}, k], a row for each matrix that this rank holds"
+        if len(total) != layout.count:
+            expected = f"[{layout.count}, ...], a row for each matrix that this rank holds"
             raise value_error(f"sums[{index}]", found=f"shape {list(total.shape)}", expected=expected)
         for group in layout.sum_groups:
             members.setdefault(group, []).append(index)

@@ -43,18 +43,17 @@ class Transfer:
         self.bucket, self.directions, self.fn, self.dtype = bucket, directions, fn, dtype
         self.layout = bucket.layout
         self.me, self.replica = self.layout.split_rank, self.layout.replica_rank
-        self.ranks = range(bucket.splits)
+        self.ranks = range(self.layout.splits)
         self.mine = bucket.assigned(self.replica, self.me)
         self.of_all = [each for owner in self.ranks for each in bucket.assigned(self.replica, owner)]
         #: How many numbers this rank holds of each owner's matrices, and each rank of this one's.
         self.to_owners = [bucket.numel(self.replica, owner, self.me) for owner in self.ranks]
         self.from_ranks = [bucket.numel(self.replica, self.me, rank) for rank in self.ranks]
-        self.longest = max(bucket.numel_here(replica) for replica in range(self.layout.replicas))
+        self.longest = bucket.longest
         self.work: Any = None  # the collective under way
         self.sent: Tensor | None = None  # its input, which must live until it is done
-        self.arrived = self.results_here = torch.empty(
-            0
-        )  # pieces of this rank's matrices; this rank's pieces of results
+        self.arrived = torch.empty(0)  # pieces of this rank's matrices
+        self.results_here = torch.empty(0)  # this rank's pieces of results
         self.done: list[Tensor] = []
 
     def collect(self) -> None:
@@ -182,9 +181,4 @@ class GatheredTransfer(Transfer):
         whole = moved(self.directions[each.param].contiguous(), placements, gathered)
         batch_Eoi = whole.reshape(self.layout.count, *self.layout.matrix)
         done = _apply(self.fn, batch_Eoi.contiguous(), self.dtype)
-        self.done = [moved(done.reshape(whole.shape), gathered, placements)]
-
-    def results(self) -> Iterator[Piece]:
-        """Return this rank's pieces."""
-        (each,) = (each for assignment in self.mine for each in assignment.ranges)
-        yield each, self.done[0]
+        self.done = [moved(done.reshape(whole.shape), gathered, placements).reshape(self.layout.count, -1)]

@@ -12,13 +12,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lightning_mue.optim.coefficients import get_preset
+from lightning_mue.optim.coefficients import PRESETS
 from lightning_mue.optim.distributed.layout import Layout
-from lightning_mue.optim.distributed.pieces import total
-from lightning_mue.optim.distributed.sharding import orthogonalize_sharded
+from lightning_mue.optim.distributed.sharding import orthogonalize_sharded, reduce_sums
 from lightning_mue.optim.matrices import Matrix, Pool, as_matrices, has_gradient, write_back
 from lightning_mue.optim.newton_schulz import orthogonalize_chunk
-from lightning_mue.optim.options import StepOptions
+from lightning_mue.optim.options import StepOptions, is_zero
 from lightning_mue.optim.precision import default_dtype, math_dtype
 from lightning_mue.optim.retraction import MatrixBatch, apply_directions
 from lightning_mue.optim.step import accumulate, direction
@@ -48,19 +47,16 @@ def rounds(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 def muon_update_distributed(items: Sequence[Matrix], layouts: Sequence[Layout], step: StepOptions) -> int:
     """Take one step of Muon on matrices that other ranks hold too, or parts of; a collective.
 
-    Args:
-        items: This rank's parts, all of one dtype, and all on the sphere or all off it.
-        layouts: How each parameter lies over the ranks.
-        step: The options, without the factor of a shape.
+    The items have one dtype, and all are on the sphere or all off it; `step` is without the factor of a shape.
 
     Returns:
         Bytes of scratch memory, without the buffers of the communication.
     """
     for item in items:
         accumulate([item.momentum], [item.grad], step)
-    if step.is_zero_lr:
+    if is_zero(step.lr):
         return 0
-    schedule = get_preset(step.preset)
+    schedule = PRESETS[step.preset]
     dtype = step.dtype or default_dtype(items[0].weight)
 
     def orthogonalize(u_Boi: Tensor) -> Tensor:
@@ -85,11 +81,11 @@ def apply_to_parts(
 ) -> None:
     """Step parameters, or this rank's parts of them, along directions that are overwritten."""
     weights = [as_matrices(item.weight) for item in items]
-    counts = total(layouts, [has_gradient(as_matrices(item.grad)).to(torch.float64) for item in items])
+    counts = reduce_sums(layouts, [has_gradient(as_matrices(item.grad)).to(torch.float64) for item in items])
     radii = [None if item.radius is None else item.radius.reshape(-1) for item in items]
     batches = [
         MatrixBatch([w_Eoi], as_matrices(u), radius_E, count_E > 0)
         for w_Eoi, u, radius_E, count_E in zip(weights, directions, radii, counts, strict=True)
     ]
-    apply_directions(batches, step, lambda sums: total(layouts, sums))
+    apply_directions(batches, step, lambda sums: reduce_sums(layouts, sums))
     write_back([item.weight for item in items], weights)

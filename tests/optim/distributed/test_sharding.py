@@ -103,6 +103,8 @@ def test_ranks_without_replicas_are_told_the_first_difference_on_all_ranks(two):
         assert (message is None) if expected is None else re.search(expected, message), (name, message)
     assert "found parameter 'w1' of shape [40, 50] on rank 1" in first["list: other lengths"]
     assert "expected no further matrix" in first["list: other lengths"]
+    assert "found parameter 'w1' of shape [40, 50] in matrix group 0 on rank 1" in first["list: other groups"]
+    assert "expected parameter 'w0' of shape [40, 50] in matrix group 1 as on its rank 0" in first["list: other groups"]
     assert "found parameter 'w0' of shape [40, 50] (torch.float32)" in first["list: other shapes"]
     assert "expected parameter 'w0' of shape [50, 40] (torch.float32)" in first["list: other shapes"]
     assert "found a gradient" in first["gradient: on one rank"]
