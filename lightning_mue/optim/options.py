@@ -110,7 +110,8 @@ def checked(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_lr(group: dict[str, Any]) -> None:
     if not (isinstance(group["lr"], Tensor) and group["capturable"]):
-        require_number("lr", group["lr"], at_least=0)
+        do = "Pass a Python float, or set capturable." if isinstance(group["lr"], Tensor) else ""
+        require_number("lr", group["lr"], at_least=0, do=do)
         group["lr"] = float(group["lr"])
     elif group["lr"].numel() != 1 or group["lr"].ndim > 1:
         found = f"a tensor of shape {list(group['lr'].shape)}"

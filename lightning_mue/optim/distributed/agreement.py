@@ -36,7 +36,7 @@ class _Fingerprint(NamedTuple):
     label: str
     shape: tuple[int, ...]
     dtype: str
-    group: int  # number among the groups whose work is shared, each of which is communicated by itself
+    group: int  # number of its param group among those with plain matrices: each is communicated by itself
     weight: _Checksum
     gradient: _Checksum | None
 
@@ -54,13 +54,12 @@ def check_replicas(groups: Iterable[Mapping[str, Any]], process_group: ProcessGr
     size = dist.get_world_size(process_group)
     if size <= 1:  # -1 where this rank is not in the group
         return
-    shared = [group for group in groups if group["kind"] in MUON_KINDS]
-    own = [
-        _fingerprint(param, label_in(group, index), number)
-        for number, group in enumerate(shared)
-        for index, param in enumerate(group["params"])
-        if not is_sharded(param)
+    shared = [
+        [(param, label_in(group, index)) for index, param in enumerate(group["params"]) if not is_sharded(param)]
+        for group in groups
+        if group["kind"] in MUON_KINDS
     ]
+    own = [_fingerprint(*each, number) for number, plain in enumerate(filter(None, shared)) for each in plain]
     ranks: list[Any] = [None] * size
     dist.all_gather_object(ranks, own, group=process_group)
     for index in range(max(map(len, ranks))):

@@ -288,6 +288,7 @@ def check_agreement(rank):
         "list: other shapes": sphere(other_shape, good),
         "list: other dtypes": sphere(with_grad(w.to((torch.float32, torch.float64)[rank]), None)),
         "list: other groups": sphere(good, good) if rank else sphere(good) + sphere(good),
+        "agree: other groups of shards": sphere(sharded) * rank + sphere(good),
         "agree: other groups of vectors": [{"params": [], "kind": "adamw"}] * rank + sphere(good),
         "list: empty on one rank": sphere(*([good, good] if rank else [])),
     }
