@@ -117,8 +117,7 @@ def first_tensor(output: Any) -> Tensor | None:
         output = output[0]
     if not isinstance(output, Tensor) or not output.is_floating_point():
         return None
-    output = output.detach()
-    return whole(output)
+    return whole(output.detach())
 
 
 def counted_logits(output: Any, default: Any = None) -> Any:

@@ -13,7 +13,7 @@ from lightning_mue.checks import mismatch, value_error
 from lightning_mue.parameterizations.reading.base import RUN_KEYS, Base
 from lightning_mue.parameterizations.reading.base_record import load_base
 
-_SET_MAX_STEPS = "Set max_steps of the Trainer (and max_epochs: -1)."
+_KNOWN_LENGTH = {"expected": "a run of known length", "do": "Set max_steps of the Trainer (and max_epochs: -1)."}
 #: Names under which data modules and models hold the length of a sequence.
 LENGTHS = ("context_length", "sequence_length", "seq_length", "seq_len", "max_seq_len", "block_size", "max_length")
 
@@ -32,10 +32,7 @@ def infer_batch_tokens(trainer: Trainer | None, pl_module: object, datamodule: o
     found as attributes or hyperparameters of the datamodule, else of the module; times accumulation and the number of
     data-parallel replicas.
 
-    Args:
-        trainer: The trainer, which need not be set up.
-        pl_module: The module.
-        datamodule: The datamodule, if there is one.
+    The trainer need not be set up.
 
     Raises:
         LookupError: Saying what was looked for.
@@ -48,13 +45,8 @@ def infer_batch_tokens(trainer: Trainer | None, pl_module: object, datamodule: o
         if size is None or length is None:
             missing = "batch_size" if size is None else f"sequence length ({', '.join(LENGTHS)})"
             where = " or ".join(type(owner).__name__ for owner in (datamodule, pl_module) if owner is not None)
-            raise LookupError(
-                mismatch(
-                    "datamodule",
-                    found=f"no {missing} and no tokens_per_batch among the attributes and hparams of {where}",
-                    expected="one of these, to infer batch_tokens",
-                )
-            )
+            found = f"no {missing} and no tokens_per_batch among the attributes and hparams of {where}"
+            raise LookupError(mismatch("datamodule", found=found, expected="one of these, to infer batch_tokens"))
         tokens = size * length
     return tokens * trainer.accumulate_grad_batches * replicas(trainer)
 
@@ -75,25 +67,12 @@ def steps(trainer: Trainer, optimizers: int | None = None) -> int:
     if max_epochs is None or max_epochs == -1:
         if max_steps > 0:
             return max_steps
-        raise LookupError(
-            mismatch(
-                "max_steps",
-                found="neither max_steps nor max_epochs",
-                expected="a run of known length",
-                do=_SET_MAX_STEPS,
-            )
-        )
+        raise LookupError(mismatch("max_steps", found="neither max_steps nor max_epochs", **_KNOWN_LENGTH))
     # Loading the data to count it would start a resumed loader at its first batch.
     estimate = trainer.estimated_stepping_batches if trainer.train_dataloader is not None else -1
     if not 0 < estimate < float("inf"):
-        raise LookupError(
-            mismatch(
-                "max_steps",
-                found=f"max_epochs={max_epochs} with epochs of a length that is not known before the data is loaded",
-                expected="a run of known length",
-                do=_SET_MAX_STEPS,
-            )
-        )
+        found = f"max_epochs={max_epochs} with epochs of a length that is not known before the data is loaded"
+        raise LookupError(mismatch("max_steps", found=found, **_KNOWN_LENGTH))
     return min(int(estimate), max_steps) if max_steps > 0 else int(estimate)
 
 
@@ -122,9 +101,9 @@ def run_sizes(
     Args:
         known: What the base holds of them.
         given: What the user gave, which comes first.
-        trainer: The trainer, if there is one.
+        trainer: To infer from, as the module and the datamodule are.
         pl_module: The module.
-        datamodule: The datamodule, if there is one.
+        datamodule: The datamodule.
         trains: False where no training follows: what cannot be inferred is then the base's.
         optimizers: Number of optimizers; see `steps`.
 

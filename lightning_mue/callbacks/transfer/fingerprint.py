@@ -63,10 +63,6 @@ class Fingerprint:
         The points are single steps, so each but the first and the last counts as the median of itself and its neighbours.
         Between two points the value is linear in the progress, as most warm-ups and decays of a learning rate are.
 
-        Args:
-            key: Key of a curve.
-            progress: Fraction of the run.
-
         Returns:
             The value; None before the first point, after the last one, and where the base's value is zero or was not
             measured.
@@ -91,15 +87,12 @@ class Fingerprint:
         return next((value for value in self.curves.get(key, ()) if value is not None), None)
 
     def match(self, key: str, depths: Mapping[str, float], roles: tuple[str, ...] = ()) -> str | None:
-        """The curve to compare another run's curve with.
+        """The curve to compare another run's curve with: of the same quantity and role, nearest in relative depth.
 
         Args:
             key: The other run's key.
             depths: Its place -> relative depth.
             roles: Roles to take instead of the key's own where the base has none of that role, in order.
-
-        Returns:
-            The key of the same quantity and role whose layers are nearest in relative depth; None if there is none.
         """
         quantity, role, place = key.split("/")
         for candidate in (role, *roles):
@@ -170,12 +163,7 @@ def _checked(plain: dict[str, Any], path: str | Path) -> Fingerprint:
 
 
 def sampled_steps(steps: int, points: int) -> set[int]:
-    """Zero-based steps at which to record a run: half of the points at equal ratios from the start, half evenly.
-
-    Args:
-        steps: Optimizer steps of the run.
-        points: About how many steps to take; the first and the last are among them.
-    """
+    """About ``points`` zero-based steps of a run, with the first and the last: half at equal ratios, half evenly."""
     half = max(1, points // 2)
     ratios = (steps ** (i / max(1, half - 1)) for i in range(half))
     even = (1 + (steps - 1) * i / max(1, half - 1) for i in range(half))
