@@ -81,10 +81,7 @@ def _valid(tag: str, title: str) -> str:
     try:
         re.compile(tag)
     except re.error as error:
-        raise value_error(
-            f"charts[{title!r}]",
-            found=f"the tag {tag!r}, which is not a valid regular expression ({error})",
-            expected="regular expressions",
-            do="Pass a literal tag through re.escape.",
-        ) from error
+        found = f"the tag {tag!r}, which is not a valid regular expression ({error})"
+        do = "Pass a literal tag through re.escape."
+        raise value_error(f"charts[{title!r}]", found=found, expected="regular expressions", do=do) from error
     return tag

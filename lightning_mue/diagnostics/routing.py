@@ -33,11 +33,7 @@ def max_violation(load: Tensor) -> Tensor:
 def load_max_fraction(counts: Tensor) -> Tensor:
     """Share of all assignments that the busiest expert takes: 1/E when balanced, 1 when collapsed (with top-1).
 
-    Args:
-        counts: [..., E] assignments on each expert.
-
-    Returns:
-        Float32 [...]. NaN when nothing is assigned.
+    Takes the assignments on each expert, [..., E]; gives float32 [...], NaN when nothing is assigned.
     """
     counts = _per_expert(counts, "counts")
     return counts.amax(dim=-1) / counts.sum(dim=-1)
@@ -46,25 +42,14 @@ def load_max_fraction(counts: Tensor) -> Tensor:
 def load_entropy(counts: Tensor) -> Tensor:
     """Entropy of the mean load ``counts / sum(counts)``, in nats: ln(E) when balanced, 0 when one expert takes all.
 
-    Args:
-        counts: [..., E] assignments on each expert.
-
-    Returns:
-        Float32 [...]. NaN when nothing is assigned.
+    Takes the assignments on each expert, [..., E]; gives float32 [...], NaN when nothing is assigned.
     """
     counts = _per_expert(counts, "counts")
     return torch.special.entr(counts / counts.sum(dim=-1, keepdim=True)).sum(dim=-1)
 
 
 def dead_experts(counts: Tensor) -> Tensor:
-    """How many experts received nothing.
-
-    Args:
-        counts: [..., E] assignments on each expert.
-
-    Returns:
-        Int64 [...]: E when the batch is empty.
-    """
+    """How many experts received nothing: int64 [...] from assignments [..., E]; E when the batch is empty."""
     return (_per_expert(counts, "counts") == 0).sum(dim=-1)
 
 

@@ -97,8 +97,8 @@ class SampledMonitor(Callback, ABC):
         if not self._probes or not self._samples(trainer, batch_idx):
             return
         if any(_is_compiled(module) for module in pl_module.modules()):
-            reason = "because hooks do not fire in compiled code"
-            self._warn("compiled", f"runs compiled modules eagerly during a sampled step, {reason}.")
+            message = "runs compiled modules eagerly during a sampled step, because hooks do not fire in compiled code."
+            self._warn("compiled", message)
             _EAGER.hold(self)
         self._step = trainer.global_step
         self._handles = [probe.attach(pl_module.device) for probe in self._probes]

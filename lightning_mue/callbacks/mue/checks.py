@@ -125,11 +125,7 @@ def warn_at_fit_start(
 ) -> None:
     """Warns of kept weights, coupled weight decay, a vanishing epsilon, and callbacks that a balance needs.
 
-    Args:
-        trainer: The trainer.
-        pl_module: The module.
-        plan: Plan of this fit.
-        last: Plan of the module's last fit, if it goes on with the weights of that one.
+    ``last`` is the plan of the module's last fit, if it goes on with the weights of that one.
     """
     if last is not None and not plan.same_size:
         _warn_of_kept_weights(pl_module, last, plan)

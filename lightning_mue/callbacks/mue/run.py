@@ -30,9 +30,7 @@ def infer_batch_tokens(trainer: Trainer | None, pl_module: object, datamodule: o
 
     That is ``datamodule.tokens_per_batch`` (of one process), or ``batch_size`` times the length of a sequence (see ``LENGTHS``),
     found as attributes or hyperparameters of the datamodule, else of the module; times accumulation and the number of
-    data-parallel replicas.
-
-    The trainer need not be set up.
+    data-parallel replicas. The trainer need not be set up.
 
     Raises:
         LookupError: Saying what was looked for.
@@ -54,9 +52,7 @@ def infer_batch_tokens(trainer: Trainer | None, pl_module: object, datamodule: o
 def steps(trainer: Trainer, optimizers: int | None = None) -> int:
     """Optimizer steps of the run; where manual optimization steps several optimizers a batch, they count as one.
 
-    Args:
-        trainer: The trainer, which need not be set up.
-        optimizers: Number of optimizers; by default the trainer's, which has none before it is set up.
+    The trainer need not be set up; as it then has no optimizers, give their number.
 
     Raises:
         LookupError: If they are not known yet.
@@ -96,16 +92,9 @@ def run_sizes(
     trains: bool = True,
     optimizers: int | None = None,
 ) -> dict[str, float | None]:
-    """``tokens`` and ``batch_tokens`` for a plan.
+    """``tokens`` and ``batch_tokens`` for a plan: as given, else inferred where they are known of the base.
 
-    Args:
-        known: What the base holds of them.
-        given: What the user gave, which comes first.
-        trainer: To infer from, as the module and the datamodule are.
-        pl_module: The module.
-        datamodule: The datamodule.
-        trains: False where no training follows: what cannot be inferred is then the base's.
-        optimizers: Number of optimizers; see `steps`.
+    Where no training follows (not ``trains``), what cannot be inferred is the base's.
 
     Raises:
         ValueError: For a size that the base holds and that is neither given nor can be inferred.

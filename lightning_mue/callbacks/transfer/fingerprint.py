@@ -50,12 +50,7 @@ class Fingerprint:
         order = sorted(points)
         keys = sorted({key for point in points.values() for key in point})
         curves = {key: [_rounded(points[step].get(key)) for step in order] for key in keys}
-        return cls(steps, [_exactly((step + 1) / steps) for step in order], curves, **about)
-
-    @property
-    def keys(self) -> set[str]:
-        """Keys of all curves."""
-        return set(self.curves)
+        return cls(steps, [float(f"{(step + 1) / steps:.9g}") for step in order], curves, **about)
 
     def at(self, key: str, progress: float) -> float | None:
         """A curve's value at a fraction of the run.
@@ -129,9 +124,8 @@ class Fingerprint:
         if not isinstance(plain, dict) or plain.pop("kind", None) != _KIND:
             raise _unreadable(path, "which is JSON, but no fingerprint")
         if (schema := plain.pop("schema", None)) != SCHEMA:
-            raise _unreadable(
-                path, f"of schema {schema!r}", f"one of schema {SCHEMA}, which this version of lightning_mue reads"
-            )
+            expected = f"one of schema {SCHEMA}, which this version of lightning_mue reads"
+            raise _unreadable(path, f"of schema {schema!r}", expected)
         return _checked(plain, path)
 
 
@@ -154,11 +148,8 @@ def _checked(plain: dict[str, Any], path: str | Path) -> Fingerprint:
     if not well_formed:
         raise _unreadable(path, "which is damaged: its curves are not lists of numbers")
     if not found.progress or lengths != {len(found.progress)} or found.progress != sorted(found.progress):
-        raise _unreadable(
-            path,
-            f"whose curves have {sorted(lengths)} points for {len(found.progress)} values of progress",
-            "one point for each of the ascending values of progress",
-        )
+        what = f"whose curves have {sorted(lengths)} points for {len(found.progress)} values of progress"
+        raise _unreadable(path, what, "one point for each of the ascending values of progress")
     return found
 
 
@@ -172,7 +163,3 @@ def sampled_steps(steps: int, points: int) -> set[int]:
 
 def _rounded(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(f"{value:.{_DIGITS}g}")
-
-
-def _exactly(value: float) -> float:
-    return float(f"{value:.9g}")

@@ -231,9 +231,7 @@ class TransferMonitor(SampledMonitor):
         if progress >= self.warmup:
             self._comparison.watch(ratios, at=progress, moved=any(key.startswith("update/") for key in values))
         worst = [octaves(ratio) for key, ratio in ratios.items() if not key.startswith("loss/")]
-        tags = {
-            "transfer/loss" if key.startswith("loss/") else f"transfer/{key}": ratio for key, ratio in ratios.items()
-        }
+        tags = {f"transfer/{'loss' if key.startswith('loss/') else key}": ratio for key, ratio in ratios.items()}
         return {**tags, "transfer/worst": max(worst)} if worst else tags
 
     def _write(self, trainer: Trainer) -> None:
@@ -257,12 +255,8 @@ class TransferMonitor(SampledMonitor):
 
 def _check(record: object, compare: object, **numbers: float) -> None:
     if record is None and compare is None:
-        raise value_error(
-            "record",
-            found="None, and compare is None too",
-            expected="one of them",
-            do="Give record='base.json' in the base run, or compare='base.json' in the target run.",
-        )
+        do = "Give record='base.json' in the base run, or compare='base.json' in the target run."
+        raise value_error("record", found="None, and compare is None too", expected="one of them", do=do)
     for name, minimum in (("points", 2), ("patience", 1), ("max_elements", 1)):
         require_integer(name, numbers[name], minimum)
     if not numbers["band"] > 1:

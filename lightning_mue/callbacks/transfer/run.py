@@ -46,9 +46,6 @@ def total_steps(trainer: Trainer) -> int:
     try:
         return steps(trainer)
     except LookupError:
-        raise value_error(
-            "max_steps",
-            found=f"{trainer.max_steps} with max_epochs={trainer.max_epochs}, so the length of this run is not known",
-            expected="a known length, of which TransferMonitor's progress is a fraction",
-            do="Set max_steps of the Trainer.",
-        ) from None
+        found = f"{trainer.max_steps} with max_epochs={trainer.max_epochs}, so the length of this run is not known"
+        expected = "a known length, of which TransferMonitor's progress is a fraction"
+        raise value_error("max_steps", found=found, expected=expected, do="Set max_steps of the Trainer.") from None
