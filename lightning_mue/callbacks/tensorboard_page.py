@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_mue.checks import value_error
-
-if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
 
 #: category -> chart title -> regexes of tags
 Charts = dict[str, dict[str, list[str]]]
@@ -34,7 +32,7 @@ _written: WeakKeyDictionary[TensorBoardLogger, dict[str, Any]] = WeakKeyDictiona
 
 
 def register(trainer: Trainer, category: str, charts: Mapping[str, Sequence[str]]) -> None:
-    r"""Add charts to the page of ``trainer``; call it before ``on_train_start``.
+    r"""Adds charts to the page of ``trainer``; call it before ``on_train_start``.
 
     Several callbacks may share a category, and even a chart, whose tags are then joined. Registering the same thing
     twice (a second ``fit``) changes nothing.
@@ -55,19 +53,14 @@ def register(trainer: Trainer, category: str, charts: Mapping[str, Sequence[str]
 
 
 def write(trainer: Trainer) -> None:
-    """Write the page of ``trainer`` to each of its TensorBoard loggers, on rank zero, unless it is already there.
-
-    Args:
-        trainer: A trainer that has begun to train. With nothing registered, or no TensorBoardLogger, nothing happens.
-    """
+    """Writes the page of a trainer that has begun to train to each of its TensorBoardLoggers, on rank zero, unless it is there."""
     registered = _registered.get(trainer)
     if registered is None or not trainer.is_global_zero:
         return
     for logger in trainer.loggers:
-        if not isinstance(logger, TensorBoardLogger):
-            continue
-        page = _page(registered, logger._prefix)
-        if _written.get(logger) != page:
+        if isinstance(logger, TensorBoardLogger) and _written.get(logger) != (
+            page := _page(registered, logger._prefix)
+        ):
             logger.experiment.add_custom_scalars(page)
             _written[logger] = page
 
@@ -88,10 +81,7 @@ def _valid(tag: str, title: str) -> str:
     try:
         re.compile(tag)
     except re.error as error:
-        raise value_error(
-            f"charts[{title!r}]",
-            found=f"the tag {tag!r}, which is not a valid regular expression ({error})",
-            expected="regular expressions",
-            do="Pass a literal tag through re.escape.",
-        ) from error
+        found = f"the tag {tag!r}, which is not a valid regular expression ({error})"
+        do = "Pass a literal tag through re.escape."
+        raise value_error(f"charts[{title!r}]", found=found, expected="regular expressions", do=do) from error
     return tag

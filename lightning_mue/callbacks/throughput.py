@@ -48,22 +48,21 @@ class ThroughputMonitor(Callback):
         if tokens_of is not None and not callable(tokens_of):
             raise type_error("tokens_of", found=repr(tokens_of), expected="a function of the batch, or None")
         self.tokens_of = tokens_of
-        #: Start of the interval and tokens since then; None before the end of the first batch.
-        self._clock: tuple[float, int] | None = None
+        #: Start of the interval, None before the end of the first batch; start of a validation in it; tokens since its start.
+        self._start: float | None = None
         self._paused: float | None = None
+        self._seen = 0
         self._utilization: float | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Looks up the FLOPs, and registers the charts."""
+        """Looks up the FLOPs, and registers the chart that not every run has."""
         self._utilization = _utilization(trainer, pl_module)
-        charts = {"Tokens per second": [_RATE]}
-        tensorboard_page.register(
-            trainer, "Training", charts if self._utilization is None else {**charts, "Model FLOPs utilization": [_MFU]}
-        )
+        charts = {} if self._utilization is None else {"Model FLOPs utilization": [_MFU]}
+        tensorboard_page.register(trainer, "Training", charts)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Resets the clock, and writes the TensorBoard page, unless another callback has."""
-        self._clock = self._paused = None
+        self._start, self._paused, self._seen = None, None, 0
         tensorboard_page.write(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -72,9 +71,8 @@ class ThroughputMonitor(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Lets the clock go on after a validation and what other callbacks do at its end, such as saving a checkpoint."""
-        if self._clock is not None and self._paused is not None:
-            start, seen = self._clock
-            self._clock = (start + time.perf_counter() - self._paused, seen)
+        if self._start is not None and self._paused is not None:
+            self._start += time.perf_counter() - self._paused
         self._paused = None
 
     def on_train_batch_end(
@@ -82,23 +80,21 @@ class ThroughputMonitor(Callback):
     ) -> None:
         """Counts the batch's tokens; logs on log steps."""
         now, tokens = time.perf_counter(), self._tokens(batch)
-        if self._clock is None:
-            self._clock = (now, 0)
+        if self._start is None:
+            self._start = now
             if tokens is None:
                 rank_zero_warn(
                     "ThroughputMonitor: tokens are not counted, because there is no integer tensor of at least two dimensions "
                     f"in a batch of type {type(batch).__name__}. Give tokens_of, a function of the batch."
                 )
             return
-        start, seen = self._clock
-        seen += (tokens or 0) * replicas(trainer)
-        self._clock = (start, seen)
-        if seen and will_step(trainer, batch_idx) and trainer._logger_connector.should_update_logs:
-            rate = seen / (now - start)
+        self._seen += (tokens or 0) * replicas(trainer)
+        if self._seen and will_step(trainer, batch_idx) and trainer._logger_connector.should_update_logs:
+            rate = self._seen / (now - self._start)
             pl_module.log(_RATE, rate, prog_bar=True)
             if self._utilization is not None:
                 pl_module.log(_MFU, rate * self._utilization)
-            self._clock = (now, 0)
+            self._start, self._seen = now, 0
 
     def _tokens(self, batch: Any) -> int | None:
         """Number of tokens in this rank's batch; None if there is nothing to count."""

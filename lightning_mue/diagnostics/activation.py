@@ -27,11 +27,7 @@ def output_rms(x: Tensor) -> Tensor:
 def max_over_rms(x: Tensor) -> Tensor:
     """Largest magnitude over the RMS, both of the whole tensor: 1 when all entries are equally large.
 
-    Args:
-        x: Any shape.
-
-    Returns:
-        Float32 scalar. NaN when ``x`` is empty or all zero.
+    Float32 scalar. NaN when ``x`` is empty or all zero.
     """
     if x.numel() == 0:
         return torch.full((), float("nan"), device=x.device)
@@ -42,13 +38,7 @@ def kurtosis(x: Tensor) -> Tensor:
     """Fourth standardized moment of the whole tensor: 3 for a normal distribution, large with heavy tails.
 
     The mean and the variance are those of the whole tensor, not of each token, and nothing is subtracted (this is not
-    the excess kurtosis).
-
-    Args:
-        x: Any shape.
-
-    Returns:
-        Float32 scalar. NaN when ``x`` is empty or constant.
+    the excess kurtosis). Float32 scalar. NaN when ``x`` is empty or constant.
     """
     centered = x.float() - x.float().mean()
     variance = centered.square().mean()
@@ -110,15 +100,7 @@ def activation_summary(x: Tensor, threshold: float = 5.0) -> Tensor:
 
 
 def merge_summaries(a: Tensor, b: Tensor) -> Tensor:
-    """The summary of two tensors together, from the summary of each.
-
-    Args:
-        a: [7] from `activation_summary`; zeros are neutral.
-        b: The same, of the same dtype.
-
-    Returns:
-        [7] in the dtype of ``a``.
-    """
+    """The summary [7] of two tensors together, from the summary [7] of each, of the same dtype; zeros are neutral."""
     n = a[0] + b[0]
     weight_a, weight_b = a[0] / n.clamp(min=1), b[0] / n.clamp(min=1)
     gap = b[1] - a[1]
@@ -129,10 +111,7 @@ def merge_summaries(a: Tensor, b: Tensor) -> Tensor:
 
 
 def summary_metrics(summary: Tensor) -> dict[str, Tensor]:
-    """The metrics of this file, from a summary.
-
-    Args:
-        summary: [7] from `activation_summary` or `merge_summaries`.
+    """The metrics of this file, from a summary [7].
 
     Returns:
         Scalars in the summary's dtype under the keys ``rms``, ``outlier_percent``, ``max_over_rms`` and ``kurtosis``,

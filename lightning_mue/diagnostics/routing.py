@@ -1,7 +1,7 @@
 """Routing diagnostics: balance of the load and entropy of the routing decisions (docs/theory.md section 6).
 
 Shape legend: T tokens, E experts. A load or count vector [E] may carry leading dimensions [..., E]; each row is then
-measured by itself.
+measured by itself. All functions raise a ValueError where there are no experts.
 """
 
 from __future__ import annotations
@@ -24,9 +24,6 @@ def max_violation(load: Tensor) -> Tensor:
 
     Returns:
         Float32 [...]. NaN when the total load is zero.
-
-    Raises:
-        ValueError: If there are no experts.
     """
     load = _per_expert(load, "load")
     mean = load.mean(dim=-1)
@@ -36,14 +33,7 @@ def max_violation(load: Tensor) -> Tensor:
 def load_max_fraction(counts: Tensor) -> Tensor:
     """Share of all assignments that the busiest expert takes: 1/E when balanced, 1 when collapsed (with top-1).
 
-    Args:
-        counts: [..., E] assignments on each expert.
-
-    Returns:
-        Float32 [...]. NaN when nothing is assigned.
-
-    Raises:
-        ValueError: If there are no experts.
+    Takes the assignments on each expert, [..., E]; gives float32 [...], NaN when nothing is assigned.
     """
     counts = _per_expert(counts, "counts")
     return counts.amax(dim=-1) / counts.sum(dim=-1)
@@ -52,31 +42,14 @@ def load_max_fraction(counts: Tensor) -> Tensor:
 def load_entropy(counts: Tensor) -> Tensor:
     """Entropy of the mean load ``counts / sum(counts)``, in nats: ln(E) when balanced, 0 when one expert takes all.
 
-    Args:
-        counts: [..., E] assignments on each expert.
-
-    Returns:
-        Float32 [...]. NaN when nothing is assigned.
-
-    Raises:
-        ValueError: If there are no experts.
+    Takes the assignments on each expert, [..., E]; gives float32 [...], NaN when nothing is assigned.
     """
     counts = _per_expert(counts, "counts")
     return torch.special.entr(counts / counts.sum(dim=-1, keepdim=True)).sum(dim=-1)
 
 
 def dead_experts(counts: Tensor) -> Tensor:
-    """How many experts received nothing.
-
-    Args:
-        counts: [..., E] assignments on each expert.
-
-    Returns:
-        Int64 [...]: E when the batch is empty.
-
-    Raises:
-        ValueError: If there are no experts.
-    """
+    """How many experts received nothing: int64 [...] from assignments [..., E]; E when the batch is empty."""
     return (_per_expert(counts, "counts") == 0).sum(dim=-1)
 
 
@@ -92,9 +65,6 @@ def router_entropy(logits: Tensor) -> Tensor:
 
     Returns:
         Float32 scalar. NaN when there are no tokens.
-
-    Raises:
-        ValueError: If there are no experts.
     """
     logits = _per_expert(logits, "logits")
     return torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1).mean()

@@ -116,12 +116,9 @@ class LogitsZMonitor(SampledMonitor):
         if self.lm_logits is None:
             return _infer_lm_heads(modules)
         if self.lm_logits not in modules:
-            raise value_error(
-                "lm_logits",
-                found=repr(self.lm_logits),
-                expected=f"the name of a module of {type(pl_module).__name__}",
-                do=f"Give a name from named_modules(), such as one of {[name for name in modules if name][-8:]}.",
-            )
+            expected = f"the name of a module of {type(pl_module).__name__}"
+            do = f"Give a name from named_modules(), such as one of {[name for name in modules if name][-8:]}."
+            raise value_error("lm_logits", found=repr(self.lm_logits), expected=expected, do=do)
         return {self.lm_logits: modules[self.lm_logits]}
 
 

@@ -71,11 +71,8 @@ def layer_labels(names: Iterable[str]) -> dict[str, str]:
     A name that holds a block index becomes that index with two digits; others, and those whose index is shared with
     another module, keep their whole name (cleaned of characters that loggers treat specially).
 
-    Args:
-        names: Qualified module names.
-
     Returns:
-        name -> label, all labels distinct.
+        Qualified name -> label, all labels distinct.
 
     Example:
         >>> layer_labels(["blocks.3.attention.core", "head"])
@@ -96,13 +93,7 @@ def layer_labels(names: Iterable[str]) -> dict[str, str]:
 def over_layers(metrics: Mapping[str, float], group: str, *reductions: str) -> dict[str, float]:
     """Reduce the metrics ``<group>/<layer>`` over layers to ``<group>_mean``, ``<group>_max`` or ``<group>_min``.
 
-    Args:
-        metrics: Tag -> value.
-        group: Tag without the layer.
-        *reductions: Of ``"mean"``, ``"max"`` and ``"min"``. NaN in any layer gives NaN.
-
-    Returns:
-        The reduced metrics; empty when the group has no layer.
+    NaN in any layer gives NaN; a group without layers gives nothing.
     """
     values = torch.tensor([value for tag, value in metrics.items() if tag.startswith(f"{group}/")], dtype=torch.float64)
     return {f"{group}_{name}": float(getattr(values, name)()) for name in reductions} if len(values) else {}
@@ -117,8 +108,7 @@ def first_tensor(output: Any) -> Tensor | None:
         output = output[0]
     if not isinstance(output, Tensor) or not output.is_floating_point():
         return None
-    output = output.detach()
-    return whole(output)
+    return whole(output.detach())
 
 
 def counted_logits(output: Any, default: Any = None) -> Any:

@@ -29,12 +29,10 @@ class _RouterProbe(Probe):
         if logits_TE is None or counts_E is None:
             return None
         if counts_E.numel() != self.size - 2:
-            raise value_error(
-                f"router {self.label}",
-                found=f"counts of {counts_E.numel()} experts",
-                expected=f"{self.size - 2}, which is its n_experts (or the rows of its weight)",
-                do="Return one count for each expert, zeros included.",
-            )
+            found = f"counts of {counts_E.numel()} experts"
+            expected = f"{self.size - 2}, which is its n_experts (or the rows of its weight)"
+            do = "Return one count for each expert, zeros included."
+            raise value_error(f"router {self.label}", found=found, expected=expected, do=do)
         tokens = logits_TE.shape[0]
         entropy = router_entropy(logits_TE) * tokens if tokens else logits_TE.new_zeros((), dtype=torch.float32)
         return torch.cat([torch.stack([entropy, torch.full_like(entropy, tokens)]), counts_E.float()])
@@ -108,15 +106,11 @@ class RouterMonitor(SampledMonitor):
 
 
 def _n_experts(module: nn.Module, label: str) -> int:
-    n_experts = getattr(module, "n_experts", None)
-    weight = getattr(module, "weight", None)
+    n_experts, weight = getattr(module, "n_experts", None), getattr(module, "weight", None)
     if isinstance(n_experts, int):
         return n_experts
     if isinstance(weight, Tensor) and weight.ndim == 2:
         return weight.shape[0]
-    raise value_error(
-        f"router {label}",
-        found=f"{type(module).__name__} without a number of experts",
-        expected="an integer attribute n_experts, or a weight [n_experts, width]",
-        do="Give it one of them.",
-    )
+    found = f"{type(module).__name__} without a number of experts"
+    expected = "an integer attribute n_experts, or a weight [n_experts, width]"
+    raise value_error(f"router {label}", found=found, expected=expected, do="Give it one of them.")

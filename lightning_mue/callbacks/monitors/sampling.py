@@ -60,9 +60,8 @@ class SampledMonitor(Callback, ABC):
 
     def __init__(self, every_n_steps: int | None = None) -> None:
         if every_n_steps is not None:
-            require_integer(
-                "every_n_steps", every_n_steps, 1, do="It counts optimizer steps; None follows log_every_n_steps."
-            )
+            do = "It counts optimizer steps; None follows log_every_n_steps. To log nothing, leave the monitor out."
+            require_integer("every_n_steps", every_n_steps, 1, do)
         self.every_n_steps = every_n_steps
         self._probes: list[Probe] = []
         self._handles: list[RemovableHandle] = []
@@ -98,10 +97,8 @@ class SampledMonitor(Callback, ABC):
         if not self._probes or not self._samples(trainer, batch_idx):
             return
         if any(_is_compiled(module) for module in pl_module.modules()):
-            self._warn(
-                "compiled",
-                "runs compiled modules eagerly during a sampled step, because hooks do not fire in compiled code.",
-            )
+            message = "runs compiled modules eagerly during a sampled step, because hooks do not fire in compiled code."
+            self._warn("compiled", message)
             _EAGER.hold(self)
         self._step = trainer.global_step
         self._handles = [probe.attach(pl_module.device) for probe in self._probes]
@@ -145,9 +142,7 @@ class SampledMonitor(Callback, ABC):
         """Optimizer steps between samples; 0 when this run logs nothing."""
         if not trainer.loggers:
             return 0
-        if self.every_n_steps is None:
-            return trainer.log_every_n_steps  # type: ignore[attr-defined]  # the Trainer sets it through a connector
-        return self.every_n_steps
+        return self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined,no-any-return]  # by a connector
 
     def _samples(self, trainer: Trainer, batch_idx: int) -> bool:
         # Manual optimization may step several optimizers a batch, and global_step counts each of them.
@@ -162,8 +157,9 @@ class SampledMonitor(Callback, ABC):
         totals = [torch.zeros(p.size, device=device) if p.total is None else p.total.to(device) for p in self._probes]
         silent = [probe.label for probe in self._probes if probe.total is None]
         if silent:
-            what = ", ".join(silent)
-            self._warn("silent", f"saw no forward pass of {what}, or none with an output that it can measure.")
+            self._warn(
+                "silent", f"saw no forward pass of {', '.join(silent)}, or none with an output that it can measure."
+            )
         local_N = torch.cat(totals)
         ranks_RN = trainer.strategy.all_gather(local_N).reshape(-1, local_N.numel()).cpu().double()
         metrics: dict[str, float] = {}
@@ -185,15 +181,11 @@ class SampledMonitor(Callback, ABC):
 
 
 def will_step(trainer: Trainer, batch_idx: int) -> bool:
-    """Whether the optimizer steps at the end of a training batch that is about to run.
+    """Whether the optimizer steps at the end of a training batch of the epoch that is about to run.
 
     The Trainer's own answer is private; this one is built from public attributes. It steps on every
     ``accumulate_grad_batches``-th batch of an epoch and on the epoch's last batch (unless the strategy accumulates by
     itself, as DeepSpeed does). Under manual optimization every batch counts as one that steps.
-
-    Args:
-        trainer: A trainer in its training loop.
-        batch_idx: Index of the batch in the epoch.
     """
     if not trainer.lightning_module.automatic_optimization or (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
         return True

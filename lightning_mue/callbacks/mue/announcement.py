@@ -16,14 +16,7 @@ _log = logging.getLogger(__name__)
 
 
 def announce(trainer: Trainer, plan: ScalingPlan, *, drawn: bool, verbose: bool) -> None:
-    """Shows the plan, on rank zero.
-
-    Args:
-        trainer: The trainer, whose loggers get the plan.
-        plan: The plan.
-        drawn: Whether the initial weights were drawn by it.
-        verbose: Print the whole table; otherwise one line and the notes are logged.
-    """
+    """Shows a plan on rank zero: its table if `verbose`, else one line and the notes."""
     if not trainer.is_global_zero:
         return
     if not plan.same_size:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,7 @@ from torch.optim import Optimizer
 from lightning_mue.callbacks import tensorboard_page
 from lightning_mue.callbacks.mue import checks
 from lightning_mue.callbacks.mue.announcement import announce
-from lightning_mue.callbacks.mue.averages import copy_to_averages
-from lightning_mue.callbacks.mue.process_group import set_process_groups
-from lightning_mue.callbacks.mue.rates import effective_rates
+from lightning_mue.callbacks.mue.companions import copy_to_averages, set_process_groups
 from lightning_mue.callbacks.mue.run import known_to, run_sizes
 from lightning_mue.parameterizations import Parameterization, ScaledStep, ScalingPlan, get_rule, plan
 from lightning_mue.parameterizations.applying.initial_weights import apply_plan, set_multipliers
@@ -166,6 +165,7 @@ class MuECallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Applies the plan: multipliers always; initial weights once; scaled steps for this fit."""
         self._detach()
+        checks.refuse_unsupported_parameters(trainer, pl_module)
         self.plan = plan = self.make_plan(pl_module, trainer.optimizers, trainer)
         self._module = weakref.ref(pl_module)
         has_checkpoint = checks.resumes(trainer)
@@ -175,7 +175,9 @@ class MuECallback(Callback):
         if resumed:
             checks.refuse_other_plan(self._saved_plan, plan)
         starts = self.initialize and not (resumed or has_checkpoint)
-        checks.check_fit_start(trainer, pl_module, plan, last=getattr(pl_module, _LAST_PLAN, None) if starts else None)
+        checks.warn_at_fit_start(
+            trainer, pl_module, plan, last=getattr(pl_module, _LAST_PLAN, None) if starts else None
+        )
         # Restored, loaded, or trained before: the weights stay.
         drawn = apply_plan(pl_module, plan, seed=self.seed, draw=self.initialize and not resumed)
         setattr(pl_module, _LAST_PLAN, plan)
@@ -213,7 +215,16 @@ class MuECallback(Callback):
         A role with several rates has one tag each: ``<role>/<kind>``, ``<role>/group1``, ``<role>/x0.25`` (factor of the plan),
         and ``<role>/AdamW-1`` where several optimizers hold it.
         """
-        return effective_rates(self._steps)
+        rates: dict[str, float] = {}
+        counts: Counter[str] = Counter()
+        for step in self._steps:
+            name = type(step.optimizer).__name__
+            label = f"{name}-{counts[name]}" if counts[name] else name
+            counts[name] += 1
+            elsewhere = {tag for other in self._steps if other is not step for tag in other.effective_lr}
+            for tag, lr in step.effective_lr.items():
+                rates[f"mue/lr/{tag}/{label}" if tag in elsewhere else f"mue/lr/{tag}"] = float(lr)
+        return rates
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Gives the optimizers their own groups back, so that what is saved now stays readable."""
@@ -229,17 +240,6 @@ class MuECallback(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sets the multipliers where no fit has."""
-        self._set_multipliers(trainer, pl_module)
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sets the multipliers where no fit has."""
-        self._set_multipliers(trainer, pl_module)
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sets the multipliers where no fit has."""
-        self._set_multipliers(trainer, pl_module)
-
-    def _set_multipliers(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._module is not None and self._module() is pl_module:
             return
         # The weights of a checkpoint need the multipliers that they were trained with. Where there is none: multipliers do not
@@ -247,6 +247,8 @@ class MuECallback(Callback):
         self.plan = self._saved_plan or self.make_plan(pl_module, [], trainer, trains=False)
         self._module = weakref.ref(pl_module)
         set_multipliers(pl_module, self.plan.multipliers)
+
+    on_test_start = on_predict_start = on_validation_start
 
     def state_dict(self) -> dict[str, Any]:
         """The plan, as plain types: a resumed run must have the same one."""
@@ -260,6 +262,3 @@ class MuECallback(Callback):
         for step in self._steps:
             step.remove()
         self._steps = []
-
-
-__all__ = ["MuECallback"]

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_mue.checks import mismatch
+from lightning_mue.checks import value_error
 from lightning_mue.moe.balance_callbacks import warn_of_missing_callbacks
 from lightning_mue.parameterizations import ScalingPlan
 from lightning_mue.sharded import is_sharded
@@ -29,13 +29,11 @@ def check_setup(trainer: Trainer, pl_module: LightningModule) -> None:
     """
     strategy = type(trainer.strategy)
     if _FLATTENING & {base.__name__ for base in strategy.__mro__}:
-        raise ValueError(
-            mismatch(
-                "strategy",
-                found=f"{strategy.__name__}, which flattens and regroups parameters",
-                expected="one under which parameters keep their shapes, so that they can be scaled by role",
-                do="Use FSDP2 (ModelParallelStrategy, with fully_shard in configure_model) or DDP.",
-            )
+        raise value_error(
+            "strategy",
+            found=f"{strategy.__name__}, which flattens and regroups parameters",
+            expected="one under which parameters keep their shapes, so that they can be scaled by role",
+            do="Use FSDP2 (ModelParallelStrategy, with fully_shard in configure_model) or DDP.",
         )
     if any(type(c).__name__ in ("LearningRateFinder", "BatchSizeFinder") for c in trainer.callbacks):  # type: ignore[attr-defined]
         rank_zero_warn(
@@ -50,45 +48,25 @@ def check_setup(trainer: Trainer, pl_module: LightningModule) -> None:
         )
 
 
-def check_fit_start(
-    trainer: Trainer, pl_module: LightningModule, plan: ScalingPlan, *, last: ScalingPlan | None
-) -> None:
-    """Everything that is refused or warned of at fit start, except the checkpoint's plan (`refuse_other_plan`).
-
-    Args:
-        trainer: The trainer.
-        pl_module: The module.
-        plan: Plan of this fit.
-        last: Plan of the module's last fit, if it goes on with the weights of that one.
+def refuse_unsupported_parameters(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Refuses an optimizer that was made before configure_model sharded the parameters: it would train nothing.
 
     Raises:
         ValueError: If an optimizer holds plain tensors while the module's parameters are sharded.
     """
-    _refuse_unsupported_parameters(trainer, pl_module)
-    if last is not None and not plan.same_size:
-        _warn_of_kept_weights(pl_module, last, plan)
-    _warn_of_coupled_decay(trainer)
-    _warn_of_vanishing_eps(trainer, pl_module, plan)
-    warn_of_missing_callbacks(trainer, pl_module)
-
-
-def _refuse_unsupported_parameters(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Refuses an optimizer that was made before configure_model replaced the parameters: it would train nothing."""
     own = set(map(id, pl_module.parameters()))
     if not any(is_sharded(p) for p in pl_module.parameters()):
         return
     for optimizer in trainer.optimizers:
         held = [p for group in optimizer.param_groups for p in group["params"]]
         if held and not any(id(p) in own for p in held):
-            raise ValueError(
-                mismatch(
-                    "optimizer",
-                    found=f"{type(optimizer).__name__}, which holds none of the module's parameters, because it was made before "
-                    "configure_model sharded them",
-                    expected="one that holds the sharded parameters; this one would train nothing",
-                    do="Make it in configure_optimizers (with LightningCLI: auto_configure_optimizers=False and an "
-                    "OptimizerCallable argument of the module).",
-                )
+            raise value_error(
+                "optimizer",
+                found=f"{type(optimizer).__name__}, which holds none of the module's parameters, because it was made before "
+                "configure_model sharded them",
+                expected="one that holds the sharded parameters; this one would train nothing",
+                do="Make it in configure_optimizers (with LightningCLI: auto_configure_optimizers=False and an "
+                "OptimizerCallable argument of the module).",
             )
 
 
@@ -103,24 +81,19 @@ def resumes(trainer: Trainer) -> bool:
 
 
 def refuse_other_plan(saved: ScalingPlan | None, plan: ScalingPlan) -> None:
-    """Refuses to go on from the checkpoint of a run with another plan.
-
-    Args:
-        saved: The checkpoint's plan; None if it has none, which is refused unless this run's plan changes nothing.
-        plan: This run's.
+    """Refuses to go on from the checkpoint of a run with another plan, or with none unless this run's changes nothing.
 
     Raises:
         ValueError: With the differences.
     """
+    expected = "one of a run with this plan; going on would change the hyperparameters in the middle"
     if saved is None:
         if not plan.same_size:
-            raise ValueError(
-                mismatch(
-                    "ckpt_path",
-                    found="a checkpoint that holds no plan, so it was written by a run without MuECallback",
-                    expected="one of a run with this plan; going on would change the hyperparameters in the middle",
-                    do="Resume without the callback, or start a new run. The checkpoint was not changed.",
-                )
+            raise value_error(
+                "ckpt_path",
+                found="a checkpoint that holds no plan, so it was written by a run without MuECallback",
+                expected=expected,
+                do="Resume without the callback, or start a new run. The checkpoint was not changed.",
             )
         return
     differences = saved.diff(plan, init=False)  # the initial weights are in the checkpoint already
@@ -128,14 +101,12 @@ def refuse_other_plan(saved: ScalingPlan | None, plan: ScalingPlan) -> None:
         return
     shown = "\n  ".join(differences[:12])
     more = f"\n  and {len(differences) - 12} more" if len(differences) > 12 else ""
-    raise ValueError(
-        mismatch(
-            "ckpt_path",
-            found="a checkpoint of a run with another plan",
-            expected="one of a run with this plan; going on would change the hyperparameters in the middle",
-            do=f"The differences (checkpoint -> now) are:\n  {shown}{more}\nRestore the old rule, base and sizes, or start a "
-            f"new run from the weights alone.{_how_to_train_longer(saved, plan)} The checkpoint was not changed.",
-        )
+    raise value_error(
+        "ckpt_path",
+        found="a checkpoint of a run with another plan",
+        expected=expected,
+        do=f"The differences (checkpoint -> now) are:\n  {shown}{more}\nRestore the old rule, base and sizes, or start a "
+        f"new run from the weights alone.{_how_to_train_longer(saved, plan)} The checkpoint was not changed.",
     )
 
 
@@ -147,6 +118,20 @@ def _how_to_train_longer(saved: ScalingPlan, plan: ScalingPlan) -> str:
         f" `tokens` counts in the plan, and follows from the Trainer's max_steps unless given: MuECallback(tokens={old:g}, "
         "...) goes on with the old run's scaling."
     )
+
+
+def warn_at_fit_start(
+    trainer: Trainer, pl_module: LightningModule, plan: ScalingPlan, *, last: ScalingPlan | None
+) -> None:
+    """Warns of kept weights, coupled weight decay, a vanishing epsilon, and callbacks that a balance needs.
+
+    ``last`` is the plan of the module's last fit, if it goes on with the weights of that one.
+    """
+    if last is not None and not plan.same_size:
+        _warn_of_kept_weights(pl_module, last, plan)
+    _warn_of_coupled_decay(trainer)
+    _warn_of_vanishing_eps(trainer, pl_module, plan)
+    warn_of_missing_callbacks(trainer, pl_module)
 
 
 def _warn_of_kept_weights(pl_module: LightningModule, last: ScalingPlan, plan: ScalingPlan) -> None:

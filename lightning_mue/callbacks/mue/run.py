@@ -13,7 +13,7 @@ from lightning_mue.checks import mismatch, value_error
 from lightning_mue.parameterizations.reading.base import RUN_KEYS, Base
 from lightning_mue.parameterizations.reading.base_record import load_base
 
-_SET_MAX_STEPS = "Set max_steps of the Trainer (and max_epochs: -1)."
+_KNOWN_LENGTH = {"expected": "a run of known length", "do": "Set max_steps of the Trainer (and max_epochs: -1)."}
 #: Names under which data modules and models hold the length of a sequence.
 LENGTHS = ("context_length", "sequence_length", "seq_length", "seq_len", "max_seq_len", "block_size", "max_length")
 
@@ -30,12 +30,7 @@ def infer_batch_tokens(trainer: Trainer | None, pl_module: object, datamodule: o
 
     That is ``datamodule.tokens_per_batch`` (of one process), or ``batch_size`` times the length of a sequence (see ``LENGTHS``),
     found as attributes or hyperparameters of the datamodule, else of the module; times accumulation and the number of
-    data-parallel replicas.
-
-    Args:
-        trainer: The trainer, which need not be set up.
-        pl_module: The module.
-        datamodule: The datamodule, if there is one.
+    data-parallel replicas. The trainer need not be set up.
 
     Raises:
         LookupError: Saying what was looked for.
@@ -48,13 +43,8 @@ def infer_batch_tokens(trainer: Trainer | None, pl_module: object, datamodule: o
         if size is None or length is None:
             missing = "batch_size" if size is None else f"sequence length ({', '.join(LENGTHS)})"
             where = " or ".join(type(owner).__name__ for owner in (datamodule, pl_module) if owner is not None)
-            raise LookupError(
-                mismatch(
-                    "datamodule",
-                    found=f"no {missing} and no tokens_per_batch among the attributes and hparams of {where}",
-                    expected="one of these, to infer batch_tokens",
-                )
-            )
+            found = f"no {missing} and no tokens_per_batch among the attributes and hparams of {where}"
+            raise LookupError(mismatch("datamodule", found=found, expected="one of these, to infer batch_tokens"))
         tokens = size * length
     return tokens * trainer.accumulate_grad_batches * replicas(trainer)
 
@@ -62,9 +52,7 @@ def infer_batch_tokens(trainer: Trainer | None, pl_module: object, datamodule: o
 def steps(trainer: Trainer, optimizers: int | None = None) -> int:
     """Optimizer steps of the run; where manual optimization steps several optimizers a batch, they count as one.
 
-    Args:
-        trainer: The trainer, which need not be set up.
-        optimizers: Number of optimizers; by default the trainer's, which has none before it is set up.
+    The trainer need not be set up; as it then has no optimizers, give their number.
 
     Raises:
         LookupError: If they are not known yet.
@@ -75,25 +63,12 @@ def steps(trainer: Trainer, optimizers: int | None = None) -> int:
     if max_epochs is None or max_epochs == -1:
         if max_steps > 0:
             return max_steps
-        raise LookupError(
-            mismatch(
-                "max_steps",
-                found="neither max_steps nor max_epochs",
-                expected="a run of known length",
-                do=_SET_MAX_STEPS,
-            )
-        )
+        raise LookupError(mismatch("max_steps", found="neither max_steps nor max_epochs", **_KNOWN_LENGTH))
     # Loading the data to count it would start a resumed loader at its first batch.
     estimate = trainer.estimated_stepping_batches if trainer.train_dataloader is not None else -1
     if not 0 < estimate < float("inf"):
-        raise LookupError(
-            mismatch(
-                "max_steps",
-                found=f"max_epochs={max_epochs} with epochs of a length that is not known before the data is loaded",
-                expected="a run of known length",
-                do=_SET_MAX_STEPS,
-            )
-        )
+        found = f"max_epochs={max_epochs} with epochs of a length that is not known before the data is loaded"
+        raise LookupError(mismatch("max_steps", found=found, **_KNOWN_LENGTH))
     return min(int(estimate), max_steps) if max_steps > 0 else int(estimate)
 
 
@@ -117,16 +92,9 @@ def run_sizes(
     trains: bool = True,
     optimizers: int | None = None,
 ) -> dict[str, float | None]:
-    """``tokens`` and ``batch_tokens`` for a plan.
+    """``tokens`` and ``batch_tokens`` for a plan: as given, else inferred where they are known of the base.
 
-    Args:
-        known: What the base holds of them.
-        given: What the user gave, which comes first.
-        trainer: The trainer, if there is one.
-        pl_module: The module.
-        datamodule: The datamodule, if there is one.
-        trains: False where no training follows: what cannot be inferred is then the base's.
-        optimizers: Number of optimizers; see `steps`.
+    Where no training follows (not ``trains``), what cannot be inferred is the base's.
 
     Raises:
         ValueError: For a size that the base holds and that is neither given nor can be inferred.

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_mue.callbacks.transfer.alarm import Alarm
 from lightning_mue.callbacks.transfer.expectation import COUNTERPARTS, Expectation
 from lightning_mue.callbacks.transfer.fingerprint import Fingerprint
 from lightning_mue.callbacks.transfer.layers import Layers
@@ -17,16 +17,34 @@ from lightning_mue.parameterizations import ScalingPlan
 _OCTAVES = 10.0
 
 
-class Comparison:
-    """Turns samples into ratios, and warns of ratios that stay outside the band.
+class Alarm:
+    """Raised by ``patience`` samples in a row of a ratio outside ``[1 / band, band]``, once until it comes back.
 
-    Args:
-        base: The base run.
-        expected: What the plan in force says.
-        layers: The target's layers.
-        band: A ratio outside ``[1 / band, band]`` is off.
-        patience: Samples in a row that must be off before it is warned of.
+    It distinguishes a sustained deviation from a single bad sample.
     """
+
+    def __init__(self, band: float, patience: int) -> None:
+        self.band, self.patience = band, patience
+        self._streaks: Counter[str] = Counter()
+        self._raised: set[str] = set()
+
+    def see(self, ratios: Mapping[str, float]) -> tuple[list[str], list[str]]:
+        """Takes one sample, where NaN is outside and an absent key keeps its state.
+
+        Returns:
+            Keys that have just been raised, the furthest out first; keys that are back in the band.
+        """
+        outside = {key for key, ratio in ratios.items() if not 1 / self.band <= ratio <= self.band}
+        for key in ratios:
+            self._streaks[key] = self._streaks[key] + 1 if key in outside else 0
+        new = {key for key in outside if self._streaks[key] >= self.patience} - self._raised
+        back = (self._raised & set(ratios)) - outside
+        self._raised = (self._raised | new) - back
+        return sorted(new, key=lambda key: -max(ratios[key], 1 / max(ratios[key], 1e-12))), sorted(back)
+
+
+class Comparison:
+    """Turns samples of the target, which has these layers, into ratios; warns of ratios that stay outside the band."""
 
     def __init__(self, base: Fingerprint, expected: Expectation, layers: Layers, band: float, patience: int) -> None:
         self.base, self.expected, self.layers = base, expected, layers
@@ -34,12 +52,7 @@ class Comparison:
         self._sources: dict[str, str | None] = {}
 
     def ratios(self, values: Mapping[str, float], progress: float) -> dict[str, float]:
-        """Key -> measured / expected, for what the base has a value of.
-
-        Args:
-            values: Key -> measured value; keys as in `Fingerprint`.
-            progress: Fraction of the run.
-        """
+        """Key (as in `Fingerprint`) -> measured / expected at a fraction of the run, for what the base has a value of."""
         found = {}
         for key in values:
             source = self._source(key)
@@ -53,13 +66,7 @@ class Comparison:
         return found
 
     def watch(self, ratios: Mapping[str, float], *, at: float, moved: bool) -> None:
-        """Warns of ratios that have been off for `patience` samples, and reports when they are back.
-
-        Args:
-            ratios: From `ratios`.
-            at: Fraction of the run, for the message.
-            moved: Whether the step changed any weight.
-        """
+        """Warns of ratios that have been off for `patience` samples, and of steps that moved no weight; reports a return."""
         self._still = 0 if moved else self._still + 1
         if self._still == self._alarm.patience:
             rank_zero_warn(f"TransferMonitor: no weight has moved in the last {self._still} sampled steps.")

@@ -36,9 +36,9 @@ class Expectation:
     Args:
         base: The base run.
         plan: The plan in force; one that changes nothing has factors of 1.
-        rule: The rule it was made by, if known.
+        rule: Its rule, if known.
         probes: The target's weights.
-        drawn: Whether the target's weights were drawn by the plan.
+        drawn: Whether these were drawn by the plan.
     """
 
     def __init__(
@@ -62,13 +62,9 @@ class Expectation:
         self.classes = classes_of(entries.values())
 
     def factor(self, key: str, source: str, progress: float, weight: float | None) -> float:
-        """Measured value / base's value, if the transfer holds.
+        """Measured value / base's value of a curve at a fraction of the run, if the transfer holds.
 
-        Args:
-            key: The target's curve, ``<quantity>/<role>/<place>``.
-            source: The base's curve that it is compared with.
-            progress: Fraction of the run.
-            weight: RMS of the target's weights of that role and place, as measured.
+        ``source`` is the base's curve, ``weight`` the measured RMS of the target's weights of that role and place.
         """
         quantity, role, place = key.split("/")
         if quantity == "z":

@@ -50,22 +50,13 @@ class Fingerprint:
         order = sorted(points)
         keys = sorted({key for point in points.values() for key in point})
         curves = {key: [_rounded(points[step].get(key)) for step in order] for key in keys}
-        return cls(steps, [_exactly((step + 1) / steps) for step in order], curves, **about)
-
-    @property
-    def keys(self) -> set[str]:
-        """Keys of all curves."""
-        return set(self.curves)
+        return cls(steps, [float(f"{(step + 1) / steps:.9g}") for step in order], curves, **about)
 
     def at(self, key: str, progress: float) -> float | None:
         """A curve's value at a fraction of the run.
 
         The points are single steps, so each but the first and the last counts as the median of itself and its neighbours.
         Between two points the value is linear in the progress, as most warm-ups and decays of a learning rate are.
-
-        Args:
-            key: Key of a curve.
-            progress: Fraction of the run.
 
         Returns:
             The value; None before the first point, after the last one, and where the base's value is zero or was not
@@ -91,15 +82,12 @@ class Fingerprint:
         return next((value for value in self.curves.get(key, ()) if value is not None), None)
 
     def match(self, key: str, depths: Mapping[str, float], roles: tuple[str, ...] = ()) -> str | None:
-        """The curve to compare another run's curve with.
+        """The curve to compare another run's curve with: of the same quantity and role, nearest in relative depth.
 
         Args:
             key: The other run's key.
             depths: Its place -> relative depth.
             roles: Roles to take instead of the key's own where the base has none of that role, in order.
-
-        Returns:
-            The key of the same quantity and role whose layers are nearest in relative depth; None if there is none.
         """
         quantity, role, place = key.split("/")
         for candidate in (role, *roles):
@@ -136,9 +124,8 @@ class Fingerprint:
         if not isinstance(plain, dict) or plain.pop("kind", None) != _KIND:
             raise _unreadable(path, "which is JSON, but no fingerprint")
         if (schema := plain.pop("schema", None)) != SCHEMA:
-            raise _unreadable(
-                path, f"of schema {schema!r}", f"one of schema {SCHEMA}, which this version of lightning_mue reads"
-            )
+            expected = f"one of schema {SCHEMA}, which this version of lightning_mue reads"
+            raise _unreadable(path, f"of schema {schema!r}", expected)
         return _checked(plain, path)
 
 
@@ -161,21 +148,13 @@ def _checked(plain: dict[str, Any], path: str | Path) -> Fingerprint:
     if not well_formed:
         raise _unreadable(path, "which is damaged: its curves are not lists of numbers")
     if not found.progress or lengths != {len(found.progress)} or found.progress != sorted(found.progress):
-        raise _unreadable(
-            path,
-            f"whose curves have {sorted(lengths)} points for {len(found.progress)} values of progress",
-            "one point for each of the ascending values of progress",
-        )
+        what = f"whose curves have {sorted(lengths)} points for {len(found.progress)} values of progress"
+        raise _unreadable(path, what, "one point for each of the ascending values of progress")
     return found
 
 
 def sampled_steps(steps: int, points: int) -> set[int]:
-    """Zero-based steps at which to record a run: half of the points at equal ratios from the start, half evenly.
-
-    Args:
-        steps: Optimizer steps of the run.
-        points: About how many steps to take; the first and the last are among them.
-    """
+    """About ``points`` zero-based steps of a run, with the first and the last: half at equal ratios, half evenly."""
     half = max(1, points // 2)
     ratios = (steps ** (i / max(1, half - 1)) for i in range(half))
     even = (1 + (steps - 1) * i / max(1, half - 1) for i in range(half))
@@ -184,7 +163,3 @@ def sampled_steps(steps: int, points: int) -> set[int]:
 
 def _rounded(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(f"{value:.{_DIGITS}g}")
-
-
-def _exactly(value: float) -> float:
-    return float(f"{value:.9g}")

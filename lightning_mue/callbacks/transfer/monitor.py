@@ -8,20 +8,25 @@ from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_mue.callbacks import tensorboard_page
 from lightning_mue.callbacks.monitors.probes import Probe
 from lightning_mue.callbacks.monitors.sampling import SampledMonitor, will_step
 from lightning_mue.callbacks.transfer.comparison import Comparison, octaves, warn_of_other_base
-from lightning_mue.callbacks.transfer.expectation import Expectation
+from lightning_mue.callbacks.transfer.expectation import Expectation, classes_of
 from lightning_mue.callbacks.transfer.fingerprint import Fingerprint, sampled_steps
 from lightning_mue.callbacks.transfer.layers import Layers
-from lightning_mue.callbacks.transfer.measurements import measurements
-from lightning_mue.callbacks.transfer.plan_in_force import plan_in_force
-from lightning_mue.callbacks.transfer.probes import LossProbe, UpdateProbe, activation_probes, update_probes
+from lightning_mue.callbacks.transfer.probes import (
+    LossProbe,
+    UpdateProbe,
+    activation_probes,
+    measurements,
+    update_probes,
+)
 from lightning_mue.callbacks.transfer.reach import forward_multipliers
-from lightning_mue.callbacks.transfer.recording import make_folder, total_steps, write_fingerprint
+from lightning_mue.callbacks.transfer.run import plan_in_force, total_steps
 from lightning_mue.checks import require_integer, require_number, value_error
 from lightning_mue.names import clean_name
 from lightning_mue.parameterizations import ScalingPlan
@@ -78,6 +83,7 @@ class TransferMonitor(SampledMonitor):
         roles: Regular expression on parameter names -> role, where there is no MuECallback and modules declare none.
 
     Raises:
+        TypeError: For an argument that is not a number or an integer.
         ValueError: For a bad argument; before step 0, for a file that cannot be compared with, a parameter without a role,
             or a run of unknown length.
     """
@@ -133,7 +139,10 @@ class TransferMonitor(SampledMonitor):
             self._points = {}
         self._base = None if self.compare is None else Fingerprint.load(self.compare)
         if self.record is not None and trainer.is_global_zero:
-            make_folder(self.record)
+            if Path(self.record).is_dir():
+                found = f"{str(self.record)!r}, which is a folder"
+                raise value_error("record", found=found, expected="a file's name", do="Give e.g. base.json.")
+            Path(self.record).parent.mkdir(parents=True, exist_ok=True)
 
     def find_probes(self, pl_module: LightningModule) -> list[Probe]:
         """Probe weights, branches, blocks and logits."""
@@ -222,33 +231,32 @@ class TransferMonitor(SampledMonitor):
         if progress >= self.warmup:
             self._comparison.watch(ratios, at=progress, moved=any(key.startswith("update/") for key in values))
         worst = [octaves(ratio) for key, ratio in ratios.items() if not key.startswith("loss/")]
-        tags = {
-            "transfer/loss" if key.startswith("loss/") else f"transfer/{key}": ratio for key, ratio in ratios.items()
-        }
+        tags = {f"transfer/{'loss' if key.startswith('loss/') else key}": ratio for key, ratio in ratios.items()}
         return {**tags, "transfer/worst": max(worst)} if worst else tags
 
     def _write(self, trainer: Trainer) -> None:
         fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.fast_dev_run  # type: ignore[attr-defined]
-        if (
-            self.record is None
-            or self._plan is None
-            or not self._updates
-            or not self._points
-            or not fitting
-            or not trainer.is_global_zero
-        ):
+        recorded = self._updates and self._points and fitting and trainer.is_global_zero
+        if self.record is None or self._plan is None or not recorded:
             return
-        write_fingerprint(self.record, self._total, self._points, self._layers, self._plan)
+        about = {
+            "depths": self._layers.depths,
+            "classes": classes_of(self._plan.parameters),
+            "rule": f"{self._plan.rule} ({self._plan.family})",
+            "axes": self._plan.axes,
+        }
+        try:
+            Fingerprint.of_points(self._total, self._points, **about).save(self.record)
+        except OSError as error:  # neither hides the exception that ended the run, nor makes a finished run fail
+            rank_zero_warn(f"TransferMonitor: the fingerprint could not be written to {str(self.record)!r}: {error}")
+            return
+        rank_zero_info(f"TransferMonitor: wrote {len(self._points)} points of {self._total} steps to {self.record}.")
 
 
 def _check(record: object, compare: object, **numbers: float) -> None:
     if record is None and compare is None:
-        raise value_error(
-            "record",
-            found="None, and compare is None too",
-            expected="one of them",
-            do="Give record='base.json' in the base run, or compare='base.json' in the target run.",
-        )
+        do = "Give record='base.json' in the base run, or compare='base.json' in the target run."
+        raise value_error("record", found="None, and compare is None too", expected="one of them", do=do)
     for name, minimum in (("points", 2), ("patience", 1), ("max_elements", 1)):
         require_integer(name, numbers[name], minimum)
     if not numbers["band"] > 1:

@@ -5,8 +5,9 @@ Shape legend: T tokens, K experts per token.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Mapping
+import math
+from collections import OrderedDict, defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,8 +27,36 @@ from lightning_mue.parameterizations import Role, ScalingPlan
 from lightning_mue.parameterizations.rules.kinds import SPHERE_KINDS
 from lightning_mue.sharded import local
 
+#: Averaged over tensors or modules by the mean; all others, which are RMS values, by the RMS.
+_MEANS = ("z/", "loss/")
+#: Only used to compute others.
+_INNER = ("change/", "gates/")
 
-class UpdateProbe(Probe):
+
+class _Unhooked(Probe):
+    """A probe that watches no forward pass: the monitor gives it what to measure."""
+
+    def __init__(self, label: str) -> None:
+        super().__init__(nn.Module(), label)
+
+    def attach(self, device: torch.device) -> RemovableHandle:
+        self.total = torch.zeros(self.size, device=device)
+        return RemovableHandle(OrderedDict())
+
+    def measure(self, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
+        return None
+
+
+class _Mean(Probe):
+    """Statistics: [sum, count]."""
+
+    size = 2
+
+    def metrics(self, total: Tensor) -> dict[str, float]:
+        return {self.label: float(total[0] / total[1])} if total[1] > 0 else {}
+
+
+class UpdateProbe(_Unhooked):
     """Measures the change of one weight in a step. Statistics: those of `update_summary`, on a sample of the elements.
 
     Shards of a DTensor add up over ranks; replicas on several ranks count alike in both sums.
@@ -40,14 +69,14 @@ class UpdateProbe(Probe):
     size = UPDATE_SIZE
 
     def __init__(self, label: str, weight: Tensor, reach: float, relative: bool, max_elements: int) -> None:
-        super().__init__(nn.Module(), label)
+        super().__init__(label)
         self.weight, self.reach, self.relative, self.max_elements = weight, reach, relative, max_elements
         self._before: Tensor | None = None
 
     def attach(self, device: torch.device) -> RemovableHandle:
-        """Forgets the previous step; there is no module to hook."""
-        self._before, self.total = None, torch.zeros(self.size, device=device)
-        return RemovableHandle(OrderedDict())
+        """Forgets the previous step."""
+        self._before = None
+        return super().attach(device)
 
     def before_step(self) -> None:
         """Copies the weights before the first optimizer step of a sampled batch."""
@@ -60,10 +89,6 @@ class UpdateProbe(Probe):
             self.total = update_summary(self._before, even_sample(local(self.weight), self.max_elements))
             self._before = None
 
-    def measure(self, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
-        """None: the probe watches no forward pass."""
-        return None
-
     def metrics(self, total: Tensor) -> dict[str, float]:
         """RMS of the change, and of the weight before it."""
         if total[0] == 0:
@@ -71,13 +96,26 @@ class UpdateProbe(Probe):
         return {f"change/{self.label}": float(update_rms(total)), f"weight/{self.label}": float(weight_rms(total))}
 
 
-class RmsProbe(Probe):
-    """RMS of a module's output. Statistics: [sum of squares, elements]."""
+class LossProbe(_Unhooked, _Mean):
+    """The mean over ranks of the loss that the training step returned."""
+
+    def __init__(self) -> None:
+        super().__init__("loss/train/outside/")
+
+    def see(self, outputs: Any) -> None:
+        """Takes the loss from what the training step returned, if it is there."""
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, Tensor) and loss.numel() == 1 and self.total is not None:
+            sum_and_count = torch.stack([loss.detach().float().reshape(()), loss.new_ones(()).float()])
+            self.total = sum_and_count.to(self.total.device)
+
+
+class _RmsProbe(Probe):
+    """RMS of a module's output over all calls and ranks. Statistics: [sum of squares, elements]."""
 
     size = 2
 
     def measure(self, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
-        """Sum of squares and count of one output."""
         x = first_tensor(output)
         if x is None or x.numel() == 0:
             return None
@@ -85,53 +123,17 @@ class RmsProbe(Probe):
         return torch.stack([square, torch.full_like(square, x.numel())])
 
     def metrics(self, total: Tensor) -> dict[str, float]:
-        """The RMS over all calls and ranks."""
         return {self.label: float((total[0] / total[1]).sqrt())} if total[1] > 0 else {}
 
 
-class GateProbe(RmsProbe):
-    """Sum of a token's gates [T, K] in one router. Statistics: [sum, tokens]."""
+class _GateProbe(_Mean):
+    """Mean over tokens of the sum of a token's gates [T, K] in one router."""
 
     def measure(self, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
-        """Sum of all gates and number of tokens of one routing."""
         gates_TK = getattr(output, "gates", None)
         if not isinstance(gates_TK, Tensor) or gates_TK.ndim != 2:
             return torch.zeros(self.size, device=next(self.module.parameters()).device)  # a foreign router
         return torch.stack([gates_TK.detach().float().sum(), gates_TK.new_tensor(float(gates_TK.shape[0])).float()])
-
-    def metrics(self, total: Tensor) -> dict[str, float]:
-        """The mean over tokens."""
-        return {self.label: float(total[0] / total[1])} if total[1] > 0 else {}
-
-
-class LossProbe(Probe):
-    """The loss that the training step returned. Statistics: [sum, calls]."""
-
-    size = 2
-
-    def __init__(self) -> None:
-        super().__init__(nn.Module(), "loss/train/outside/")
-
-    def attach(self, device: torch.device) -> RemovableHandle:
-        """Forgets the previous step."""
-        self.total = torch.zeros(self.size, device=device)
-        return RemovableHandle(OrderedDict())
-
-    def see(self, outputs: Any) -> None:
-        """Takes the loss from what the training step returned, if it is there."""
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if isinstance(loss, Tensor) and loss.numel() == 1 and self.total is not None:
-            self.total = torch.stack([loss.detach().float().reshape(()), loss.new_ones(()).float()]).to(
-                self.total.device
-            )
-
-    def measure(self, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
-        """None: the probe watches no forward pass."""
-        return None
-
-    def metrics(self, total: Tensor) -> dict[str, float]:
-        """The mean over ranks."""
-        return {self.label: float(total[0] / total[1])} if total[1] > 0 else {}
 
 
 def update_probes(
@@ -164,13 +166,13 @@ def activation_probes(
     """
     modules = find_modules(module, lambda _: True)
     branches = {name: m for name, m in modules.items() if branch_kind(m) is not None}
-    probes: list[Probe] = [RmsProbe(m, f"rms/{branch_kind(m)}/{layers.place(n)}/{n}") for n, m in branches.items()]
+    probes: list[Probe] = [_RmsProbe(m, f"rms/{branch_kind(m)}/{layers.place(n)}/{n}") for n, m in branches.items()]
     blocks = [n for n in modules if n in {b.rpartition(".")[0] for b in branches} and layers.place(n) != OUTSIDE]
     if blocks:  # the residual stream, which is comparable between depths only at its end
-        probes.append(RmsProbe(modules[blocks[-1]], f"rms/residual/{OUTSIDE}/{blocks[-1]}"))
+        probes.append(_RmsProbe(modules[blocks[-1]], f"rms/residual/{OUTSIDE}/{blocks[-1]}"))
     for name, router in modules.items():
         if is_router(router):
-            probes.append(GateProbe(router, f"gates/expert_down/{layers.place(name)}/{name}"))
+            probes.append(_GateProbe(router, f"gates/expert_down/{layers.place(name)}/{name}"))
     names, keys = {id(m): name for name, m in modules.items()}, {}
     logits = LogitsZMonitor(attention=attention).find_probes(module)
     for probe in logits:
@@ -178,3 +180,41 @@ def activation_probes(
         place = OUTSIDE if kind == "lm_logits" else layers.place(name)
         keys[f"stability/z/{probe.label}"] = f"z/{kind}/{place}/{name}"
     return probes + logits, keys
+
+
+def measurements(raw: Mapping[str, float], keys: Mapping[str, str], updates: Sequence[UpdateProbe]) -> dict[str, float]:
+    """Merges what the probes of a sampled step measured into one value per quantity, role and place.
+
+    Args:
+        raw: ``<quantity>/<role>/<place>/<name>`` (or a tag in ``keys``) -> value of one tensor or module.
+        keys: From `activation_probes`.
+        updates: The probes of the weights, of which ``raw`` holds ``change/<label>`` and ``weight/<label>``.
+
+    Returns:
+        ``<quantity>/<role>/<place>`` -> value, as in a `Fingerprint`. Neither ``update`` nor ``reach`` if nothing moved.
+    """
+    found: dict[str, list[float]] = defaultdict(list)
+    for tag, value in raw.items():
+        found[keys.get(tag, tag).rpartition("/")[0]].append(value)
+    gates = {key.split("/")[2]: sum(values) / len(values) for key, values in found.items() if key.startswith("gates/")}
+    if any(value for tag, value in raw.items() if tag.startswith("change/")):
+        for probe in updates:
+            change, weight = raw.get(f"change/{probe.label}"), raw.get(f"weight/{probe.label}")
+            if change is None or weight is None:
+                continue
+            curve = probe.label.rpartition("/")[0]
+            role, _, place = curve.partition("/")
+            if weight > 0:
+                found[f"update/{curve}"].append(change / weight)
+            if not probe.relative:
+                gate = gates.get(place, 1.0) if role == "expert_down" else 1.0
+                found[f"reach/{curve}"].append(probe.reach * gate * change)
+            elif weight > 0:
+                found[f"reach/{curve}"].append(probe.reach * change / weight)
+    return {key: _merged(key, values) for key, values in found.items() if not key.startswith(_INNER)}
+
+
+def _merged(key: str, values: Sequence[float]) -> float:
+    if key.startswith(_MEANS):
+        return sum(values) / len(values)
+    return math.sqrt(sum(value * value for value in values) / len(values))

@@ -24,9 +24,7 @@ _DOWN = frozenset({Role.FFN_DOWN, Role.EXPERT_DOWN, Role.SHARED_DOWN})
 def forward_multipliers(module: nn.Module, patterns: Mapping[str, str] | None) -> dict[str, list[tuple[str, float]]]:
     """Qualified name of a module -> the forward multipliers that it applies now, as (kind, value).
 
-    Args:
-        module: The whole model.
-        patterns: Kind -> regular expression on paths of attributes, for modules that declare none (as for MuECallback).
+    ``patterns`` are MuECallback's ``multipliers``.
     """
     found: dict[str, list[tuple[str, float]]] = defaultdict(list)
     for site in sites(module, patterns):
@@ -40,11 +38,6 @@ def folded_residuals(module: nn.Module, plan: ScalingPlan, layers: Layers) -> di
     Where no module exposes the multiplier m, the last matrix of each branch carries it (docs/theory.md section 2), so the
     weights before that matrix reach the residual stream through m. The change of the matrix itself contains m already, except
     on the sphere, where the change is relative to the weight.
-
-    Args:
-        module: The whole model.
-        plan: The plan in force.
-        layers: The model's layers.
     """
     m, entries = plan.folded.get("residual", 1.0), {entry.name: entry for entry in plan.parameters}
     if m == 1.0:
@@ -64,10 +57,7 @@ def folded_residuals(module: nn.Module, plan: ScalingPlan, layers: Layers) -> di
 def reach_factor(entry: ParameterPlan, layers: Layers, multipliers: Mapping[str, list[tuple[str, float]]]) -> float:
     """Reach / RMS of a change (see `TransferMonitor`); on the sphere, reach / (RMS of the change / RMS of the weight).
 
-    Args:
-        entry: The parameter: name, role, kind of update, and shape, [..., out, in] for a matrix.
-        layers: The model's layers.
-        multipliers: From `forward_multipliers`; those of all modules around the parameter count.
+    A matrix has the shape [..., out, in]. The multipliers (`forward_multipliers`) of all modules around the parameter count.
     """
     role, factor = Role(entry.role), 1.0
     if role in MATRIX_ROLES and entry.kind in ("adamw", "sgd"):

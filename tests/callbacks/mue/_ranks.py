@@ -218,18 +218,12 @@ class Early(Sharded):
         return self.early[0]
 
 
-class GroupedOptimizer(HyperSphereOptimizer):
-    """Stands for any HyperSphereOptimizer with a settable ``process_group``."""
-
-    process_group = None
-
-
 def process_groups(folder):
     """Whether MuECallback gave all ranks' group to the optimizer."""
     given = {}
     for name in ("ddp", "ddp, ignoring", "fsdp2"):
         model, made = make_model(), []
-        model.optimizer = lambda params, made=made: made.append(GroupedOptimizer(params, lr=0.01)) or made[0]
+        model.optimizer = lambda params, made=made: made.append(HyperSphereOptimizer(params, lr=0.01)) or made[0]
         if "ignoring" in name:
             model._ddp_params_and_buffers_to_ignore = ["transformer.unembedding.weight"]
         fit(folder, name.partition(",")[0], model, 1, rule="hyperp")

@@ -15,6 +15,7 @@ from torch.optim import SGD, AdamW
 from torch.utils.data import DataLoader
 
 from lightning_mue import HyperSphereOptimizer, MoELanguageModel, MuECallback
+from lightning_mue.callbacks.mue import checks
 from lightning_mue.data import TextDataModule
 from lightning_mue.optim import hypersphere
 from lightning_mue.optim.schedule import WarmupDecay
@@ -456,3 +457,13 @@ def test_zero_matrix_on_the_sphere_is_named():
 def test_callback_can_be_copied_before_a_run():
     callback = copy.deepcopy(mue())
     assert callback.state_dict() == {}
+
+
+def test_an_optimizer_that_trains_nothing_is_refused_before_a_plan_is_made(monkeypatch):
+    """Its own fault comes first, not that of the plan which its parameters would have."""
+    monkeypatch.setattr(checks, "is_sharded", lambda parameter: True)
+    model = make_model(optimizer=lambda params: AdamW([nn.Parameter(torch.zeros(2))], lr=1e-2))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"^optimizer: found AdamW, which holds none of the module's parameters"):
+        fit(model, [MuECallback(base={"no_such_size": 1})])
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())

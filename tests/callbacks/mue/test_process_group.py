@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_mue.callbacks.mue.process_group import set_process_groups
+from lightning_mue.callbacks.mue.companions import set_process_groups
 from lightning_mue.optim import HyperSphereOptimizer
 
 

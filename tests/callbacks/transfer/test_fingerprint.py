@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from lightning_mue.callbacks.transfer.alarm import Alarm
+from lightning_mue.callbacks.transfer.comparison import Alarm
 from lightning_mue.callbacks.transfer.fingerprint import Fingerprint, sampled_steps
 
 

@@ -1,4 +1,4 @@
-"""The plan that a run follows: MuECallback's, or one that only knows the roles."""
+"""The run that TransferMonitor watches: its plan and its length."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_mue.callbacks.mue.callback import MuECallback
+from lightning_mue.callbacks.mue.run import steps
+from lightning_mue.checks import value_error
 from lightning_mue.parameterizations import ScalingPlan, plan
 from lightning_mue.parameterizations.reading.optimizer_family import family_of
 
@@ -14,12 +16,7 @@ from lightning_mue.parameterizations.reading.optimizer_family import family_of
 def plan_in_force(
     trainer: Trainer, pl_module: LightningModule, roles: dict[str, str] | None
 ) -> tuple[MuECallback | None, ScalingPlan]:
-    """The Trainer's MuECallback, if it has made a plan, and the plan.
-
-    Args:
-        trainer: The trainer.
-        pl_module: The module.
-        roles: Regular expression on parameter names -> role, where there is no MuECallback.
+    """The Trainer's MuECallback, if it has made a plan, and the plan; else one that only knows the roles.
 
     Raises:
         ValueError: For a parameter without a role.
@@ -38,3 +35,17 @@ def plan_in_force(
         raise ValueError(
             f"{error} TransferMonitor needs every parameter's role: give it roles=..., or add MuECallback."
         ) from error
+
+
+def total_steps(trainer: Trainer) -> int:
+    """Optimizer steps of the run, of which the progress is a fraction.
+
+    Raises:
+        ValueError: If they are not known.
+    """
+    try:
+        return steps(trainer)
+    except LookupError:
+        found = f"{trainer.max_steps} with max_epochs={trainer.max_epochs}, so the length of this run is not known"
+        expected = "a known length, of which TransferMonitor's progress is a fraction"
+        raise value_error("max_steps", found=found, expected=expected, do="Set max_steps of the Trainer.") from None

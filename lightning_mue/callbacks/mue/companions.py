@@ -1,0 +1,39 @@
+"""What MuECallback tells others at fit start: the drawn weights to weight averages, the replicas to HyperSphereOptimizer."""
+
+from __future__ import annotations
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_mue.optim import HyperSphereOptimizer
+
+
+@torch.no_grad()
+def copy_to_averages(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Copies the drawn weights into Lightning's weight averages, which were copied from the module in ``setup``."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        average = getattr(callback, "_average_model", None)
+        if isinstance(average, nn.Module):
+            averaged = getattr(average, "module", average)
+            for mine, drawn in zip(averaged.parameters(), pl_module.parameters(), strict=True):
+                mine.copy_(drawn)
+
+
+def set_process_groups(trainer: Trainer) -> None:
+    """Under DDP, sets ``process_group`` of each HyperSphereOptimizer that has none to DDP's own group (by default WORLD).
+
+    The ranks of that group hold equal parameters and, after backward, equal gradients, so they can divide its work. That is
+    not so, and nothing is set, where DDP ignores some of the parameters or averages weights instead of gradients (post-local
+    SGD). The wrapped module is asked, not the strategy's class: ``pytorch_lightning`` has classes of its own.
+    """
+    ddp = trainer.strategy.model
+    if not isinstance(ddp, DistributedDataParallel) or torch.distributed.get_world_size(ddp.process_group) == 1:
+        return
+    ignores = any(name in ddp.parameters_to_ignore for name, _ in ddp.module.named_parameters())
+    if ignores or getattr(trainer.strategy, "_model_averager", None) is not None:
+        return
+    for optimizer in trainer.optimizers:
+        if isinstance(optimizer, HyperSphereOptimizer) and optimizer.process_group is None:
+            optimizer.process_group = ddp.process_group
