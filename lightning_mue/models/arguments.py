@@ -9,6 +9,7 @@ import torch
 
 from lightning_mue.checks import require_non_negative, require_number, require_positive, require_size, value_error
 from lightning_mue.moe import MoELayer
+from lightning_mue.moe.router import require_groups
 
 
 def check_sizes(given: Mapping[str, Any]) -> None:
@@ -23,11 +24,15 @@ def check_sizes(given: Mapping[str, Any]) -> None:
     require_non_negative(**{name: given[name] for name in factors})
 
 
-def check_options(n_groups: int, options: Mapping[str, Any]) -> None:
+def check_options(n_experts: int, top_k: int, n_groups: int, options: Mapping[str, Any]) -> None:
     """Refuses what an MoE layer would refuse, in a model without one too: it may be the base of a model with experts."""
+    if n_experts:
+        require_groups(n_groups, n_experts, top_k, "n_expert_groups")
+    else:
+        n_experts = top_k = n_groups
     shared_width = options.get("shared_width") or 1
     with torch.device("meta"):
-        MoELayer(1, 1, n_groups, n_groups, n_groups=n_groups, **{**options, "shared_width": shared_width})
+        MoELayer(1, 1, n_experts, top_k, n_groups=n_groups, **{**options, "shared_width": shared_width})
 
 
 def infer_head_dim(width: int, n_heads: int, n_kv_heads: int, head_dim: int | None) -> int:

@@ -239,6 +239,3 @@ class Transformer(nn.Module):
                     stacked = parameter.ndim == 3
                     count += parameter.numel() * (sizes["a"] / sizes["E"] if stacked else 1.0)
         return count
-
-
-__all__ = ["Attention", "AttentionCore", "Block", "RMSNorm", "RotaryEmbedding", "Transformer", "Unembedding"]

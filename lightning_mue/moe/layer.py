@@ -76,9 +76,14 @@ class MoELayer(KeepsMultipliers, MoEBase, LightningModule):
         **router: Further options of the router: `scoring`, `gate`, `choice`, `jitter`, `n_groups`; see `Router`.
 
     Attributes:
+        router: Chooses the experts of each token.
+        experts: The routed experts.
+        shared: The shared expert, or None.
+        shared_gate: The linear map [1, d] of its gate, or None.
         aux_loss: 0-dim float32 of the last forward pass, with its graph; 0 in evaluation and when nothing asks for it.
-        last_routing: `RoutingInfo` of the last forward pass, detached; None before the first. Neither attribute is
-            part of the state dict or of a copy.
+        last_routing: `RoutingInfo` of the last forward pass, detached; None before the first.
+        earlier_counts: Assignments of each expert in earlier micro-batches of this optimizer step, int64 [E], or None. This
+            and the two before it are neither in the state dict nor in a copy.
         output_multiplier: Constant forward multiplier, 1 unless a parameterization sets it.
 
     Raises:

@@ -9,7 +9,7 @@ Shape legend: T tokens, d width, E experts.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -97,27 +97,18 @@ def run_block(block: nn.Module, x: Tensor, weights: dict[str, Tensor] | None = N
     return call(block, tensors, x.clone())
 
 
-class _Owner(NamedTuple):
-    """The objects that may hold a setting (router, block, config), which have different names for it."""
-
-    places: tuple[object, ...]
-
-    def get(self, *names: str, default: Any = None) -> Any:
-        for place in self.places:
-            for name in names:
-                value = getattr(place, name, None)
-                if value is not None:
-                    return value
-        return default
-
-
-def _owner(block: nn.Module) -> _Owner:
-    return _Owner((router_of(block), block, getattr(block, "config", None)))
+def _setting(block: nn.Module, *names: str, default: Any = None) -> Any:
+    """A setting of a block under one of some names, held by its router, the block itself or its config."""
+    for owner in (router_of(block), block, getattr(block, "config", None)):
+        for name in names:
+            value = getattr(owner, name, None)
+            if value is not None:
+                return value
+    return default
 
 
 def _refuse_unsupported(block: nn.Module) -> None:
-    owner = _owner(block)
-    groups, chosen = owner.get("n_group", "num_group", default=1), owner.get("topk_group", default=1)
+    groups, chosen = _setting(block, "n_group", "num_group", default=1), _setting(block, "topk_group", default=1)
     if groups > 1 and chosen < groups:
         raise value_error(
             "block",
@@ -126,12 +117,11 @@ def _refuse_unsupported(block: nn.Module) -> None:
             expected="one that chooses freely (n_group=1, or topk_group=n_group)",
             do="Such a block cannot be read: the groups of a MoELayer all get equally many active experts.",
         )
-    jitter = owner.get("jitter_noise", "input_jitter_noise", "router_jitter_noise", default=0.0)
+    jitter = _setting(block, "jitter_noise", "input_jitter_noise", "router_jitter_noise", default=0.0)
     if jitter:
         raise value_error(
             "block",
-            found=f"{type(block).__name__}, which multiplies the input of router and experts by noise in training (jitter "
-            f"{jitter})",
+            found=f"{type(block).__name__}, which multiplies router's and experts' input by noise in training (jitter {jitter})",
             expected="none: a MoELayer has noise on its router's input only",
             do="Set the block's jitter to 0, and pass jitter= if you want the router's.",
         )
@@ -139,23 +129,18 @@ def _refuse_unsupported(block: nn.Module) -> None:
 
 def _scorings(block: nn.Module, state: dict[str, Tensor]) -> tuple[str, ...]:
     """The scorings that the block may have, the likeliest first."""
-    normalized = _owner(block).get("norm_topk_prob")
+    normalized = _setting(block, "norm_topk_prob")
     sigmoid = any(name.endswith("e_score_correction_bias") for name in block.state_dict())
     pair = ("sigmoid-normalized", "sigmoid") if sigmoid else ("topk-softmax", "softmax-topk")
     return pair if normalized is None else pair[:1] if normalized else pair[1:]
 
 
 def _settings(block: nn.Module, state: dict[str, Tensor]) -> dict[str, Any]:
-    owner = _owner(block)
     n_experts, expert_width, width = state["experts.w_up"].shape
-    top_k = owner.get("top_k", "num_experts_per_tok")
+    top_k = _setting(block, "top_k", "num_experts_per_tok")
     if top_k is None:
-        raise value_error(
-            "block.top_k",
-            found=f"no such setting of {type(block).__name__}",
-            expected="how many experts a token gets",
-            do="Set it.",
-        )
+        found = f"no such setting of {type(block).__name__}"
+        raise value_error("block.top_k", found=found, expected="how many experts a token gets", do="Set it.")
     shared = state.get("shared.w_up")
     return {
         "width": width,
@@ -165,7 +150,7 @@ def _settings(block: nn.Module, state: dict[str, Tensor]) -> dict[str, Any]:
         "activation": _activation(block),
         "shared_width": 0 if shared is None else len(shared),
         "shared_gate": "shared_gate.weight" in state,
-        "route_scale": float(owner.get("routed_scaling_factor", default=1.0)),
+        "route_scale": float(_setting(block, "routed_scaling_factor", default=1.0)),
         "balance": "bias" if any(name.endswith("correction_bias") for name in block.state_dict()) else "none",
     }
 
@@ -215,7 +200,8 @@ def _choose_scoring(block: nn.Module, layer: MoEBase, scorings: tuple[str, ...])
         difference = (run_block(layer, x, {"router.weight": rows}) - y.view_as(x)).double().norm(dim=-1)
         errors.append(float((difference / y.view_as(x).double().norm(dim=-1).clamp_min(1e-30)).median()))
         if errors[-1] <= _SAME.get(weight.dtype, _SAME_IN_HALF):
-            _reset(layer, scoring)
+            layer.hparams["scoring"] = scoring  # type: ignore[index,operator,assignment]
+            layer.last_routing, layer.aux_loss = None, torch.zeros((), device=weight.device)
             return
     raise value_error(
         "block",
@@ -225,8 +211,3 @@ def _choose_scoring(block: nn.Module, layer: MoEBase, scorings: tuple[str, ...])
         expected="the same outputs",
         do="The block cannot be read; verify=False skips this check.",
     )
-
-
-def _reset(layer: Any, scoring: str) -> None:
-    layer.hparams["scoring"] = scoring
-    layer.last_routing, layer.aux_loss = None, torch.zeros((), device=layer.router.weight.device)
