@@ -36,11 +36,7 @@ def check_options(n_experts: int, top_k: int, n_groups: int, options: Mapping[st
 
 
 def infer_head_dim(width: int, n_heads: int, n_kv_heads: int, head_dim: int | None) -> int:
-    """The head dimension: the given one, or ``width / n_heads``.
-
-    Raises:
-        ValueError: ``n_kv_heads`` does not divide ``n_heads``, or ``n_heads`` does not divide ``width``.
-    """
+    """The given head dimension, or ``width / n_heads``. Refuses numbers of heads that do not divide what they must."""
     if n_heads % n_kv_heads:
         expected = f"a divisor of n_heads={n_heads}: every key/value head serves equally many query heads"
         raise value_error("n_kv_heads", found=n_kv_heads, expected=expected)

@@ -89,14 +89,7 @@ class AttentionCore(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention with rotary positions, grouped queries and normalized queries and keys.
 
-    Args:
-        width: Residual width d.
-        n_heads: Query heads N.
-        n_kv_heads: Key/value heads M; divides ``n_heads``.
-        head_dim: Head dimension k.
-        qk_norm: Normalize queries and keys per head (RMSNorm).
-        scale: Factor on the logits.
-        init_std: Standard deviation of the weights; None: ``fan_in^-1/2`` of each.
+    ``scale`` is a factor on the logits; the other arguments are as for `MoELanguageModel`.
     """
 
     mue_branch = "attention"
@@ -186,17 +179,9 @@ class Unembedding(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Token ids -> logits.
+    """Token ids -> logits. The blocks share ``rotary``; the other arguments are as for `MoELanguageModel`.
 
-    Args:
-        vocab_size: Vocabulary V.
-        width: Residual width d.
-        blocks: The blocks in order.
-        rotary: Position embedding, shared by the blocks.
-        tie_embeddings: Use the embedding's weight as the unembedding.
-        embedding_std: Standard deviation of the embedding.
-        unembedding_std: Standard deviation of an untied unembedding.
-        output_multiplier: Factor on the logits.
+    ``unembedding_std`` is that of an untied unembedding: a tied one is the embedding, of ``embedding_std``.
     """
 
     def __init__(

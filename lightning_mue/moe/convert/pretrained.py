@@ -60,7 +60,7 @@ def moe_from_transformers(
         )
     _refuse_unsupported(block)
     state = state_dict_from_transformers(block.state_dict())
-    scorings = _scorings(block, state)
+    scorings = _scorings(block)
     settings = _settings(block, state)
     layer = empty_layer(layer_class, state["router.weight"], **{**settings, "scoring": scorings[0], **layer_arguments})
     layer.load_state_dict(state, assign=True)
@@ -74,14 +74,9 @@ def moe_from_transformers(
 
 def is_moe_block(module: nn.Module) -> bool:
     """Whether a module looks like a transformers MoE block: a linear router beside experts."""
-    router = router_of(module)
-    weight = getattr(router, "weight", None)
-    return (
-        isinstance(weight, Tensor)
-        and weight.ndim == 2
-        and not isinstance(module, MoEBase)
-        and "experts" in module._modules
-    )
+    weight = getattr(router_of(module), "weight", None)
+    is_linear = isinstance(weight, Tensor) and weight.ndim == 2
+    return is_linear and not isinstance(module, MoEBase) and "experts" in module._modules
 
 
 def router_of(block: nn.Module) -> nn.Module | None:
@@ -127,7 +122,7 @@ def _refuse_unsupported(block: nn.Module) -> None:
         )
 
 
-def _scorings(block: nn.Module, state: dict[str, Tensor]) -> tuple[str, ...]:
+def _scorings(block: nn.Module) -> tuple[str, ...]:
     """The scorings that the block may have, the likeliest first."""
     normalized = _setting(block, "norm_topk_prob")
     sigmoid = any(name.endswith("e_score_correction_bias") for name in block.state_dict())

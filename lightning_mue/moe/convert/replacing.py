@@ -26,9 +26,6 @@ class TransformersMoE(nn.Module):
     Args:
         moe: The layer.
         block: The block that it replaces.
-
-    Attributes:
-        moe: The layer.
     """
 
     def __init__(self, moe: MoEBase, block: nn.Module) -> None:

@@ -19,11 +19,7 @@ from lightning_mue.moe import autocast
 
 
 def require_module(name: str, value: object, expected: str = "a torch.nn.Module") -> None:
-    """Raises unless a value is a module.
-
-    Raises:
-        TypeError: It is not; the message names the argument and its type.
-    """
+    """Raises a TypeError unless a value is a module."""
     if not isinstance(value, nn.Module):
         found = f"the class {value.__name__}" if isinstance(value, type) else f"a value of type {type(value).__name__}"
         raise type_error(name, found=found, expected=expected, do="Pass the module itself.")
