@@ -20,12 +20,7 @@ from lightning_mue.parameterizations.rules.roles import Role
 
 
 class RMSNorm(nn.RMSNorm):
-    """Root-mean-square normalization over the last dimension, with its role declared.
-
-    Args:
-        width: Size of the last dimension.
-        role: ``norm`` inside a block, ``qk_norm`` or ``final_norm``.
-    """
+    """Root-mean-square normalization over the last dimension. The role is ``norm`` in a block, ``qk_norm`` or ``final_norm``."""
 
     def __init__(self, width: int, role: Role = Role.NORM) -> None:
         super().__init__(width, eps=1e-6)
@@ -65,11 +60,7 @@ class RotaryEmbedding(nn.Module):
 
 
 class AttentionCore(nn.Module):
-    """Causal scaled-dot-product attention, a module of its own so that monitors can hook its queries and keys.
-
-    Args:
-        scale: Factor on the logits ``q . k``.
-    """
+    """Causal attention with logits ``scale * q . k``, a module of its own so that monitors can hook its queries and keys."""
 
     mue_attention_core = True
     mue_multipliers: ClassVar[Mapping[str, str]] = {"attention": "scale"}
@@ -131,11 +122,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: ``x + m * attention(norm(x))``, then ``x + m * ffn(norm(x))``.
 
-    Args:
-        width: Residual width d.
-        attention: The attention branch.
-        ffn: The FFN branch: ``FeedForward`` or ``MoELayer``.
-        residual_multiplier: Factor m on both branches.
+    m is the residual multiplier, ``ffn`` a ``FeedForward`` or ``MoELayer``.
     """
 
     mue_multipliers: ClassVar[Mapping[str, str]] = {"residual": "residual_multiplier"}

@@ -71,9 +71,8 @@ class LinearMap(NamedTuple):
     def read(self, tensors: Mapping[str, Tensor], rows: slice) -> tuple[Tensor, Tensor | None]:
         """Weight [rows, in] and bias [rows] of some of its outputs."""
         weight = tensors[self.weight].detach()
-        return (weight.T if self.transposed else weight)[rows], None if self.bias is None else tensors[
-            self.bias
-        ].detach()[rows]
+        bias = None if self.bias is None else tensors[self.bias].detach()[rows]
+        return (weight.T if self.transposed else weight)[rows], bias
 
     def __str__(self) -> str:
         return f"{self.path} [{self.outputs}, {self.inputs}]{' with bias' if self.bias else ''}"
@@ -207,14 +206,13 @@ def _layouts(maps: list[LinearMap], names: Mapping[str, str | None]) -> Iterator
 
 
 def _named(layouts: Iterator[_Layout], names: Mapping[str, str | None], activation: str | None) -> list[_Layout]:
-    def fits(layout: _Layout) -> bool:
+    fitting = []
+    for layout in layouts:
         paths = {"gate": layout.gate and layout.gate.path, "up": layout.up.path, "down": layout.down.path}
-        return all(name in (None, paths[part]) for part, name in names.items()) and activation in (
-            None,
-            layout.activation,
-        )
-
-    return [layout for layout in layouts if fits(layout)]
+        is_named = all(name in (None, paths[part]) for part, name in names.items())
+        if is_named and activation in (None, layout.activation):
+            fitting.append(layout)
+    return fitting
 
 
 def _matching(module: nn.Module, layouts: list[_Layout], maps: list[LinearMap]) -> _Layout:

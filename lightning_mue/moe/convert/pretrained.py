@@ -52,12 +52,10 @@ def moe_from_transformers(
     require_module("block", block)
     if not is_moe_block(block):
         parts = listed([name for name, _ in block.named_children()])
-        raise value_error(
-            "block",
-            found=f"{type(block).__name__} with the modules {parts}, no Mixture-of-Experts block that can be read",
-            expected="modules `gate` (or `router`) with a weight [E, d], and `experts`",
-            do="Pass the block itself, e.g. model.model.layers[0].mlp; a dense network goes to MoELayer.from_ffn.",
-        )
+        found = f"{type(block).__name__} with the modules {parts}, no Mixture-of-Experts block that can be read"
+        expected = "modules `gate` (or `router`) with a weight [E, d], and `experts`"
+        do = "Pass the block itself, e.g. model.model.layers[0].mlp; a dense network goes to MoELayer.from_ffn."
+        raise value_error("block", found=found, expected=expected, do=do)
     _refuse_unsupported(block)
     state = state_dict_from_transformers(block.state_dict())
     scorings = _scorings(block)
