@@ -11,7 +11,7 @@ from lightning_mue.moe.router import Router, RoutingInfo
 
 
 class MoEBase(nn.Module):
-    """An MoE layer without its forward pass; attributes as of `MoELayer`."""
+    """An MoE layer without its forward pass. `MoELayer` describes the attributes."""
 
     router: Router
     experts: Experts

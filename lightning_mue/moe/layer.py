@@ -237,16 +237,12 @@ class MoELayer(KeepsMultipliers, MoEBase, LightningModule):
 
 @cache
 def _warn_of_reentrant_checkpoint() -> None:
-    warnings.warn(
-        mismatch(
-            "use_reentrant",
-            found="a MoELayer in training mode whose tokens require gradients while gradients are off, as reentrant "
-            "activation checkpointing does: its aux_loss has no gradient",
-            expected="False",
-            do="Use checkpoint(..., use_reentrant=False).",
-        ),
-        stacklevel=2,
+    found = (
+        "a MoELayer in training mode whose tokens require gradients while gradients are off, as reentrant activation "
+        "checkpointing does: its aux_loss has no gradient"
     )
+    do = "Use checkpoint(..., use_reentrant=False)."
+    warnings.warn(mismatch("use_reentrant", found=found, expected="False", do=do), stacklevel=2)
 
 
 def _require_consistent(choice: str, balance: str, shared_width: int, *, shared_gate: bool) -> None:

@@ -103,21 +103,16 @@ def _setting(block: nn.Module, *names: str, default: Any = None) -> Any:
 def _refuse_unsupported(block: nn.Module) -> None:
     groups, chosen = _setting(block, "n_group", "num_group", default=1), _setting(block, "topk_group", default=1)
     if groups > 1 and chosen < groups:
-        raise value_error(
-            "block",
-            found=f"{type(block).__name__}, which chooses {chosen} of {groups} groups and experts inside them "
-            f"(n_group={groups}, topk_group={chosen})",
-            expected="one that chooses freely (n_group=1, or topk_group=n_group)",
-            do="Such a block cannot be read: the groups of a MoELayer all get equally many active experts.",
-        )
+        chooses = f"chooses {chosen} of {groups} groups and experts inside them (n_group={groups}, topk_group={chosen})"
+        expected = "one that chooses freely (n_group=1, or topk_group=n_group)"
+        do = "Such a block cannot be read: the groups of a MoELayer all get equally many active experts."
+        raise value_error("block", found=f"{type(block).__name__}, which {chooses}", expected=expected, do=do)
     jitter = _setting(block, "jitter_noise", "input_jitter_noise", "router_jitter_noise", default=0.0)
     if jitter:
-        raise value_error(
-            "block",
-            found=f"{type(block).__name__}, which multiplies router's and experts' input by noise in training (jitter {jitter})",
-            expected="none: a MoELayer has noise on its router's input only",
-            do="Set the block's jitter to 0, and pass jitter= if you want the router's.",
-        )
+        found = f"{type(block).__name__}, which multiplies router's and experts' input by noise in training (jitter {jitter})"
+        expected = "one without noise on its experts' input: a MoELayer has noise on its router's only"
+        do = "Set the block's jitter to 0, and pass jitter= if you want the router's."
+        raise value_error("block", found=found, expected=expected, do=do)
 
 
 def _scorings(block: nn.Module) -> tuple[str, ...]:

@@ -166,7 +166,7 @@ def _refuse_unsupported(how: str, ffn: DenseFFN, layer_arguments: dict[str, Any]
     no_gate = "False: a network split over experts has no such gate to start from"
     lost = "True: the network has biases, which would be lost"
     refused = {
-        "width": (given("width") is not None, f"none: it is the network's, {ffn.w_up.shape[1]}", leave_out),
+        "width": ("width" in layer_arguments, f"none: it is the network's, {ffn.w_up.shape[1]}", leave_out),
         "shared_gate": (bool(given("shared_gate")), no_gate, leave_out),
         "shared_width": (bool(given("shared_width")) and how != "split", whole, "Use how='split'."),
         "bias": (given("bias") is False and has_bias, lost, leave_out),
