@@ -7,7 +7,14 @@ from typing import Any
 
 import torch
 
-from lightning_mue.checks import require_non_negative, require_number, require_positive, require_size, value_error
+from lightning_mue.checks import (
+    require_non_negative,
+    require_number,
+    require_positive,
+    require_size,
+    type_error,
+    value_error,
+)
 from lightning_mue.moe import MoELayer
 from lightning_mue.moe.router import require_groups
 
@@ -26,6 +33,11 @@ def check_sizes(given: Mapping[str, Any]) -> None:
 
 def check_options(n_experts: int, top_k: int, n_groups: int, options: Mapping[str, Any]) -> None:
     """Refuses what an MoE layer would refuse, in a model without one too: it may be the base of a model with experts."""
+    for name, own in (("bias", "ffn_bias"), ("n_groups", "n_expert_groups")):
+        if name in options:
+            raise type_error(
+                name, found=options[name], expected=f"nothing: the model calls it {own}", do=f"Give {own}."
+            )
     if n_experts:
         require_groups(n_groups, n_experts, top_k, "n_expert_groups")
     else:

@@ -216,8 +216,7 @@ class MoELanguageModel(KeepsMultipliers, Generates, LightningModule):
 
     def _evaluate(self, batch: dict[str, Tensor], stage: str) -> None:
         loss, size = self.loss(batch), batch["tokens"].shape[0]
-        bits = self._bits_per_byte(loss)
-        values = {f"{stage}/loss": loss, f"{stage}/bits_per_byte": bits}
+        values = {f"{stage}/loss": loss, f"{stage}/bits_per_byte": self._bits_per_byte(loss)}
         self.log_dict(values, prog_bar=stage == "val", sync_dist=True, batch_size=size)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:

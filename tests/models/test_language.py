@@ -269,6 +269,9 @@ def test_sizes_of_experts_are_checked_in_a_model_without_an_moe_block_too():
 def test_unknown_options_are_refused_in_a_dense_model_too(n_experts):
     with pytest.raises(TypeError, match="'scorring'"):
         make_model(n_experts=n_experts, scorring="sigmoid")
+    for name, own in {"bias": "ffn_bias", "n_groups": "n_expert_groups"}.items():
+        with pytest.raises(TypeError, match=f"^{name}: found 1, expected nothing: the model calls it {own}"):
+            make_model(n_experts=n_experts, **{name: 1})
 
 
 def test_a_dense_model_may_have_the_options_of_a_model_with_experts():

@@ -160,9 +160,7 @@ def _refuse_unsupported(how: str, ffn: DenseFFN, layer_arguments: dict[str, Any]
         raise value_error("drop_fraction", found=own["drop_fraction"], expected="a number in (0, 1]")
     given, leave_out = layer_arguments.get, "Leave it out."
     has_bias = any(b is not None for b in (ffn.b_gate, ffn.b_up, ffn.b_down))
-    whole = (
-        f"0 with how={how!r}: the active experts are the whole network already, and nothing is left for a shared one"
-    )
+    whole = f"0 with how={how!r}: the active experts are the whole network, and nothing is left for a shared one"
     no_gate = "False: a network split over experts has no such gate to start from"
     lost = "True: the network has biases, which would be lost"
     refused = {

@@ -30,10 +30,7 @@ def shard(experts: Experts, mesh: DeviceMesh) -> None:
 def check_mesh(mesh: Any) -> None:
     """Checks that experts can be sharded over a mesh: it has one dimension, and holds this rank."""
     if not (dist.is_available() and dist.is_initialized()):
-        do = (
-            "Call it in configure_model under Lightning's ModelParallelStrategy, or after "
-            "torch.distributed.init_process_group."
-        )
+        do = "Call it in configure_model under Lightning's ModelParallelStrategy, or after init_process_group."
         expected = "that torch.distributed is initialized"
         raise RuntimeError(mismatch("parallelize_experts", found="no process group", expected=expected, do=do))
     from torch.distributed.device_mesh import DeviceMesh

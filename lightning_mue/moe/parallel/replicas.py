@@ -49,10 +49,7 @@ def check_replicas(fingerprints: list[list[float]]) -> None:
                 f"'replicated' in parallelize_experts, but different tokens or routes on ranks 0 and {rank} of the mesh"
             )
             expected = f"the same tokens on all ranks (rounding makes less than {TOLERANCE:.0%})"
-            do = (
-                "If each rank has its own batch, use tokens='split'; else start all ranks from the same seed and give them the "
-                "same batches."
-            )
+            do = "If each rank has its own batch, use tokens='split'; else give all ranks the same seed and batches."
             raise RuntimeError(mismatch("tokens", found=f"{what} ({sample})", expected=expected, do=do))
 
 
