@@ -7,8 +7,16 @@ from typing import Any
 
 import torch
 
-from lightning_mue.checks import require_non_negative, require_number, require_positive, require_size, value_error
+from lightning_mue.checks import (
+    require_non_negative,
+    require_number,
+    require_positive,
+    require_size,
+    type_error,
+    value_error,
+)
 from lightning_mue.moe import MoELayer
+from lightning_mue.moe.router import require_groups
 
 
 def check_sizes(given: Mapping[str, Any]) -> None:
@@ -23,19 +31,24 @@ def check_sizes(given: Mapping[str, Any]) -> None:
     require_non_negative(**{name: given[name] for name in factors})
 
 
-def check_options(n_groups: int, options: Mapping[str, Any]) -> None:
+def check_options(n_experts: int, top_k: int, n_groups: int, options: Mapping[str, Any]) -> None:
     """Refuses what an MoE layer would refuse, in a model without one too: it may be the base of a model with experts."""
+    for name, own in (("bias", "ffn_bias"), ("n_groups", "n_expert_groups")):
+        if name in options:
+            raise type_error(
+                name, found=options[name], expected=f"nothing: the model calls it {own}", do=f"Give {own}."
+            )
+    if n_experts:
+        require_groups(n_groups, n_experts, top_k, "n_expert_groups")
+    else:
+        n_experts = top_k = n_groups
     shared_width = options.get("shared_width") or 1
     with torch.device("meta"):
-        MoELayer(1, 1, n_groups, n_groups, n_groups=n_groups, **{**options, "shared_width": shared_width})
+        MoELayer(1, 1, n_experts, top_k, n_groups=n_groups, **{**options, "shared_width": shared_width})
 
 
 def infer_head_dim(width: int, n_heads: int, n_kv_heads: int, head_dim: int | None) -> int:
-    """The head dimension: the given one, or ``width / n_heads``.
-
-    Raises:
-        ValueError: ``n_kv_heads`` does not divide ``n_heads``, or ``n_heads`` does not divide ``width``.
-    """
+    """The given head dimension, or ``width / n_heads``. Refuses numbers of heads that do not divide what they must."""
     if n_heads % n_kv_heads:
         expected = f"a divisor of n_heads={n_heads}: every key/value head serves equally many query heads"
         raise value_error("n_kv_heads", found=n_kv_heads, expected=expected)

@@ -50,7 +50,7 @@ class Generates(nn.Module):
         if isinstance(prompt, str):
             if self.vocab_size != 256:
                 expected = (
-                    f"token ids: this model has a vocabulary of {self.vocab_size}, and text needs one of 256 bytes"
+                    f"token ids: the model has a vocabulary of {self.vocab_size}, and text needs one of 256 bytes"
                 )
                 raise value_error("prompt", found="text", expected=expected)
             device = next(self.parameters()).device

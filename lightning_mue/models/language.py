@@ -21,7 +21,6 @@ from lightning_mue.models.generation import Generates
 from lightning_mue.models.transformer import Attention, Block, RotaryEmbedding, Transformer
 from lightning_mue.moe import FeedForward, MoELayer, clip_grad_norm, parallelize_experts
 from lightning_mue.moe.balance_callbacks import balance_callbacks
-from lightning_mue.moe.router import require_groups
 from lightning_mue.parameterizations.applying.keeps_multipliers import KeepsMultipliers
 from lightning_mue.parameterizations.reading.parameters import tag_roles
 
@@ -116,8 +115,7 @@ class MoELanguageModel(KeepsMultipliers, Generates, LightningModule):
         self.n_experts, self.top_k = n_experts, top_k
         self.ffn_width = -(-8 * width // 48) * 16 if ffn_width is None else ffn_width
         self.expert_width = max(1, self.ffn_width // max(1, top_k)) if expert_width is None else expert_width
-        if n_experts:
-            require_groups(n_expert_groups, n_experts, top_k, "n_expert_groups")
+        check_options(n_experts, top_k, n_expert_groups, moe)
         scale = self.head_dim**-0.5 if attention_multiplier is None else attention_multiplier
         sizes = (width, n_heads, n_kv_heads, self.head_dim)
         blocks = []
@@ -138,8 +136,6 @@ class MoELanguageModel(KeepsMultipliers, Generates, LightningModule):
             unembedding_std=unembedding_std,
             output_multiplier=output_multiplier,
         )
-        if not self.moe_layers:
-            check_options(n_expert_groups, moe)
         tag_roles(self)
         # Counted here: strategies may shard or flatten parameters later.
         self._active_parameters, self._attention_width = self.transformer.active_parameters(), n_heads * self.head_dim
@@ -220,8 +216,7 @@ class MoELanguageModel(KeepsMultipliers, Generates, LightningModule):
 
     def _evaluate(self, batch: dict[str, Tensor], stage: str) -> None:
         loss, size = self.loss(batch), batch["tokens"].shape[0]
-        bits = self._bits_per_byte(loss)
-        values = {f"{stage}/loss": loss, f"{stage}/bits_per_byte": bits}
+        values = {f"{stage}/loss": loss, f"{stage}/bits_per_byte": self._bits_per_byte(loss)}
         self.log_dict(values, prog_bar=stage == "val", sync_dist=True, batch_size=size)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -285,6 +280,3 @@ class MoELanguageModel(KeepsMultipliers, Generates, LightningModule):
     def configure_callbacks(self) -> list[Any]:
         """Returns the callbacks that the balance of the MoE layers needs."""
         return [*balance_callbacks(self.moe_layers)]
-
-
-__all__ = ["MoELanguageModel"]

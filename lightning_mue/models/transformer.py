@@ -20,12 +20,7 @@ from lightning_mue.parameterizations.rules.roles import Role
 
 
 class RMSNorm(nn.RMSNorm):
-    """Root-mean-square normalization over the last dimension, with its role declared.
-
-    Args:
-        width: Size of the last dimension.
-        role: ``norm`` inside a block, ``qk_norm`` or ``final_norm``.
-    """
+    """Root-mean-square normalization over the last dimension. The role is ``norm`` in a block, ``qk_norm`` or ``final_norm``."""
 
     def __init__(self, width: int, role: Role = Role.NORM) -> None:
         super().__init__(width, eps=1e-6)
@@ -65,11 +60,7 @@ class RotaryEmbedding(nn.Module):
 
 
 class AttentionCore(nn.Module):
-    """Causal scaled-dot-product attention, a module of its own so that monitors can hook its queries and keys.
-
-    Args:
-        scale: Factor on the logits ``q . k``.
-    """
+    """Causal attention with logits ``scale * q . k``, a module of its own so that monitors can hook its queries and keys."""
 
     mue_attention_core = True
     mue_multipliers: ClassVar[Mapping[str, str]] = {"attention": "scale"}
@@ -89,14 +80,7 @@ class AttentionCore(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention with rotary positions, grouped queries and normalized queries and keys.
 
-    Args:
-        width: Residual width d.
-        n_heads: Query heads N.
-        n_kv_heads: Key/value heads M; divides ``n_heads``.
-        head_dim: Head dimension k.
-        qk_norm: Normalize queries and keys per head (RMSNorm).
-        scale: Factor on the logits.
-        init_std: Standard deviation of the weights; None: ``fan_in^-1/2`` of each.
+    ``scale`` is a factor on the logits; the other arguments are as for `MoELanguageModel`.
     """
 
     mue_branch = "attention"
@@ -138,11 +122,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: ``x + m * attention(norm(x))``, then ``x + m * ffn(norm(x))``.
 
-    Args:
-        width: Residual width d.
-        attention: The attention branch.
-        ffn: The FFN branch: ``FeedForward`` or ``MoELayer``.
-        residual_multiplier: Factor m on both branches.
+    m is the residual multiplier, ``ffn`` a ``FeedForward`` or ``MoELayer``.
     """
 
     mue_multipliers: ClassVar[Mapping[str, str]] = {"residual": "residual_multiplier"}
@@ -186,17 +166,9 @@ class Unembedding(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Token ids -> logits.
+    """Token ids -> logits. The blocks share ``rotary``; the other arguments are as for `MoELanguageModel`.
 
-    Args:
-        vocab_size: Vocabulary V.
-        width: Residual width d.
-        blocks: The blocks in order.
-        rotary: Position embedding, shared by the blocks.
-        tie_embeddings: Use the embedding's weight as the unembedding.
-        embedding_std: Standard deviation of the embedding.
-        unembedding_std: Standard deviation of an untied unembedding.
-        output_multiplier: Factor on the logits.
+    ``unembedding_std`` is that of an untied unembedding: a tied one is the embedding, of ``embedding_std``.
     """
 
     def __init__(
@@ -239,6 +211,3 @@ class Transformer(nn.Module):
                     stacked = parameter.ndim == 3
                     count += parameter.numel() * (sizes["a"] / sizes["E"] if stacked else 1.0)
         return count
-
-
-__all__ = ["Attention", "AttentionCore", "Block", "RMSNorm", "RotaryEmbedding", "Transformer", "Unembedding"]

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from lightning_mue.moe.balance import load_balancing_loss, router_z_loss, switch_loss, update_balance_bias
 from lightning_mue.moe.balance_callbacks import GlobalBatchBalance, LossFreeBalance
-from lightning_mue.moe.conversion import moe_from_ffn, moe_from_transformers, replace_moe_blocks
 from lightning_mue.moe.convert.replacing import transformers_state_dict
 from lightning_mue.moe.convert.transformers_state import state_dict_from_transformers, state_dict_to_transformers
 from lightning_mue.moe.experts import Experts
 from lightning_mue.moe.feed_forward import FeedForward
-from lightning_mue.moe.layer import MoELayer
+from lightning_mue.moe.layer import MoELayer, moe_from_ffn, moe_from_transformers, replace_moe_blocks
 from lightning_mue.moe.parallel.expert_parallel import ExpertParallel, clip_grad_norm, parallelize_experts
 from lightning_mue.moe.router import Router, RoutingInfo
 

@@ -7,18 +7,16 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-# Not `torch.amp.is_autocast_available`: torch 2.11 cannot compile it, and would break the graph.
-_WITHOUT = ("meta",)
-
 
 def disabled(device_type: str) -> AbstractContextManager[object]:
     """A context in which autocast is off."""
-    return nullcontext() if device_type in _WITHOUT else torch.autocast(device_type, enabled=False)
+    # Not `torch.amp.is_autocast_available`: torch 2.11 cannot compile it, and would break the graph.
+    return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast asks for on x's device, or None when it is off."""
     device_type = x.device.type
-    if device_type not in _WITHOUT and torch.is_autocast_enabled(device_type):
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None

@@ -50,13 +50,9 @@ def load_balancing_loss(probability_sum_NE: Tensor, counts_NE: Tensor, tokens_N:
 def global_load(counts_E: Tensor, earlier_E: Tensor | None, top_k: int) -> tuple[Tensor, Tensor]:
     """The load over all ranks, for the global form of the switch loss (docs/theory.md section 5.4).
 
-    With these as arguments of `load_balancing_loss`, the mean of the ranks' losses is the loss of all their tokens as one
-    batch, in value and gradient.
-
-    Args:
-        counts_E: Assignments of this rank's micro-batch, int64 [E].
-        earlier_E: Of this rank's earlier micro-batches of the optimizer step, or None.
-        top_k: K.
+    `counts_E` are the assignments of this rank's micro-batch, `earlier_E` those of its earlier micro-batches of the optimizer
+    step. With the result as arguments of `load_balancing_loss`, the mean of the ranks' losses is the loss of all their tokens
+    as one batch, in value and gradient.
 
     Returns:
         Counts over all ranks, [1, E], and the mean over ranks of the tokens of this micro-batch, [1].

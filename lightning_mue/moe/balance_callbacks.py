@@ -150,8 +150,8 @@ def warn_of_missing_callbacks(trainer: Trainer, pl_module: LightningModule) -> N
         if isinstance(callback, GlobalBatchBalance) and trainer.accumulate_grad_batches == 1:
             continue  # then a micro-batch of all ranks is the whole batch
         if not any(isinstance(present, type(callback)) for present in trainer.callbacks):  # type: ignore[attr-defined]
-            expected = f"{type(callback).__name__}: {callback.without}"
-            rank_zero_warn(mismatch("trainer.callbacks", found="none", expected=expected, do=callback.remedy))
+            found, expected = f"no {type(callback).__name__}", f"one: {callback.without}"
+            rank_zero_warn(mismatch("trainer.callbacks", found=found, expected=expected, do=callback.remedy))
 
 
 def balance_callbacks(layers: Iterable[MoEBase]) -> list[_PerStep]:

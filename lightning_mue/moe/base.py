@@ -11,23 +11,7 @@ from lightning_mue.moe.router import Router, RoutingInfo
 
 
 class MoEBase(nn.Module):
-    """An MoE layer without its forward pass.
-
-    Attributes:
-        router: Chooses the experts of each token.
-        experts: The routed experts.
-        shared: The expert that every token passes, or None.
-        shared_gate: The linear map [1, d] whose sigmoid multiplies the shared expert's output, or None.
-        width: d.
-        route_scale: Constant multiplier of the routed sum.
-        output_multiplier: Constant multiplier of the output, 1 unless a parameterization sets it.
-        balance: "switch", "bias" or "none".
-        balance_scope: "local", "global" or "sequence".
-        bias_update_rate: Step size of the balance bias.
-        aux_loss: 0-dim float32 of the last forward pass, with its graph.
-        last_routing: Of the last forward pass, detached; None before the first.
-        earlier_counts: Assignments of each expert in earlier micro-batches of this optimizer step, int64 [E], or None.
-    """
+    """An MoE layer without its forward pass. `MoELayer` describes the attributes."""
 
     router: Router
     experts: Experts
@@ -74,10 +58,7 @@ class MoEBase(nn.Module):
 
         "input", "pre_activations" and "routing" are the experts' (`grouped_ffn`): a backward pass needs at least 2d + 4Kh
         of them in bfloat16 for gated experts. "router" is its float32 logits with their logsumexp, the chosen ids and
-        their gates, "shared" the shared expert's activations, "total" the sum.
-
-        Args:
-            dtype: Type of the GEMMs.
+        their gates, "shared" the shared expert's activations, "total" the sum. `dtype` is the GEMMs'.
         """
         parts = self.experts.activation_memory(self.top_k, dtype)
         parts["router"] = 4 * (self.n_experts + 1) + 12 * self.top_k

@@ -118,15 +118,9 @@ class Experts(nn.Module):
         return y_Td if overlap is None else (y_Td + overlap()).to(x_Td.dtype)
 
     def compute(self, x_Td: Tensor, gates: Tensor, plan: DispatchPlan) -> Tensor:
-        """Computes the gate-weighted sum of this rank's experts under a plan.
+        """Computes the gate-weighted sum of this rank's experts under a plan over these: [T, d], of x's dtype.
 
-        Args:
-            x_Td: [T, d].
-            gates: Of `plan.inverse`'s shape, float32 or float64.
-            plan: A plan over the experts that this rank holds.
-
-        Returns:
-            [T, d], of x's dtype.
+        Gates are of `plan.inverse`'s shape, float32 or float64.
 
         Raises:
             TypeError: x and the weights differ in dtype and autocast is off.
@@ -154,12 +148,7 @@ class Experts(nn.Module):
         return y_Td.to(x_Td.dtype)
 
     def activation_memory(self, top_k: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:
-        """Bytes per token that a training step keeps for the backward pass, by what they are for.
-
-        Args:
-            top_k: K.
-            dtype: Type of the GEMMs.
-        """
+        """Bytes per token that a training step keeps for the backward pass, by what they are for; `dtype` is the GEMMs'."""
         parts = activation_memory(self.width, self.expert_width, top_k, self.activation, dtype)
         if self._dispatcher() is not None:  # the received rows are kept: K d numbers a token in place of d
             parts["total"] += parts["input"] * (top_k - 1)

@@ -94,20 +94,10 @@ def make_parameters(
     up: Role,
     down: Role,
 ) -> dict[str, Role]:
-    """Registers the empty weights and biases of one network, or of a stack of them.
-
-    Args:
-        module: The module that gets them.
-        stack: Leading dimensions, () or (E,).
-        width: d.
-        hidden_width: h.
-        activation: A key of `ACTIVATIONS`; `w_gate` and `b_gate` are None unless it is gated.
-        bias: Whether there are biases; all None if not.
-        up: Role of `w_gate` and `w_up`.
-        down: Role of `w_down`.
+    """Registers the empty weights and biases of one network (`stack` is ()), or of a stack of E (`stack` is (E,)).
 
     Returns:
-        The roles, by parameter name.
+        The roles, by parameter name: `down` for `w_down`, `up` for the other weights. Parameters that a network lacks are None.
     """
     gate = ["gate"] if ACTIVATIONS[activation].gated else []
     shapes = dict.fromkeys((*gate, "up"), (*stack, hidden_width, width)) | {"down": (*stack, width, hidden_width)}

@@ -31,8 +31,7 @@ from lightning_mue.checks import (
 from lightning_mue.moe.balance import SCOPES, global_load, load_balancing_loss
 from lightning_mue.moe.balance_callbacks import balance_callbacks
 from lightning_mue.moe.base import MoEBase
-from lightning_mue.moe.convert.pretrained import moe_from_transformers
-from lightning_mue.moe.convert.upcycling import moe_from_ffn
+from lightning_mue.moe.convert import pretrained, replacing, upcycling
 from lightning_mue.moe.experts import Experts
 from lightning_mue.moe.feed_forward import FeedForward
 from lightning_mue.moe.router import Router, RoutingInfo
@@ -76,9 +75,14 @@ class MoELayer(KeepsMultipliers, MoEBase, LightningModule):
         **router: Further options of the router: `scoring`, `gate`, `choice`, `jitter`, `n_groups`; see `Router`.
 
     Attributes:
+        router: Chooses the experts of each token.
+        experts: The routed experts.
+        shared: The shared expert, or None.
+        shared_gate: The linear map [1, d] of its gate, or None.
         aux_loss: 0-dim float32 of the last forward pass, with its graph; 0 in evaluation and when nothing asks for it.
-        last_routing: `RoutingInfo` of the last forward pass, detached; None before the first. Neither attribute is
-            part of the state dict or of a copy.
+        last_routing: `RoutingInfo` of the last forward pass, detached; None before the first.
+        earlier_counts: Assignments of each expert in earlier micro-batches of this optimizer step, int64 [E], or None. This
+            and the two before it are neither in the state dict nor in a copy.
         output_multiplier: Constant forward multiplier, 1 unless a parameterization sets it.
 
     Raises:
@@ -180,12 +184,12 @@ class MoELayer(KeepsMultipliers, MoEBase, LightningModule):
         cls, module: nn.Module | Sequence[nn.Module], n_experts: int, top_k: int = 2, **arguments: Any
     ) -> MoELayer:
         """Makes a layer out of a dense feed-forward network: see `convert/upcycling.py` for the arguments."""
-        return moe_from_ffn(module, n_experts, top_k, layer_class=cls, **arguments)
+        return upcycling.moe_from_ffn(module, n_experts, top_k, layer_class=cls, **arguments)
 
     @classmethod
     def from_pretrained_block(cls, block: nn.Module, **arguments: Any) -> MoELayer:
         """Makes a layer that equals a transformers MoE block: see `convert/pretrained.py` for the arguments."""
-        return moe_from_transformers(block, layer_class=cls, **arguments)
+        return pretrained.moe_from_transformers(block, layer_class=cls, **arguments)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Returns the mean squared error to the target plus the auxiliary loss."""
@@ -233,16 +237,12 @@ class MoELayer(KeepsMultipliers, MoEBase, LightningModule):
 
 @cache
 def _warn_of_reentrant_checkpoint() -> None:
-    warnings.warn(
-        mismatch(
-            "use_reentrant",
-            found="a MoELayer in training mode whose tokens require gradients while gradients are off, as reentrant "
-            "activation checkpointing does: its aux_loss has no gradient",
-            expected="False",
-            do="Use checkpoint(..., use_reentrant=False).",
-        ),
-        stacklevel=2,
+    found = (
+        "a MoELayer in training mode whose tokens require gradients while gradients are off, as reentrant activation "
+        "checkpointing does: its aux_loss has no gradient"
     )
+    do = "Use checkpoint(..., use_reentrant=False)."
+    warnings.warn(mismatch("use_reentrant", found=found, expected="False", do=do), stacklevel=2)
 
 
 def _require_consistent(choice: str, balance: str, shared_width: int, *, shared_gate: bool) -> None:
@@ -265,3 +265,25 @@ def _flat(mask: Tensor | None, x: Tensor) -> Tensor | None:
         expected = f"that of x's tokens, {tuple(x.shape[:-1])}"
         raise value_error("mask", found=f"shape {tuple(mask.shape)}", expected=expected)
     return mask.reshape(-1)
+
+
+def moe_from_ffn(
+    module: nn.Module | Sequence[nn.Module],
+    n_experts: int,
+    top_k: int = 2,
+    *,
+    layer_class: type[MoELayer] = MoELayer,
+    **arguments: Any,
+) -> MoELayer:
+    """`MoELayer.from_ffn`, of `layer_class`."""
+    return upcycling.moe_from_ffn(module, n_experts, top_k, layer_class=layer_class, **arguments)
+
+
+def moe_from_transformers(block: nn.Module, *, layer_class: type[MoELayer] = MoELayer, **arguments: Any) -> MoELayer:
+    """`MoELayer.from_pretrained_block`, of `layer_class`."""
+    return pretrained.moe_from_transformers(block, layer_class=layer_class, **arguments)
+
+
+def replace_moe_blocks(model: nn.Module, *, layer_class: type[MoELayer] = MoELayer, **arguments: Any) -> list[str]:
+    """Replaces a model's MoE blocks by layers, in place: see `convert/replacing.py` for the arguments."""
+    return replacing.replace_moe_blocks(model, layer_class=layer_class, **arguments)

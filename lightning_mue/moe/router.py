@@ -89,17 +89,7 @@ class RoutingInfo:
 
 
 def require_groups(n_groups: int, n_experts: int, top_k: int, name: str = "n_groups") -> None:
-    """Raises unless experts and active experts fall into equal groups.
-
-    Args:
-        n_groups: G.
-        n_experts: E.
-        top_k: K.
-        name: The argument, as the user wrote it.
-
-    Raises:
-        ValueError: G does not divide E, or not K.
-    """
+    """Raises a ValueError unless the number of groups divides that of the experts and of the active experts."""
     for what, size in (("n_experts", n_experts), ("top_k", top_k)):
         if size % n_groups:
             fitting = [g for g in range(1, min(n_experts, top_k) + 1) if n_experts % g == 0 and top_k % g == 0]

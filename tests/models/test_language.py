@@ -258,10 +258,20 @@ def test_options_of_experts_are_checked_in_a_dense_model_too(n_experts, name, va
         make_model(n_experts=n_experts, **{name: value})
 
 
+def test_sizes_of_experts_are_checked_in_a_model_without_an_moe_block_too():
+    with pytest.raises(ValueError, match=r"^top_k: found 5, expected at most n_experts=4"):
+        make_model(n_experts=4, top_k=5, depth=1, moe_every=2)
+    with pytest.raises(ValueError, match=r"^n_expert_groups: found 3, expected a divisor of n_experts=4"):
+        make_model(n_experts=4, n_expert_groups=3, depth=1, moe_every=2)
+
+
 @pytest.mark.parametrize("n_experts", [0, 4])
 def test_unknown_options_are_refused_in_a_dense_model_too(n_experts):
     with pytest.raises(TypeError, match="'scorring'"):
         make_model(n_experts=n_experts, scorring="sigmoid")
+    for name, own in {"bias": "ffn_bias", "n_groups": "n_expert_groups"}.items():
+        with pytest.raises(TypeError, match=f"^{name}: found 1, expected nothing: the model calls it {own}"):
+            make_model(n_experts=n_experts, **{name: 1})
 
 
 def test_a_dense_model_may_have_the_options_of_a_model_with_experts():

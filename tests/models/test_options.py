@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 
 import pytest
+import torch
 import yaml
 
 from lightning_mue import MoELanguageModel, MoELayer
@@ -83,6 +85,23 @@ def test_an_old_flat_config_gives_the_same_model(tmp_path):
             0.0 if name == "aux_loss_coef" else value
         )
     assert {name: model.hparams[name] for name in OLD} == OLD
+
+
+@pytest.mark.parametrize("added", [{}, {"_class_path": "lightning_mue.models.MoELanguageModel"}])
+def test_a_checkpoint_of_an_earlier_version_loads(tmp_path, added):
+    """The keys of earlier versions in Python and by the CLI; Lightning does not filter what a constructor with **moe may get."""
+    model = MoELanguageModel(**SIZES, **OLD)
+    if added:
+        added |= {"_instantiator": "lightning.pytorch.cli.instantiate_module"}
+    hparams = {**SIZES, **OLD, **added}
+    saved = {"state_dict": model.state_dict(), "hyper_parameters": hparams, "pytorch-lightning_version": "2.6.0"}
+    torch.save(saved, tmp_path / "old.ckpt")
+    for copied in (MoELanguageModel.load_from_checkpoint(tmp_path / "old.ckpt"), pickle.loads(pickle.dumps(model))):
+        assert {name: copied.hparams[name] for name in (*SIZES, *OLD)} == {**SIZES, **OLD}
+        assert not {"_class_path", "_instantiator", "moe"} & set(copied.hparams)
+        assert copied.state_dict().keys() == model.state_dict().keys()
+        assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in copied.state_dict().items())
+        assert copied.moe_layers[0].router.scoring == "sigmoid"
 
 
 @pytest.mark.parametrize("name", ["scorring", "n_groups", "bias"])

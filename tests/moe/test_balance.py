@@ -177,7 +177,7 @@ def test_a_balance_without_its_callback_is_warned_of(tmp_path):
         return [str(w.message).split(": without")[0] for w in caught if "trainer.callbacks" in str(w.message)]
 
     names = ("LossFreeBalance", "GlobalBatchBalance")
-    loss_free, whole_step = (f"trainer.callbacks: found none, expected {name}" for name in names)
+    loss_free, whole_step = (f"trainer.callbacks: found no {name}, expected one" for name in names)
     assert found() == [loss_free]
     assert found(accumulate_grad_batches=2) == [loss_free, whole_step]
     assert found(LossFreeBalance(), accumulate_grad_batches=2) == [whole_step]

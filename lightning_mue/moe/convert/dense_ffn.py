@@ -17,7 +17,7 @@ from typing import NamedTuple, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_mue.checks import listed, mismatch, require_choice, value_error
+from lightning_mue.checks import listed, require_choice, value_error
 from lightning_mue.kernels.activations import ACTIVATIONS
 from lightning_mue.moe.convert.trial import random_tensors, require_module, run
 
@@ -71,9 +71,8 @@ class LinearMap(NamedTuple):
     def read(self, tensors: Mapping[str, Tensor], rows: slice) -> tuple[Tensor, Tensor | None]:
         """Weight [rows, in] and bias [rows] of some of its outputs."""
         weight = tensors[self.weight].detach()
-        return (weight.T if self.transposed else weight)[rows], None if self.bias is None else tensors[
-            self.bias
-        ].detach()[rows]
+        bias = None if self.bias is None else tensors[self.bias].detach()[rows]
+        return (weight.T if self.transposed else weight)[rows], bias
 
     def __str__(self) -> str:
         return f"{self.path} [{self.outputs}, {self.inputs}]{' with bias' if self.bias else ''}"
@@ -133,7 +132,7 @@ def read_ffn(
     names = {"gate": gate_name, "up": up_name, "down": down_name}
     layouts = _named(_layouts(maps := _linear_maps(whole), names), names, activation)
     if not layouts:
-        raise ValueError(_not_found(whole, maps, names, activation))
+        raise _unreadable(whole, maps, _not_found(names, activation))
     all_given = activation is not None and up_name is not None and down_name is not None
     if all_given and (layouts[0].gate in (None, layouts[0].up) or gate_name is not None):
         return layouts[0].read(tensors, whole)
@@ -207,14 +206,13 @@ def _layouts(maps: list[LinearMap], names: Mapping[str, str | None]) -> Iterator
 
 
 def _named(layouts: Iterator[_Layout], names: Mapping[str, str | None], activation: str | None) -> list[_Layout]:
-    def fits(layout: _Layout) -> bool:
+    fitting = []
+    for layout in layouts:
         paths = {"gate": layout.gate and layout.gate.path, "up": layout.up.path, "down": layout.down.path}
-        return all(name in (None, paths[part]) for part, name in names.items()) and activation in (
-            None,
-            layout.activation,
-        )
-
-    return [layout for layout in layouts if fits(layout)]
+        is_named = all(name in (None, paths[part]) for part, name in names.items())
+        if is_named and activation in (None, layout.activation):
+            fitting.append(layout)
+    return fitting
 
 
 def _matching(module: nn.Module, layouts: list[_Layout], maps: list[LinearMap]) -> _Layout:
@@ -229,15 +227,7 @@ def _matching(module: nn.Module, layouts: list[_Layout], maps: list[LinearMap]) 
     error, best = min(errors, key=lambda pair: pair[0], default=(None, None))
     if best is not None and error is not None and error < _SAME:
         return best
-    raise ValueError(_not_the_same(module, maps, error, [y for _, y in results.values()]))
-
-
-def _found(module: nn.Module, maps: Sequence[LinearMap]) -> str:
-    weights = {m.weight: m for m in maps}
-    others = [
-        f"{n} ({type(m).__name__})" for n, m in module.named_children() if not any(w.startswith(n) for w in weights)
-    ]
-    return f"linear maps [out, in]: {listed(weights.values())}; other parts: {listed(others)}"
+    raise _unreadable(module, maps, _not_the_same(error, [y for _, y in results.values()]))
 
 
 _EXPECTED = (
@@ -250,25 +240,28 @@ _REMEDY = (
 )
 
 
-def _not_found(
-    module: nn.Module, maps: Sequence[LinearMap], names: Mapping[str, str | None], activation: str | None
-) -> str:
-    given = {f"{part}_name": name for part, name in names.items() if name}
-    if activation:
-        given["activation"] = activation
-    told = f" (with {', '.join(f'{key}={value!r}' for key, value in given.items())})" if given else ""
-    found = f"{type(module).__name__}, in which no feed-forward network can be read{told}; {_found(module, maps)}"
-    return mismatch("module", found=found, expected=_EXPECTED, do=_REMEDY)
+def _unreadable(module: nn.Module, maps: Sequence[LinearMap], why: str) -> ValueError:
+    weights = {m.weight: m for m in maps}
+    others = [
+        f"{n} ({type(m).__name__})" for n, m in module.named_children() if not any(w.startswith(n) for w in weights)
+    ]
+    parts = f"linear maps [out, in]: {listed(weights.values())}; other parts: {listed(others)}"
+    return value_error("module", found=f"{type(module).__name__}, {why}; {parts}", expected=_EXPECTED, do=_REMEDY)
 
 
-def _not_the_same(module: nn.Module, maps: Sequence[LinearMap], error: float | None, results: list[object]) -> str:
+def _not_found(names: Mapping[str, str | None], activation: str | None) -> str:
+    given = {f"{part}_name": name for part, name in names.items()} | {"activation": activation}
+    told = ", ".join(f"{key}={value!r}" for key, value in given.items() if value)
+    return f"in which no feed-forward network can be read{f' (with {told})' if told else ''}"
+
+
+def _not_the_same(error: float | None, results: list[object]) -> str:
     returned = [r for r in results if not isinstance(r, Exception)]
     if error is not None:
-        what = f"computes something else than its maps allow (the best combination is off by {error:.2g} relative)"
-    elif returned:
+        return (
+            f"which computes something else than its maps allow (the best combination is off by {error:.2g} relative)"
+        )
+    if returned:
         shape = list(returned[0].shape) if isinstance(returned[0], Tensor) else type(returned[0]).__name__
-        what = f"does not return a tensor of its input's shape [2, 4, d], but {shape}"
-    else:
-        what = f"cannot be run on an input [2, 4, d] ({type(results[0]).__name__}: {str(results[0])[:200]})"
-    found = f"{type(module).__name__}, which {what}; {_found(module, maps)}"
-    return mismatch("module", found=found, expected=_EXPECTED, do=_REMEDY)
+        return f"which does not return a tensor of its input's shape [2, 4, d], but {shape}"
+    return f"which cannot be run on an input [2, 4, d] ({type(results[0]).__name__}: {str(results[0])[:200]})"

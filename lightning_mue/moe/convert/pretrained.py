@@ -9,7 +9,7 @@ Shape legend: T tokens, d width, E experts.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,15 +52,13 @@ def moe_from_transformers(
     require_module("block", block)
     if not is_moe_block(block):
         parts = listed([name for name, _ in block.named_children()])
-        raise value_error(
-            "block",
-            found=f"{type(block).__name__} with the modules {parts}, no Mixture-of-Experts block that can be read",
-            expected="modules `gate` (or `router`) with a weight [E, d], and `experts`",
-            do="Pass the block itself, e.g. model.model.layers[0].mlp; a dense network goes to MoELayer.from_ffn.",
-        )
+        found = f"{type(block).__name__} with the modules {parts}, no Mixture-of-Experts block that can be read"
+        expected = "modules `gate` (or `router`) with a weight [E, d], and `experts`"
+        do = "Pass the block itself, e.g. model.model.layers[0].mlp; a dense network goes to MoELayer.from_ffn."
+        raise value_error("block", found=found, expected=expected, do=do)
     _refuse_unsupported(block)
     state = state_dict_from_transformers(block.state_dict())
-    scorings = _scorings(block, state)
+    scorings = _scorings(block)
     settings = _settings(block, state)
     layer = empty_layer(layer_class, state["router.weight"], **{**settings, "scoring": scorings[0], **layer_arguments})
     layer.load_state_dict(state, assign=True)
@@ -74,14 +72,9 @@ def moe_from_transformers(
 
 def is_moe_block(module: nn.Module) -> bool:
     """Whether a module looks like a transformers MoE block: a linear router beside experts."""
-    router = router_of(module)
-    weight = getattr(router, "weight", None)
-    return (
-        isinstance(weight, Tensor)
-        and weight.ndim == 2
-        and not isinstance(module, MoEBase)
-        and "experts" in module._modules
-    )
+    weight = getattr(router_of(module), "weight", None)
+    is_linear = isinstance(weight, Tensor) and weight.ndim == 2
+    return is_linear and not isinstance(module, MoEBase) and "experts" in module._modules
 
 
 def router_of(block: nn.Module) -> nn.Module | None:
@@ -97,65 +90,45 @@ def run_block(block: nn.Module, x: Tensor, weights: dict[str, Tensor] | None = N
     return call(block, tensors, x.clone())
 
 
-class _Owner(NamedTuple):
-    """The objects that may hold a setting (router, block, config), which have different names for it."""
-
-    places: tuple[object, ...]
-
-    def get(self, *names: str, default: Any = None) -> Any:
-        for place in self.places:
-            for name in names:
-                value = getattr(place, name, None)
-                if value is not None:
-                    return value
-        return default
-
-
-def _owner(block: nn.Module) -> _Owner:
-    return _Owner((router_of(block), block, getattr(block, "config", None)))
+def _setting(block: nn.Module, *names: str, default: Any = None) -> Any:
+    """A setting of a block under one of some names, held by its router, the block itself or its config."""
+    for owner in (router_of(block), block, getattr(block, "config", None)):
+        for name in names:
+            value = getattr(owner, name, None)
+            if value is not None:
+                return value
+    return default
 
 
 def _refuse_unsupported(block: nn.Module) -> None:
-    owner = _owner(block)
-    groups, chosen = owner.get("n_group", "num_group", default=1), owner.get("topk_group", default=1)
+    groups, chosen = _setting(block, "n_group", "num_group", default=1), _setting(block, "topk_group", default=1)
     if groups > 1 and chosen < groups:
-        raise value_error(
-            "block",
-            found=f"{type(block).__name__}, which chooses {chosen} of {groups} groups and experts inside them "
-            f"(n_group={groups}, topk_group={chosen})",
-            expected="one that chooses freely (n_group=1, or topk_group=n_group)",
-            do="Such a block cannot be read: the groups of a MoELayer all get equally many active experts.",
-        )
-    jitter = owner.get("jitter_noise", "input_jitter_noise", "router_jitter_noise", default=0.0)
+        chooses = f"chooses {chosen} of {groups} groups and experts inside them (n_group={groups}, topk_group={chosen})"
+        expected = "one that chooses freely (n_group=1, or topk_group=n_group)"
+        do = "Such a block cannot be read: the groups of a MoELayer all get equally many active experts."
+        raise value_error("block", found=f"{type(block).__name__}, which {chooses}", expected=expected, do=do)
+    jitter = _setting(block, "jitter_noise", "input_jitter_noise", "router_jitter_noise", default=0.0)
     if jitter:
-        raise value_error(
-            "block",
-            found=f"{type(block).__name__}, which multiplies the input of router and experts by noise in training (jitter "
-            f"{jitter})",
-            expected="none: a MoELayer has noise on its router's input only",
-            do="Set the block's jitter to 0, and pass jitter= if you want the router's.",
-        )
+        found = f"{type(block).__name__}, which multiplies router's and experts' input by noise in training (jitter {jitter})"
+        expected = "one without noise on its experts' input: a MoELayer has noise on its router's only"
+        do = "Set the block's jitter to 0, and pass jitter= if you want the router's."
+        raise value_error("block", found=found, expected=expected, do=do)
 
 
-def _scorings(block: nn.Module, state: dict[str, Tensor]) -> tuple[str, ...]:
+def _scorings(block: nn.Module) -> tuple[str, ...]:
     """The scorings that the block may have, the likeliest first."""
-    normalized = _owner(block).get("norm_topk_prob")
+    normalized = _setting(block, "norm_topk_prob")
     sigmoid = any(name.endswith("e_score_correction_bias") for name in block.state_dict())
     pair = ("sigmoid-normalized", "sigmoid") if sigmoid else ("topk-softmax", "softmax-topk")
     return pair if normalized is None else pair[:1] if normalized else pair[1:]
 
 
 def _settings(block: nn.Module, state: dict[str, Tensor]) -> dict[str, Any]:
-    owner = _owner(block)
     n_experts, expert_width, width = state["experts.w_up"].shape
-    top_k = owner.get("top_k", "num_experts_per_tok")
+    top_k = _setting(block, "top_k", "num_experts_per_tok")
     if top_k is None:
-        raise value_error(
-            "block.top_k",
-            found=f"no such setting of {type(block).__name__}",
-            expected="how many experts a token gets",
-            do="Set it.",
-        )
+        found = f"no such setting of {type(block).__name__}"
+        raise value_error("block.top_k", found=found, expected="how many experts a token gets", do="Set it.")
     shared = state.get("shared.w_up")
     return {
         "width": width,
@@ -165,7 +138,7 @@ def _settings(block: nn.Module, state: dict[str, Tensor]) -> dict[str, Any]:
         "activation": _activation(block),
         "shared_width": 0 if shared is None else len(shared),
         "shared_gate": "shared_gate.weight" in state,
-        "route_scale": float(owner.get("routed_scaling_factor", default=1.0)),
+        "route_scale": float(_setting(block, "routed_scaling_factor", default=1.0)),
         "balance": "bias" if any(name.endswith("correction_bias") for name in block.state_dict()) else "none",
     }
 
@@ -215,7 +188,8 @@ def _choose_scoring(block: nn.Module, layer: MoEBase, scorings: tuple[str, ...])
         difference = (run_block(layer, x, {"router.weight": rows}) - y.view_as(x)).double().norm(dim=-1)
         errors.append(float((difference / y.view_as(x).double().norm(dim=-1).clamp_min(1e-30)).median()))
         if errors[-1] <= _SAME.get(weight.dtype, _SAME_IN_HALF):
-            _reset(layer, scoring)
+            layer.hparams["scoring"] = scoring  # type: ignore[index,operator,assignment]
+            layer.last_routing, layer.aux_loss = None, torch.zeros((), device=weight.device)
             return
     raise value_error(
         "block",
@@ -225,8 +199,3 @@ def _choose_scoring(block: nn.Module, layer: MoEBase, scorings: tuple[str, ...])
         expected="the same outputs",
         do="The block cannot be read; verify=False skips this check.",
     )
-
-
-def _reset(layer: Any, scoring: str) -> None:
-    layer.hparams["scoring"] = scoring
-    layer.last_routing, layer.aux_loss = None, torch.zeros((), device=layer.router.weight.device)

@@ -26,9 +26,6 @@ class TransformersMoE(nn.Module):
     Args:
         moe: The layer.
         block: The block that it replaces.
-
-    Attributes:
-        moe: The layer.
     """
 
     def __init__(self, moe: MoEBase, block: nn.Module) -> None:
@@ -98,12 +95,10 @@ def replace_moe_blocks(model: nn.Module, *, layer_class: type[MoEBase], **layer_
         if is_moe_block(module):
             places.setdefault(id(module), []).append(name)
     if not places:
-        raise value_error(
-            "model",
-            found=f"{type(model).__name__}, which holds no Mixture-of-Experts block",
-            expected="a module with `experts` beside a `gate` or `router`",
-            do="For dense feed-forward networks use MoELayer.from_ffn.",
-        )
+        found = f"{type(model).__name__}, which holds no Mixture-of-Experts block"
+        expected = "a module with `experts` beside a `gate` or `router`"
+        do = "For dense feed-forward networks use MoELayer.from_ffn."
+        raise value_error("model", found=found, expected=expected, do=do)
     for names in places.values():
         if "" in names:
             found, do = f"{type(model).__name__}, which is itself a block", "Use MoELayer.from_pretrained_block(model)."

@@ -114,7 +114,7 @@ def state_dict_to_transformers(
     unknown = [name for name in state if name not in _EXPORTED]
     missing = [name for name in ("router.weight", *_STACKS) if name not in state]
     if unknown or missing:
-        found = f"the unknown weights {listed(unknown)}; missing weights: {listed(missing)}"
+        found = f"unknown weights: {listed(unknown)}; missing weights: {listed(missing)}"
         expected = "a layer of gated experts without biases, as transformers' blocks have"
         raise value_error("state", found=found, expected=expected, do="Only such layers can be exported.")
     gate, up, down = (state[name] for name in _STACKS)
@@ -146,13 +146,10 @@ _EXPORTED = {"router.weight", "router.balance_bias", "shared_gate.weight", *_STA
 
 def _halves(gate_up: Tensor, down: Tensor | None) -> tuple[Tensor, Tensor]:
     if gate_up.ndim != 3 or down is None or down.shape != (len(gate_up), gate_up.shape[2], gate_up.shape[1] // 2):
-        found = "nothing" if down is None else list(down.shape)
-        raise value_error(
-            "experts.gate_up_proj and experts.down_proj",
-            found=f"shapes {list(gate_up.shape)} and {found}",
-            expected="[E, 2h, d] and [E, d, h]",
-            do="Transposed and interleaved experts (Llama 4, GPT-OSS) cannot be read.",
-        )
+        key = "experts.gate_up_proj and experts.down_proj"
+        found = f"shapes {list(gate_up.shape)} and {'nothing' if down is None else list(down.shape)}"
+        do = "Transposed and interleaved experts (Llama 4, GPT-OSS) cannot be read."
+        raise value_error(key, found=found, expected="[E, 2h, d] and [E, d, h]", do=do)
     gate, up = gate_up.chunk(2, dim=1)
     return gate, up
 

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,11 +18,7 @@ from lightning_mue.moe import autocast
 
 
 def require_module(name: str, value: object, expected: str = "a torch.nn.Module") -> None:
-    """Raises unless a value is a module.
-
-    Raises:
-        TypeError: It is not; the message names the argument and its type.
-    """
+    """Raises a TypeError unless a value is a module."""
     if not isinstance(value, nn.Module):
         found = f"the class {value.__name__}" if isinstance(value, type) else f"a value of type {type(value).__name__}"
         raise type_error(name, found=found, expected=expected, do="Pass the module itself.")
@@ -40,12 +35,21 @@ def places(module: nn.Module) -> dict[str, Tensor]:
 
 
 def call(module: nn.Module, tensors: Mapping[str, Tensor], x: Tensor) -> Any:
-    """What the module returns in evaluation with other tensors at some of its `places`.
+    """What the module returns with other tensors at some of its `places`; afterwards every submodule is as it was.
 
-    Give all places of a tied tensor: functional_call's own tying leaves a module that has two paths changed.
+    It runs in evaluation, without gradients, autocast and forward hooks. Give all places of a tied tensor: functional_call's
+    own tying leaves a module that has two paths changed.
     """
-    with evaluation(module, x.device):
-        return torch.func.functional_call(module, dict(tensors), (x,), tie_weights=False)
+    before = [(m, m.training, m._forward_pre_hooks, m._forward_hooks) for m in module.modules()]
+    try:
+        module.eval()
+        for child, *_ in before:  # hooks that count or record must not see the trial
+            child._forward_pre_hooks, child._forward_hooks = OrderedDict(), OrderedDict()
+        with torch.no_grad(), autocast.disabled(x.device.type):
+            return torch.func.functional_call(module, dict(tensors), (x,), tie_weights=False)
+    finally:
+        for child, mode, pre_hooks, hooks in before:
+            child.training, child._forward_pre_hooks, child._forward_hooks = mode, pre_hooks, hooks
 
 
 def random_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -66,21 +70,6 @@ def random_tensors(module: nn.Module) -> dict[str, Tensor]:
     for name, buffer in module.named_buffers(remove_duplicate=False):
         tensors[name] = torch.zeros(buffer.shape, dtype=buffer.dtype) if buffer.is_meta else buffer.cpu().clone()
     return tensors
-
-
-@contextmanager
-def evaluation(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation without gradients, autocast and forward hooks; afterwards every submodule is as it was."""
-    before = [(m, m.training, m._forward_pre_hooks, m._forward_hooks) for m in module.modules()]
-    try:
-        module.eval()
-        for child, *_ in before:  # hooks that count or record must not see the trial
-            child._forward_pre_hooks, child._forward_hooks = OrderedDict(), OrderedDict()
-        with torch.no_grad(), autocast.disabled(device.type):
-            yield
-    finally:
-        for child, mode, pre_hooks, hooks in before:
-            child.training, child._forward_pre_hooks, child._forward_hooks = mode, pre_hooks, hooks
 
 
 def run(module: nn.Module, tensors: Mapping[str, Tensor], width: int) -> tuple[Tensor, object]:

@@ -158,25 +158,16 @@ def _refuse_unsupported(how: str, ffn: DenseFFN, layer_arguments: dict[str, Any]
         require_number("noise_std", own["noise_std"], above=0, do="Without noise, experts are how='copy'.")
     if own["drop_fraction"] is not None and not 0 < own["drop_fraction"] <= 1:
         raise value_error("drop_fraction", found=own["drop_fraction"], expected="a number in (0, 1]")
-    shared_width, width = layer_arguments.get("shared_width"), layer_arguments.get("width")
+    given, leave_out = layer_arguments.get, "Leave it out."
     has_bias = any(b is not None for b in (ffn.b_gate, ffn.b_up, ffn.b_down))
+    whole = f"0 with how={how!r}: the active experts are the whole network, and nothing is left for a shared one"
+    no_gate = "False: a network split over experts has no such gate to start from"
+    lost = "True: the network has biases, which would be lost"
     refused = {
-        "width": (width is not None, f"none: it is the network's, {ffn.w_up.shape[1]}", "Leave it out."),
-        "shared_gate": (
-            bool(layer_arguments.get("shared_gate")),
-            "False: a network split over experts has no such gate to start from",
-            "Leave it out.",
-        ),
-        "shared_width": (
-            bool(shared_width) and how != "split",
-            f"0 with how={how!r}: the active experts are the whole network already, and nothing is left for a shared one",
-            "Use how='split'.",
-        ),
-        "bias": (
-            layer_arguments.get("bias") is False and has_bias,
-            "True: the network has biases, which would be lost",
-            "Leave it out.",
-        ),
+        "width": ("width" in layer_arguments, f"none: it is the network's, {ffn.w_up.shape[1]}", leave_out),
+        "shared_gate": (bool(given("shared_gate")), no_gate, leave_out),
+        "shared_width": (bool(given("shared_width")) and how != "split", whole, "Use how='split'."),
+        "bias": (given("bias") is False and has_bias, lost, leave_out),
     }
     for name, (refuse, expected, do) in refused.items():
         if refuse:

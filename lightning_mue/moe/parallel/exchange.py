@@ -41,10 +41,7 @@ class ExchangeCounts(NamedTuple):
 def exchange_counts(counts_E: Tensor, attached: Tensor | None, group: ProcessGroup) -> ExchangeCounts:
     """Tells every rank how many rows its experts get: one small all-to-all, and the only host synchronization.
 
-    Args:
-        counts_E: This rank's assignments by expert, int [E].
-        attached: Further numbers for all ranks, [n], or None.
-        group: The ranks, in the order of their experts.
+    `attached` are further numbers for all ranks, [n]. The ranks of the group are in the order of their experts.
     """
     ranks = dist.get_world_size(group)
     counts_Pe = counts_E.double().view(ranks, -1)  # float64 holds whole numbers exactly up to 2^53

@@ -116,14 +116,7 @@ class ExpertParallel:
         It keeps for the backward pass, per assignment, the received row (2d bytes in bfloat16), the pre-activations (4h if
         gated) and indices: K d numbers a token in place of d. Each row is sent and its output returned, and so are gradients.
 
-        Args:
-            experts: The layer's experts.
-            x_Td: This rank's tokens, [T, d]; T may differ between ranks if tokens are split, and may be zero.
-            routing: Of these tokens, over all E experts.
-            overlap: Computed during communication; its result [T, d] is added to the output.
-
-        Returns:
-            [T, d], of x's dtype.
+        `x_Td` are this rank's tokens; T may differ between ranks if tokens are split, and may be zero.
 
         Raises:
             ValueError: For expert choice with replicated tokens.
@@ -132,12 +125,9 @@ class ExpertParallel:
         if self.tokens == "split":
             return self._exchange(experts, x_Td, routing, overlap)
         if routing.token_ids is not None:
-            raise value_error(
-                "choice",
-                found="'expert' with tokens='replicated'",
-                expected="'token': experts choose among all tokens, but each rank computes a slice of them only",
-                do="Use tokens='split' in parallelize_experts, or choice='token'.",
-            )
+            expected = "'token': experts choose among all tokens, but each rank computes a slice of them only"
+            do = "Use tokens='split' in parallelize_experts, or choice='token'."
+            raise value_error("choice", found="'expert' with tokens='replicated'", expected=expected, do=do)
         # Every rank routes all tokens, so that loads and auxiliary losses are those of all tokens.
         part = Slice.of(len(x_Td), self.mesh.get_group())
         x_cd, gates_cK = take_slice(part, x_Td, routing.gates)
@@ -236,6 +226,3 @@ def _local_plan(counts: ExchangeCounts, backend: str) -> DispatchPlan:
     ids_Pe = torch.arange(experts, device=counts.counts_Pe.device).repeat(ranks)
     ids_R = ids_Pe.repeat_interleave(counts.counts_Pe.flatten(), output_size=sum(counts.receive))
     return plan_dispatch(ids_R[:, None], counts.counts_Pe.sum(0), backend=backend)
-
-
-__all__ = ["ExpertParallel", "clip_grad_norm", "parallelize_experts"]

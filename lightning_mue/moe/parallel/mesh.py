@@ -28,23 +28,11 @@ def shard(experts: Experts, mesh: DeviceMesh) -> None:
 
 
 def check_mesh(mesh: Any) -> None:
-    """Checks that experts can be sharded over a mesh.
-
-    Raises:
-        RuntimeError: torch.distributed is not initialized.
-        TypeError: It is no DeviceMesh.
-        ValueError: It has several dimensions, or leaves this rank out.
-    """
+    """Checks that experts can be sharded over a mesh: it has one dimension, and holds this rank."""
     if not (dist.is_available() and dist.is_initialized()):
-        raise RuntimeError(
-            mismatch(
-                "parallelize_experts",
-                found="no process group",
-                expected="that torch.distributed is initialized",
-                do="Call it in configure_model under Lightning's ModelParallelStrategy, or after "
-                "torch.distributed.init_process_group.",
-            )
-        )
+        do = "Call it in configure_model under Lightning's ModelParallelStrategy, or after init_process_group."
+        expected = "that torch.distributed is initialized"
+        raise RuntimeError(mismatch("parallelize_experts", found="no process group", expected=expected, do=do))
     from torch.distributed.device_mesh import DeviceMesh
 
     if not isinstance(mesh, DeviceMesh):
@@ -66,21 +54,10 @@ def check_mesh(mesh: Any) -> None:
 
 
 def check_experts(name: str, experts: Experts, mesh: DeviceMesh) -> None:
-    """Checks that some experts can be sharded over a mesh.
-
-    Args:
-        name: Their qualified name in the module.
-        experts: The experts.
-        mesh: One dimension, of P ranks.
-
-    Raises:
-        ValueError: They are sharded already, or P does not divide their number.
-    """
+    """Checks that experts are whole, and that the ranks of a mesh can hold equally many; `name` is for the message."""
     if experts.parallel is not None:
-        found, do = (
-            f"experts that are sharded already, by {experts.parallel}",
-            "Make a new model to shard it differently.",
-        )
+        found = f"experts that are sharded already, by {experts.parallel}"
+        do = "Make a new model to shard it differently."
         raise value_error(name, found=found, expected="whole experts", do=do)
     if experts.n_experts % mesh.size():
         divisors = [p for p in range(1, experts.n_experts + 1) if experts.n_experts % p == 0]

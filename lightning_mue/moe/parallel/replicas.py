@@ -38,25 +38,19 @@ def fingerprint(x_Td: Tensor, logits_TE: Tensor) -> Tensor:
 def check_replicas(fingerprints: list[list[float]]) -> None:
     """Refuses ranks with different tokens: each rank computes a slice of the tokens, so outputs would be silently wrong.
 
-    All ranks compare with the first one, so that either all raise or none.
-
-    Raises:
-        RuntimeError: Two fingerprints differ.
+    All ranks compare with the first one, so that either all raise a RuntimeError or none.
     """
     first = fingerprints[0]
     for rank, found in enumerate(fingerprints):
         difference = _difference(first, found)
         if found[:1] != first[:1] or difference > TOLERANCE:  # NaN, in a run that has diverged, is no difference
-            raise RuntimeError(
-                mismatch(
-                    "tokens",
-                    found=f"'replicated' in parallelize_experts, but different tokens or routes on ranks 0 and {rank} of the "
-                    f"mesh ({first[0]:g} and {found[0]:g} tokens; a sample differs by {difference:.0%} of its norm)",
-                    expected=f"the same tokens on all ranks (rounding makes less than {TOLERANCE:.0%})",
-                    do="If each rank has its own batch, use tokens='split'; else start all ranks from the same seed and give "
-                    "them the same batches.",
-                )
+            sample = f"{first[0]:g} and {found[0]:g} tokens; a sample differs by {difference:.0%} of its norm"
+            what = (
+                f"'replicated' in parallelize_experts, but different tokens or routes on ranks 0 and {rank} of the mesh"
             )
+            expected = f"the same tokens on all ranks (rounding makes less than {TOLERANCE:.0%})"
+            do = "If each rank has its own batch, use tokens='split'; else give all ranks the same seed and batches."
+            raise RuntimeError(mismatch("tokens", found=f"{what} ({sample})", expected=expected, do=do))
 
 
 def _difference(a: list[float], b: list[float]) -> float:

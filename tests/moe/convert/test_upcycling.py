@@ -582,6 +582,7 @@ def test_it_trains_and_the_copies_grow_apart():
         ({"n_experts": 0}, "n_experts: found 0"),
         ({"top_k": 9}, "top_k: found 9, expected at most n_experts=8"),
         ({"width": 8}, "width: found 8, expected none: it is the network's, 16"),
+        ({"width": None}, "width: found None, expected none: it is the network's, 16"),
         ({"how": "split", "expert_width": 0}, "expert_width: found 0, expected an integer of at least 1"),
         ({"how": "split", "shared_width": -8}, "shared_width: found -8"),
         ({"noise_std": 0.1}, "noise_std: found 0.1, expected it with how='noise' only, not with how='copy'"),
