@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_mue.callbacks.mue.callback import MuECallback
 from lightning_mue.parameterizations import ScalingPlan, plan
-from lightning_mue.parameterizations.reading.optimizer_family import family_of
+from lightning_mue.parameterizations.rules.kinds import family_of
 
 
 def plan_in_force(
