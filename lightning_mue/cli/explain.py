@@ -14,7 +14,7 @@ from lightning_mue.callbacks import MuECallback
 from lightning_mue.checks import value_error
 from lightning_mue.parameterizations import ScalingPlan
 from lightning_mue.parameterizations.planning.compare import compare_rules
-from lightning_mue.parameterizations.reading.base_record import save_base
+from lightning_mue.parameterizations.reading.base import save_base
 from lightning_mue.parameterizations.rules.kinds import Family
 
 

@@ -3,14 +3,13 @@
 This package knows torch, but no Lightning.
 """
 
-from lightning_mue.parameterizations.applying.explicit_groups import param_groups
+from lightning_mue.parameterizations.applying.groups import param_groups
 from lightning_mue.parameterizations.applying.initial_weights import initialize
 from lightning_mue.parameterizations.applying.scaled_step import ScaledStep
 from lightning_mue.parameterizations.planning.compare import RuleComparison, compare_rules
-from lightning_mue.parameterizations.planning.parameter_plan import ParameterPlan
 from lightning_mue.parameterizations.planning.plan import plan
-from lightning_mue.parameterizations.planning.scaling_plan import ScalingPlan
-from lightning_mue.parameterizations.reading.base_record import save_base
+from lightning_mue.parameterizations.planning.scaling_plan import ParameterPlan, ScalingPlan
+from lightning_mue.parameterizations.reading.base import save_base
 from lightning_mue.parameterizations.reading.initializer import Init
 from lightning_mue.parameterizations.rules import complete_mue, complete_p, hyperp, moe_dmft, mssp, mup, sp
 from lightning_mue.parameterizations.rules.axes import Axes

@@ -33,13 +33,9 @@ PAGES: Mapping[str, Sequence[str]] = _pages()
 
 
 def render(names: Sequence[str]) -> str:
-    """The tables of some rules as Markdown.
+    """Markdown: per rule and optimizer family one table, then the rule's other settings.
 
-    Args:
-        names: Rules; the first is shown in full, each further one by the rows in which it differs from the first.
-
-    Returns:
-        Markdown: per rule and optimizer family one table, then the rule's other settings.
+    The first rule is shown in full, each further one by the rows in which it differs from the first.
     """
     first, *others = (get_rule(name) for name in names)
     parts = [_legend((first, *others)), *_sections(first, None)]
@@ -131,11 +127,7 @@ def _preset(name: str, preset: Preset) -> str:
 
 
 def rewrite(page: str, names: Sequence[str]) -> str:
-    """A page with the tables between its markers rendered again.
-
-    Args:
-        page: The page's text.
-        names: Its rules.
+    """The text of a page with the tables of its rules between the markers rendered again.
 
     Raises:
         ValueError: If a marker is missing or occurs twice, or they are in the wrong order.
@@ -149,11 +141,7 @@ def rewrite(page: str, names: Sequence[str]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Rewrites or checks the pages; returns the number of pages that were out of date and still are.
-
-    Args:
-        arguments: Of the command line; None: the process's own.
-    """
+    """Rewrites or checks the pages; returns the number of pages that were out of date and still are."""
     parser = argparse.ArgumentParser(prog="python -m lightning_mue.parameterizations.document", description=__doc__)
     parser.add_argument("folder", nargs="?", type=Path, default=Path("docs/derivations"), help="where the pages are")
     parser.add_argument("--check", action="store_true", help="report pages that are out of date, write nothing")

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_mue.console import wide_console
 from lightning_mue.parameterizations import ScalingPlan
-from lightning_mue.parameterizations.planning.render import as_markdown, headline
+from lightning_mue.parameterizations.planning.scaling_plan import as_markdown, headline
 
 _log = logging.getLogger(__name__)
 

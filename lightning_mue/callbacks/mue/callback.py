@@ -21,9 +21,8 @@ from lightning_mue.callbacks.mue.run import known_to, run_sizes
 from lightning_mue.parameterizations import Parameterization, ScaledStep, ScalingPlan, get_rule, plan
 from lightning_mue.parameterizations.applying.initial_weights import apply_plan, set_multipliers
 from lightning_mue.parameterizations.reading.base import Base
-from lightning_mue.parameterizations.reading.optimizer_family import family_of
 from lightning_mue.parameterizations.reading.parameters import named_tensors
-from lightning_mue.parameterizations.rules.kinds import Family
+from lightning_mue.parameterizations.rules.kinds import Family, family_of
 
 #: Attribute of a module that holds the plan of its last fit.
 _LAST_PLAN = "_mue_last_plan"

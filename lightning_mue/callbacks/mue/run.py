@@ -10,8 +10,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lightning_mue.checks import mismatch, value_error
-from lightning_mue.parameterizations.reading.base import RUN_KEYS, Base
-from lightning_mue.parameterizations.reading.base_record import load_base
+from lightning_mue.parameterizations.reading.base import RUN_KEYS, Base, load_base
 
 _KNOWN_LENGTH = {"expected": "a run of known length", "do": "Set max_steps of the Trainer (and max_epochs: -1)."}
 #: Names under which data modules and models hold the length of a sequence.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_mue.checks import value_error
-from lightning_mue.parameterizations.planning.parameter_plan import ParameterPlan
+from lightning_mue.parameterizations.planning.scaling_plan import ParameterPlan
 from lightning_mue.sharded import is_sharded, local
 
 #: Numbers that one generator draws (16 MiB in float32). Changing it changes the weights of larger parameters.
@@ -50,7 +50,9 @@ def draw_all(
         ValueError: For a DTensor whose shard is not one rectangle of the parameter.
     """
     threads = threads or torch.get_num_threads()
-    targets = [_Target(t, entry, seed, (padding or {}).get(entry.name)) for t, entry in pairs if _is_drawn(entry)]
+    targets = [
+        _Target(t, entry, seed, (padding or {}).get(entry.name)) for t, entry in pairs if entry.init.kind != "keep"
+    ]
     if threads == 1:
         for target in targets:
             for block in target.blocks:
@@ -70,10 +72,6 @@ def draw_all(
 def draw_(tensor: Tensor, entry: ParameterPlan, seed: int) -> None:
     """Fills one parameter in place as its plan says (``keep`` leaves it alone)."""
     draw_all([(tensor, entry)], seed)
-
-
-def _is_drawn(entry: ParameterPlan) -> bool:
-    return entry.init.kind != "keep"
 
 
 class _Target:
@@ -111,8 +109,7 @@ class _Target:
         """Draws one block and writes the part of it that this rank holds."""
         start = block * self.block_rows
         stop = min(self.rows, start + self.block_rows)
-        in_place = self.whole and self.out.dtype == torch.float32 and self.out.device.type == "cpu"
-        if in_place:
+        if self.whole and self.out.dtype == torch.float32 and self.out.device.type == "cpu":  # in place
             self._sample(self.out.view(-1)[start * self.columns : stop * self.columns], block)
             return
         drawn_RC = torch.empty((stop - start, self.columns), dtype=torch.float32, device="cpu")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_mue.checks import listed, mismatch, value_error
-from lightning_mue.parameterizations.planning.parameter_plan import ParameterPlan
-from lightning_mue.parameterizations.planning.scaling_plan import ScalingPlan
+from lightning_mue.parameterizations.applying.initial_weights import check_covers
+from lightning_mue.parameterizations.planning.scaling_plan import ParameterPlan, ScalingPlan
+from lightning_mue.parameterizations.reading.parameters import named_tensors
 from lightning_mue.parameterizations.rules.kinds import CONVENTIONS, SPHERE_KINDS, matrix_sides
 
 #: Marks a parameter group whose factors are already in it.
@@ -49,13 +50,7 @@ class Part:
 def split(
     groups: Sequence[Mapping[str, Any]], plan: ScalingPlan, names: Mapping[Tensor, str], *, by_role: bool
 ) -> list[Part]:
-    """Splits parameter groups by the plan's factors.
-
-    Args:
-        groups: The user's groups, as an optimizer holds them.
-        plan: The plan.
-        names: Parameter -> qualified name.
-        by_role: Keep roles apart that have the same factors.
+    """Splits the user's parameter groups by the plan's factors; ``by_role`` keeps roles apart that have the same factors.
 
     Returns:
         The parts, in order. Where the plan gives a parameter another ``kind`` than its group has, it takes the settings of the
@@ -85,15 +80,8 @@ def split(
                 changed.append(f"{name} ({entry.role}): {group['kind']} -> {entry.kind}")
             _refuse_radius(groups[source], entry, plan)
             muon = _muon_correction(groups[source], entry)
-            key = (
-                i,
-                entry.kind,
-                entry.lr * muon,
-                entry.weight_decay / muon,
-                entry.eps,
-                entry.role if by_role else None,
-            )
-            part = parts.setdefault(key, Part(i, source, entry, muon))
+            factors = (entry.kind, entry.lr * muon, entry.weight_decay / muon, entry.eps)
+            part = parts.setdefault((i, *factors, entry.role if by_role else None), Part(i, source, entry, muon))
             part.params.append(parameter)
             part.roles[entry.role] = None
     _warn_of_kinds(changed)
@@ -136,23 +124,60 @@ def scale_groups(
     Returns:
         New groups, each with the ``role`` of its parameters (``frozen`` for frozen ones outside the plan).
     """
-    groups = list(groups)
-    return [
-        {
-            **scaled_group(groups[part.source], part, plan.betas),
-            "params": part.params,
-            "role": next(iter(part.roles), "frozen"),
-        }
-        for part in split(groups, plan, names, by_role=True)
-    ]
+    groups, scaled = list(groups), []
+    for part in split(groups, plan, names, by_role=True):
+        group = scaled_group(groups[part.source], part, plan.betas)
+        scaled.append({**group, "params": part.params, "role": next(iter(part.roles), "frozen")})
+    return scaled
+
+
+def param_groups(
+    model: nn.Module, plan: ScalingPlan, *, lr: float, kinds: Collection[str] | None = None, **defaults: Any
+) -> list[dict[str, Any]]:
+    """Parameter groups with the plan's factors, for people who write ``configure_optimizers`` themselves.
+
+    Args:
+        model: The module that the plan was made for.
+        plan: The plan.
+        lr: The learning rate tuned at the base.
+        kinds: Updates whose parameters to take, where a plan is for several optimizers: ``{"muon"}`` for torch.optim.Muon,
+            ``{"adamw"}`` for the AdamW beside it. None: all.
+        **defaults: Further settings tuned at the base, e.g. ``weight_decay=0.1, eps=1e-8``. Give them here: what is given to
+            the optimizer's constructor instead is the same for all groups, unscaled. ``eps`` is 1e-8 unless given. What a Muon
+            multiplies its ``lr`` with belongs here too, because the factors allow for it: ``adjust_lr_fn`` for
+            torch.optim.Muon, ``lr_convention`` ("spectral" unless given) for HyperSphereOptimizer with ``sphere=False``.
+
+    Returns:
+        Groups with unique ``name`` and, for HyperSphereOptimizer, ``kind``. A plan of the family ``muon`` alone is for
+        HyperSphereOptimizer, unless ``adjust_lr_fn`` or ``kinds={"muon"}`` ask for torch.optim.Muon.
+
+    Example:
+        ``torch.optim.AdamW(param_groups(model, plan(model, base={"width": 64}), lr=1e-3, weight_decay=0.1, eps=1e-8))``
+    """
+    check_covers(model, plan)
+    tensors = named_tensors(model)
+    kind_of = {entry.name: entry.kind for entry in plan.parameters}
+    taken = {name: p for name, p in tensors.items() if p.requires_grad and (kinds is None or kind_of[name] in kinds)}
+    # The optimizer's own default would not be scaled.
+    settings = {"eps": 1e-8, **defaults} if {kind_of[name] for name in taken} - {"sgd", "muon"} else defaults
+    for_torch = "adjust_lr_fn" in settings or (set(kinds or ()) == {"muon"} and "lr_convention" not in settings)
+    if for_torch:
+        settings = {"adjust_lr_fn": None, **settings}  # its own dependence on the shape is allowed for
+    elif plan.family in ("sphere", "muon"):
+        settings = {"kind": None, **settings}  # filled in from the plan
+        if plan.family == "muon":
+            settings = {"lr_convention": "spectral", **settings}
+    groups = scale_groups(
+        [{"params": list(taken.values()), "lr": lr, **settings}], plan, {p: n for n, p in tensors.items()}
+    )
+    for i, scaled in enumerate(groups):
+        scaled["name"] = f"{scaled['role']}/{i}"
+        scaled[SCALED] = True
+    return groups
 
 
 def rate_tags(parts: Sequence[Part], groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
-    """Names for the learning rates of parts: the role, with the differences between its parts where there are several.
-
-    Args:
-        parts: Parts as `split` gives them.
-        groups: The user's groups.
+    """Names for the learning rates of `split`'s parts: the role, with the differences between its parts where it has several.
 
     Returns:
         (tag, index of a part): ``hidden``; ``hidden/sgd`` where kinds differ; ``hidden/group1`` (or the group's ``name``) where

@@ -75,17 +75,10 @@ def set_multipliers(module: nn.Module, values: Mapping[str, float]) -> None:
 def apply_plan(model: nn.Module, plan: ScalingPlan, *, seed: int = 0, draw: bool = True) -> bool:
     """Applies a plan once: draws the initial weights, or keeps the weights that are there and sets the multipliers alone.
 
-    Args:
-        model: The module that the plan was made for, with real parameters.
-        plan: The plan.
-        seed: Seed of all draws.
-        draw: Draw the weights, unless the module has weights that must be kept (`has_weights`).
+    Weights are drawn with ``draw``, unless the module has some that must be kept (`has_weights`); in any case it has from now on.
 
     Returns:
-        True if the weights were drawn. In both cases the module is marked by `keep_weights`.
-
-    Raises:
-        ValueError: If the model's parameters or multipliers are not those of the plan.
+        True if the weights were drawn.
     """
     drawn = draw and not has_weights(model)
     if drawn:

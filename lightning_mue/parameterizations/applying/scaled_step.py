@@ -78,10 +78,8 @@ class ScaledStep:
         return with_own_groups
 
     def _swap_in(self) -> None:
-        self.own_groups, self.optimizer.param_groups = (
-            self.optimizer.param_groups,
-            self._scale(self.optimizer.param_groups),
-        )
+        scaled = self._scale(self.optimizer.param_groups)
+        self.own_groups, self.optimizer.param_groups = self.optimizer.param_groups, scaled
         self._given = [dict(group) for group in self._scaled]
 
     def _scale(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -13,9 +13,8 @@ from torch import nn
 
 from lightning_mue.console import to_text
 from lightning_mue.names import split_layer
-from lightning_mue.parameterizations.planning.parameter_plan import ParameterPlan
 from lightning_mue.parameterizations.planning.plan import plan
-from lightning_mue.parameterizations.planning.scaling_plan import ScalingPlan
+from lightning_mue.parameterizations.planning.scaling_plan import ParameterPlan, ScalingPlan
 from lightning_mue.parameterizations.rules.kinds import Family
 from lightning_mue.parameterizations.rules.table import NotCoveredError, get_rule
 
@@ -69,11 +68,8 @@ class RuleComparison:
     def __rich__(self) -> RenderableType:
         parts: list[RenderableType] = [self._table(quantity) for quantity in _QUANTITIES]
         parts += [Text(f"{rule}: {reason}", style="yellow") for rule, reason in self.failures.items()]
-        parts += [
-            Text(f"note ({rule}): {note}", style="yellow")
-            for rule, scaling in self.plans.items()
-            for note in scaling.notes
-        ]
+        for rule, scaling in self.plans.items():
+            parts += [Text(f"note ({rule}): {note}", style="yellow") for note in scaling.notes]
         return Group(*parts)
 
     def __str__(self) -> str:

@@ -82,58 +82,41 @@ def match_parameters(target: list[ParameterInfo], base: list[ParameterInfo]) -> 
     by_name, by_path = {info.name: info for info in base}, _PathIndex(base)
     by_role = _RoleIndex(base)
     index = BaseIndex(by_name, [info.name for info in target])
-    ends = _Ends(target, base)
+    ends = _match_ends(target, base)
     matched: dict[str, ParameterInfo] = {}
     for info in target:
-        name = ends.match(info) or index.match(info.name)
+        name = ends.get(info.name) or index.match(info.name)
         old = by_name[name] if name is not None else by_path.match(info)
         if old is None or (info.role is not None and old.role is not None and old.role is not info.role):
             old = by_role.match(info, index.layer(info.name)) or (old if old and old.role is None else None)
         if old is not None:
             matched[info.name] = old
-    _match_vectors(target, by_name, matched)
-    return matched
-
-
-def _match_vectors(
-    target: list[ParameterInfo], base: Mapping[str, ParameterInfo], matched: dict[str, ParameterInfo]
-) -> None:
-    """Matches a bias whose path the base lacks with the bias of its layer's matrix."""
     for info in target:
         if info.name not in matched and info.role is Role.BIAS:
             weight = matched.get(f"{info.path}.weight")
-            old = base.get(f"{weight.path}.bias") if weight is not None else None
+            old = by_name.get(f"{weight.path}.bias") if weight is not None else None
             if old is not None:
                 matched[info.name] = old
+    return matched
 
 
-class _Ends:
+def _match_ends(target: list[ParameterInfo], base: list[ParameterInfo]) -> dict[str, str]:
     """Matches stacks of unequal layers (the linear layers of an MLP in a Sequential): first with first, last with last.
 
-    Layers in between are matched by relative position; in stacks of equal length, by index.
+    Layers in between are matched by relative position; stacks of equal length are left out, to be matched by index.
     """
-
-    def __init__(self, target: list[ParameterInfo], base: list[ParameterInfo]) -> None:
-        mine, theirs = _stacks(target), _stacks(base)
-        self._names: dict[str, str] = {}
-        for stack, names in mine.items():
-            old = theirs.get(stack, {})
-            if len({info.shape for info in old.values()}) > 1 and len(names) != len(old):
-                self._align(list(names.values()), list(old.values()))
-
-    def _align(self, mine: list[ParameterInfo], theirs: list[ParameterInfo]) -> None:
-        n, m = len(mine), len(theirs)
-        for i, info in enumerate(mine):
-            if i in (0, n - 1):
-                j = 0 if i == 0 else m - 1
-            elif m > 2:
-                j = 1 + (i - 1) * (m - 2) // (n - 2)
-            else:
-                continue
-            self._names[info.name] = theirs[j].name
-
-    def match(self, info: ParameterInfo) -> str | None:
-        return self._names.get(info.name)
+    matched: dict[str, str] = {}
+    theirs = _stacks(base)
+    for stack, layers in _stacks(target).items():
+        names, old = [info.name for info in layers.values()], list(theirs.get(stack, {}).values())
+        n, m = len(names), len(old)
+        if n == m or len({info.shape for info in old}) < 2:
+            continue
+        matched[names[-1]] = old[-1].name
+        matched[names[0]] = old[0].name  # also where it is the only one
+        if m > 2:
+            matched |= {names[i]: old[1 + (i - 1) * (m - 2) // (n - 2)].name for i in range(1, n - 1)}
+    return matched
 
 
 def _stacks(infos: Iterable[ParameterInfo]) -> dict[tuple[str, str, int], dict[int, ParameterInfo]]:

@@ -1,81 +1,29 @@
-"""Evaluates a rule's cells for a matched target: the plan, before its notes."""
+"""Evaluates a rule's cells for the parameters of a matched target."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 
-from lightning_mue.checks import listed, mismatch, value_error
+from lightning_mue.checks import listed, value_error
 from lightning_mue.parameterizations.planning.match import Pair
-from lightning_mue.parameterizations.planning.multipliers import fold, folded_cells, site_values
-from lightning_mue.parameterizations.planning.parameter_plan import ParameterPlan
-from lightning_mue.parameterizations.planning.scaling_plan import ScalingPlan
-from lightning_mue.parameterizations.reading.base_record import BaseRecord
+from lightning_mue.parameterizations.planning.multipliers import fold
+from lightning_mue.parameterizations.planning.scaling_plan import ParameterPlan
 from lightning_mue.parameterizations.reading.initializer import Init
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo, branch_ratios
 from lightning_mue.parameterizations.rules.kinds import Family, default_kind
 from lightning_mue.parameterizations.rules.monomial import parse
 from lightning_mue.parameterizations.rules.roles import Role
-from lightning_mue.parameterizations.rules.table import RULES, NotCoveredError, Parameterization, Preset, Row
+from lightning_mue.parameterizations.rules.table import RULES, Parameterization, Row, not_covered
 
 #: Roles whose own shape shows the active width of an undeclared dense FFN.
 _DENSE = (Role.FFN_UP, Role.FFN_DOWN)
 
 
-def evaluate(
-    rule: Parameterization,
-    family: Family | Mapping[str, Family],
-    alpha: float,
-    pair: Pair,
-    base: BaseRecord,
-    constants: Preset | None,
-) -> ScalingPlan:
-    """Applies a rule to a matched target.
-
-    Args:
-        rule: The rule, its regime chosen.
-        family: Optimizer family, or parameter name -> family.
-        alpha: Depth exponent.
-        pair: Target and base.
-        base: The base, whose weights are measured if the plan changes them.
-        constants: The preset in force.
-
-    Raises:
-        NotCoveredError: If the rule has no table for a family, no row for a role, or needs a multiplier that nothing can take.
-        ValueError: For a parameter that the base lacks, or a router that starts at zero.
-    """
-    factors = constants.factors if constants is not None else {}
-    # A plan that changes no size keeps the weights that the model has, unless constants are to multiply them.
-    keeps_weights = pair.same_shapes and not factors
-    old = base.shapes if keeps_weights else base.measured
-    same_size = keeps_weights and not pair.axes.changed(pair.base_axes)
-    scale = Scale(rule, family, alpha, pair, {} if keeps_weights else old.inits, factors)
-    folded = folded_cells(rule, pair.target, old, pair.infos, scale.ratios, alpha)
-    parameters = tuple(scale.parameter(info, folded) for info in pair.infos)
-    return ScalingPlan(
-        rule=rule.name,
-        family="+".join(scale.families),
-        alpha=alpha,
-        axes=pair.axes.to_dict(),
-        base_axes=pair.base_axes.to_dict(),
-        betas=parse(rule.betas).evaluate(scale.ratios, alpha),
-        parameters=parameters,
-        multipliers={} if same_size else site_values(rule, pair.target, old, scale.ratios, alpha),
-        same_size=same_size,
-        folded={kind: value for kind, value in scale.folded_values(folded).items() if value != 1.0},
-    )
-
-
 class Scale:
-    """Evaluates a rule's cells for single parameters.
+    """Evaluates a rule's cells for single parameters; for the arguments see `plan`.
 
-    Args:
-        rule: The rule.
-        family: Optimizer family, or parameter name -> family.
-        alpha: Depth exponent.
-        pair: Target and base.
-        inits: Name of the base's parameter -> how it was drawn; empty: the weights stay as they are.
-        factors: Constants of a preset: pattern on names -> column -> factor.
+    ``inits`` holds how the base's parameters were drawn; empty: the weights stay as they are. ``factors`` are a preset's.
     """
 
     def __init__(
@@ -99,7 +47,7 @@ class Scale:
     def parameter(self, info: ParameterInfo, folded: Mapping[str, tuple[float, str]]) -> ParameterPlan:
         """The plan of one parameter; ``folded`` holds the multipliers that no module applies (`folded_cells`)."""
         assert info.role is not None
-        old, family = self.matched.get(info.name), self._family(info)
+        old, family, vector = self.matched.get(info.name), self._family(info), _is_vector(info)
         row = self._row(info.role, info, family)
         tied = row.tied or (info.role is Role.BIAS and "expert" in info.name and self._ties(family))
         init = self._measured(old, tied) if old is not None else self._absent_init(info, row)
@@ -126,13 +74,10 @@ class Scale:
             eps=cells["eps"],
             kind=kind,
             source=row.citation + (", tied" if info.tied else ""),
-            base_shape=old.shape if old is not None else self._hidden_shape(info),
+            # A router that the base lacks is compared with the base's hidden matrices.
+            base_shape=old.shape if old is not None else None if vector else (int(self.base_sizes["d"]),) * 2,
             tied=tied,
         )
-
-    def _hidden_shape(self, info: ParameterInfo) -> tuple[int, ...] | None:
-        """The shape with which a router that the base lacks is compared."""
-        return None if _is_vector(info) else (int(self.base_sizes["d"]),) * 2
 
     def _refuse_zero_router(self, info: ParameterInfo, init: Init) -> None:
         """Refuses sparse routing from a zero router: every expert ties, and the same ones always win."""
@@ -142,22 +87,17 @@ class Scale:
             raise value_error(
                 "base",
                 found=f"the router {info.name}, which starts at exactly zero while not every expert is active",
-                expected="a router with a positive std",
-                do="From zero all experts tie for every token, and the same ones always win. Initialize the base's router "
-                "with a positive std.",
+                expected="a router with a positive std: from zero all experts tie for every token, and the same ones always win",
             )
 
     def _refuse_zero_gain(self, info: ParameterInfo, init: Init, kind: str, cell: str, multiplier: float) -> None:
         """Refuses to fold into a gain that starts at zero: its norm multiplies by 1 + gain."""
         gain = info.form == "norm" and not info.name.endswith("bias")
         if multiplier != 1.0 and gain and init == Init("constant", 0.0):
-            raise NotCoveredError(
-                mismatch(
-                    "rule",
-                    found=f"{self.rule.name!r}, which needs the {kind} multiplier {cell} = {multiplier:g}",
-                    expected=f"a module that exposes one: it cannot be folded into {info.name}, which starts at zero",
-                    do=f"Name the attribute that holds the multiplier: multipliers: {{{kind}: ...}}.",
-                )
+            raise not_covered(
+                found=f"{self.rule.name!r}, which needs the {kind} multiplier {cell} = {multiplier:g}",
+                expected=f"a module that exposes one: it cannot be folded into {info.name}, which starts at zero",
+                do=f"Name the attribute that holds the multiplier: multipliers: {{{kind}: ...}}.",
             )
 
     def folded_values(self, folded: Mapping[str, tuple[float, str]]) -> dict[str, float]:
@@ -178,13 +118,10 @@ class Scale:
         row = table.get(role)
         if row is None:
             others = [r.name for r in RULES.values() if family in r.tables and role in r.tables[family]]
-            raise NotCoveredError(
-                mismatch(
-                    "rule",
-                    found=f"{self.rule.name!r} ({self.rule.source}), which has no row for the role {role.value!r} of {info.name} "
-                    f"under an optimizer of the family {family!r}",
-                    expected=f"a rule that has one: {listed(others)}",
-                )
+            raise not_covered(
+                found=f"{self.rule.name!r} ({self.rule.source}), which has no row for the role {role.value!r} of {info.name} "
+                f"under an optimizer of the family {family!r}",
+                expected=f"a rule that has one: {listed(others)}",
             )
         if info.tied:
             # docs/theory.md section 3: tied embeddings are drawn as the unembedding and learn by the rule of vectors.
@@ -211,8 +148,7 @@ class Scale:
         return {**ratios, **local}
 
     def _ties(self, family: Family) -> bool:
-        row = self.rule.table(family).get(Role.EXPERT_UP)
-        return row is not None and row.tied
+        return self.rule.table(family).get(Role.EXPERT_UP, Row()).tied
 
     def _measured(self, old: ParameterInfo, tied: bool) -> Init:
         """How the base's parameter was drawn; experts of a list that start alike take the first one's."""

@@ -8,9 +8,8 @@ from dataclasses import replace
 
 from lightning_mue.checks import value_error
 from lightning_mue.parameterizations.planning.counterparts import match_parameters
-from lightning_mue.parameterizations.planning.role_growth import infer_roles
 from lightning_mue.parameterizations.reading.folding import mark_folds
-from lightning_mue.parameterizations.reading.parameters import ParameterInfo
+from lightning_mue.parameterizations.reading.parameters import ParameterInfo, some
 from lightning_mue.parameterizations.reading.record import ModelRecord
 from lightning_mue.parameterizations.reading.size_inference import infer_sizes, orient, residual_widths, stack_depths
 from lightning_mue.parameterizations.rules.axes import Axes
@@ -18,19 +17,24 @@ from lightning_mue.parameterizations.rules.roles import Role
 
 
 class Pair:
-    """A target and its base, matched.
+    """A target and its base, matched; ``run`` holds ``tokens`` and ``batch_tokens`` of the target, None where they do not count.
 
     Attributes:
         target: The target as it was read.
+        notes: Warnings for people.
         infos: The target's parameters, each with its role.
         matched: Target name -> the base's parameter.
         axes: Sizes of the target.
         base_axes: Sizes of the base.
         same_shapes: True if both models have the same shapes and sizes; their runs may differ.
-        notes: Warnings for people.
+
+    Raises:
+        ValueError: If a parameter has no role, a size cannot be inferred, or only one side knows a size of the run.
     """
 
-    def __init__(self, target: ModelRecord, base: ModelRecord) -> None:
+    def __init__(self, target: ModelRecord, base: ModelRecord, run: Mapping[str, float | None]) -> None:
+        for key, value in run.items():
+            _check_run(key, value, base.run)
         self.target = target
         self.notes: list[str] = []
         mine, theirs = _with_roles(target, base)
@@ -43,7 +47,10 @@ class Pair:
             self.axes, self.base_axes = replace(self.axes, width=width), replace(self.base_axes, width=base_width)
         if not (target.sizes and base.sizes):
             self._note_stacks(theirs)
-        self.same_shapes = target.same_shapes(base) and not self.axes.changed(self.base_axes)
+        same = [(info.name, info.shape) for info in target.parameters] == [(i.name, i.shape) for i in base.parameters]
+        self.same_shapes = same and not self.axes.changed(self.base_axes)
+        self.axes = replace(self.axes, **run)
+        self.base_axes = replace(self.base_axes, **{key: base.run.get(key) for key in run})
 
     def _widths(self) -> tuple[float, float]:
         """(target's, base's) residual width, or their ratio and 1 where only that is known.
@@ -63,9 +70,8 @@ class Pair:
                     "{'width': ..., 'depth': ..., 'ffn_width': ...}.",
                 )
             return (ratios[0], 1.0) if ratios else (1.0, 1.0)
-        grown = [
-            pair for pair in pairs if pair[0] != pair[1]
-        ] or pairs  # a part may keep its size, e.g. a table of positions
+        # A part may keep its size, e.g. a table of positions.
+        grown = [pair for pair in pairs if pair[0] != pair[1]] or pairs
         counts = Counter(new / old for new, old in grown)
         ratio = counts.most_common(1)[0][0]
         if len(counts) > 1:
@@ -109,29 +115,6 @@ class Pair:
         ]
 
 
-def match(
-    target: ModelRecord, base: ModelRecord, *, tokens: float | None = None, batch_tokens: float | None = None
-) -> Pair:
-    """Matches a target with its base.
-
-    Args:
-        target: The target.
-        base: The base, with its run if that is known.
-        tokens: Training length of the target.
-        batch_tokens: Batch size of the target.
-
-    Raises:
-        ValueError: If a parameter has no role, a size cannot be inferred, or only one side knows a size of the run.
-    """
-    run = {"tokens": tokens, "batch_tokens": batch_tokens}
-    for key, value in run.items():
-        _check_run(key, value, base.run)
-    pair = Pair(target, base)
-    pair.axes = replace(pair.axes, **run)
-    pair.base_axes = replace(pair.base_axes, **{key: base.run.get(key) for key in run})
-    return pair
-
-
 def _check_run(key: str, value: float | None, base_run: Mapping[str, float]) -> None:
     if (value is None) == (key not in base_run):
         return
@@ -148,9 +131,47 @@ def _with_roles(target: ModelRecord, base: ModelRecord) -> tuple[list[ParameterI
     """(target's, base's) parameters with roles inferred from their growth; the base's take those of their counterparts."""
     theirs = list(base.parameters)
     matched = match_parameters(list(target.parameters), theirs)
-    mine = infer_roles(list(target.parameters), matched)
+    mine = _infer_roles(list(target.parameters), matched)
     by_base = {matched[info.name].name: info.role for info in mine if info.name in matched}
     return mine, [replace(old, role=old.role or by_base.get(old.name)) for old in theirs]
+
+
+def _infer_roles(infos: list[ParameterInfo], base: Mapping[str, ParameterInfo]) -> list[ParameterInfo]:
+    """Gives roles to layers without one by the sides that grow between base and target, as the package `mup` does.
+
+    Both sides grow: hidden. Only the input side: unembedding. Only the output side: embedding (an input layer). Neither side:
+    hidden, or bias for a vector; their cells are then 1 in width.
+
+    Raises:
+        ValueError: If a trainable parameter of another form has no role, listing all of them. (Frozen ones are left out.)
+    """
+    result, unknown = [], []
+    for info in infos:
+        role = info.role or _role_by_growth(info, base.get(info.name))
+        if role is not None:
+            result.append(replace(info, role=role))
+        elif info.trainable:
+            unknown.append(info)
+    if unknown:
+        raise value_error(
+            "roles",
+            found=f"no role for {some(unknown)}",
+            expected=f"one of {', '.join(r.value for r in Role)} for each",
+            do=f"Name one by pattern, e.g. roles: {{'{unknown[0].name}': hidden}}, or declare `mue_roles` on the module that "
+            "holds the parameter.",
+        )
+    return result
+
+
+def _role_by_growth(info: ParameterInfo, old: ParameterInfo | None) -> Role | None:
+    if len(info.shape) <= 1:
+        return Role.BIAS if info.shape else Role.SCALAR
+    if info.name.endswith(("weight_g", "weight_v")):
+        return None  # weight_norm: the scale of the one does not scale what the layer does
+    if old is None or info.form not in ("linear", "conv"):
+        return None
+    grows_in, grows_out = (new != was for new, was in zip(info.fans, old.fans, strict=True))
+    return {(True, False): Role.UNEMBEDDING, (False, True): Role.EMBEDDING}.get((grows_in, grows_out), Role.HIDDEN)
 
 
 def _sizes(record: ModelRecord, infos: list[ParameterInfo]) -> tuple[Axes, list[ParameterInfo]]:

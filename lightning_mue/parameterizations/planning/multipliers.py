@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_mue.checks import mismatch
 from lightning_mue.parameterizations.planning.counterparts import BaseIndex
 from lightning_mue.parameterizations.reading.folding import why_not_foldable
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo, branch_ratios
@@ -13,7 +12,7 @@ from lightning_mue.parameterizations.reading.record import ModelRecord
 from lightning_mue.parameterizations.reading.sites import Site
 from lightning_mue.parameterizations.rules.kinds import Kind
 from lightning_mue.parameterizations.rules.monomial import parse
-from lightning_mue.parameterizations.rules.table import NotCoveredError, Parameterization
+from lightning_mue.parameterizations.rules.table import Parameterization, not_covered
 
 #: Kinds: of a residual branch, of attention logits, of an FFN's or MoE's output, of its routed part, of the logits.
 MULTIPLIER_KINDS = ("residual", "attention", "ffn", "route", "output")
@@ -29,15 +28,7 @@ _REMEDY = {
 def site_values(
     rule: Parameterization, target: ModelRecord, base: ModelRecord, ratios: Mapping[str, float], alpha: float
 ) -> dict[str, float]:
-    """Computes the multipliers that are set: dotted path of the attribute -> value.
-
-    Args:
-        rule: The rule, whose ``multipliers`` give a cell a kind.
-        target: The target.
-        base: The base.
-        ratios: Symbol -> ratio target/base of the whole model.
-        alpha: Depth exponent.
-    """
+    """The multipliers that are set, dotted path of the attribute -> value; ``ratios`` are those of the whole model."""
     counterparts = _Counterparts(target.sites, base.sites)
     values: dict[str, float] = {}
     for site in target.sites:
@@ -78,15 +69,11 @@ def folded_cells(
         value = start * parse(cell).evaluate(ratios, alpha)
         reason = None if kind in _ABSENT or value == 1.0 else why_not_foldable(infos, kind)
         if reason is not None:
-            raise NotCoveredError(
-                mismatch(
-                    "rule",
-                    found=f"{rule.name!r}, which needs the {kind} multiplier {cell} = {value:g}",
-                    expected=f"a module of {target.model} that exposes one, or weights to fold it into ({reason})",
-                    do=f"{_REMEDY.get(kind, '')}Name the attribute that holds it, e.g. multipliers: "
-                    f"{{{kind}: '{kind}_multiplier$'}}; or declare it on the module that applies it, "
-                    f"mue_multipliers = {{'{kind}': '{kind}_multiplier'}}.",
-                )
+            raise not_covered(
+                found=f"{rule.name!r}, which needs the {kind} multiplier {cell} = {value:g}",
+                expected=f"a module of {target.model} that exposes one, or weights to fold it into ({reason})",
+                do=f"{_REMEDY.get(kind, '')}Name the attribute that holds it, e.g. multipliers: {{{kind}: '{kind}_multiplier$'}}; "
+                f"or declare it on the module that applies it, mue_multipliers = {{'{kind}': '{kind}_multiplier'}}.",
             )
         folded[kind] = (start, cell)
     return folded
@@ -104,8 +91,7 @@ class _Counterparts:
         """The base's site for one of the target, or None if the base exposes no such kind."""
         for kinds in (site.kinds, None):
             candidates, index = self._group(site.kind, kinds)
-            name = index.match(site.path)
-            if name is not None:
+            if (name := index.match(site.path)) is not None:
                 return candidates[name]
             if candidates:
                 return next(iter(candidates.values()))
@@ -120,20 +106,14 @@ class _Counterparts:
         return self._groups[kind, kinds]
 
 
-def fold(cells: dict[str, Any], multiplier: float, kind: Kind) -> dict[str, Any]:
+def fold(cells: dict[str, Any], m: float, kind: Kind) -> dict[str, Any]:
     """Moves a forward multiplier m into a weight, so that the function trains alike (docs/theory.md section 2).
 
-    Args:
-        cells: Factors ``init``, ``lr``, ``wd`` and ``eps``.
-        multiplier: The forward multiplier m.
-        kind: The update of the parameter.
-
     Returns:
-        The factors with m folded in.
+        The cells (factors ``init``, ``lr``, ``wd`` and ``eps`` of a parameter with this kind of update) with m folded in.
     """
-    if multiplier == 1.0:
+    if m == 1.0:
         return cells
-    m = multiplier
     factors = {
         "adamw": {"init": m, "lr": m, "wd": 1 / m, "eps": 1 / m},
         "sgd": {"init": m, "lr": m**2, "wd": m**-2},

@@ -10,14 +10,7 @@ from lightning_mue.parameterizations.rules.table import Parameterization, Preset
 
 
 def plan_notes(rule: Parameterization, pair: Pair, alpha: float, constants: Preset | None) -> list[str]:
-    """The notes of a plan, one sentence each.
-
-    Args:
-        rule: The rule.
-        pair: Target and base.
-        alpha: Depth exponent.
-        constants: The preset in force.
-    """
+    """The notes of a plan, one sentence each."""
     changed = pair.axes.changed(pair.base_axes)
     return [
         *_unclaimed_moves(rule, pair, changed, alpha),

@@ -8,15 +8,15 @@ from dataclasses import replace
 from torch import nn
 
 from lightning_mue.checks import listed, value_error
-from lightning_mue.parameterizations.planning.evaluate import evaluate
-from lightning_mue.parameterizations.planning.match import match
-from lightning_mue.parameterizations.planning.multipliers import MULTIPLIER_KINDS
+from lightning_mue.parameterizations.planning.evaluate import Scale
+from lightning_mue.parameterizations.planning.match import Pair
+from lightning_mue.parameterizations.planning.multipliers import MULTIPLIER_KINDS, folded_cells, site_values
 from lightning_mue.parameterizations.planning.notes import plan_notes
 from lightning_mue.parameterizations.planning.scaling_plan import ScalingPlan
-from lightning_mue.parameterizations.reading.base import Base
-from lightning_mue.parameterizations.reading.base_record import read_base
+from lightning_mue.parameterizations.reading.base import RUN_KEYS, Base, describe_base
 from lightning_mue.parameterizations.reading.record import describe
 from lightning_mue.parameterizations.rules.kinds import Family
+from lightning_mue.parameterizations.rules.monomial import parse
 from lightning_mue.parameterizations.rules.table import Parameterization, Preset, get_rule
 
 
@@ -37,7 +37,7 @@ def plan(
 
     Args:
         model: The target. Sizes come from its ``mue_axes()``, roles from ``mue_roles`` of its modules; where a module declares
-            nothing, both are inferred (role_names.py, role_growth.py, size_inference.py).
+            nothing, both are inferred (role_names.py, match.py, size_inference.py).
         base: The tuned model: keyword overrides of the target's own hyperparameters (which may also hold the base's
             ``tokens`` and ``batch_tokens``), a module, a factory, or the path of a file that :func:`save_base` wrote. ``None``
             or ``{}``: the target is the base.
@@ -51,9 +51,6 @@ def plan(
         multipliers: Kind of forward multiplier -> regular expression on dotted paths of attributes that hold one.
         preset: Name of a set of constants that the rule's paper reports; they apply on top, at base size too.
 
-    Returns:
-        The plan.
-
     Raises:
         ValueError: For a bad argument, a parameter without a role, or a rule without a row for a role.
     """
@@ -62,18 +59,38 @@ def plan(
     constants = _preset(rule, preset)
     if constants is not None and (base is None or base == {}):
         base = dict(constants.base)
-    # 1. Read the target.
+    # 1. Read the target, and the base: shapes first, because it may be as large as the target.
     target = describe(model, roles, multipliers)
-    # 2. Read the base.
-    reference = read_base(model, target, base, roles, multipliers)
-    # 3. Match the two: roles, counterparts and sizes.
-    pair = match(target, reference.shapes, tokens=tokens, batch_tokens=batch_tokens)
+    if base is None or (isinstance(base, Mapping) and set(base) <= set(RUN_KEYS)):  # the target is its own base
+        base = base or {}
+        old = replace(target, run=base)
+    else:
+        old = describe_base(model, base, roles, multipliers, measure=False)
+    # 2. Match the two: roles, counterparts and sizes.
+    pair = Pair(target, old, {"tokens": tokens, "batch_tokens": batch_tokens})
     rule, reason = rule.resolve(pair.axes, pair.base_axes) if rule.resolve is not None else (rule, None)
+    # 3. Measure the base's weights. A plan that changes no size keeps the model's, unless constants are to multiply them.
+    factors = constants.factors if constants is not None else {}
+    keeps_weights = pair.same_shapes and not factors
+    if not (keeps_weights or old.inits):
+        old = describe_base(model, base, roles, multipliers, measure=True)
     # 4. Evaluate the rule's cells.
-    scaling = evaluate(rule, family, alpha, pair, reference, constants)
-    # 5. Annotate.
-    notes = [*([reason] if reason else []), *pair.notes, *plan_notes(rule, pair, alpha, constants)]
-    return replace(scaling, notes=tuple(notes))
+    scale = Scale(rule, family, alpha, pair, {} if keeps_weights else old.inits, factors)
+    folded = folded_cells(rule, target, old, pair.infos, scale.ratios, alpha)
+    same_size = keeps_weights and not pair.axes.changed(pair.base_axes)
+    return ScalingPlan(
+        rule=rule.name,
+        family="+".join(scale.families),
+        alpha=alpha,
+        axes=pair.axes.to_dict(),
+        base_axes=pair.base_axes.to_dict(),
+        betas=parse(rule.betas).evaluate(scale.ratios, alpha),
+        parameters=tuple(scale.parameter(info, folded) for info in pair.infos),
+        multipliers={} if same_size else site_values(rule, target, old, scale.ratios, alpha),
+        same_size=same_size,
+        notes=(*([reason] if reason else []), *pair.notes, *plan_notes(rule, pair, alpha, constants)),
+        folded={kind: value for kind, value in scale.folded_values(folded).items() if value != 1.0},
+    )
 
 
 def _check(alpha: float, multipliers: Mapping[str, str] | None) -> None:

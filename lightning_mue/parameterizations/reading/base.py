@@ -1,4 +1,7 @@
-"""Builds the base model: the small, tuned reference from which a plan scales."""
+"""The base, the small, tuned reference from which a plan scales: builds, describes, saves and loads it.
+
+A saved base needs no code: the class that it was made from need not exist any more.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,19 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 
 from lightning_mue.checks import value_error
+from lightning_mue.names import clean_name
+from lightning_mue.parameterizations.reading.parameters import role_patterns
+from lightning_mue.parameterizations.reading.record import VERSION, ModelRecord, describe
+from lightning_mue.parameterizations.reading.sites import float_attributes
 
 #: Keyword overrides of the module's own hyperparameters, a module, a factory of one, or the file of a saved base.
 Base = Mapping[str, Any] | nn.Module | Callable[[], nn.Module] | str | Path
@@ -118,3 +127,83 @@ def _unknown_override(name: str, key: str, accepted: list[str]) -> ValueError:
     expected = f"one of its arguments {', '.join(dict.fromkeys(accepted))}"
     hint = f"Did you mean {close[0]!r}?" if close else ""
     return value_error(f"base.{key}", found=f"{key!r}, which {name} does not take", expected=expected, do=hint)
+
+
+def describe_base(
+    model: nn.Module,
+    base: Base,
+    roles: Mapping[str, str] | None = None,
+    multipliers: Mapping[str, str] | None = None,
+    *,
+    measure: bool,
+) -> ModelRecord:
+    """Makes the base of a target, or reads its file, and describes it; for the arguments see :func:`lightning_mue.plan`.
+
+    With ``measure`` real weights are made and how they were drawn is recognised; otherwise there are shapes only, on ``meta``.
+    ``roles`` and ``multipliers`` that name nothing in the base are left out.
+    """
+    if isinstance(base, (str, Path)):
+        record, patterns = load_base(base), role_patterns(roles)
+        named = [
+            replace(info, role=next((role for pattern, role in patterns if pattern.search(info.name)), info.role))
+            for info in record.parameters
+        ]
+        return replace(record, parameters=tuple(named))
+    run = {key: base[key] for key in RUN_KEYS if key in base} if isinstance(base, Mapping) else {}
+    made = build_base(model, base, device=None if measure else "meta")
+    names = [clean_name(name) for name, _ in made.named_parameters(remove_duplicate=False)]
+    # An MoE's patterns need not name anything where the base is dense.
+    some_roles = {p: r for p, r in (roles or {}).items() if any(re.search(p, name) for name in names)}
+    paths = float_attributes(made)
+    some_multipliers = {k: p for k, p in (multipliers or {}).items() if any(re.search(p, path) for path in paths)}
+    return replace(describe(made, some_roles, some_multipliers, measure=measure), run=run)
+
+
+def save_base(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    base: Base | None = None,
+    roles: Mapping[str, str] | None = None,
+    multipliers: Mapping[str, str] | None = None,
+) -> None:
+    """Writes what plans need of a base to a YAML file, which can be used in its place: ``base="base.yaml"``.
+
+    Args:
+        model: The base itself, freshly initialized; or a target whose hyperparameters ``base`` overrides.
+        path: The file.
+        base: As for :func:`lightning_mue.plan`; None: ``model`` is the base.
+        roles: Regular expression on names -> role, for modules that declare none.
+        multipliers: Kind -> regular expression on dotted attribute paths.
+    """
+    if base is None:
+        base = {} if any(p.is_meta for p in model.parameters()) else model
+    record = describe_base(model, base, roles, multipliers, measure=True)
+    Path(path).write_text(yaml.safe_dump(record.to_dict(), sort_keys=False), encoding="utf-8")
+
+
+def load_base(path: str | Path) -> ModelRecord:
+    """Reads a file that :func:`save_base` wrote.
+
+    Raises:
+        ValueError: If there is no such file, or it is something else.
+    """
+    try:
+        plain = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise _not_a_base(path, f"cannot be read ({error})") from error
+    if not isinstance(plain, dict) or plain.get("lightning_mue_base") != VERSION:
+        raise _not_a_base(path, "is something else")
+    try:
+        return ModelRecord.from_dict(plain)
+    except (KeyError, TypeError, ValueError) as error:
+        raise _not_a_base(path, f"is damaged ({error!r})") from error
+
+
+def _not_a_base(path: str | Path, why: str) -> ValueError:
+    return value_error(
+        "base",
+        found=f"the file {str(path)!r}, which {why}",
+        expected=f"a base of version {VERSION}",
+        do="Write it with `lightning-mue explain --save-base FILE`, or give the base as overrides, e.g. base: {width: 64}.",
+    )

@@ -59,20 +59,17 @@ def _folds_of(info: ParameterInfo) -> frozenset[str]:
 
 def why_not_foldable(infos: list[ParameterInfo], kind: str) -> str | None:
     """Why a multiplier of a kind cannot be folded into these parameters, or None if it can."""
-    wants: dict[str, list[ParameterInfo]] = defaultdict(list)
-    has: set[str] = set()
+    wants: dict[tuple[str, str], list[ParameterInfo]] = defaultdict(list)
+    has: set[tuple[str, str]] = set()
     for info in infos:
-        part = _part(info)
-        if (
-            info.position[1] >= 0
-            and info.role in MATRIX_ROLES - {Role.ROUTER}
-            and not (kind == "attention" and part != "attention")
-        ):
-            wants[f"{layer_of(info.path)}, {part}"].append(info)
+        layer, part = layer_of(info.path), _part(info)
+        in_layer = info.position[1] >= 0 and info.role in MATRIX_ROLES - {Role.ROUTER}
+        if in_layer and (kind != "attention" or part == "attention"):
+            wants[layer, part].append(info)
         if kind in info.folds:
-            has |= {f"{layer_of(info.path)}, {part}"}
+            has.add((layer, part))
             if info.role is Role.NORM:  # a norm behind a branch may belong to either branch
-                has |= {f"{layer_of(info.path)}, {p}" for p in ("attention", "FFN")}
+                has |= {(layer, "attention"), (layer, "FFN")}
     if not wants:
         return "no numbered layers with matrices of known roles were found"
     lacking = next((members for key, members in wants.items() if key not in has), None)

@@ -21,10 +21,7 @@ class Init:
 
 
 def measure_init(tensor: Tensor) -> Init:
-    """Recognises how a parameter was drawn.
-
-    Args:
-        tensor: Freshly initialized parameter, any shape.
+    """Recognises how a freshly initialized parameter of any shape was drawn.
 
     Returns:
         ``constant`` where all entries are equal; ``uniform`` or ``normal`` for a mean of about 0; else ``keep``.

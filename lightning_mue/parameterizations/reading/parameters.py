@@ -81,9 +81,7 @@ def branch_ratios(branch: Mapping[str, float] | None, base: Mapping[str, float] 
 def list_parameters(module: nn.Module, roles: Mapping[str, str] | None = None) -> list[ParameterInfo]:
     """Lists the parameters with the roles that are declared, matched by pattern, or certain from the type.
 
-    Args:
-        module: Any module.
-        roles: Regular expression -> role name; the first that is found in a qualified name wins over declarations.
+    The first pattern (regular expression -> role) that is found in a qualified name wins over declarations.
 
     Returns:
         One entry a parameter, in ``named_parameters`` order; frozen ones too, since they may be unfrozen later.

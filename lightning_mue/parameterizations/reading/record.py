@@ -47,11 +47,6 @@ class ModelRecord:
     routing: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     run: Mapping[str, float] = field(default_factory=dict)
 
-    def same_shapes(self, other: ModelRecord) -> bool:
-        """True if both have the same parameters in the same shapes."""
-        mine, theirs = ([(info.name, info.shape) for info in record.parameters] for record in (self, other))
-        return mine == theirs
-
     def to_dict(self) -> dict[str, Any]:
         """Plain types only."""
         plain = asdict(self)
@@ -93,38 +88,29 @@ def describe(
     *,
     measure: bool = False,
 ) -> ModelRecord:
-    """Reads a module.
+    """Reads a module, also on ``meta``; for ``roles`` and ``multipliers`` see :func:`lightning_mue.plan`.
 
-    Args:
-        model: Any module, also on ``meta``.
-        roles: Regular expression on names -> role.
-        multipliers: Kind -> regular expression on dotted attribute paths, beside what the modules declare.
-        measure: Measure how the parameters were drawn; they must be freshly initialized.
+    With ``measure`` also how its parameters were drawn, which must be freshly initialized.
 
     Raises:
         ValueError: For a pattern that matches nothing, or sizes by names that are no axes.
     """
-    sizes, routing = _declared_sizes(model), _routing(model)
     infos = name_roles(list_parameters(model, roles))
     known = {info.name for info in infos}
     tensors = named_tensors(model) if measure else {}
     return ModelRecord(
         model=type(model).__name__,
-        sizes=sizes,
+        sizes=_declared_sizes(model),
         parameters=tuple(infos),
         sites=tuple(sites(model, multipliers)),
         inferred=_attributes(model, infos),
         inits={name: measure_init(whole(tensor)) for name, tensor in tensors.items() if name in known},
-        routing=routing,
+        routing=_routing(model),
     )
 
 
 def _declared_sizes(module: nn.Module) -> dict[str, float]:
-    """The sizes that a module declares by its method ``mue_axes``; empty if it has none.
-
-    Raises:
-        ValueError: For a name that is no axis.
-    """
+    """The sizes that a module declares by its method ``mue_axes``; empty if it has none."""
     sizes = declared_axes(module)
     known = [f.name for f in fields(Axes)]
     if unknown := sorted(set(sizes) - set(known)):

@@ -32,11 +32,7 @@ _POSITIONS = re.compile(
 
 
 def name_roles(infos: list[ParameterInfo]) -> list[ParameterInfo]:
-    """Gives undeclared parameters the roles that their names and positions make certain.
-
-    Args:
-        infos: All parameters of a module, in order.
-    """
+    """Gives undeclared parameters (all of a module, in order) the roles that their names and positions make certain."""
     moes = {_moe_of(info.path) for info in infos if _EXPERTS.search(info.path)}
     widths = residual_widths(infos)
     layers = [i for i, info in enumerate(infos) if info.position[1] >= 0]

@@ -35,12 +35,8 @@ class Site:
 def sites(module: nn.Module, patterns: Mapping[str, str] | None = None) -> Iterator[Site]:
     """Yields the forward multipliers of a module tree: those declared by ``mue_multipliers``, then those that patterns name.
 
-    Args:
-        module: Any module, also on ``meta``.
-        patterns: Kind -> regular expression on dotted attribute paths.
-
     Raises:
-        ValueError: For a pattern that matches no number.
+        ValueError: For a pattern (kind -> regular expression on dotted attribute paths) that matches no number.
     """
     for name, child in module.named_modules():
         if hasattr(child, "_orig_mod"):
@@ -48,8 +44,7 @@ def sites(module: nn.Module, patterns: Mapping[str, str] | None = None) -> Itera
         declared = declared_multipliers(child)
         sizes = branch_sizes(child) if declared else None
         for kind, attribute in declared.items():
-            clean = clean_name(name)
-            path = f"{clean}.{attribute}" if clean else attribute
+            path = f"{clean_name(name)}.{attribute}".lstrip(".")
             yield Site(path, kind, float(getattr(child, attribute)), tuple(sorted(declared)), sizes)
     numbers = float_attributes(module) if patterns else {}
     for kind, pattern in (patterns or {}).items():

@@ -14,14 +14,7 @@ from lightning_mue.parameterizations.rules.roles import MATRIX_ROLES, Role
 
 
 def infer_sizes(infos: list[ParameterInfo], attributes: Mapping[str, float]) -> dict[str, float]:
-    """Infers the sizes that a module does not declare.
-
-    Args:
-        infos: Its parameters with roles.
-        attributes: Its ``head_dim`` and ``top_k``, which the shapes do not show.
-
-    Returns:
-        Name of an axis -> size.
+    """Axis -> size, from parameters with roles, and from ``head_dim`` and ``top_k``, which the shapes do not show.
 
     Raises:
         ValueError: If there are experts, but how many are active is not known.

@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 
 from lightning_mue.checks import value_error
+from lightning_mue.parameterizations.rules.monomial import SYMBOLS
 
 
 @dataclass(frozen=True)
@@ -50,31 +51,16 @@ class Axes:
 
     def changed(self, base: Axes) -> list[str]:
         """Names of the axes that differ from the base's."""
-        pairs = ((name, size, getattr(base, name)) for name, size in asdict(self).items())
+        mine, theirs = self.to_dict(), base.to_dict()
         # Of two dense models the FFN's width is named once, not as the width of one expert and of the active ones too.
         dense = all((axes.n_experts or 1) == 1 and axes.ffn_width is not None for axes in (self, base))
         twice = {"expert_width", "active_width"} if dense else set()
-        return [
-            name
-            for name, size, old in pairs
-            if size is not None and old is not None and size != old and name not in twice
-        ]
+        return [name for name in mine if name in theirs and mine[name] != theirs[name] and name not in twice]
 
     def sizes(self) -> dict[str, float]:
         """Symbol of the tables -> absolute size, for the known axes."""
-        symbols = {
-            "d": self.width,
-            "L": self.depth,
-            "H": self.ffn_width,
-            "h": self.expert_width,
-            "E": self.n_experts,
-            "a": self.top_k,
-            "A": self.active_width,
-            "k": self.head_dim,
-            "B": self.batch_tokens,
-            "T": self.tokens,
-        }
-        return {symbol: float(size) for symbol, size in symbols.items() if size is not None}
+        known = self.to_dict()
+        return {symbol: float(known[axis]) for symbol, axis in SYMBOLS.items() if axis in known}
 
     def ratios(self, base: Axes) -> dict[str, float]:
         """Symbol of the tables -> ratio target/base. An axis that either side does not know counts as unchanged."""

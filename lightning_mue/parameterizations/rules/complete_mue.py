@@ -9,7 +9,7 @@ from __future__ import annotations
 from lightning_mue.parameterizations.rules.complete_p import COMPLETE_P
 from lightning_mue.parameterizations.rules.table import Parameterization, register, rows
 
-# The fan-in of an up matrix is d: see complete_p.py.
+# The fan-in of an up matrix is d: see mup.py.
 _UP = {"init": "fan_in^-1/2", "lr": "fan_in^-1 L^(alpha-1) S", "wd": "fan_in S"}
 _DOWN = {"init": "A^1/2 d^-1", "lr": "d^-1 L^(alpha-1) S", "wd": "d S"}
 # The gradient of an FFN's weights: the residual stream's d^-1 through the multiplier c = d / A, of which one expert sees the

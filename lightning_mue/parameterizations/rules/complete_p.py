@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from lightning_mue.parameterizations.rules.table import Parameterization, register, rows
 
-# The fan-in of a matrix that reads the residual stream is d, the paper's symbol; where it is not (an output projection of a fixed
-# number of heads, a low-rank factor, a layer of a part that does not grow), its own fan-in is what counts.
+# The paper writes d for fan_in: see mup.py.
 _HIDDEN = {"init": "fan_in^-1/2", "lr": "fan_in^-1 L^(alpha-1) S", "wd": "fan_in S", "eps": "d^-1 L^-alpha S^-1"}
 
 _SOURCE = "2512.22382 Table 1"

@@ -11,27 +11,21 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lightning_mue.parameterizations.rules.roles import Role
-from lightning_mue.parameterizations.rules.table import Parameterization, Preset, Table, register, rows
+from lightning_mue.parameterizations.rules.table import FFN_MATRICES, Parameterization, Preset, Table, register, rows
 
 _SOURCE = "2603.28743 Table 1, eq. 8"
 _LR = "L^-1/2 T^-0.32 B^1/2"
 _MATRIX = {"init": "fan_in^-1/2", "lr": _LR}
 _VECTOR = {"lr": _LR}
 _VECTORS: Table = {
-    **rows(_SOURCE, embedding=_VECTOR, norm=_VECTOR, qk_norm=_VECTOR, final_norm=_VECTOR, bias=_VECTOR),
+    **rows(_SOURCE, **dict.fromkeys(("embedding", "norm", "qk_norm", "final_norm", "bias"), _VECTOR)),
     **rows(_SOURCE, "derived", scalar=_VECTOR),
 }
 
 _PRINTED: Table = {
     **rows(
         _SOURCE,
-        hidden=_MATRIX,
-        ffn_up=_MATRIX,
-        ffn_down=_MATRIX,
-        expert_up=_MATRIX,
-        expert_down=_MATRIX,
-        shared_up=_MATRIX,
-        shared_down=_MATRIX,
+        **dict.fromkeys(("hidden", *FFN_MATRICES), _MATRIX),
         router={**_MATRIX, "absent_init": "d^-1/2"},
         unembedding=_VECTOR,
     ),
@@ -60,13 +54,7 @@ _MUON: Table = {
     **rows(
         "2603.28743, plain Muon; T^-0.32 taken over",
         "code",
-        hidden=_MUON_MATRIX,
-        ffn_up=_MUON_MATRIX,
-        ffn_down=_MUON_MATRIX,
-        expert_up=_MUON_MATRIX,
-        expert_down=_MUON_MATRIX,
-        shared_up=_MUON_MATRIX,
-        shared_down=_MUON_MATRIX,
+        **dict.fromkeys(("hidden", *FFN_MATRICES), _MUON_MATRIX),
         router={**_MUON_MATRIX, "absent_init": "d^-1/2"},
     ),
 }
@@ -86,19 +74,8 @@ HYPERP = register(
         routing={"gate": frozenset({"sqrt"})},
         # The paper's absolute value is (2L)^-1/2; give the base that value and every depth has it.
         multipliers={"residual": "L^-1/2"},
-        moves=frozenset(
-            {
-                "width",
-                "ffn_width",
-                "active_width",
-                "depth",
-                "tokens",
-                "batch_tokens",
-                "n_experts",
-                "top_k",
-                "expert_width",
-            }
-        ),
+        moves=frozenset({"width", "ffn_width", "active_width", "depth", "tokens", "batch_tokens"})
+        | {"n_experts", "top_k", "expert_width"},
         presets={"paper": _PAPER},
     )
 )

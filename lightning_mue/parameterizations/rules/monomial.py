@@ -42,22 +42,13 @@ class Monomial:
     """A product of symbols with exponents that are linear in alpha.
 
     Attributes:
-        text: The cell as written in the table.
         powers: Symbol -> (constant, coefficient of alpha).
     """
 
-    text: str
     powers: Mapping[str, tuple[Fraction, Fraction]]
 
     def evaluate(self, ratios: Mapping[str, float], alpha: float = 1.0) -> float:
-        """The value of the cell.
-
-        Args:
-            ratios: Symbol -> target/base ratio (positive).
-            alpha: The depth exponent.
-
-        Returns:
-            The product; exactly 1.0 when every ratio is 1.
+        """The product, exactly 1.0 when every ratio target/base (positive) is 1.
 
         Raises:
             KeyError: If a symbol with a non-zero exponent has no ratio.
@@ -68,9 +59,6 @@ class Monomial:
             if exponent != 0.0:
                 value *= ratios[symbol] ** exponent
         return value
-
-    def __str__(self) -> str:
-        return self.text
 
 
 def _exponent(text: str | None) -> tuple[Fraction, Fraction]:
@@ -123,4 +111,4 @@ def parse(text: str) -> Monomial:
         constant, slope = _exponent(match["power"])
         old = powers.get(match["symbol"], (Fraction(0), Fraction(0)))
         powers[match["symbol"]] = (old[0] + constant, old[1] + slope)
-    return Monomial(text, powers)
+    return Monomial(powers)

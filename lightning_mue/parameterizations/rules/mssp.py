@@ -7,11 +7,9 @@ normalized, and in II and III the routed sum is divided by top-k. Each cell was 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from lightning_mue.parameterizations.rules.axes import Axes
-from lightning_mue.parameterizations.rules.kinds import Family
 from lightning_mue.parameterizations.rules.roles import Role
 from lightning_mue.parameterizations.rules.table import Parameterization, Table, register, rows
 
@@ -68,9 +66,7 @@ _SGD_BIAS = {"lr": "fan_out", "wd": "fan_out^-1"}
 _SGD_DENSE = {
     **rows(_SOURCE, embedding=_SGD_VECTOR, unembedding=_OUTPUT, hidden={"init": "fan_in^-1/2"}),
     **rows(_SOURCE, "derived", norm=_SGD_VECTOR, final_norm=_SGD_VECTOR, bias=_SGD_BIAS, qk_norm={}, scalar={}),
-    **rows(
-        _SOURCE, "derived", ffn_up=_SGD_MATRIX, ffn_down=_SGD_MATRIX, shared_up=_SGD_MATRIX, shared_down=_SGD_MATRIX
-    ),
+    **rows(_SOURCE, "derived", **dict.fromkeys(("ffn_up", "ffn_down", "shared_up", "shared_down"), _SGD_MATRIX)),
 }
 _SGD_ROUTER = {"absent_init": "d^-1/2"}
 
@@ -95,47 +91,34 @@ _SGD_III = _alike(
     )
 )
 
-_TABLES: Mapping[str, Mapping[Family, Table]] = {
-    "I": {"adam": {**_ADAM_DENSE, **_ADAM_I}, "sgd": {**_SGD_DENSE, **_SGD_I}},
-    "II": {"adam": {**_ADAM_DENSE, **_ADAM_II}, "sgd": {**_SGD_DENSE, **_SGD_II}},
-    "III": {"adam": {**_ADAM_DENSE, **_ADAM_III}, "sgd": {**_SGD_DENSE, **_SGD_III}},
-}
 _WIDTHS = frozenset({"width", "ffn_width", "active_width"})
-_MOVES = {
-    "I": _WIDTHS | {"expert_width"},
-    "II": _WIDTHS | {"n_experts", "top_k"},
-    "III": _WIDTHS | {"expert_width", "n_experts", "top_k"},
-}
-_GROWS = {"I": "width and expert width", "II": "width and experts", "III": "width, expert width and experts"}
 
 
-def _regime(regime: str) -> Parameterization:
+def _regime(regime: str, grows: str, moves: frozenset[str], adam: Table, sgd: Table) -> Parameterization:
     """Registers one regime."""
     routed = regime != "I"
     return register(
         Parameterization(
             name=f"mssp-{regime}",
-            source=f"arXiv:2605.14200, regime {regime} ({_GROWS[regime]} grow)",
+            source=f"arXiv:2605.14200, regime {regime} ({grows} grow)",
             page=_PAGE,
-            tables=_TABLES[regime],
+            tables={"adam": {**_ADAM_DENSE, **adam}, "sgd": {**_SGD_DENSE, **sgd}},
             # (K*/K)^theta: theta is 1 where experts are added, else 0. The head size stays, so muP's k^-1 is 1.
             multipliers={"attention": "k^-1", **({"route": "a^-1"} if routed else {})},
-            moves=_MOVES[regime],
+            moves=moves,
             routing={"gate": frozenset({"linear"}), "scoring": frozenset({"sigmoid"})},
             fixed=frozenset({"kappa"}) if routed else frozenset(),
         )
     )
 
 
-MSSP_I, MSSP_II, MSSP_III = (_regime(name) for name in ("I", "II", "III"))
+MSSP_I = _regime("I", "width and expert width", _WIDTHS | {"expert_width"}, _ADAM_I, _SGD_I)
+MSSP_II = _regime("II", "width and experts", _WIDTHS | {"n_experts", "top_k"}, _ADAM_II, _SGD_II)
+MSSP_III = _regime("III", "width, expert width and experts", MSSP_I.moves | MSSP_II.moves, _ADAM_III, _SGD_III)
 
 
 def choose_regime(target: Axes, base: Axes) -> tuple[Parameterization, str]:
     """Picks the regime by the axes that moved (docs/derivations/mssp.md).
-
-    Args:
-        target: Sizes of the model to train.
-        base: Sizes of the tuned model.
 
     Returns:
         (the regime's rule, the reason, e.g. ``"regime II, because n_experts moved and expert_width did not"``).
@@ -167,7 +150,7 @@ MSSP = register(
         source="arXiv:2605.14200, the regime chosen by what moved",
         page=_PAGE,
         # The smallest claim, until sizes are known.
-        tables=_TABLES["I"],
+        tables=MSSP_I.tables,
         multipliers=MSSP_I.multipliers,
         moves=MSSP_III.moves,
         routing=MSSP_I.routing,

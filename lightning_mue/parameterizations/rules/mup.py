@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_mue.parameterizations.rules.table import Parameterization, register, rows
+from lightning_mue.parameterizations.rules.table import FFN_MATRICES, Parameterization, register, rows
 
 _VECTOR = {"eps": "d^-1"}
 # The fan-in of a matrix that reads the residual stream is d, the paper's symbol; where it is not (an output projection of a fixed
@@ -10,50 +10,38 @@ _VECTOR = {"eps": "d^-1"}
 _MATRIX = {"init": "fan_in^-1/2", "lr": "fan_in^-1", "wd": "fan_in", "eps": "d^-1"}
 _OUTPUT = {"init": "fan_in^-1", "lr": "fan_in^-1", "wd": "fan_in"}
 
+_HIDDEN = ("hidden", *FFN_MATRICES)
+
+_SOURCE = "2203.03466 Table 8"
 _ADAM = {
     **rows(
-        "2203.03466 Table 8",
-        embedding=_VECTOR,
-        norm=_VECTOR,
-        bias=_VECTOR,
-        hidden=_MATRIX,
-        ffn_up=_MATRIX,
-        expert_up=_MATRIX,
-        shared_up=_MATRIX,
-        ffn_down=_MATRIX,
-        expert_down=_MATRIX,
-        shared_down=_MATRIX,
+        _SOURCE,
+        **dict.fromkeys(("embedding", "norm", "bias", "final_norm"), _VECTOR),
+        **dict.fromkeys(_HIDDEN, _MATRIX),
         router={**_OUTPUT, "absent_init": "d^-1/2"},
         unembedding=_OUTPUT,
     ),
-    **rows("2203.03466 Table 8", final_norm=_VECTOR),
     # A QK norm acts on one head, whose size the width leaves alone.
-    **rows("2203.03466 Table 8", "derived", qk_norm={}, scalar={}),
+    **rows(_SOURCE, "derived", qk_norm={}, scalar={}),
 }
 
 # SGD's weight decay is an L2 term, applied as lr * wd: that product is kept, so wd moves against lr.
 _SGD_VECTOR = {"lr": "d", "wd": "d^-1"}
 # A bias grows as its layer's output does: d on the residual stream, H inside an FFN, not at all on the logits.
 _SGD_BIAS = {"lr": "fan_out", "wd": "fan_out^-1"}
-_SGD_MATRIX = {"lr": "fan_out fan_in^-1", "wd": "fan_in fan_out^-1"}
-_SGD_OUTPUT = _OUTPUT
+_SGD_MATRIX = {"init": "fan_in^-1/2", "lr": "fan_out fan_in^-1", "wd": "fan_in fan_out^-1"}
 
+_SGD_SOURCE = f"{_SOURCE}, SGD"
 _SGD = {
-    **rows("2203.03466 Table 8, SGD", embedding=_SGD_VECTOR, norm=_SGD_VECTOR, bias=_SGD_BIAS, final_norm=_SGD_VECTOR),
-    **rows("2203.03466 Table 8, SGD", hidden={"init": "fan_in^-1/2", **_SGD_MATRIX}, unembedding=_SGD_OUTPUT),
-    **rows("2203.03466 Table 8, SGD", router={**_SGD_OUTPUT, "absent_init": "d^-1/2"}),
     **rows(
-        "2203.03466 Table 8, SGD",
-        "derived",
-        ffn_up={"init": "fan_in^-1/2", **_SGD_MATRIX},
-        expert_up={"init": "fan_in^-1/2", **_SGD_MATRIX},
-        shared_up={"init": "fan_in^-1/2", **_SGD_MATRIX},
-        ffn_down={"init": "fan_in^-1/2", **_SGD_MATRIX},
-        expert_down={"init": "fan_in^-1/2", **_SGD_MATRIX},
-        shared_down={"init": "fan_in^-1/2", **_SGD_MATRIX},
-        qk_norm={},
-        scalar={},
+        _SGD_SOURCE,
+        **dict.fromkeys(("embedding", "norm", "final_norm"), _SGD_VECTOR),
+        bias=_SGD_BIAS,
+        hidden=_SGD_MATRIX,
+        unembedding=_OUTPUT,
+        router={**_OUTPUT, "absent_init": "d^-1/2"},
     ),
+    **rows(_SGD_SOURCE, "derived", **dict.fromkeys(FFN_MATRICES, _SGD_MATRIX), qk_norm={}, scalar={}),
 }
 
 MUP = register(

@@ -23,6 +23,11 @@ class NotCoveredError(ValueError):
     """A rule does not cover a model: no table for the optimizer, no row for a role, or a multiplier that is missing."""
 
 
+def not_covered(*, found: str, expected: str, do: str = "") -> NotCoveredError:
+    """A NotCoveredError with the message of `mismatch`."""
+    return NotCoveredError(mismatch("rule", found=found, expected=expected, do=do))
+
+
 @dataclass(frozen=True)
 class Row:
     """How one role scales: every cell multiplies the value tuned at the base size.
@@ -62,6 +67,9 @@ class Row:
 
 
 Table = Mapping[Role, Row]
+
+#: Up and down matrices of every kind of FFN, by the names that `rows` takes.
+FFN_MATRICES = ("ffn_up", "ffn_down", "expert_up", "expert_down", "shared_up", "shared_down")
 
 
 @dataclass(frozen=True)
@@ -134,18 +142,15 @@ class Parameterization:
             NotCoveredError: If the rule has no table for the family.
         """
         if family not in self.tables:
-            raise NotCoveredError(
-                mismatch(
-                    "rule",
-                    found=f"{self.name!r} ({self.source}), which has no table for optimizers of the family {family!r}",
-                    expected=f"an optimizer of the family {' or '.join(self.tables)}, or another rule",
-                    do=f"Rules for {family!r}: {listed(rules_for(family))}.",
-                )
+            raise not_covered(
+                found=f"{self.name!r} ({self.source}), which has no table for optimizers of the family {family!r}",
+                expected=f"an optimizer of the family {' or '.join(self.tables)}, or another rule",
+                do=f"Rules for {family!r}: {listed(rules_for(family))}.",
             )
         return self.tables[family]
 
 
-def rows(source: str, status: Status = "paper", **by_role: Mapping[str, str]) -> dict[Role, Row]:
+def rows(source: str, status: Status = "paper", /, **by_role: Mapping[str, str]) -> dict[Role, Row]:
     """Writes several rows of one source: ``rows("2203.03466 Table 8", hidden={"lr": "d^-1"})``."""
     return {Role(name): Row(source=source, status=status, **cells) for name, cells in by_role.items()}  # type: ignore[arg-type]
 

@@ -234,7 +234,7 @@ def test_what_a_base_holds(tmp_path):
     assert known_to(None) == {}
     assert known_to(torch.nn.Linear(2, 2)) == {}
     assert known_to({"width": 3, "tokens": 5.0}) == {"tokens": 5.0}
-    from lightning_mue.parameterizations.reading.base_record import save_base
+    from lightning_mue.parameterizations.reading.base import save_base
 
     save_base(make_model(), tmp_path / "base.yaml", base={**BASE, "batch_tokens": 7.0})
     assert known_to(str(tmp_path / "base.yaml")) == {"batch_tokens": 7.0}

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from lightning_mue import MuECallback, initialize, plan
+from lightning_mue.parameterizations.planning.counterparts import match_parameters
+from lightning_mue.parameterizations.reading.parameters import list_parameters
 
 transformers = pytest.importorskip("transformers", reason="transformers needs Python 3.11")
 transformers.logging.set_verbosity_error()
@@ -345,6 +347,12 @@ def test_shrinking_and_widening_an_mlp_keeps_its_ends():
     assert list(found.values()) == [("embedding", 1.0), ("hidden", 0.5), ("unembedding", 0.5)]
     # Drawn uniform in +-1/sqrt(64): std 64^-1/2 / sqrt(3), times d^-1.
     assert scaling["net.4.weight"].init.value == pytest.approx(64**-0.5 / 3**0.5 / 2, rel=0.05)
+
+
+def test_the_only_layer_of_a_stack_is_matched_with_the_first():
+    target, base = nn.Sequential(nn.Linear(8, 10)), nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 10))
+    matched = match_parameters(list_parameters(target), list_parameters(base))
+    assert {name: info.name for name, info in matched.items()} == {"0.weight": "0.weight", "0.bias": "0.bias"}
 
 
 def test_part_that_keeps_its_size_does_not_count_for_the_width():

@@ -13,7 +13,7 @@ from torch import nn
 from lightning_mue import MoELanguageModel, initialize, plan
 from lightning_mue.parameterizations import RULES, Role, ScalingPlan, get_rule
 from lightning_mue.parameterizations.planning.compare import compare_rules
-from lightning_mue.parameterizations.reading.base_record import save_base
+from lightning_mue.parameterizations.reading.base import save_base
 from lightning_mue.parameterizations.reading.record import describe
 from lightning_mue.parameterizations.rules.table import Preset
 
