@@ -37,14 +37,10 @@ if hasattr(os, "register_at_fork"):  # absent on Windows, which does not fork
 
 
 def run_over_experts(work: Callable[[Iterable[int]], None], rows: Sequence[int], *, parallel: bool) -> None:
-    """Call `work` on every expert that has rows, each exactly once.
+    """Call `work` with the indices of all experts that have rows, each exactly once; in worker threads if `parallel`.
 
-    Args:
-        work: Called with the indices of some experts; writes its results to places that no other expert touches. It must produce
-            the same values for every order of the experts and in every thread.
-        rows: Rows of each expert.
-        parallel: Allow worker threads. Experts too large for an even split still run in the calling thread, with threaded
-            operators.
+    `work` writes its results to places that no other expert touches, and produces the same values for every order of the
+    experts and in every thread. Experts too large for an even split run in the calling thread, with threaded operators.
     """
     todo = sorted((e for e, n in enumerate(rows) if n), key=lambda e: -rows[e])
     n_threads = torch.get_num_threads() if parallel else 1
