@@ -130,19 +130,19 @@ def _start(n_threads: int, ready: SimpleQueue[BaseException | None]) -> None:
 
 def _start_workers(n_threads: int) -> None:
     before, tasks, started = torch.get_num_threads(), SimpleQueue[Task | None](), SimpleQueue[None]()
-    n_started = 0
+    names = [f"lightning-mue-experts-{i}" for i in range(n_threads)]
+    workers = [Thread(target=_serve, args=(tasks, started), name=name, daemon=True) for name in names]
     try:
-        for i in range(n_threads):
-            name = f"lightning-mue-experts-{i}"
-            Thread(target=_serve, args=(tasks, started), name=name, daemon=True).start()
-            n_started += 1
+        for worker in workers:
+            worker.start()
     except BaseException:
-        for _ in range(n_started):
+        for _ in workers:
             tasks.put(None)  # ends a worker
         raise
     finally:
-        for _ in range(n_started):
-            started.get()
+        for worker in workers:
+            if worker.ident is not None:  # it was started
+                started.get()
         torch.set_num_threads(before)  # the default for threads that start later, which the workers have lowered
     _teams[n_threads] = tasks
 
