@@ -123,8 +123,9 @@ def test_errors_in_a_worker_reach_the_caller():
         for e in experts:
             raise RuntimeError(f"expert {e}")
 
-    with pytest.raises(RuntimeError, match="expert"):
+    with pytest.raises(RuntimeError, match="expert") as raised:
         run_over_experts(fail, [5] * 16, parallel=True)
+    assert "fail" in [frame.name for frame in raised.traceback]
     seen = []
     run_over_experts(seen.extend, [5] * 16, parallel=True)
     assert len(seen) == 16
@@ -197,6 +198,25 @@ class Problem:
 def problem(request, monkeypatch):
     monkeypatch.setattr(grouped_ffn, "_PARALLEL_FLOPS", 0)
     return Problem(request.param)
+
+
+def test_several_threads_share_the_workers(problem):
+    """Forward and backward passes of different inputs at the same time, each with its own values."""
+    inputs = [problem.x, problem.x.flip(0), problem.x * 2]
+    expected, found = [problem.values(x) for x in inputs], {}
+
+    def call(i):
+        torch.set_num_threads(2)
+        found[i] = [problem.values(inputs[i]) for _ in range(4)]
+
+    callers = [threading.Thread(target=call, args=(i,)) for i in range(3)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    for i, values in enumerate(expected):
+        for again in found[i]:
+            assert all(torch.equal(a, b) for a, b in zip(again, values, strict=True))
 
 
 def interrupted_after(delay, step):
