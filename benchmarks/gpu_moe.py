@@ -28,7 +28,7 @@ from moe_peers_gpu import Shape
 
 NAME, TITLE = "gpu_moe", "Experts on a GPU"
 Part = Callable[[Report], Iterable[Row]]
-SECONDS = {  # the most a section may take; those up to "Memory" fit into the time of a whole run at their limits
+SECONDS = {  # the most a section may take; the limits up to "Memory" together fit into the time of a whole run
     "Ceilings": 15,
     "Errors against float64": 60,
     "Compilation": 70,

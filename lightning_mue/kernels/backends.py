@@ -35,8 +35,7 @@ def resolve_backend(backend: str, x: Tensor) -> str:
         do = "Use backend='auto', which falls back to plain PyTorch."
         raise value_error("backend", found=f"'triton', but {missing}", expected=expected, do=do)
     if backend == "grouped_mm" and x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        expected = "x in float32, bfloat16 or float16"
-        do = "Use backend='torch'."
+        expected, do = "x in float32, bfloat16 or float16", "Use backend='torch'."
         raise value_error("backend", found=f"'grouped_mm' with x in {x.dtype}", expected=expected, do=do)
     return backend
 

@@ -43,16 +43,8 @@ def combine_rows(rows_Sd: Tensor, plan: DispatchPlan, gates: Tensor | None = Non
         expected = f"{_sum_dtype(rows_Sd)} of shape {list(plan.inverse.shape)}, the shape of plan.inverse"
         do = "Cast or reshape them, or pass None for weights of one."
         raise value_error("gates", found=found, expected=expected, do=do)
-    y: Tensor = combine_rows_op(
-        rows_Sd,
-        gates,
-        plan.order,
-        plan.inverse,
-        plan.tokens,
-        plan.offsets,
-        plan.bags,
-        resolve_backend(backend, rows_Sd),
-    )
+    indices = (plan.order, plan.inverse, plan.tokens, plan.offsets, plan.bags)
+    y: Tensor = combine_rows_op(rows_Sd, gates, *indices, resolve_backend(backend, rows_Sd))
     return y
 
 
@@ -90,11 +82,19 @@ def combine_rows_backward_op(
 ) -> list[Tensor]:
     """Return the gradients of rows [S, d] and, where `rows` is given, of the gates. Those of masked rows are zero."""
     if backend == "triton":
-        given = [None if t is None else t.contiguous() for t in (dy, rows, gates, order, inverse, tokens, offsets)]
+        given = [None if t is None else t.contiguous() for t in (dy, rows, gates, order, tokens, offsets)]
         with torch.cuda.device_of(dy):
             grads: list[Tensor] = implementation("combine", backend).launch_spread(*given)
         return grads
-    return _spread(dy, rows, gates, order, inverse, tokens, offsets)
+    dy_Sd = _without_masked(dy[tokens], offsets).to(_sum_dtype(dy))
+    if gates is None:
+        return [dy_Sd.to(dy.dtype)]
+    weights_S1 = gates.masked_fill(inverse >= offsets[-1], 0).flatten()[order][:, None]
+    drows = (dy_Sd * weights_S1).to(dy.dtype)
+    if rows is None:
+        return [drows]
+    dgates_S = (_without_masked(rows, offsets).to(dy_Sd.dtype) * dy_Sd).sum(1)
+    return [drows, dgates_S[inverse.flatten()].view_as(gates)]
 
 
 @combine_rows_op.register_fake
@@ -150,24 +150,3 @@ def _combine(rows_Sd: Tensor, gates: Tensor | None, inverse: Tensor, offsets: Te
     return F.embedding_bag(
         inverse, values_Sd, bags, mode="sum", per_sample_weights=weights, include_last_offset=bags is not None
     )
-
-
-def _spread(
-    dy: Tensor,
-    rows_Sd: Tensor | None,
-    gates: Tensor | None,
-    order: Tensor,
-    inverse: Tensor,
-    tokens: Tensor,
-    offsets: Tensor,
-) -> list[Tensor]:
-    """The backward pass in plain PyTorch."""
-    dy_Sd = _without_masked(dy[tokens], offsets).to(_sum_dtype(dy))
-    if gates is None:
-        return [dy_Sd.to(dy.dtype)]
-    weights_S1 = gates.masked_fill(inverse >= offsets[-1], 0).flatten()[order][:, None]
-    drows = (dy_Sd * weights_S1).to(dy.dtype)
-    if rows_Sd is None:
-        return [drows]
-    dgates_S = (_without_masked(rows_Sd, offsets).to(dy_Sd.dtype) * dy_Sd).sum(1)
-    return [drows, dgates_S[inverse.flatten()].view_as(gates)]

@@ -130,33 +130,14 @@ def launch_combine(
     top_k = inverse.shape[1] if bags is None else 0
     width = min(triton.next_power_of_2(d), 2048)
     blocks = -(-d // width)
-    combine_kernel[(tokens * blocks,)](
-        rows,
-        inverse,
-        rows if gates is None else gates,
-        inverse if bags is None else bags,
-        offsets[-1:],
-        out,
-        d,
-        blocks,
-        top_k,
-        *out.stride(),
-        WEIGHTED=gates is not None,
-        BAGS=bags is not None,
-        UNROLLED=top_k if top_k <= _UNROLLED else 0,
-        WIDTH=width,
-        num_warps=max(1, min(8, width // 256)),
-    )
+    tensors = (rows, inverse, rows if gates is None else gates, inverse if bags is None else bags, offsets[-1:], out)
+    constants = {"WEIGHTED": gates is not None, "BAGS": bags is not None, "WIDTH": width}
+    constants |= {"UNROLLED": top_k if top_k <= _UNROLLED else 0, "num_warps": max(1, min(8, width // 256))}
+    combine_kernel[(tokens * blocks,)](*tensors, d, blocks, top_k, *out.stride(), **constants)
 
 
 def launch_spread(
-    dy: Tensor,
-    rows: Tensor | None,
-    gates: Tensor | None,
-    order: Tensor,
-    inverse: Tensor,
-    tokens: Tensor,
-    offsets: Tensor,
+    dy: Tensor, rows: Tensor | None, gates: Tensor | None, order: Tensor, tokens: Tensor, offsets: Tensor
 ) -> list[Tensor]:
     """Return the gradients of the rows [S, d] and, where `rows` is given, of the gates; all contiguous."""
     drows = new_empty(dy, len(order), dy.shape[1])
@@ -164,21 +145,10 @@ def launch_spread(
     if not drows.numel():
         return grads
     width = min(triton.next_power_of_2(dy.shape[1]), 1024)
-    spread_kernel[(len(order),)](
-        dy,
-        dy if rows is None else rows,
-        dy if gates is None else gates,
-        order,
-        tokens,
-        offsets[-1:],
-        drows,
-        grads[-1],
-        dy.shape[1],
-        WEIGHTED=gates is not None,
-        DGATES=len(grads) == 2,
-        WIDTH=width,
-        num_warps=max(1, min(4, width // 256)),
-    )
+    tensors = (dy, dy if rows is None else rows, dy if gates is None else gates, order, tokens, offsets[-1:], drows)
+    constants = {"WEIGHTED": gates is not None, "DGATES": len(grads) == 2, "WIDTH": width}
+    constants["num_warps"] = max(1, min(4, width // 256))
+    spread_kernel[(len(order),)](*tensors, grads[-1], dy.shape[1], **constants)
     return grads
 
 

@@ -97,25 +97,17 @@ def plan_expert_choice(token_ids_EC: Tensor, n_tokens: int) -> DispatchPlan:
         raise value_error("token_ids_EC", found=found, expected="[n_experts, capacity]")
     used_EC = token_ids_EC >= 0
     offsets = F.pad(used_EC.sum(1).cumsum(0), (1, 0))
-    row_S = _rows_of_places(used_EC)
-    key_S = token_ids_EC.where(used_EC, n_tokens).flatten()
+    used_S, key_S = used_EC.flatten(), token_ids_EC.where(used_EC, n_tokens).flatten()
+    rows_S = torch.arange(key_S.numel(), device=key_S.device, dtype=torch.int32)
+    until_S = used_S.cumsum(0)
+    row_S = torch.where(used_S, until_S - 1, used_S.sum() + rows_S - until_S)  # of each place: used places first
     sorted_S, place_S = key_S.sort(stable=True)
     bags = torch.searchsorted(sorted_S, torch.arange(n_tokens + 1, device=key_S.device), out_int32=True)
     inverse_S = row_S[place_S]
-    rows_S = torch.arange(key_S.numel(), device=key_S.device, dtype=torch.int32)
     order_S = torch.empty_like(rows_S).scatter(0, inverse_S, rows_S)
     # An unused row names token 0, which is there to be read.
     tokens_S = torch.empty_like(rows_S).scatter(0, row_S, token_ids_EC.flatten().clamp(min=0).int())
     return DispatchPlan(order_S, inverse_S.int(), tokens_S, offsets.int(), bags)
-
-
-def _rows_of_places(used_EC: Tensor) -> Tensor:
-    """The row of each place, int64 [E * C]: used places first, in order."""
-    used_S = used_EC.flatten()
-    until_S = used_S.cumsum(0)
-    n_used = used_S.sum()
-    place_S = torch.arange(len(used_S), device=used_S.device)
-    return torch.where(used_S, until_S - 1, n_used + place_S - until_S)
 
 
 # Defined without `torch.library.custom_op` for speed, as in kernels/routing/op.py.

@@ -8,7 +8,6 @@ Shape legend: S assignments, K experts per token, E experts, B blocks; EP is E r
 No library functions of `triton.language`, see kernels/symmetric/triton.py.
 """
 
-# Triton reads annotations of kernel arguments, and only `tl.constexpr` means something to it.
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
@@ -17,6 +16,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from lightning_mue.kernels.triton_tools.launching import new_empty
 
 
 @triton.jit
@@ -86,9 +87,6 @@ def place_kernel(
         none += _sum(outside.to(tl.int32), 0)
 
 
-#: Whether Triton's interpreter runs the kernels (TRITON_INTERPRET=1 when this module was imported).
-INTERPRETED = not isinstance(place_kernel, triton.JITFunction)
-
 #: Assignments a program. To read the histograms before its own, a block loads some S / BLOCK * E integers from L2: 64 KiB at
 #: S = 262144, E = 128. Smaller blocks would spread the walk over more programs, but that cost is quadratic in their number.
 BLOCK = 1024
@@ -97,31 +95,16 @@ BLOCK = 1024
 def sort_by_expert(expert_ids: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `plan_dispatch`: order, inverse, tokens and offsets."""
     total, n_experts = expert_ids.numel(), len(counts_E)
-    order, inverse, tokens = (new_empty(expert_ids, total) for _ in range(3))
-    offsets = new_empty(expert_ids, n_experts + 1)
+    order, inverse, tokens = (new_empty(expert_ids, total, dtype=torch.int32) for _ in range(3))
+    offsets = new_empty(expert_ids, n_experts + 1, dtype=torch.int32)
     padded = triton.next_power_of_2(n_experts)
     blocks = max(1, -(-total // BLOCK))
-    histograms = new_empty(expert_ids, blocks, n_experts)
+    histograms = new_empty(expert_ids, blocks, n_experts, dtype=torch.int32)
     rows = max(1, min(64, 4096 // padded))
     constants = {"E": n_experts, "EP": padded, "BLOCK": BLOCK, "ROWS": rows, "num_warps": 4}
     ids = expert_ids.contiguous()
     with torch.cuda.device_of(ids):  # Triton launches on the current device
         histogram_kernel[(blocks,)](ids, histograms, total, **constants)
-        place_kernel[(blocks,)](
-            ids,
-            counts_E.contiguous(),
-            histograms,
-            order,
-            inverse,
-            tokens,
-            offsets,
-            total,
-            K=expert_ids.shape[1],
-            **constants,
-        )
+        tensors = (ids, counts_E.contiguous(), histograms, order, inverse, tokens, offsets)
+        place_kernel[(blocks,)](*tensors, total, K=expert_ids.shape[1], **constants)
     return order, inverse.view(expert_ids.shape), tokens, offsets
-
-
-def new_empty(like: Tensor, *shape: int) -> Tensor:
-    """Return integers that a kernel fills. Every buffer and result comes from here, so that a test can poison it."""
-    return like.new_empty(shape, dtype=torch.int32)

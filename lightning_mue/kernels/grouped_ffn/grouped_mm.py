@@ -32,7 +32,8 @@ def backward(p: Problem, dy: Tensor, z: Tensor, weights: bool) -> list[Tensor]:
     dy_Sd, (f_Sh, a_Sh) = dy[p.tokens], _activate(list(z), p.activation)
     da_Sh = _product(dy_Sd, p.w_down, p)
     gates_S1 = p.gates.flatten()[p.order, None]
-    dgates_S1 = (a_Sh * da_Sh).sum(1, keepdim=True, dtype=p.gates.dtype).masked_fill_(~_valid(p), 0)
+    masked_S1 = (torch.arange(len(p.order), device=p.x.device) >= p.offsets[-1])[:, None]
+    dgates_S1 = (a_Sh * da_Sh).sum(1, keepdim=True, dtype=p.gates.dtype).masked_fill_(masked_S1, 0)
     da_Sh *= gates_S1.to(da_Sh.dtype)
     df_Sh = da_Sh * z[1] if len(z) == 2 else da_Sh
     dz = [ELEMENTWISE[p.activation].derivative(df_Sh, z[0], torch.empty_like(z[0]))]
@@ -81,11 +82,6 @@ def _activate(planes: list[Tensor], activation: str) -> tuple[Tensor, Tensor]:
     z = planes[0].contiguous()
     f = ELEMENTWISE[activation].function(z, torch.empty_like(z))
     return f, f * planes[1] if len(planes) == 2 else f
-
-
-def _valid(p: Problem) -> Tensor:
-    """Bool [S, 1]: whether a row belongs to an expert."""
-    return (torch.arange(len(p.order), device=p.x.device) < p.offsets[-1])[:, None]
 
 
 def _of_rows(bias_Eh: Tensor, p: Problem) -> Tensor:

@@ -115,21 +115,9 @@ def grouped_ffn(
         ValueError: The activation or backend is unknown, or a shape does not fit.
         TypeError: Types differ, or the gates are not float32 (float64 for float64).
     """
-    problem = Problem(
-        x.contiguous(),
-        gates.contiguous(),
-        w_gate,
-        w_up,
-        w_down,
-        b_gate,
-        b_up,
-        plan.order,
-        plan.inverse,
-        plan.tokens,
-        plan.offsets,
-        plan.bags,
-        activation,
-    )
+    weights = (w_gate, w_up, w_down, b_gate, b_up)
+    indices = (plan.order, plan.inverse, plan.tokens, plan.offsets, plan.bags)
+    problem = Problem(x.contiguous(), gates.contiguous(), *weights, *indices, activation)
     _check(problem)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in problem.trained)
     y: Tensor = grouped_ffn_op(*problem, resolve_backend(backend, x), keep)[0]

@@ -98,9 +98,6 @@ def route(
         n_sequences: N; the tokens are N sequences of equal length, one after the other, each with statistics of its own.
         backend: One of `BACKENDS`; "grouped_mm" routes as "torch" does.
 
-    Returns:
-        The routing.
-
     Raises:
         TypeError: The logits are neither float32 nor float64, or the mask is not bool.
         ValueError: An argument is out of range or a shape does not fit; the message names it.

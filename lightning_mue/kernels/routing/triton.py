@@ -9,7 +9,6 @@ Shape legend: T tokens, E experts, K experts per token (top-k), N sequences of `
 a block; EP and KP are E and K rounded up to powers of two.
 """
 
-# Triton reads annotations of kernel arguments, and only `tl.constexpr` means something to it.
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from lightning_mue.kernels.routing.triton_functions import (
 )
 from lightning_mue.kernels.triton_tools.launching import new_empty
 
-__all__ = ["INTERPRETED", "backward", "forward"]
+__all__ = ["backward", "forward"]
 
 _TAKEN = tl.constexpr(-(2**63))  # below the key of every score
 
@@ -196,9 +195,6 @@ def sum_parts_kernel(
         tl.store(z_out + n, _sum(z, 0))
 
 
-#: Whether Triton's interpreter runs the kernels (TRITON_INTERPRET=1 when this module was imported).
-INTERPRETED = not isinstance(route_kernel, triton.JITFunction)
-
 #: Programs that run at a time: at 168 registers a thread (E = 64 to 256, Triton 3.9) three on each of an H200's 132
 #: multiprocessors. Beyond that a program takes several blocks of tokens, so that there are fewer partial sums.
 PROGRAMS = 396
@@ -211,36 +207,24 @@ def forward(logits_TE: Tensor, bias_E: Tensor, mask_T: Tensor | None, s: Setting
     gates, log_sum = new_empty(logits_TE, tokens, s.top_k), new_empty(logits_TE, tokens)
     constants = constants_for(logits_TE, mask_T, s)
     steps, blocks = _cut(length, s.n_sequences, constants["BT"])
-    parts = [
-        new_empty(logits_TE, s.n_sequences, blocks, n_experts, dtype=torch.int32),
-        new_empty(logits_TE, s.n_sequences, blocks, n_experts),
-        new_empty(logits_TE, s.n_sequences, blocks),
-    ]
-    sums = [
-        new_empty(logits_TE, s.n_sequences, n_experts, dtype=torch.int64),
-        new_empty(logits_TE, s.n_sequences, n_experts),
-        new_empty(logits_TE, s.n_sequences),
-    ]
+    parts = _new_sums(logits_TE, torch.int32, s.n_sequences, blocks)
+    sums = _new_sums(logits_TE, torch.int64, s.n_sequences)
     with torch.cuda.device_of(logits_TE):  # Triton launches on the current device
         if tokens:
-            route_kernel[(blocks, s.n_sequences)](
-                logits_TE,
-                bias_E.contiguous(),
-                mask_bytes(mask_T, logits_TE),
-                ids,
-                gates,
-                *parts,
-                log_sum,
-                length,
-                steps,
-                SIZE=n_experts // s.n_groups,
-                EACH=s.top_k // s.n_groups,
-                **constants,
-            )
+            tensors = (logits_TE, bias_E.contiguous(), mask_bytes(mask_T, logits_TE), ids, gates, *parts, log_sum)
+            groups = {"SIZE": n_experts // s.n_groups, "EACH": s.top_k // s.n_groups}
+            route_kernel[(blocks, s.n_sequences)](*tensors, length, steps, **groups, **constants)
         wide = min(constants["EP"], 32)
         grid = (-(-n_experts // wide), s.n_sequences)
         sum_parts_kernel[grid](*parts, *sums, blocks if tokens else 0, E=n_experts, BE=wide, BP=32, num_warps=4)
     return gates, ids, *sums, log_sum
+
+
+def _new_sums(like_TE: Tensor, counts_dtype: torch.dtype, *shape: int) -> list[Tensor]:
+    """Memory for the counts, the sums of probabilities and those of z, of each element of `shape`."""
+    n_experts = like_TE.shape[1]
+    counts = new_empty(like_TE, *shape, n_experts, dtype=counts_dtype)
+    return [counts, new_empty(like_TE, *shape, n_experts), new_empty(like_TE, *shape)]
 
 
 def _cut(length: int, n_sequences: int, block: int) -> tuple[int, int]:

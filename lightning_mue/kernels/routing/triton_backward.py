@@ -4,7 +4,6 @@ Shape legend: T tokens, E experts, K experts per token (top-k), N sequences of `
 E and K rounded up to powers of two.
 """
 
-# Triton reads annotations of kernel arguments, and only `tl.constexpr` means something to it.
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
@@ -108,23 +107,10 @@ def backward(
     if not len(logits_TE):
         return dlogits_TE
     constants, length = constants_for(logits_TE, mask_T, s), len(logits_TE) // s.n_sequences
-    given = {
-        "HAS_DGATES": dgates_TK is not None,
-        "HAS_DPROBABILITY": dprobability_NE is not None,
-        "HAS_DZ": dz_N is not None,
-    }
-    grads = [logits_TE if g is None else g for g in (dgates_TK, dprobability_NE, dz_N)]
+    given = (dgates_TK, dprobability_NE, dz_N)
+    has = {name: g is not None for name, g in zip(("HAS_DGATES", "HAS_DPROBABILITY", "HAS_DZ"), given, strict=True)}
+    grads = [logits_TE if g is None else g for g in given]
+    tensors = (*grads, logits_TE, ids_TK, gates_TK, log_sum_T, mask_bytes(mask_T, logits_TE), dlogits_TE)
     with torch.cuda.device_of(logits_TE):
-        route_backward_kernel[(-(-length // constants["BT"]), s.n_sequences)](
-            *grads,
-            logits_TE,
-            ids_TK,
-            gates_TK,
-            log_sum_T,
-            mask_bytes(mask_T, logits_TE),
-            dlogits_TE,
-            length,
-            **given,
-            **constants,
-        )
+        route_backward_kernel[(-(-length // constants["BT"]), s.n_sequences)](*tensors, length, **has, **constants)
     return dlogits_TE

@@ -7,7 +7,6 @@ Shape legend: T tokens, E experts, K experts per token (top-k), BT tokens of a b
 two.
 """
 
-# Triton reads annotations of kernel arguments, and only `tl.constexpr` means something to it.
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations

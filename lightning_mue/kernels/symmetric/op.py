@@ -96,10 +96,8 @@ def _product(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, 
 def _prepare(a: Tensor, b: Tensor, c: Tensor | None, beta: float, out: Tensor | None) -> Tensor:
     """Check the arguments, and return `out`, made if it was None."""
     if a.ndim != 3 or b.ndim != 3 or b.shape != (a.shape[0], a.shape[2], a.shape[1]):
-        found, do = (
-            f"shapes {list(a.shape)} and {list(b.shape)}",
-            "Add a batch dimension to single matrices with unsqueeze(0).",
-        )
+        found = f"shapes {list(a.shape)} and {list(b.shape)}"
+        do = "Add a batch dimension to single matrices with unsqueeze(0)."
         raise value_error("a and b", found=found, expected="batches [B, n, k] and [B, k, n]", do=do)
     if beta and c is None:
         raise value_error("c", found=None, expected=f"a tensor, for beta is {beta}", do="Pass c, or beta=0.")

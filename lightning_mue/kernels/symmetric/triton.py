@@ -12,7 +12,6 @@ Only builtins of `triton.language` are used here, no library functions (`tl.zero
 kernels, made when Triton is imported, and would tie the interpreter to a setting at that moment.
 """
 
-# Triton reads annotations of kernel arguments, and only `tl.constexpr` means something to it.
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
@@ -209,16 +208,9 @@ def launch(
 ) -> None:
     """Write `beta * c + alpha * a @ b` to `out`, all of it; arguments are not checked.
 
-    Args:
-        a: `[B, n, k]`, float16, bfloat16 or float32, any strides.
-        b: `[B, k, n]`, of `a`'s type.
-        c: `[B, n, n]` symmetric, of `a`'s type; only its lower half is read. None for none.
-        alpha: Factor of the product.
-        beta: Factor of `c`.
-        out: `[B, n, n]`, of `a`'s type, sharing no memory with the others.
-        precision: Of float32 products, "tf32" or "ieee".
-        tiling: How to cut the work. None: the fastest of a few, timed at the first call of a size, or without timing
-            the first of them (in the interpreter, while a CUDA graph is captured, with LIGHTNING_MUE_AUTOTUNE=0).
+    Shapes and strides as in `symmetric_matmul`; of `c` only the lower half is read. `precision` of float32 products is "tf32"
+    or "ieee". Without `tiling`, the fastest of a few is taken, timed at the first call of a size, or without timing the first
+    of them (in the interpreter, while a CUDA graph is captured, with LIGHTNING_MUE_AUTOTUNE=0).
     """
     if not out.numel():
         return

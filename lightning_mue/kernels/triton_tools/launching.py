@@ -1,5 +1,6 @@
 """What the kernels share: products, loads of weights, new memory, and properties of the device."""
 
+# In all kernels: Triton reads annotations of arguments, and only `tl.constexpr` means something to it.
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations

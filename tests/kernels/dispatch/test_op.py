@@ -22,7 +22,7 @@ needs_interpreter = pytest.mark.skipif(
 def kernels(triton_dispatch, monkeypatch):
     """Every buffer that a kernel is given to fill is poisoned; "triton" is accepted in the interpreter."""
     empty = triton_dispatch.new_empty
-    monkeypatch.setattr(triton_dispatch, "new_empty", lambda like, *shape: empty(like, *shape).fill_(-77))
+    monkeypatch.setattr(triton_dispatch, "new_empty", lambda *a, **k: empty(*a, **k).fill_(-77))
     monkeypatch.setattr(backends, "_interpreted", lambda x: True)
     return triton_dispatch
 

@@ -112,7 +112,7 @@ def main(dtype, activation, which):
     _, z = grouped_ffn.forward(p, True)
     grouped_ffn.backward(p, torch.empty_like(p.x), z, True)
     rows = torch.empty(len(p.order), WIDTH, dtype=p.x.dtype, device="meta")
-    combine.launch_spread(p.x, rows, p.gates, p.order, p.inverse, p.tokens, p.offsets)
+    combine.launch_spread(p.x, rows, p.gates, p.order, p.tokens, p.offsets)
     for name, kernel in dict(compiled).items():
         if name in ("tile_map_kernel", "combine_kernel", "gather_kernel", "spread_kernel", "bias_kernel"):
             report("", name, kernel)

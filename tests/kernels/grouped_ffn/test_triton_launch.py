@@ -86,7 +86,7 @@ def makespan(chunks, tiles, processors=132):
 
 @pytest.mark.parametrize(("experts_", "tiles"), [(16, 96), (16, 2), (8, 12)])
 def test_one_expert_with_a_quarter_of_the_rows_costs_little(triton_experts, monkeypatch, experts_, tiles):
-    """Issue: at most 1.25 times the balanced time. Of the schedule alone; a device has its say, too."""
+    """At most 1.25 times the balanced time. Of the schedule alone; a device has its say, too."""
     weights, tile_map, rows = module("weights"), module("tile_map"), 2**18
     monkeypatch.setattr(weights, "multiprocessors", lambda device: 132)
     size = weights.chunk_size(rows, tiles, torch.device("cpu"))

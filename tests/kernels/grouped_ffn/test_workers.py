@@ -27,6 +27,12 @@ def two_threads():
     torch.set_num_threads(before)
 
 
+def in_thread(function):
+    thread = threading.Thread(target=function)
+    thread.start()
+    thread.join()
+
+
 def test_every_expert_with_rows_runs_exactly_once():
     seen = []
     run_over_experts(seen.extend, [500, 0, *[7] * 40, 0], parallel=True)
@@ -55,10 +61,55 @@ def test_operators_of_a_worker_are_single_threaded():
     run_in_threads(lambda items: found.append(torch.get_num_threads()), [0, 1], 2)
     assert found == [1, 1]
     assert torch.get_num_threads() == 2
-    thread = threading.Thread(target=lambda: of_new_thread.append(torch.get_num_threads()))
-    thread.start()
-    thread.join()
+    in_thread(lambda: of_new_thread.append(torch.get_num_threads()))
     assert of_new_thread == [2]
+
+
+def test_callers_that_need_a_team_at_once_start_one():
+    defaults, seen = [], []
+    for _ in range(20):
+        workers._teams.clear()
+        both, before = threading.Barrier(3), threading.active_count()
+
+        def call(both=both):
+            torch.set_num_threads(2)
+            both.wait()
+            run_in_threads(seen.extend, range(4), 2)
+
+        callers = [threading.Thread(target=call) for _ in range(3)]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join()
+        in_thread(lambda: defaults.append(torch.get_num_threads()))
+        assert threading.active_count() - before <= 5  # two workers, and threads that are ending
+    assert defaults == [2] * 20
+    assert sorted(seen) == sorted([*range(4)] * 60)
+
+
+def test_a_team_that_cannot_be_started_is_an_error(monkeypatch):
+    """Not a wait for ever; the workers that did start end, and the default number of threads is as before."""
+    defaults, seen = [], []
+
+    class Refused(threading.Thread):
+        def start(self):
+            if self.name == "lightning-mue-experts-1":
+                raise RuntimeError("can't start new thread")
+            super().start()
+
+    workers._teams.clear()
+    before = set(threading.enumerate())
+    monkeypatch.setattr(workers, "Thread", Refused)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        run_in_threads(seen.extend, range(4), 2)
+    for thread in set(threading.enumerate()) - before:
+        thread.join(10)
+        assert not thread.is_alive()
+    in_thread(lambda: defaults.append(torch.get_num_threads()))
+    assert defaults == [2]
+    monkeypatch.undo()
+    run_in_threads(seen.extend, range(4), 2)
+    assert sorted(seen) == [*range(4)]
 
 
 def test_serial_where_threads_are_not_wanted():
@@ -72,8 +123,9 @@ def test_errors_in_a_worker_reach_the_caller():
         for e in experts:
             raise RuntimeError(f"expert {e}")
 
-    with pytest.raises(RuntimeError, match="expert"):
+    with pytest.raises(RuntimeError, match="expert") as raised:
         run_over_experts(fail, [5] * 16, parallel=True)
+    assert "fail" in [frame.name for frame in raised.traceback]
     seen = []
     run_over_experts(seen.extend, [5] * 16, parallel=True)
     assert len(seen) == 16
@@ -146,6 +198,25 @@ class Problem:
 def problem(request, monkeypatch):
     monkeypatch.setattr(grouped_ffn, "_PARALLEL_FLOPS", 0)
     return Problem(request.param)
+
+
+def test_several_threads_share_the_workers(problem):
+    """Forward and backward passes of different inputs at the same time, each with its own values."""
+    inputs = [problem.x, problem.x.flip(0), problem.x * 2]
+    expected, found = [problem.values(x) for x in inputs], {}
+
+    def call(i):
+        torch.set_num_threads(2)
+        found[i] = [problem.values(inputs[i]) for _ in range(4)]
+
+    callers = [threading.Thread(target=call, args=(i,)) for i in range(3)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    for i, values in enumerate(expected):
+        for again in found[i]:
+            assert all(torch.equal(a, b) for a, b in zip(again, values, strict=True))
 
 
 def interrupted_after(delay, step):

@@ -88,11 +88,6 @@ class RowLayout(NamedTuple):
     slot_S: Tensor | None
 
     @property
-    def longest(self) -> int:
-        """Rows of the largest block."""
-        return max((block.n_rows for block in self.blocks), default=0)
-
-    @property
     def extra_parts(self) -> list[RowBlock]:
         """The blocks that are not the first of their expert."""
         return [block for block in self.blocks if block.part]
@@ -127,14 +122,7 @@ def _split(values: Tensor, slices: Sequence[slice]) -> Sequence[Tensor]:
 
 
 def plan_blocks(ends: Sequence[int], n_rows: int, hidden: int, cutting: Cutting) -> RowLayout:
-    """Cut the rows into blocks.
-
-    Args:
-        ends: Expert e has the sorted rows ``ends[e]`` to ``ends[e + 1]``.
-        n_rows: S, masked rows included.
-        hidden: h.
-        cutting: How.
-    """
+    """Cut the rows into blocks. Expert e has the sorted rows ``ends[e]`` to ``ends[e + 1]``; `n_rows` is S."""
     counts = [stop - start for start, stop in pairwise(ends)]
     lengths = [_round_up(n, cutting.row_multiple) for n in counts]
     limit = max(_CUT_ROWS, 3 * ends[-1] // (2 * cutting.parts)) if cutting.parts else n_rows
@@ -163,7 +151,7 @@ def _round_up(n: int, multiple: int) -> int:
 
 
 def _equal_parts(start: int, stop: int, n_parts: int) -> Iterator[slice]:
-    """Equal parts."""
+    """The slice from `start` to `stop` in parts of equal length, up to one row."""
     for first, last in pairwise(start + (stop - start) * i // n_parts for i in range(n_parts + 1)):
         yield slice(first, last)
 

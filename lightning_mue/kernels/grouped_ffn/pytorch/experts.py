@@ -85,7 +85,7 @@ class _Pass:
         flops = 2 * products * sum(rows) * self.hidden * self.width
 
         def work(indices: Iterable[int]) -> None:
-            columns, longest = self.columns(), self.layout.longest
+            columns, longest = self.columns(), max(rows, default=0)
             size = longest * sum(columns.values())
             with borrowed("scratch", p.x, size) as flat:
                 scratch = Scratch(flat, columns, longest)
@@ -103,10 +103,9 @@ class _Pass:
     def combine(self, rows_Pd: Tensor, gates: Tensor | None) -> Tensor:
         """The sum over each token's rows in float32, weighted by the gates where given: [T, d], of the rows' type."""
         gates = None if gates is None else gates.to(rows_Pd.dtype).contiguous()
-        if self.p.bags is None:
-            return F.embedding_bag(self.slots, rows_Pd, mode="sum", per_sample_weights=gates)
+        bags = self.p.bags
         return F.embedding_bag(
-            self.slots, rows_Pd, self.p.bags, mode="sum", per_sample_weights=gates, include_last_offset=True
+            self.slots, rows_Pd, bags, mode="sum", per_sample_weights=gates, include_last_offset=bags is not None
         )
 
 

@@ -30,12 +30,9 @@ class Scratch:
 
 @contextmanager
 def borrowed(purpose: str, like: Tensor, size: int) -> Iterator[Tensor]:
-    """Lend a buffer of undefined content; after an error or an interrupt it is not used again.
+    """Lend a buffer of `size` elements of undefined content, of type and device of `like`.
 
-    Args:
-        purpose: Buffers of one purpose are about equally large.
-        like: Gives type and device.
-        size: Number of elements.
+    Buffers of one purpose are about equally large. After an error or an interrupt a buffer is not used again.
     """
     spare, n_bytes = _spare.setdefault(purpose, []), size * like.element_size()
     try:

@@ -21,20 +21,26 @@ import torch
 
 Task = Callable[[], None]
 
-_teams: dict[int, SimpleQueue[Task]] = {}  # by number of workers, the queue that they read from
+_teams: dict[int, SimpleQueue[Task | None]] = {}  # by number of workers, the queue that they read from
+_starting = Lock()  # held by the thread that starts a team, for it changes the process's default number of threads
+
+
+def _forget_teams() -> None:
+    """In a forked child, which has none of its parent's threads; one of them may hold the lock."""
+    global _starting
+    _starting = Lock()
+    _teams.clear()
+
+
 if hasattr(os, "register_at_fork"):  # absent on Windows, which does not fork
-    os.register_at_fork(after_in_child=_teams.clear)  # a forked child inherits the table but no threads
+    os.register_at_fork(after_in_child=_forget_teams)
 
 
 def run_over_experts(work: Callable[[Iterable[int]], None], rows: Sequence[int], *, parallel: bool) -> None:
-    """Call `work` on every expert that has rows, each exactly once.
+    """Call `work` with the indices of all experts that have rows, each exactly once; in worker threads if `parallel`.
 
-    Args:
-        work: Called with the indices of some experts; writes its results to places that no other expert touches. It must produce
-            the same values for every order of the experts and in every thread.
-        rows: Rows of each expert.
-        parallel: Allow worker threads. Experts too large for an even split still run in the calling thread, with threaded
-            operators.
+    `work` writes its results to places that no other expert touches, and produces the same values for every order of the
+    experts and in every thread. Experts too large for an even split run in the calling thread, with threaded operators.
     """
     todo = sorted((e for e, n in enumerate(rows) if n), key=lambda e: -rows[e])
     n_threads = torch.get_num_threads() if parallel else 1
@@ -99,32 +105,53 @@ def _take(queue: deque[int]) -> Iterator[int]:
             return
 
 
-def _team(n_threads: int) -> SimpleQueue[Task]:
+def _team(n_threads: int) -> SimpleQueue[Task | None]:
     """The queue of a team of `n_threads` workers, which is started if there is none."""
     if n_threads not in _teams:
-        tasks, ready = SimpleQueue[Task](), SimpleQueue[None]()
-        Thread(target=_start, args=(n_threads, tasks, ready), daemon=True).start()
-        ready.get()
-        _teams[n_threads] = tasks
+        ready = SimpleQueue[BaseException | None]()
+        Thread(target=_start, args=(n_threads, ready), daemon=True).start()
+        error = ready.get()
+        if error is not None:
+            raise error
     return _teams[n_threads]
 
 
-def _start(n_threads: int, tasks: SimpleQueue[Task], ready: SimpleQueue[None]) -> None:
-    """Start the workers; in a thread of its own, so that no interrupt leaves the process with another default of threads."""
-    before, started = torch.get_num_threads(), SimpleQueue[None]()
-    for i in range(n_threads):
-        name = f"lightning-mue-experts-{i}"
-        Thread(target=_serve, args=(tasks, started), name=name, daemon=True).start()
-    for _ in range(n_threads):
-        started.get()
-    torch.set_num_threads(before)  # the default for threads that start later, which the workers have lowered
-    ready.put(None)
+def _start(n_threads: int, ready: SimpleQueue[BaseException | None]) -> None:
+    """Start a team; in a thread of its own, so that no interrupt leaves the process with another default of threads."""
+    error = None
+    try:
+        with _starting:
+            if n_threads not in _teams:
+                _start_workers(n_threads)
+    except BaseException as raised:  # such as a limit on threads
+        error = raised
+    ready.put(error)
 
 
-def _serve(tasks: SimpleQueue[Task], started: SimpleQueue[None]) -> None:
+def _start_workers(n_threads: int) -> None:
+    before, tasks, started = torch.get_num_threads(), SimpleQueue[Task | None](), SimpleQueue[None]()
+    names = [f"lightning-mue-experts-{i}" for i in range(n_threads)]
+    workers = [Thread(target=_serve, args=(tasks, started), name=name, daemon=True) for name in names]
+    try:
+        for worker in workers:
+            worker.start()
+    except BaseException:
+        for _ in workers:
+            tasks.put(None)  # ends a worker
+        raise
+    finally:
+        for worker in workers:
+            if worker.ident is not None:  # it was started
+                started.get()
+        torch.set_num_threads(before)  # the default for threads that start later, which the workers have lowered
+    _teams[n_threads] = tasks
+
+
+def _serve(tasks: SimpleQueue[Task | None], started: SimpleQueue[None]) -> None:
     """A worker's life."""
     torch.get_num_threads()  # a thread's first call resets its number of threads to the default
     torch.set_num_threads(1)  # OpenMP and MKL keep it per thread
     started.put(None)
-    while True:
-        tasks.get()()
+    for task in iter(tasks.get, None):
+        task()
+        del task  # which holds tensors of the call

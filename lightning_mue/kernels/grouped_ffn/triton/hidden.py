@@ -237,26 +237,8 @@ def launch_hidden(
         "EVEN": d % tiling.inner == 0 and h % tiling.cols == 0,
         "DESCRIBED": how,
     }
-    hidden_kernel[programs(tiling, tiles.bound * col_tiles, z.device)](
-        dy,
-        p.tokens,
-        p.order,
-        p.gates,
-        read[0],
-        z,
-        dz,
-        weighted,
-        parts,
-        tiles.tiles,
-        tiles.live,
-        rows,
-        d,
-        h,
-        col_tiles,
-        rows * h,
-        *p.w_down.stride(),
-        **constants,
-        **numerics(z),
-        **tiling.constants,
-    )
+    tensors = (dy, p.tokens, p.order, p.gates, read[0], z, dz, weighted, parts, tiles.tiles, tiles.live)
+    sizes = (rows, d, h, col_tiles, rows * h, *p.w_down.stride())
+    grid = programs(tiling, tiles.bound * col_tiles, z.device)
+    hidden_kernel[grid](*tensors, *sizes, **constants, **numerics(z), **tiling.constants)
     return dz, weighted, parts

@@ -210,12 +210,8 @@ def launch_rows(
 ) -> Tensor:
     """Return out [S, n]; masked rows are not written.
 
-    Args:
-        planes: [G, S, k], contiguous.
-        weights: G stacks [E, n, k] if `k_last`, else [E, k, n].
-        tiles: With tiles of `tiling.rows` rows.
-        tiling: How the work is cut.
-        k_last: How `weights` are laid out.
+    `planes` [G, S, k] is contiguous; `weights` are G stacks [E, n, k] if `k_last`, else [E, k, n]; `tiles` has tiles of
+    `tiling.rows` rows.
     """
     in_planes, rows, k = planes.shape
     n = weights[0].shape[1 if k_last else 2]
@@ -230,21 +226,8 @@ def launch_rows(
         "IN_DESCRIBED": in_read is not None,
         "DESCRIBED": how,
     }
-    rows_kernel[programs(tiling, tiles.bound * col_tiles, out.device)](
-        planes if in_read is None else in_read,
-        read[0],
-        read[-1],
-        out,
-        tiles.tiles,
-        tiles.live,
-        k,
-        n,
-        col_tiles,
-        planes.stride(0),
-        *strides[0],
-        *strides[1],
-        **constants,
-        **numerics(planes),
-        **tiling.constants,
-    )
+    tensors = (planes if in_read is None else in_read, read[0], read[-1], out, tiles.tiles, tiles.live)
+    sizes = (k, n, col_tiles, planes.stride(0), *strides[0], *strides[1])
+    grid = programs(tiling, tiles.bound * col_tiles, out.device)
+    rows_kernel[grid](*tensors, *sizes, **constants, **numerics(planes), **tiling.constants)
     return out

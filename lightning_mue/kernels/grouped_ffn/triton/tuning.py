@@ -95,13 +95,8 @@ class TilingKey(NamedTuple):
     def name(self) -> str:
         """The key in the file of choices: the same in every process on this type of machine."""
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
-        parts = (
-            *self[:6],
-            str(self.dtype).removeprefix("torch."),
-            self.precision,
-            device,
-            f"triton {triton.__version__}",
-        )
+        dtype = str(self.dtype).removeprefix("torch.")
+        parts = (*self[:6], dtype, self.precision, device, f"triton {triton.__version__}")
         return "/".join(str(part) for part in parts)
 
 
@@ -120,9 +115,8 @@ _HALF: dict[str, tuple[ExpertTiling, ...]] = {
         ExpertTiling(128, 256, 64, 4, 8),
         ExpertTiling(128, 256, 64, 4, 8, described=True),
         ExpertTiling(128, 256, 64, 4, 8, waves=1, described=True),
-        ExpertTiling(
-            128, 128, 64, 3, 8, described=True
-        ),  # two programs a multiprocessor: one loads while the other stores
+        # Two programs a multiprocessor: one loads while the other stores.
+        ExpertTiling(128, 128, 64, 3, 8, described=True),
         ExpertTiling(128, 128, 64, 4, 8),
         ExpertTiling(64, 128, 64, 4, 4),
     ),
@@ -178,9 +172,8 @@ def choose(key: TilingKey, run: Callable[[ExpertTiling], Any]) -> ExpertTiling:
     if not timing_is_possible and key.device.type != "cuda":
         return tilings[0]
     known = _read(cache_file()).get(key.name)
-    tiling = next(
-        (t for t in tilings if list(t) == known), None
-    )  # a tiling that is no longer a candidate is timed again
+    # A tiling that is no longer a candidate is timed again.
+    tiling = next((t for t in tilings if list(t) == known), None)
     if tiling is None:
         if not timing_is_possible:
             return tilings[0]
@@ -207,15 +200,8 @@ def _read(file: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError) as error:  # json's and unicode's errors are ValueErrors
-        warnings.warn(
-            mismatch(
-                str(file),
-                found=f"no choices of tilings ({error})",
-                expected="a JSON object",
-                do="It is ignored. Delete it.",
-            ),
-            stacklevel=2,
-        )
+        found, do = f"no choices of tilings ({error})", "It is ignored. Delete it."
+        warnings.warn(mismatch(str(file), found=found, expected="a JSON object", do=do), stacklevel=2)
         return {}
     return content
 
@@ -230,15 +216,9 @@ def _write(file: Path, name: str, tiling: ExpertTiling) -> None:
         os.chmod(new.name, 0o644)  # others may share the folder
         os.replace(new.name, file)
     except OSError as error:
-        warnings.warn(
-            mismatch(
-                str(file),
-                found=f"{error}, so that tilings are timed again in every process",
-                expected="a file that can be written",
-                do="Set LIGHTNING_MUE_CACHE to a folder that can be written.",
-            ),
-            stacklevel=2,
-        )
+        found, expected = f"{error}, so that tilings are timed again in every process", "a file that can be written"
+        do = "Set LIGHTNING_MUE_CACHE to a folder that can be written."
+        warnings.warn(mismatch(str(file), found=found, expected=expected, do=do), stacklevel=2)
 
 
 def programs(tiling: ExpertTiling, tiles: int, device: torch.device) -> tuple[int]:
@@ -249,10 +229,7 @@ def programs(tiling: ExpertTiling, tiles: int, device: torch.device) -> tuple[in
 def weights_to_read(weights: tuple[Tensor, ...], tiling: ExpertTiling, *, k_last: bool) -> tuple[tuple[Any, ...], str]:
     """Return what `load_weight` reads, and how: descriptors if wanted and possible for all, else the tensors.
 
-    Args:
-        weights: Stacks [E, n, k] if `k_last`, else [E, k, n].
-        tiling: Of the kernel.
-        k_last: Whether the inner dimension is the last one.
+    `weights` are stacks [E, n, k] if `k_last`, else [E, k, n].
     """
     if tiling.described:
         block = (tiling.cols, tiling.inner) if k_last else (tiling.inner, tiling.cols)

@@ -148,26 +148,9 @@ def launch_up(p: Problem, tiles: TileMap, keep: bool, tiling: ExpertTiling) -> t
         "EVEN": d % tiling.inner == 0 and h % tiling.cols == 0,
         "DESCRIBED": how,
     }
-    up_kernel[programs(tiling, tiles.bound * col_tiles, p.x.device)](
-        p.x,
-        p.tokens,
-        gate_read,
-        up_read,
-        p.x if p.b_gate is None else p.b_gate,
-        p.x if p.b_up is None else p.b_up,
-        z[0],
-        z[-1],
-        a,
-        tiles.tiles,
-        tiles.live,
-        d,
-        h,
-        col_tiles,
-        p.x.stride(0),
-        *gate.stride(),
-        *p.w_up.stride(),
-        **constants,
-        **numerics(p.x),
-        **tiling.constants,
-    )
+    biases = (p.x if bias is None else bias for bias in (p.b_gate, p.b_up))
+    tensors = (p.x, p.tokens, gate_read, up_read, *biases, z[0], z[-1], a, tiles.tiles, tiles.live)
+    sizes = (d, h, col_tiles, p.x.stride(0), *gate.stride(), *p.w_up.stride())
+    grid = programs(tiling, tiles.bound * col_tiles, p.x.device)
+    up_kernel[grid](*tensors, *sizes, **constants, **numerics(p.x), **tiling.constants)
     return a, z

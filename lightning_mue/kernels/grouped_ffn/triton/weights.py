@@ -183,13 +183,8 @@ def launch_weights(
 ) -> None:
     """Write the sums over each expert's rows of ``planes[g, r]^T token_rows[tokens[r]]``, zeros for no rows.
 
-    Args:
-        planes: [G, S, h], contiguous. Masked rows are not read.
-        token_rows: [T, d], rows contiguous.
-        tokens: int32 [S].
-        offsets: int32 [E + 1].
-        outs: G results [E, h, d], any strides.
-        tiling: How [h, d] and the sum are cut.
+    `planes` [G, S, h] is contiguous, and its masked rows are not read; `token_rows` [T, d] has contiguous rows; `outs` are G
+    results [E, h, d] of any strides.
     """
     g, rows, h = planes.shape
     d = token_rows.shape[1]
@@ -197,42 +192,16 @@ def launch_weights(
     chunks = chunk_rows(offsets, rows, chunk_size(rows, h_tiles * d_tiles, planes.device))
     slots = new_empty(planes, max(chunks.slots * g * h * d, 1), dtype=torch.float32)
     constants: dict[str, Any] = {"PLANES": g, "EVEN": h % tiling.rows == 0 and d % tiling.cols == 0}
-    weights_kernel[programs(tiling, chunks.bound * h_tiles * d_tiles, planes.device)](
-        planes,
-        token_rows,
-        tokens,
-        outs[0],
-        outs[-1],
-        slots,
-        chunks.tiles,
-        chunks.live,
-        h,
-        d,
-        h_tiles,
-        d_tiles,
-        planes.stride(0),
-        h * d,
-        token_rows.stride(0),
-        *outs[0].stride(),
-        *outs[-1].stride(),
-        **constants,
-        **numerics(planes),
-        **tiling.constants,
-    )
+    tensors = (planes, token_rows, tokens, outs[0], outs[-1], slots, chunks.tiles, chunks.live)
+    sizes = (h, d, h_tiles, d_tiles, planes.stride(0), h * d, token_rows.stride(0))
+    out_strides = (*outs[0].stride(), *outs[-1].stride())
+    grid = programs(tiling, chunks.bound * h_tiles * d_tiles, planes.device)
+    weights_kernel[grid](*tensors, *sizes, *out_strides, **constants, **numerics(planes), **tiling.constants)
     h_blocks, d_blocks = -(-h // _SIDE), -(-d // _SIDE)
     for plane, out in enumerate(outs if chunks.slots else ()):
-        add_chunks_kernel[(chunks.slots * h_blocks * d_blocks,)](
-            slots[plane * h * d :],
-            out,
-            chunks.tiles,
-            chunks.live,
-            h_blocks * d_blocks,
-            d_blocks,
-            g * h * d,
-            h,
-            d,
-            *out.stride(),
-            SIDE=_SIDE,
+        blocks = (h_blocks * d_blocks, d_blocks)
+        add_chunks_kernel[(chunks.slots * blocks[0],)](
+            slots[plane * h * d :], out, chunks.tiles, chunks.live, *blocks, g * h * d, h, d, *out.stride(), SIDE=_SIDE
         )
 
 
