@@ -18,20 +18,13 @@ from lightning_mue.sharded import is_sharded
 
 
 def summarize(trainer: Trainer, model: LightningModule, datamodule: LightningDataModule | None) -> None:
-    """Prints the parameterization, the results, the paths of checkpoint and logs, and a text sample.
-
-    Args:
-        trainer: The trainer after fit.
-        model: The trained module.
-        datamodule: Its data, the source of the text sample's prompt.
-    """
+    """Prints the parameterization, the results, the paths of checkpoint and logs, and a text sample after fit."""
     console = wide_console()
     callback = next((c for c in trainer.callbacks if isinstance(c, MuECallback)), None)  # type: ignore[attr-defined]
     if callback is not None and callback.plan is not None:
         console.print(callback.plan)
     console.print(Panel(Text("\n".join(_results(trainer))), title="lightning-mue", title_align="left"))
-    sample = _sample(model, datamodule)
-    if sample is not None:
+    if sample := _sample(model, datamodule):
         prompt, continuation = sample
         console.print(Panel(Text.assemble((prompt, "dim"), continuation), title="text sample", title_align="left"))
 
