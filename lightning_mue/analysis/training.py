@@ -122,11 +122,8 @@ class ShortTraining:
         return trained
 
     def _optimizers(self, module: nn.Module, own: Callable[[], Any]) -> Any:
-        made = (
-            [self.optimizer(list(module.named_parameters()))]
-            if self.optimizer is not None
-            else flatten_optimizers(own())
-        )
+        named = list(module.named_parameters())
+        made = flatten_optimizers(own()) if self.optimizer is None else [self.optimizer(named)]
         if not made:
             raise value_error(
                 "optimizer",

@@ -49,11 +49,8 @@ def _sample(model: LightningModule, datamodule: LightningDataModule | None) -> t
     generate = getattr(model, "generate", None)
     if any(is_sharded(p) for p in model.parameters()):
         return None  # the other ranks do not take part, so their shards are not available
-    if (
-        not isinstance(datamodule, LanguageDataModule)
-        or not callable(generate)
-        or getattr(model, "vocab_size", None) != 256
-    ):
+    of_bytes = getattr(model, "vocab_size", None) == 256
+    if not isinstance(datamodule, LanguageDataModule) or not callable(generate) or not of_bytes:
         return None
     batch = next(iter(datamodule.val_dataloader()), None)
     if batch is None:
