@@ -57,14 +57,7 @@ def require_choice(key: str, value: object, choices: Collection[Any], do: str = 
 
 
 def require_type(key: str, value: object, types: type | tuple[type, ...], expected: str, do: str = "") -> None:
-    """Raises unless a value is of a type; a bool counts as bool only, not as a number.
-
-    Args:
-        key: The argument.
-        value: Its value.
-        types: What it may be.
-        expected: These types in words, e.g. "a string".
-        do: What to do.
+    """Raises unless a value is of a type, `expected` in words ("a string"); a bool counts as bool only, not as a number.
 
     Raises:
         TypeError: It is of another type.

@@ -20,29 +20,8 @@ These are read in this file only; other files call its functions:
 | ``n_experts``, ``top_k``, ``expert_width`` | MoE branch | int | its sizes | plan |
 | ``flops_per_token`` | model | method -> number | FLOPs of one token in training, forward and backward | ThroughputMonitor |
 
-Ordinary attributes, read where they are needed:
-
-| attribute | on | type | meaning | read by |
-|---|---|---|---|---|
-| ``logits`` | router's output | float [T, E] | scores before the selection | LogitsZMonitor, RouterMonitor |
-| ``counts`` | router's output | int [E] | assignments to each expert | RouterMonitor |
-| ``mask`` | router's output | bool [T] | False: a padding token, not measured | LogitsZMonitor, RouterMonitor |
-| ``gates`` | router's output | float [T, K] | weights of the chosen experts | TransferMonitor |
-| ``n_experts``, else ``weight`` | router | int; [E, d] | number of experts E | RouterMonitor |
-| ``scoring``, ``gate`` | router | str, as of `Router` | how the gates are made | plan (notes) |
-| ``scale`` | attention core | float | factor on the attention logits | LogitsZMonitor |
-| ``head_dim``, ``scaling`` or a synonym | undeclared attention | int; float | size and logit scale of a head | plan |
-| ``top_k`` or a synonym | undeclared MoE | int | experts per token | plan |
-| ``logits`` | any module's output | float tensor | by which the output is judged | coordinate check |
-| ``hparams`` | model | mapping | constructor arguments, to build the base | plan, ``explain`` |
-| ``configure_model`` | model | method | builds the layers, also the base's | plan |
-| ``optimizer`` | model | function: named parameters -> optimizer | makes the optimizer | ``explain``, ``coord-check`` |
-| ``vocab_size`` | model | int | size of the vocabulary | data modules; the text sample of ``fit`` |
-| ``generate`` | model | method: (prompt [S], n) -> ids | continues a prompt | the text sample of ``fit`` |
-| ``tokens_per_batch`` | datamodule | int | tokens in a batch of one process | MuECallback |
-| ``batch_size`` | datamodule or model | int | sequences in a batch of one process | MuECallback |
-| ``context_length`` or a synonym | datamodule or model | int | tokens in a sequence | MuECallback |
-| ``total_steps`` | scheduler | None | filled in with the run's steps | MoELanguageModel |
+Ordinary attributes (``logits`` of a router's output, ``hparams`` of a model) are read where they are needed; docs/extending.md
+lists them.
 """
 
 from __future__ import annotations

@@ -17,28 +17,18 @@ _WEIGHT_PARTS = frozenset({"weight_g", "weight_v", "weight_orig"})
 
 #: Common names of the last layer, from the residual stream to logits; every name that ends in "head" is one, too.
 _HEADS = frozenset(
-    {
-        "classifier",
-        "decoder",
-        "embed_out",
-        "generator",
-        "logits",
-        "output",
-        "output_layer",
-        "output_projection",
-        "proj_out",
-        "readout",
-        "score",
-        "to_logits",
-    }
+    {"classifier", "decoder", "embed_out", "generator", "head_dist", "lm_loss", "logits", "output", "output_layer"}
+    | {"output_projection", "proj_out", "qa_outputs", "readout", "score", "to_logits", "vocab_projector"}
 )
 #: Words in the names of embeddings (look-up tables).
 _EMBEDDINGS = frozenset({"emb", "embs", "embed", "embeds", "embedding", "embeddings", "wte", "wpe"})
+#: Words in the names of the projections between an embedding and the residual stream, which are matrices.
+_PROJECTIONS = frozenset({"proj", "project", "projection", "mapping"})
 #: Words in the names of parameters that count as vectors in any shape (a bias of stacked experts is [E, h]).
-_VECTORS = frozenset({"bias", "biases", "norm", "layernorm", "rmsnorm", "batchnorm", "ln"})
+_VECTORS = frozenset({"bias", "biases", "norm", "layernorm", "rmsnorm", "batchnorm", "ln", "bn"})
 #: Parameters of state-space models and RWKV that act on each channel separately although they have two dimensions.
 _ELEMENTWISE = frozenset(
-    {"a_log", "a_logs", "log_a", "log_a_real", "a_real", "a_imag", "time_decay", "time_first", "time_faaaa"}
+    {"a_log", "a_logs", "log_a", "log_a_real", "a_real", "a_imag", "time_decay", "time_first", "time_faaaa", "r_k"}
 )
 
 
@@ -152,6 +142,8 @@ def is_head(name: str) -> bool:
 def is_embedding(name: str) -> bool:
     """Whether a parameter or module has the name of an embedding; so have the members of a list (``value_embeds.0``).
 
+    A parameter called ``..._token`` or ``..._tokens`` (``reg_token`` [1, n, d] of a ViT) counts as an embedding.
+
     Example:
         >>> is_embedding("transformer.wte.weight"), is_embedding("value_embeds.3.weight"), is_embedding("embed_proj")
         (True, True, False)
@@ -162,20 +154,22 @@ def is_embedding(name: str) -> bool:
         return False
     if layer == "shared":  # T5's table
         return not inside
-    return bool(words & _EMBEDDINGS) and not layer.endswith("proj") and not is_head(name)
+    table = bool(words & _EMBEDDINGS) or name.lower().endswith(("_token", "_tokens"))
+    return table and not words & (_PROJECTIONS | _VECTORS) and not is_head(name)
 
 
 def is_vector(name: str) -> bool:
     """Whether a parameter has the name of a bias, belongs to a norm by its name, or holds the lengths of weight_norm.
 
     Example:
-        >>> is_vector("blocks.0.experts.b_up"), is_vector("ln_f.weight"), is_vector("blocks.0.w_up")
+        >>> is_vector("blocks.0.experts.b_up"), is_vector("blocks.0.norm1.weight"), is_vector("blocks.0.w_up")
         (True, True, False)
     """
     if name.endswith((".original0", "weight_g")):
         return True
     leaf = plain_name(name).lower().rpartition(".")[2]
-    return bool(set(_owner(name)[0].split("_")) & _VECTORS) or leaf.endswith("bias") or leaf.startswith("b_")
+    words = {word.rstrip("0123456789") for word in _owner(name)[0].split("_")}
+    return bool(words & _VECTORS) or leaf.endswith("bias") or leaf.startswith("b_")
 
 
 def is_elementwise(name: str) -> bool:
@@ -193,6 +187,8 @@ def _owner(name: str) -> tuple[str, bool, bool]:
     """(lower-case name of a parameter's layer, whether a number follows it, whether it lies inside a numbered layer)."""
     path = plain_name(name).lower().split(".")
     if len(path) > 1 and path[-1] in ("weight", "bias"):
+        path = path[:-1]
+    if path[-2:] == ["head", "fc"]:  # timm's classifier heads: a norm, then ``fc``
         path = path[:-1]
     last = max((i for i, part in enumerate(path) if not part.isdigit()), default=0)
     return path[last], last < len(path) - 1, any(part.isdigit() for part in path[:last])

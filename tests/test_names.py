@@ -9,7 +9,16 @@ from torch import nn
 
 from lightning_mue import plan
 from lightning_mue.callbacks import LogitsZMonitor
-from lightning_mue.names import clean_name, is_head, plain_name, split_layer
+from lightning_mue.names import (
+    all_indices,
+    clean_name,
+    is_elementwise,
+    is_embedding,
+    is_head,
+    is_vector,
+    plain_name,
+    split_layer,
+)
 from lightning_mue.optim import HyperSphereOptimizer
 
 VOCAB = 24
@@ -155,3 +164,84 @@ def test_names_identify_and_names_mean():
     assert plain_name("embed.weight_v") == "embed.weight"
     assert plain_name("module") == "module"
     assert split_layer("_orig_mod.blocks.3.w") == ("_orig_mod.blocks.*.w", 3)
+
+
+#: Qualified names of released models -> head, embedding, vector, elementwise, or "" for a matrix; and the layer index.
+REAL = {
+    # transformers: Llama, OPT, BERT, RoBERTa, DistilBERT, XLNet, T5, ALBERT, ELECTRA, GPT-NeoX, Bloom, CLIP, gpt-oss, DeepSeek-V3
+    "model.embed_tokens.weight": ("embedding", -1),
+    "model.layers.11.input_layernorm.weight": ("vector", 11),
+    "model.layers.11.self_attn.o_proj.weight": ("", 11),
+    "model.decoder.project_out.weight": ("", -1),
+    "bert.embeddings.LayerNorm.weight": ("vector", -1),
+    "bert.encoder.layer.0.output.dense.weight": ("", 0),
+    "bert.encoder.layer.0.output.LayerNorm.weight": ("vector", 0),
+    "cls.predictions.decoder.weight": ("head", -1),
+    "lm_head.dense.weight": ("", -1),
+    "lm_head.decoder.weight": ("head", -1),
+    "vocab_projector.weight": ("head", -1),
+    "vocab_layer_norm.weight": ("vector", -1),
+    "lm_loss.weight": ("head", -1),
+    "qa_outputs.weight": ("head", -1),
+    "shared.weight": ("embedding", -1),
+    "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": ("vector", 0),
+    "encoder.embedding_hidden_mapping_in.weight": ("", -1),
+    "electra.embeddings_project.weight": ("", -1),
+    "gpt_neox.embed_in.weight": ("embedding", -1),
+    "embed_out.weight": ("head", -1),
+    "transformer.word_embeddings_layernorm.weight": ("vector", -1),
+    "vision_model.embeddings.class_embedding": ("embedding", -1),
+    "model.layers.3.mlp.experts.gate_up_proj": ("", 3),
+    "model.layers.3.mlp.experts.gate_up_proj_bias": ("vector", 3),
+    "model.layers.3.mlp.experts.17.down_proj.weight": ("", 3),
+    "model.layers.3.mlp.gate.e_score_correction_bias": ("vector", 3),
+    "model.layers.61.shared_head.head.weight": ("", 61),
+    # Megatron and fairseq
+    "decoder.layers.0.mlp.linear_fc1.layer_norm_weight": ("vector", 0),
+    "decoder.embed_positions.weight": ("embedding", -1),
+    "decoder.output_projection.weight": ("head", -1),
+    "decoder.layers.5.encoder_attn.k_proj.weight": ("", 5),
+    # timm
+    "patch_embed.proj.weight": ("", -1),
+    "pos_embed": ("embedding", -1),
+    "reg_token": ("embedding", -1),
+    "blocks.0.norm1.weight": ("vector", 0),
+    "layer1.0.bn2.weight": ("vector", 0),
+    "layers.0.blocks.1.attn.relative_position_bias_table": ("vector", 0),
+    "head.fc.weight": ("head", -1),
+    "head.norm.weight": ("vector", -1),
+    "head.pre_logits.fc.weight": ("", -1),
+    "head_dist.weight": ("head", -1),
+    # litgpt
+    "transformer.h.7.norm_1.weight": ("vector", 7),
+    "transformer.h.7.mlp.fc_1.weight": ("", 7),
+    "transformer.wte.weight": ("embedding", -1),
+    # Mamba, VMamba and S4
+    "backbone.layers.0.mixer.A_log": ("elementwise", 0),
+    "backbone.layers.0.mixer.dt_bias": ("vector", 0),
+    "backbone.layers.0.mixer.x_proj.weight": ("", 0),
+    "backbone.norm_f.weight": ("vector", -1),
+    "layers.0.blocks.0.op.A_logs": ("elementwise", 0),
+    "layer.0.kernel.log_A_real": ("elementwise", 0),
+    # RWKV 4 to 7
+    "emb.weight": ("embedding", -1),
+    "blocks.0.att.time_decay": ("elementwise", 0),
+    "blocks.0.att.time_faaaa": ("elementwise", 0),
+    "blocks.0.att.time_decay_w1": ("", 0),
+    "blocks.0.att.r_k": ("elementwise", 0),
+    "blocks.0.att.ln_x.weight": ("vector", 0),
+}
+
+
+@pytest.mark.parametrize(("name", "expected"), REAL.items(), ids=REAL)
+def test_names_of_released_models(name, expected):
+    kinds = {"head": is_head, "embedding": is_embedding, "vector": is_vector, "elementwise": is_elementwise}
+    kind, layer = expected
+    assert [known for known, holds in kinds.items() if holds(name)] == ([kind] if kind else [])
+    assert split_layer(name)[1] == layer
+
+
+def test_an_expert_in_a_list_is_no_layer():
+    assert split_layer("experts.deepspeed_experts.17.w1") == ("experts.deepspeed_experts.17.w1", -1)
+    name = "model.layers.3.block_sparse_moe.experts.17.w1.weight"
+    assert all_indices(name) == "model.layers.*.block_sparse_moe.experts.each.w1.weight"

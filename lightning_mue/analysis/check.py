@@ -129,11 +129,8 @@ class CoordinateCheck:
         slopes = [slope for slope in self.slopes() if slope.decides]
         prefix = common_prefix(slope.name for slope in slopes)
         for slope in slopes:
-            table.add_row(
-                slope.name[len(prefix) :],
-                *_cells(slope),
-                style="red" if slope.status in ("FAIL", "non-finite") else None,
-            )
+            style = "red" if slope.status in ("FAIL", "non-finite") else None
+            table.add_row(slope.name[len(prefix) :], *_cells(slope), style=style)
         return Group(table, *self._footer(), Text(self.verdict, style="bold green" if self.passed else "bold red"))
 
     def _footer(self) -> list[Text]:

@@ -27,14 +27,7 @@ def plot_slopes(
 
     A panel shows the rms (geometric mean over seeds and layers) against the size, both axes logarithmic, with one line for
     each measured step; a sound parameterization gives flat lines. The slope of the last step is in the panel's title.
-
-    Args:
-        path: Where to write the PNG.
-        slopes: Measured step -> its slopes, ascending.
-        axis: Name of the x axis.
-        sizes: Ticks of the x axis.
-        title: Title of the figure.
-        passed: Colors the title.
+    `slopes` maps the measured steps, ascending, to their slopes; `sizes` are the ticks of the x axis.
 
     Raises:
         ModuleNotFoundError: Without matplotlib.
@@ -96,10 +89,7 @@ def _matplotlib() -> Any:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             mismatch(
-                "plot",
-                found="no matplotlib",
-                expected="an installed matplotlib",
-                do="pip install 'lightning-mue[analysis]'.",
+                "plot", found="no matplotlib", expected="it installed", do="pip install 'lightning-mue[analysis]'."
             )
         ) from error
     return matplotlib

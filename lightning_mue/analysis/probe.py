@@ -56,14 +56,13 @@ def tensor_of(output: Any) -> Tensor | None:
     logits = getattr(output, "logits", None)
     if isinstance(logits, Tensor):
         return logits.detach()
+    parts: Iterable[Any] = ()
     if isinstance(output, Mapping):
-        parts = list(output.values())
+        parts = output.values()
     elif isinstance(output, (tuple, list)):
-        parts = list(output)
+        parts = output
     elif is_dataclass(output):
         parts = [getattr(output, field.name) for field in fields(output)]
-    else:
-        parts = []
     return next((found for found in map(tensor_of, parts) if found is not None), None)
 
 
@@ -148,7 +147,9 @@ class ModuleProbe:
                 return
             calls[name] += 1
             repeating = True
-            with torch.random.fork_rng(devices=_cuda(h)):  # repeating must not change later draws
+            with torch.random.fork_rng(
+                devices=[h.device] if h.is_cuda else []
+            ):  # repeating must not change later draws
                 consume(name, calls[name], _repeat(child, args, kwargs), _exact(h))
             repeating = False
 
@@ -192,10 +193,6 @@ def _inside(module: str, name: str) -> str:
 def _exact(h: Tensor) -> Tensor:
     """Converts to float32, or keeps float64."""
     return h.to(torch.promote_types(h.dtype, torch.float32))
-
-
-def _cuda(h: Tensor) -> list[torch.device]:
-    return [h.device] if h.is_cuda else []
 
 
 def _repeat(child: nn.Module, args: Any, kwargs: Any) -> _Again:

@@ -25,16 +25,9 @@ from lightning_mue.parameterizations.reading.parameters import named_tensors
 class Recorder(Callback):
     """Applies the plan at fit start, as MuECallback does, and measures after the requested steps.
 
-    Args:
-        module: The module, the LightningModule of the fit or a part of it.
-        make_plan: Makes the plan from the optimizers.
-        measured: Steps after which to measure.
-        x: The module's position on the x axis.
-        seed: Seed of the initial weights and of each run of the probe batch.
-
-    Attributes:
-        records: The measurements, and the loss of every step.
-        unseen: Parameters that the probe batch did not reach.
+    The module is the LightningModule of the fit or a part of it; the seed is that of the initial weights and of each run of
+    the probe batch. ``records`` then holds the measurements and the loss of every step, ``unseen`` the parameters that the
+    probe batch did not reach.
     """
 
     def __init__(

@@ -116,17 +116,9 @@ def common_prefix(names: Iterable[str]) -> str:
 
 
 def fit_slopes(records: Iterable[Record], *, step: int, tolerance: float, depth_moves: bool) -> list[Slope]:
-    """Fits every line of the table at one step.
+    """Fits every line of the table at one step: failing ones first, then the deciding ones by absolute slope.
 
-    Args:
-        records: Measurements at all sizes.
-        step: The step of the measurements.
-        tolerance: Largest absolute slope that passes.
-        depth_moves: The models differ in depth: layers are compared at equal relative positions, and only the residual
-            stream and the logits decide.
-
-    Returns:
-        One entry for each line and quantity: failing ones first, then the deciding ones by absolute slope.
+    With `depth_moves`, layers are compared at equal relative positions, and only the residual stream and the logits decide.
     """
     at_step = [record for record in records if record.step == step and record.quantity != "loss"]
     lines = _lines(at_step, depth_moves)

@@ -27,16 +27,8 @@ OptimizerFactory = Callable[[list[tuple[str, nn.Parameter]]], Optimizer]
 class ShortTraining:
     """Trains models of several sizes with the same settings, and collects what the probes measure.
 
-    A Lightning Trainer runs each training, so a module's own ``training_step``, hooks and callbacks work as in ``fit``.
-
-    Args:
-        plan_arguments: Arguments of :func:`lightning_mue.plan` except for the model and the optimizer's family.
-        loss: Replaces ``training_step``; required for a module that is not a LightningModule.
-        optimizer: Replaces the module's own optimizer.
-        lr: Learning rate of the first parameter group; the others keep their ratio to it. None: the optimizer's own.
-        lr_factor: Multiplies all learning rates.
-        measured: Steps after which to measure, ascending.
-        trainer_options: Further arguments of the Trainer.
+    A Lightning Trainer runs each training, so a module's own ``training_step``, hooks and callbacks work as in ``fit``. The
+    arguments are those of `coordinate_check`, which gathers those of the plan in ``plan_arguments``.
 
     Attributes:
         records: All measurements so far.
@@ -93,9 +85,8 @@ class ShortTraining:
         """Makes the plan for a module, and stores its notes and family."""
         families = {family_of(optimizer) for optimizer in optimizers}
         if len(families) != 1:
-            raise value_error(
-                "optimizer", found=f"the families {listed(sorted(families))}", expected="one optimizer family"
-            )
+            found = f"the families {listed(sorted(families))}"
+            raise value_error("optimizer", found=found, expected="one optimizer family")
         family = families.pop()
         self.family = family
         made = plan(module, family=family, **self.plan_arguments)
@@ -131,11 +122,8 @@ class ShortTraining:
         return trained
 
     def _optimizers(self, module: nn.Module, own: Callable[[], Any]) -> Any:
-        made = (
-            [self.optimizer(list(module.named_parameters()))]
-            if self.optimizer is not None
-            else flatten_optimizers(own())
-        )
+        named = list(module.named_parameters())
+        made = flatten_optimizers(own()) if self.optimizer is None else [self.optimizer(named)]
         if not made:
             raise value_error(
                 "optimizer",

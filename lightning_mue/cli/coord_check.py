@@ -35,19 +35,9 @@ def check_sizes(
     lr: float | None,
     **options: Any,
 ) -> CoordinateCheck:
-    """Runs the coordinate check of a config; arguments that are None are those of the callback.
+    """Runs the coordinate check of a config with the device and gradient clipping of its trainer.
 
-    Args:
-        trainer: The config's trainer, whose device and gradient clipping are used.
-        model: The module, which may be on ``meta``.
-        axes: Hyperparameters and their values, e.g. ``["width=64,128", "n_heads=2,4"]``.
-        datamodule: The source of the batches; None for the module's own.
-        callback: The parameterization.
-        base: Overrides that make the base.
-        rule: Name of the rule.
-        alpha: Depth exponent.
-        lr: Learning rate; None for a tenth of the optimizer's own.
-        **options: Further arguments of :func:`lightning_mue.analysis.coordinate_check`.
+    The arguments are those of `MuETrainer.coord_check`; the callback gives the parameterization where they are None.
     """
     factory = getattr(model, "optimizer", None)
     with Console(stderr=True).status("coordinate check") as status:
@@ -92,25 +82,19 @@ def _parse_axes(axes: Sequence[str]) -> list[dict[str, Any]]:
     for axis in axes:
         name, equals, given = axis.partition("=")
         if not equals or not name or not given:
-            raise value_error(
-                "--axis",
-                found=repr(axis),
-                expected="name=value,value,...",
-                do="For example --axis width=64,128,256,512.",
-            )
+            example = "For example --axis width=64,128,256,512."
+            raise value_error("--axis", found=repr(axis), expected="name=value,value,...", do=example)
         if name in values:
-            raise value_error(
-                "--axis", found=f"{name} twice", expected="each axis once", do="Give all of its values at once."
-            )
+            do = "Give all of its values at once."
+            raise value_error("--axis", found=f"{name} twice", expected="each axis once", do=do)
         values[name] = [yaml.safe_load(value) for value in given.split(",")]
     lengths = {name: len(given) for name, given in values.items()}
     if len(set(lengths.values())) > 1:
         found = ", ".join(f"{name}: {length}" for name, length in lengths.items())
         raise value_error("--axis", found=found, expected="equally many values for axes that vary together")
     if min(lengths.values(), default=0) < 2:
-        raise value_error(
-            "--axis", found=" ".join(axes) or "none", expected="at least two sizes", do="Better give four."
-        )
+        found = " ".join(axes) or "none"
+        raise value_error("--axis", found=found, expected="at least two sizes", do="Better give four.")
     return [dict(zip(values, size, strict=True)) for size in zip(*values.values(), strict=True)]
 
 

@@ -61,10 +61,11 @@ class MuECLI(LightningCLI):
             super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Makes the trainer, with a ThroughputMonitor unless the config has one."""
+        """Makes the trainer, with a ThroughputMonitor unless the config has one or asks for a barebones trainer."""
         configured = self._get(self.config_init, "trainer.callbacks") or []
         callbacks = configured if isinstance(configured, list) else [configured]
-        if not any(isinstance(callback, ThroughputMonitor) for callback in callbacks):
+        has_one = any(isinstance(callback, ThroughputMonitor) for callback in callbacks)
+        if not has_one and not self._get(self.config_init, "trainer.barebones"):
             self.trainer_defaults = {"callbacks": [ThroughputMonitor()]}
         return super().instantiate_trainer(**kwargs)
 

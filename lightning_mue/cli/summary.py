@@ -18,20 +18,13 @@ from lightning_mue.sharded import is_sharded
 
 
 def summarize(trainer: Trainer, model: LightningModule, datamodule: LightningDataModule | None) -> None:
-    """Prints the parameterization, the results, the paths of checkpoint and logs, and a text sample.
-
-    Args:
-        trainer: The trainer after fit.
-        model: The trained module.
-        datamodule: Its data, the source of the text sample's prompt.
-    """
+    """Prints the parameterization, the results, the paths of checkpoint and logs, and a text sample after fit."""
     console = wide_console()
     callback = next((c for c in trainer.callbacks if isinstance(c, MuECallback)), None)  # type: ignore[attr-defined]
     if callback is not None and callback.plan is not None:
         console.print(callback.plan)
     console.print(Panel(Text("\n".join(_results(trainer))), title="lightning-mue", title_align="left"))
-    sample = _sample(model, datamodule)
-    if sample is not None:
+    if sample := _sample(model, datamodule):
         prompt, continuation = sample
         console.print(Panel(Text.assemble((prompt, "dim"), continuation), title="text sample", title_align="left"))
 
@@ -56,11 +49,8 @@ def _sample(model: LightningModule, datamodule: LightningDataModule | None) -> t
     generate = getattr(model, "generate", None)
     if any(is_sharded(p) for p in model.parameters()):
         return None  # the other ranks do not take part, so their shards are not available
-    if (
-        not isinstance(datamodule, LanguageDataModule)
-        or not callable(generate)
-        or getattr(model, "vocab_size", None) != 256
-    ):
+    of_bytes = getattr(model, "vocab_size", None) == 256
+    if not isinstance(datamodule, LanguageDataModule) or not callable(generate) or not of_bytes:
         return None
     batch = next(iter(datamodule.val_dataloader()), None)
     if batch is None:

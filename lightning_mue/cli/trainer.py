@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from rich.console import RenderableType
+from torch.optim import Optimizer
 
+from lightning_mue.analysis.training import flatten_optimizers
 from lightning_mue.callbacks import MuECallback
 from lightning_mue.checks import value_error
 from lightning_mue.cli.coord_check import check_sizes, report
-from lightning_mue.cli.explain import compare, save_base_of, stand_in_optimizers
 from lightning_mue.console import wide_console
+from lightning_mue.parameterizations import ScalingPlan
+from lightning_mue.parameterizations.planning.compare import compare_rules
+from lightning_mue.parameterizations.reading.base import save_base as write_base
+from lightning_mue.parameterizations.rules.kinds import Family
 
 
 class MuETrainer(Trainer):
@@ -42,10 +50,10 @@ class MuETrainer(Trainer):
                 do="Add lightning_mue.callbacks.MuECallback.",
             )
         if save_base is not None:
-            save_base_of(model, callback, save_base)
+            _save_base(model, callback, save_base)
             wide_console().print(f"base written to {save_base}; give this path as `base` of MuECallback")
-        plan = callback.make_plan(model, stand_in_optimizers(model, family), self, datamodule)
-        wide_console().print(plan if rules is None else compare(model, callback, plan, rules, family))
+        plan = callback.make_plan(model, _stand_in_optimizers(model, family), self, datamodule)
+        wide_console().print(plan if rules is None else _compare(model, callback, plan, rules, family))
 
     def coord_check(
         self,
@@ -114,3 +122,50 @@ class MuETrainer(Trainer):
 
 # The command's name on the command line is the method's.
 setattr(MuETrainer, "coord-check", MuETrainer.coord_check)
+
+
+def _compare(
+    model: LightningModule, callback: MuECallback, plan: ScalingPlan, rules: str, family: Family | None
+) -> RenderableType:
+    """Compares rules, given as names separated by commas, for the base, axes and overrides of a callback's plan."""
+    of_plan: Family | None = None if "+" in plan.family else plan.family  # type: ignore[assignment]  # "muon+adam"
+    return compare_rules(
+        model,
+        [rule.strip() for rule in rules.split(",")],
+        family=family or of_plan,
+        base=callback.base,
+        alpha=callback.alpha,
+        tokens=plan.axes.get("tokens"),
+        batch_tokens=plan.axes.get("batch_tokens"),
+        roles=callback.roles,
+        multipliers=callback.multipliers,
+    )
+
+
+def _save_base(model: LightningModule, callback: MuECallback, path: str) -> None:
+    """Writes the shapes and initialization of a callback's base to a file."""
+    # A module on meta has no values to measure; the overrides {} build it again with real ones.
+    base = callback.base if callback.base is not None else {}
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_base(model, path, base=base, roles=callback.roles, multipliers=callback.multipliers)
+
+
+def _stand_in_optimizers(model: LightningModule, family: Family | None) -> list[Optimizer]:
+    """Optimizers for a plan without a run, for which only their family matters: by default the module's own."""
+    if family is not None:
+        stand_in = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.0)
+        stand_in.mue_family = family  # type: ignore[attr-defined]
+        return [stand_in]
+    factory = getattr(model, "optimizer", None)
+    if callable(factory):
+        return [factory(list(model.named_parameters()))]
+    try:
+        configured = model.configure_optimizers()
+    except Exception as error:
+        raise value_error(
+            "--family",
+            found=f"none, and {type(model).__name__}.configure_optimizers cannot run without a trainer ({error})",
+            expected="the family of the optimizer",
+            do="Give --family adam, sgd, sphere or muon.",
+        ) from error
+    return flatten_optimizers(configured)

@@ -26,18 +26,7 @@ class LanguageDataModule(LightningDataModule, ABC):
     """Serves windows of a token stream as `{"tokens": int64 [B, S], "targets": int64 [B, S]}`.
 
     Training batches are a pure function of (seed, step, rank), so a run resumed from any checkpoint sees exactly the
-    batches that it would have seen. Test and predict use the validation windows.
-
-    Args:
-        context_length: Inputs in a window, S.
-        batch_size: Windows in the micro-batch of one process, B.
-        val_fraction: Part of the corpus kept for validation, in (0, 1).
-        val_batches: Validation batches per process at most, spread evenly over the split; None for all.
-        seed: Data seed, 0 or more.
-
-    Raises:
-        TypeError: An argument has the wrong type.
-        ValueError: An argument is out of its range.
+    batches that it would have seen. Test and predict use the validation windows. The subclasses document the arguments.
     """
 
     def __init__(

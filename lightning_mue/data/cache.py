@@ -40,21 +40,14 @@ class ByteCache:
 
     Every file is written under a temporary name, flushed to disk and moved into place, the manifest last. An
     interrupted build therefore leaves no valid manifest. Processes that build the same corpus at the same time write
-    the same bytes, so it does not matter which of them is last.
-
-    Args:
-        folder: The cache's folder, created when needed.
+    the same bytes, so it does not matter which of them is last. The folder is created when needed.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def is_valid(self, corpus: Mapping[str, Any]) -> bool:
-        """Returns whether the cache holds exactly this corpus, undamaged (size and SHA-256 of every split).
-
-        Args:
-            corpus: What the bytes were made from, of JSON types.
-        """
+        """Returns whether the cache holds exactly this corpus (JSON types), undamaged: size and SHA-256 of every split."""
         manifest = self._manifest()
         if manifest is None or manifest["corpus"] != _as_json(corpus):
             return False
@@ -64,11 +57,7 @@ class ByteCache:
         )
 
     def write(self, corpus: Mapping[str, Any], splits: Mapping[str, Iterable[bytes]]) -> None:
-        """Builds the cache and replaces an older one.
-
-        Args:
-            corpus: What the bytes are made from, of JSON types.
-            splits: "train" and "val", each as pieces of bytes.
+        """Builds the cache of a corpus (JSON types) from the pieces of "train" and "val", and replaces an older one.
 
         Raises:
             OSError: The folder cannot be written.

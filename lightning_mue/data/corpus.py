@@ -75,7 +75,8 @@ class TextCorpus:
                 )
             )
         paths = [self.root] if self.root.is_file() else sorted(self._walk(), key=self._name)
-        files = [SourceFile(self._name(path), *_size_and_mtime(path)) for path in paths]
+        stats = [path.stat() for path in paths]
+        files = [SourceFile(self._name(p), s.st_size, s.st_mtime_ns) for p, s in zip(paths, stats, strict=True)]
         if not sum(file.size for file in files):
             raise value_error(
                 "path",
@@ -92,10 +93,6 @@ class TextCorpus:
         that adding a file moves no other file. A file that alone would make up half of validation or more stays in
         training (unless there is no other), so that the validation loss averages over many files. A single file is
         split by position; its end is the validation split.
-
-        Args:
-            files: What `files()` returned.
-            val_fraction: Part kept for validation, in (0, 1).
 
         Returns:
             "train" and "val", each an iterator of bytes. It raises ValueError at a file that cannot be read.
@@ -139,11 +136,6 @@ def in_validation(name: str, val_fraction: float) -> bool:
     """
     digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") < val_fraction * 2**64
-
-
-def _size_and_mtime(path: Path) -> tuple[int, int]:
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns
 
 
 def _read(path: Path, start: int, stop: int | None) -> Iterator[bytes]:

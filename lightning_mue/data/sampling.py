@@ -109,9 +109,6 @@ def gather_windows(tokens_N: np.ndarray, starts_B: Int64Array, context_length: i
         tokens_N: Tokens of any unsigned integer dtype `[N]`, usually memory-mapped.
         starts_B: Starts in `[0, N - context_length)`, int64 `[B]`.
         context_length: Inputs in a window.
-
-    Returns:
-        Contiguous int64 tensors `[B, S]` on the CPU.
     """
     windows_BS1 = tokens_N[starts_B[:, None] + np.arange(context_length + 1)].astype(np.int64)
     tensor_BS1 = torch.from_numpy(windows_BS1)
@@ -127,11 +124,8 @@ class StepLoader:
 
     Args:
         tokens_N: Tokens of the training split, unsigned integers `[N]`, with `N > context_length`.
-        context_length: Inputs in a window.
-        batch_size: Windows in a batch of this process.
-        seed: Data seed.
-        rank: Data-parallel rank.
-        world_size: Number of data-parallel ranks.
+        context_length, batch_size, rank, world_size: As of `validation_starts`.
+        seed: Data seed, >= 0.
         step: Number of the first micro-batch.
         in_flight: Returns how many batches were handed out but not yet trained on. A checkpoint that an exception
             handler writes in the middle of a training step must not count that batch as seen.
@@ -149,14 +143,9 @@ class StepLoader:
         step: int = 0,
         in_flight: Callable[[], int] | None = None,
     ) -> None:
-        self.tokens_N = tokens_N
-        self.context_length = context_length
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.step = step
-        self._in_flight = in_flight
+        self.tokens_N, self.context_length, self.batch_size = tokens_N, context_length, batch_size
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.step, self._in_flight = step, in_flight
 
     def __len__(self) -> int:
         """Batches in an epoch: so many that all ranks together draw about N tokens, at least 1."""
@@ -219,9 +208,7 @@ class FixedLoader:
     """
 
     def __init__(self, tokens_N: np.ndarray, starts_MB: Int64Array, context_length: int) -> None:
-        self.tokens_N = tokens_N
-        self.starts_MB = starts_MB
-        self.context_length = context_length
+        self.tokens_N, self.starts_MB, self.context_length = tokens_N, starts_MB, context_length
 
     def __len__(self) -> int:
         return len(self.starts_MB)

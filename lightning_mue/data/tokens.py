@@ -111,15 +111,7 @@ class TokenDataModule(LanguageDataModule):
 
 
 def map_tokens(name: str, path: Path, dtype: TokenDtype) -> np.ndarray:
-    """Maps a raw token file, read-only, after checks of its size and first bytes.
-
-    Args:
-        name: Name of the argument with the path, for messages.
-        path: The file.
-        dtype: Type of an id.
-
-    Returns:
-        Token ids `[N]`.
+    """Maps the ids `[N]` of a raw token file, read-only, after checks of its size and first bytes.
 
     Raises:
         FileNotFoundError: The path is not a file.

@@ -14,6 +14,14 @@ from lightning_mue.callbacks import ThroughputMonitor
 from lightning_mue.cli.lightning_cli import MuECLI, main
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+#: A barebones Trainer refuses the settings of debug.yaml that would slow it.
+BAREBONES = [
+    "--trainer.barebones=true",
+    "--trainer.logger=false",
+    "--trainer.log_every_n_steps=null",
+    "--trainer.num_sanity_val_steps=null",
+    "--trainer.enable_progress_bar=null",
+]
 
 
 def debug(corpus, *args):
@@ -91,6 +99,26 @@ def test_there_is_one_throughput_monitor(run, corpus, tmp_path, monkeypatch, giv
     assert status == 0, out
     assert given_in(saved) == given_in(path)  # the default is not written: it would be there twice the next time
     assert monitors(saved) == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "count"),
+    [
+        ([], 1),
+        (["--trainer.callbacks=null"], 1),
+        (["--trainer.callbacks+=lightning_mue.callbacks.ThroughputMonitor"], 1),
+        (["--trainer.callbacks+=lightning.pytorch.callbacks.LearningRateMonitor"], 1),
+        (["--trainer.fast_dev_run=true"], 1),
+        (BAREBONES, 0),  # measures the raw speed, without any logging
+    ],
+    ids=["config", "null", "added", "another added", "fast_dev_run", "barebones"],
+)
+def test_throughput_monitor_under_options(corpus, monkeypatch, args, count):
+    monkeypatch.setattr(MuECLI, "_run_subcommand", lambda self, subcommand: None)
+    callbacks = MuECLI(["fit", *map(str, debug(corpus, *args))]).trainer.callbacks
+    assert sum(isinstance(callback, ThroughputMonitor) for callback in callbacks) == count
+    if "--trainer.callbacks=null" not in args:
+        assert "MuECallback" in {type(callback).__name__ for callback in callbacks}
 
 
 def test_validation_of_a_checkpoint_gives_the_loss_of_the_run(run, corpus, tmp_path):
