@@ -179,3 +179,21 @@ def test_references_exist(path):
         r"\btheory \d|theory section|\bissue \d|design\.md|lightning-mechanics|performance\.md", text, re.IGNORECASE
     )
     assert found is None, f"{path}: {found[0]}"
+
+
+def test_the_changelog_names_modules_that_exist():
+    """Each new place in the table of moved modules can be imported; `.name` and a trailing dot repeat what stands before."""
+    rows = re.findall(
+        r"^  \| (`lightning_mue\..*?) \| (`lightning_mue\..*) \|$",
+        (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"),
+        re.M,
+    )
+    assert len(rows) > 20
+    for old, new in rows:
+        leaves = [name.rpartition(".")[2] for name in re.findall(r"`([\w.]+)`", old)]
+        parent = ""
+        for name in re.findall(r"`([\w.]+)`", new):
+            whole = parent + name if name.startswith(".") else name
+            parent = whole.rstrip(".").rpartition(".")[0]
+            for place in [whole + leaf for leaf in leaves] if whole.endswith(".") else [whole]:
+                assert tuple(place.split(".")) in MODULES, place

@@ -23,10 +23,8 @@ from lightning_mue.kernels.grouped_ffn.pytorch.elementwise import ELEMENTWISE
 from lightning_mue.kernels.grouped_ffn.pytorch.scratch import Scratch, borrowed
 from lightning_mue.kernels.grouped_ffn.pytorch.workers import run_over_experts
 
-#: Below this, threaded operators are faster than workers. After a threaded operator OpenMP's threads spin for some milliseconds
-#: and take cores from the workers: 3 to 5 ms a pass on two cores, unless OMP_WAIT_POLICY=passive is set. Far above it, threaded
-#: operators would lose more: on a busy machine their threads wait for each other after every operator.
-_PARALLEL_FLOPS = 1e9
+#: FLOPs of a pass below which starting the workers would cost more than they gain.
+_PARALLEL_FLOPS = 1e7
 _BLOCKS_PER_THREAD = 4
 
 

@@ -150,6 +150,10 @@ def _start_workers(n_threads: int) -> None:
 def _serve(tasks: SimpleQueue[Task | None], started: SimpleQueue[None]) -> None:
     """A worker's life."""
     torch.get_num_threads()  # a thread's first call resets its number of threads to the default
+    # A threaded operator gives this worker OpenMP threads of its own, more in all than there are cores. OpenMP's threads, the
+    # caller's too, then sleep soon after an operator, where they would spin for milliseconds and take cores from the workers
+    # (libgomp's manual, GOMP_SPINCOUNT).
+    torch.zeros(1 << 18)
     torch.set_num_threads(1)  # OpenMP and MKL keep it per thread
     started.put(None)
     for task in iter(tasks.get, None):
