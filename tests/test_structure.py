@@ -183,11 +183,8 @@ def test_references_exist(path):
 
 def test_the_changelog_names_modules_that_exist():
     """Each new place in the table of moved modules can be imported; `.name` and a trailing dot repeat what stands before."""
-    rows = re.findall(
-        r"^  \| (`lightning_mue\..*?) \| (`lightning_mue\..*) \|$",
-        (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"),
-        re.M,
-    )
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^  \| (`lightning_mue\..*?) \| (`lightning_mue\..*) \|$", text, re.M)
     assert len(rows) > 20
     for old, new in rows:
         leaves = [name.rpartition(".")[2] for name in re.findall(r"`([\w.]+)`", old)]
