@@ -63,16 +63,17 @@ def rank_of(room):
     return next(i for i, rooms in enumerate(ORDER) if room in rooms)
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in FILES if p != PACKAGE / "__init__.py"], ids=lambda p: str(p.relative_to(PACKAGE))
-)
-def test_imports_go_one_way(path):
-    own = module_of(path)[1]
-    for name in imports(path):
-        assert not (name[0] in ("lightning", "pytorch_lightning") and own in KNOWS_NO_LIGHTNING), name
-    for other in imported_modules(path):
-        if len(other) > 1 and other[1] != own:
-            assert rank_of(other[1]) < rank_of(own), f"{own} imports {'.'.join(other)}"
+def test_imports_go_one_way():
+    for path in FILES:
+        if path == PACKAGE / "__init__.py":
+            continue
+        own = module_of(path)[1]
+        for name in imports(path):
+            outside = name[0] in ("lightning", "pytorch_lightning") and own in KNOWS_NO_LIGHTNING
+            assert not outside, f"{path}: {name}"
+        for other in imported_modules(path):
+            if len(other) > 1 and other[1] != own:
+                assert rank_of(other[1]) < rank_of(own), f"{path} imports {'.'.join(other)}"
 
 
 @pytest.mark.parametrize("room", sorted({p.parent for p in FILES}), ids=lambda p: str(p.relative_to(ROOT)))
@@ -133,6 +134,7 @@ def test_a_class_name_means_one_thing():
     assert {name: n for name, n in names.items() if n > 1} == {}
 
 
+#: Files whose references are checked; this one names what is refused.
 TEXTS = [
     path
     for pattern in (
@@ -146,7 +148,7 @@ TEXTS = [
         "Makefile",
     )
     for path in sorted(ROOT.glob(pattern))
-    if path.is_file() and path != Path(__file__)
+    if path.is_file()
 ]
 _FILE = re.compile(r"(?<![\w/.*{<-])((?:[\w-]+/)*[\w-]+\.(?:md|py|yaml|sh))(?![\w/])")
 #: Files that users, tests or runs write; other projects' files.
@@ -162,23 +164,29 @@ _NOT_OURS = {
 }
 
 
-@pytest.mark.parametrize("path", TEXTS, ids=lambda p: str(p.relative_to(ROOT)))
-def test_references_exist(path):
-    """A file that a text names is in the project: from the root, beside the text, or by a name that one file alone has."""
-    text = path.read_text(encoding="utf-8")
-    known = {p.name for p in TEXTS} | {Path(__file__).name}
-    for name in (
-        _FILE.findall(text) if (path.suffix == ".py" and path.is_relative_to(PACKAGE)) or path.suffix == ".md" else ()
-    ):
-        if name in _NOT_OURS:
+#: Sources are papers and pages of docs/, not documents that stand elsewhere.
+_ELSEWHERE = re.compile(
+    r"\btheory \d|theory section|\bissue \d|design\.md|lightning-mechanics|performance\.md", re.IGNORECASE
+)
+
+
+def names_a_file(path, name):
+    """A named file is in the project: from the root, beside the text, from the package, or by its bare name."""
+    places = (ROOT / name, path.parent / name, PACKAGE / name)
+    return any(place.exists() for place in places) or ("/" not in name and name in {p.name for p in TEXTS})
+
+
+def test_references_exist():
+    dangling = []
+    for path in TEXTS:
+        if path == Path(__file__):
             continue
-        places = (ROOT / name, path.parent / name, PACKAGE / name)
-        assert any(place.exists() for place in places) or ("/" not in name and name in known), f"{path}: {name}"
-    # Sources are papers and pages of docs/, not documents that stand elsewhere.
-    found = re.search(
-        r"\btheory \d|theory section|\bissue \d|design\.md|lightning-mechanics|performance\.md", text, re.IGNORECASE
-    )
-    assert found is None, f"{path}: {found[0]}"
+        text = path.read_text(encoding="utf-8")
+        dangling += [f"{path}: {found}" for found in _ELSEWHERE.findall(text)]
+        if path.suffix == ".md" or (path.suffix == ".py" and path.is_relative_to(PACKAGE)):
+            named = set(_FILE.findall(text)) - _NOT_OURS
+            dangling += [f"{path}: {name}" for name in named if not names_a_file(path, name)]
+    assert dangling == []
 
 
 def test_the_changelog_names_modules_that_exist():
