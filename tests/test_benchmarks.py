@@ -8,11 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import lightning_mue
 
 BENCHMARKS = Path(lightning_mue.__file__).parents[1] / "benchmarks"
 
 
+@pytest.mark.slow
 def test_gpu_optimizer_runs_all_its_sections(tmp_path):
     command = [sys.executable, str(BENCHMARKS / "gpu_optimizer.py"), "--smoke", "--out", str(tmp_path)]
     # Without a device also where there is one; the tests that need it are others.

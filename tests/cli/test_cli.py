@@ -71,7 +71,13 @@ def test_fit_validate_test_predict(run, corpus, tmp_path):
 
 @pytest.mark.parametrize(
     "given",
-    [None, {"class_path": "lightning_mue.callbacks.RouterMonitor"}, "list", "named", "named alone"],
+    [
+        pytest.param(None, marks=pytest.mark.slow),
+        pytest.param({"class_path": "lightning_mue.callbacks.RouterMonitor"}, marks=pytest.mark.slow),
+        "list",
+        "named",
+        pytest.param("named alone", marks=pytest.mark.slow),
+    ],
     ids=["none", "one", "list", "named", "named alone"],
 )
 def test_there_is_one_throughput_monitor(run, corpus, tmp_path, monkeypatch, given):
@@ -286,7 +292,10 @@ def test_every_option_of_the_optimizer_is_set_from_yaml(corpus, tmp_path):
     [
         {"lr": 0.05, "adamw_lr": 0.02},
         {"lr": 0.05, "adamw_lr": 0.02, "sphere": False, "weight_decay": 0.1},
-        {"lr": 0.2, "adamw_lr": 0.02, "sphere": False, "lr_convention": "rms", "state_dtype": "bfloat16"},
+        pytest.param(
+            {"lr": 0.2, "adamw_lr": 0.02, "sphere": False, "lr_convention": "rms", "state_dtype": "bfloat16"},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["sphere", "muon", "muon, rms"],
 )
@@ -304,6 +313,7 @@ def test_sphere_and_muon_learn_from_yaml(run, corpus, tmp_path, options):
     assert sum(loss[-5:]) / 5 < 0.6 * loss[0], loss
 
 
+@pytest.mark.slow
 def test_muon_baseline_is_the_quickstart_but_for_the_optimizer(run, corpus):
     """A baseline compares optimizers only if nothing else differs; and it trains."""
     sphere, muon = (yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) for name in ("quickstart", "muon_baseline"))

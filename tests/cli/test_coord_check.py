@@ -40,6 +40,7 @@ def test_coord_check_fails_with_status_1(run, corpus):
     assert Path("coordinates.csv").exists()
 
 
+@pytest.mark.slow
 def test_coord_check_from_dense_to_moe(run, corpus):
     status, out = run(*coord_check(corpus, "--axis", "n_experts=0,2,4", "--tolerance", 9))
     assert status == 0
