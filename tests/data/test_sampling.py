@@ -1,4 +1,4 @@
-"""Batches are a pure function of (seed, step, rank); validation windows are fixed and shared out evenly."""
+"""Batches are a pure function of (seed, step, rank); validation windows are fixed and divided evenly among ranks."""
 
 from __future__ import annotations
 

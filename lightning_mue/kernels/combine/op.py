@@ -23,7 +23,7 @@ def combine_rows(rows_Sd: Tensor, plan: DispatchPlan, gates: Tensor | None = Non
     """Return ``y_t = sum over t's assignments j of gates_j * rows[inverse_j]``; differentiable in rows and gates.
 
     Args:
-        rows_Sd: [S, d]. Rows from ``plan.offsets[E]`` on belong to no expert; they count as zero whatever they hold.
+        rows_Sd: [S, d]. Rows from ``plan.offsets[E]`` on are padding and count as zero, whatever they hold.
         plan: Of these rows.
         gates: Of `plan.inverse`'s shape, float32 (float64 for float64 rows); None: all one.
         backend: One of `BACKENDS`.

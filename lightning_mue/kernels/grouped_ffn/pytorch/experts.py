@@ -57,7 +57,7 @@ class _Pass:
         self.p, self.elementwise = p, ELEMENTWISE[p.activation]
         self.gated, self.hidden, self.width = ACTIVATIONS[p.activation].gated, p.w_up.shape[1], p.x.shape[1]
         ends = p.offsets.tolist()  # the one host synchronization of this backend
-        self.n_routed = ends[-1]  # rows from here on are masked: of no expert
+        self.n_routed = ends[-1]  # padding rows (masked tokens) follow
         self.layout = plan_blocks(ends, len(p.order), self.hidden, _cutting(p.x))
         source_P, slot_S = self.layout.source_P, self.layout.slot_S
         self.slots = p.inverse if slot_S is None else slot_S[p.inverse]  # the padded row of each assignment
