@@ -291,7 +291,7 @@ def test_every_option_of_the_optimizer_is_set_from_yaml(corpus, tmp_path):
     "options",
     [
         {"lr": 0.05, "adamw_lr": 0.02},
-        {"lr": 0.05, "adamw_lr": 0.02, "sphere": False, "weight_decay": 0.1},
+        pytest.param({"lr": 0.05, "adamw_lr": 0.02, "sphere": False, "weight_decay": 0.1}, marks=pytest.mark.slow),
         pytest.param(
             {"lr": 0.2, "adamw_lr": 0.02, "sphere": False, "lr_convention": "rms", "state_dtype": "bfloat16"},
             marks=pytest.mark.slow,

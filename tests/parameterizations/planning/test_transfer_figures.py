@@ -102,7 +102,9 @@ def target_figures(rule, batches, **sizes):
 
 
 @pytest.mark.parametrize(
-    "sizes", [{}, {"shared_width": 128, "expert_width": 280}], ids=["routed", "with a shared expert"]
+    "sizes",
+    [pytest.param({}, marks=pytest.mark.slow), {"shared_width": 128, "expert_width": 280}],
+    ids=["routed", "with a shared expert"],
 )
 def test_complete_mue_keeps_branch_output_and_its_change(batches, base_figures, sizes):
     initial, change = target_figures("complete-mue", batches, **sizes)
