@@ -89,13 +89,13 @@ def _rebuild(model: nn.Module, overrides: Mapping[str, Any]) -> nn.Module:
     instantiator = hparams.pop("_instantiator", None)
     signature = inspect.signature(cls).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.values())
-    names = [*signature, *hparams]
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    names = [*(name for name, p in signature.items() if p.kind not in variadic), *hparams]
     for key in overrides:
         # Of a constructor with **kwargs, what looks like a slip.
         slip = not open_ended or difflib.get_close_matches(key, names, n=1, cutoff=0.75)
         if key not in names and slip:
             raise _unknown_override(cls.__name__, key, names)
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     needed = [name for name, p in signature.items() if p.default is p.empty and p.kind not in variadic]
     if missing := [name for name in needed if name not in hparams and name not in overrides]:
         raise value_error(
