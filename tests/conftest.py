@@ -23,6 +23,14 @@ def _seeded(request):
 
 
 @pytest.fixture(autouse=True)
+def _seed_of_no_other_test():
+    """`seed_everything` leaves its seed in the environment; Trainers of later tests, and of their processes, would take it."""
+    yield
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        os.environ.pop(name, None)
+
+
+@pytest.fixture(autouse=True)
 def _one_thread():
     """The tensors of the tests are too small to share out, and spinning workers slow a loaded machine down."""
     threads = torch.get_num_threads()
