@@ -11,7 +11,7 @@ from lightning_mue.checks import listed, value_error
 from lightning_mue.names import clean_name
 from lightning_mue.parameterizations.applying.drawing import draw_all
 from lightning_mue.parameterizations.planning.scaling_plan import ScalingPlan
-from lightning_mue.parameterizations.reading.parameters import named_tensors
+from lightning_mue.parameterizations.reading.parameters import named_tensors, padding_rows
 from lightning_mue.parameterizations.reading.sites import read_multipliers
 
 _HAS_WEIGHTS = "_mue_has_weights"
@@ -39,15 +39,7 @@ def initialize(model: nn.Module, plan: ScalingPlan, *, seed: int = 0) -> None:
         return
     tensors = named_tensors(model)
     pairs = [(tensors[entry.name], entry) for entry in plan.parameters if tensors[entry.name].requires_grad]
-    names = {id(tensor): entry.name for tensor, entry in pairs}
-    padding = {
-        names[id(module.weight)]: module.padding_idx
-        for module in model.modules()
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-        and module.padding_idx is not None
-        and id(module.weight) in names
-    }
-    draw_all(pairs, seed, padding=padding)
+    draw_all(pairs, seed, padding=padding_rows(model))
 
 
 def set_multipliers(module: nn.Module, values: Mapping[str, float]) -> None:

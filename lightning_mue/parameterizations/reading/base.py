@@ -22,6 +22,8 @@ from torch import nn
 
 from lightning_mue.checks import value_error
 from lightning_mue.names import clean_name
+from lightning_mue.parameterizations.reading.initializer import Init
+from lightning_mue.parameterizations.reading.measuring import measure_build, measure_ready
 from lightning_mue.parameterizations.reading.parameters import role_patterns
 from lightning_mue.parameterizations.reading.record import VERSION, ModelRecord, describe
 from lightning_mue.parameterizations.reading.sites import float_attributes
@@ -44,7 +46,7 @@ def _fixed_rng(seed: int = 0) -> Any:
         yield
 
 
-def build_base(model: nn.Module, base: Base, *, device: str | None = None) -> nn.Module:
+def build_base(model: nn.Module, base: Base, *, device: str | None = None, seed: int = 0) -> nn.Module:
     """Builds the base.
 
     Args:
@@ -52,6 +54,7 @@ def build_base(model: nn.Module, base: Base, *, device: str | None = None) -> nn
         base: Keyword overrides, a module (used as it is, so it must be freshly initialized) or a factory; not a file, which
             holds no module.
         device: ``"meta"`` for shapes only; ``None`` for real values on the CPU.
+        seed: Seed of its random values.
 
     Returns:
         The base module; its random values depend on nothing outside it.
@@ -64,7 +67,7 @@ def build_base(model: nn.Module, base: Base, *, device: str | None = None) -> nn
     if isinstance(base, (str, Path)):
         found = f"{str(base)!r}, the file of a saved base, which holds no module to run"
         raise value_error("base", found=found, expected=_EXPECTED)
-    with _fixed_rng(), torch.device(device or "cpu"):
+    with _fixed_rng(seed), torch.device(device or "cpu"):
         if isinstance(base, Mapping):
             made = _rebuild(model, {key: value for key, value in base.items() if key not in RUN_KEYS})
         elif callable(base):
@@ -139,7 +142,7 @@ def describe_base(
 ) -> ModelRecord:
     """Makes the base of a target, or reads its file, and describes it; for the arguments see :func:`lightning_mue.plan`.
 
-    With ``measure`` real weights are made and how they were drawn is recognised; otherwise there are shapes only, on ``meta``.
+    With ``measure`` real weights are made and how they were drawn is found; otherwise there are shapes only, on ``meta``.
     ``roles`` and ``multipliers`` that name nothing in the base are left out.
     """
     if isinstance(base, (str, Path)):
@@ -150,13 +153,22 @@ def describe_base(
         ]
         return replace(record, parameters=tuple(named))
     run = {key: base[key] for key in RUN_KEYS if key in base} if isinstance(base, Mapping) else {}
-    made = build_base(model, base, device=None if measure else "meta")
+    inits: Mapping[str, Init] = {}
+    if isinstance(base, nn.Module):
+        made = base
+        # A second one of its class, for what one draw does not show.
+        twin = (lambda seed: build_base(base, {}, seed=seed)) if getattr(base, "hparams", None) else None
+        inits = measure_ready(base, twin) if measure else inits
+    elif measure:
+        made, inits = measure_build(lambda seed: build_base(model, base, seed=seed))
+    else:
+        made = build_base(model, base, device="meta")
     names = [clean_name(name) for name, _ in made.named_parameters(remove_duplicate=False)]
     # An MoE's patterns need not name anything where the base is dense.
     some_roles = {p: r for p, r in (roles or {}).items() if any(re.search(p, name) for name in names)}
     paths = float_attributes(made)
     some_multipliers = {k: p for k, p in (multipliers or {}).items() if any(re.search(p, path) for path in paths)}
-    return replace(describe(made, some_roles, some_multipliers, measure=measure), run=run)
+    return replace(describe(made, some_roles, some_multipliers), run=run, inits=inits)
 
 
 def save_base(

@@ -70,6 +70,17 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {clean_name(name): p for name, p in model.named_parameters()}
 
 
+def padding_rows(model: nn.Module) -> dict[str, int]:
+    """Name of an embedding's weight -> its padding row, which the module sets to zero."""
+    names = {id(tensor): name for name, tensor in named_tensors(model).items()}
+    return {
+        names[id(module.weight)]: module.padding_idx
+        for module in model.modules()
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.padding_idx is not None
+        if id(module.weight) in names
+    }
+
+
 def branch_ratios(branch: Mapping[str, float] | None, base: Mapping[str, float] | None) -> dict[str, float]:
     """Ratios target/base of a branch's own sizes; empty where one side is not known. Blocks of a model may differ."""
     if not branch or not base:

@@ -11,13 +11,13 @@ from torch import nn
 from lightning_mue.checks import value_error
 from lightning_mue.contract import declared_axes, is_router
 from lightning_mue.names import clean_name
-from lightning_mue.parameterizations.reading.initializer import Init, measure_init
-from lightning_mue.parameterizations.reading.parameters import ParameterInfo, list_parameters, named_tensors
+from lightning_mue.parameterizations.reading.initializer import Init
+from lightning_mue.parameterizations.reading.measuring import measure_module
+from lightning_mue.parameterizations.reading.parameters import ParameterInfo, list_parameters
 from lightning_mue.parameterizations.reading.role_names import name_roles
 from lightning_mue.parameterizations.reading.sites import Site, sites
 from lightning_mue.parameterizations.rules.axes import Axes
 from lightning_mue.parameterizations.rules.roles import Role
-from lightning_mue.sharded import whole
 
 #: Version of the format in which a base is saved.
 VERSION = 1
@@ -97,14 +97,14 @@ def describe(
     """
     infos = name_roles(list_parameters(model, roles))
     known = {info.name for info in infos}
-    tensors = named_tensors(model) if measure else {}
+    inits = measure_module(model) if measure else {}
     return ModelRecord(
         model=type(model).__name__,
         sizes=_declared_sizes(model),
         parameters=tuple(infos),
         sites=tuple(sites(model, multipliers)),
         inferred=_attributes(model, infos),
-        inits={name: measure_init(whole(tensor)) for name, tensor in tensors.items() if name in known},
+        inits={name: init for name, init in inits.items() if name in known},
         routing=_routing(model),
     )
 
