@@ -6,7 +6,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -19,7 +19,8 @@ from lightning_mue.callbacks.mue.announcement import announce
 from lightning_mue.callbacks.mue.companions import copy_to_averages, set_process_groups
 from lightning_mue.callbacks.mue.run import known_to, run_sizes
 from lightning_mue.parameterizations import Parameterization, ScaledStep, ScalingPlan, get_rule, plan
-from lightning_mue.parameterizations.applying.initial_weights import apply_plan, set_multipliers
+from lightning_mue.parameterizations.applying.initial_weights import apply_plan, check_draws, choose_draws, set_multipliers
+from lightning_mue.parameterizations.applying.loaded import versions
 from lightning_mue.parameterizations.reading.base import Base
 from lightning_mue.parameterizations.reading.parameters import named_tensors
 from lightning_mue.parameterizations.rules.kinds import Family, family_of
@@ -57,8 +58,11 @@ class MuECallback(Callback):
             none.
         preset: Name of the constants that the rule's paper reports, to be used as the tuned base.
         seed: Seed of the initial weights.
-        initialize: Draw the initial weights. Set it to False to train on from weights loaded by hand (`load_state_dict`, or
-            `load_from_checkpoint` of a module other than this package's).
+        initialize: Which initial weights are drawn, where the plan asks for some. True: all. False: none, to train on from
+            loaded weights. ``changed``: those of parameters whose shape or initial std differs from the base's, or that it lacks.
+            A list of regular expressions: those of parameters in whose name one of them is found (``[head, "adapter.*down"]``);
+            all others stay as they are. Values that the constructor did not draw (loaded in ``__init__``, computed) are kept in
+            any case, and a warning names what would be drawn over although it was loaded or trained afterwards.
         verbose: Print the plan at fit start.
 
     Raises:
@@ -75,7 +79,7 @@ class MuECallback(Callback):
         batch_tokens: float | None = None,
         roles: dict[str, str] | None = None,
         seed: int = 0,
-        initialize: bool = True,
+        initialize: bool | Literal["changed"] | list[str] = True,
         verbose: bool = True,
         multipliers: dict[str, str] | None = None,
         preset: str | None = None,
@@ -85,10 +89,12 @@ class MuECallback(Callback):
         self.alpha, self.tokens, self.batch_tokens = alpha, tokens, batch_tokens
         self.roles, self.multipliers, self.preset = roles, multipliers, preset
         self.seed, self.initialize, self.verbose = seed, initialize, verbose
+        check_draws(initialize)
         #: The plan in force, from fit start on.
         self.plan: ScalingPlan | None = None
         self._steps: list[ScaledStep] = []
         self._resumed = False
+        self._versions: dict[str, int] = {}
         self._saved_plan: ScalingPlan | None = None
         self._module: weakref.ref[nn.Module] | None = None
         self._logged = 0
@@ -119,7 +125,7 @@ class MuECallback(Callback):
         known = known_to(self.base if self.base or preset is None else preset.base)
         given = {"tokens": self.tokens, "batch_tokens": self.batch_tokens}
         datamodule = datamodule or getattr(trainer, "datamodule", None)
-        return plan(
+        made = plan(
             module,
             base=self.base,
             rule=self.rule,
@@ -130,6 +136,7 @@ class MuECallback(Callback):
             preset=self.preset,
             **run_sizes(known, given, trainer, module, datamodule, trains=trains, optimizers=len(optimizers)),
         )
+        return choose_draws(made, self.initialize)
 
     def _families(self, module: nn.Module, optimizers: list[Optimizer]) -> Family | dict[str, Family]:
         """The optimizers' family; parameter name -> family if they are of several."""
@@ -148,6 +155,8 @@ class MuECallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses strategies that flatten the parameters, and warns where training may start before the plan is applied."""
         self._resumed, self._saved_plan = False, None
+        # Before a strategy copies weights between ranks, or a tuner restores them.
+        self._versions = versions(pl_module)
         checks.check_setup(trainer, pl_module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -173,12 +182,14 @@ class MuECallback(Callback):
         resumed = not late and (self._resumed or has_checkpoint)
         if resumed:
             checks.refuse_other_plan(self._saved_plan, plan)
-        starts = self.initialize and not (resumed or has_checkpoint)
+        starts = bool(self.initialize) and not (resumed or has_checkpoint)
         checks.warn_at_fit_start(
             trainer, pl_module, plan, last=getattr(pl_module, _LAST_PLAN, None) if starts else None
         )
+        if starts:
+            checks.warn_of_loaded_weights(trainer, pl_module, plan, self._versions)
         # Restored, loaded, or trained before: the weights stay.
-        drawn = apply_plan(pl_module, plan, seed=self.seed, draw=self.initialize and not resumed)
+        drawn = apply_plan(pl_module, plan, seed=self.seed, draw=bool(self.initialize) and not resumed)
         setattr(pl_module, _LAST_PLAN, plan)
         if drawn:
             copy_to_averages(trainer, pl_module)

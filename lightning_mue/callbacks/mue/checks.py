@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_mue.checks import value_error
+from lightning_mue.checks import listed, mismatch, value_error
 from lightning_mue.moe.balance_callbacks import warn_of_missing_callbacks
 from lightning_mue.parameterizations import ScalingPlan
+from lightning_mue.parameterizations.applying.initial_weights import has_weights
+from lightning_mue.parameterizations.applying.loaded import drawn_over
 from lightning_mue.sharded import is_sharded
 
 #: Strategies under which a parameter has no shape of its own. By name: ``pytorch_lightning`` has classes of its own.
@@ -132,6 +135,27 @@ def warn_at_fit_start(
     _warn_of_coupled_decay(trainer)
     _warn_of_vanishing_eps(trainer, pl_module, plan)
     warn_of_missing_callbacks(trainer, pl_module)
+
+
+def warn_of_loaded_weights(
+    trainer: Trainer, pl_module: LightningModule, plan: ScalingPlan, versions: Mapping[str, int]
+) -> None:
+    """Warns of weights that will be drawn over although they are not what the module's constructor drew.
+
+    ``versions``: how often each tensor had been written to in ``setup``.
+    """
+    if plan.same_size or has_weights(pl_module) or not trainer.is_global_zero:
+        return
+    if names := drawn_over(pl_module, plan, versions):
+        message = mismatch(
+            "initialize",
+            found=f"a plan that draws over {len(names)} parameter(s) which were loaded, trained or set by hand after their "
+            f"constructor had drawn them: {listed(names)}",
+            expected="weights as the constructor draws them",
+            do="To keep them, give MuECallback(initialize='changed'), which draws only what differs from the base in shape or "
+            "initial std, or a list of regular expressions, which draws only what they match, or False, which draws nothing.",
+        )
+        rank_zero_warn(f"MuECallback: {message}")
 
 
 def _warn_of_kept_weights(pl_module: LightningModule, last: ScalingPlan, plan: ScalingPlan) -> None:

@@ -17,7 +17,7 @@ from lightning_mue.parameterizations.rules.monomial import SYMBOLS, parse
 #: Roles that do the same work in a dense FFN, an expert and a shared expert: role -> counterparts, the nearest first.
 COUNTERPARTS = {role.value: tuple(other.value for other in others) for role, others in RELATED.items()}
 #: Initializations with a known RMS.
-_DRAWN = ("normal", "uniform", "constant")
+_DRAWN = ("normal", "uniform", "truncated", "scaled", "constant")
 
 
 @dataclass(frozen=True)

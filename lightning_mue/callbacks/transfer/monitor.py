@@ -166,7 +166,7 @@ class TransferMonitor(SampledMonitor):
         self._mue, self._plan = plan_in_force(trainer, pl_module, self.roles)
         self._probes = self.find_probes(pl_module)
         if self._base is not None:
-            rule, drawn = (None, True) if self._mue is None else (self._mue.rule, self._mue.initialize)
+            rule, drawn = (None, True) if self._mue is None else (self._mue.rule, bool(self._mue.initialize))
             expected = Expectation(self._base, self._plan, rule, self._updates, drawn)
             self._comparison = Comparison(self._base, expected, self._layers, self.band, self.patience)
             warn_of_other_base(self._base, self._plan)

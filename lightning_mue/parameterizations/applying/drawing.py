@@ -19,7 +19,8 @@ from torch import Tensor
 
 from lightning_mue.checks import value_error
 from lightning_mue.parameterizations.planning.scaling_plan import ParameterPlan
-from lightning_mue.sharded import is_sharded, local
+from lightning_mue.parameterizations.reading.initializer import CUT_STD, is_orthogonal
+from lightning_mue.sharded import is_sharded, local, whole
 
 #: Numbers that one generator draws (16 MiB in float32). Changing it changes the weights of larger parameters.
 BLOCK = 1 << 22
@@ -38,7 +39,7 @@ def draw_all(
     padding: dict[str, int] | None = None,
     threads: int | None = None,
 ) -> None:
-    """Fills parameters in place as their plans say (``keep`` leaves one alone).
+    """Fills parameters in place as their plans say (``keep`` and ``scaled`` leave one alone).
 
     Args:
         pairs: Parameters of any dtype, device and strides, plain or DTensor, with their plans.
@@ -50,9 +51,9 @@ def draw_all(
         ValueError: For a DTensor whose shard is not one rectangle of the parameter.
     """
     threads = threads or torch.get_num_threads()
-    targets = [
-        _Target(t, entry, seed, (padding or {}).get(entry.name)) for t, entry in pairs if entry.init.kind != "keep"
-    ]
+    drawn = [(t, entry) for t, entry in pairs if entry.init.kind not in ("keep", "scaled")]
+    targets = [_Target(t, entry, seed, (padding or {}).get(entry.name)) for t, entry in drawn]
+    drawn.clear()
     if threads == 1:
         for target in targets:
             for block in target.blocks:
@@ -70,8 +71,20 @@ def draw_all(
 
 
 def draw_(tensor: Tensor, entry: ParameterPlan, seed: int) -> None:
-    """Fills one parameter in place as its plan says (``keep`` leaves it alone)."""
+    """Fills one parameter in place as its plan says (``keep`` and ``scaled`` leave it alone)."""
     draw_all([(tensor, entry)], seed)
+
+
+def scale_(tensor: Tensor, entry: ParameterPlan) -> None:
+    """Multiplies what the module's own constructor drew (``scaled``), so that its root mean square is that of the plan.
+
+    The form stays: an orthogonal matrix stays orthogonal, and parts of it keep their proportions. What has that size already,
+    to within the noise of a draw, is left bit for bit. A second call does nothing.
+    """
+    values = whole(tensor.detach()).float()
+    own = float(values.square().mean().sqrt()) if values.numel() else 0.0
+    if own > 0 and abs(entry.init.value / own - 1) > max(1e-3, 3 * (2 * values.numel()) ** -0.5 * (not is_orthogonal(values))):
+        local(tensor).detach().mul_(entry.init.value / own)
 
 
 class _Target:
@@ -127,6 +140,10 @@ class _Target:
         std = self.entry.init.value
         if self.entry.init.kind == "uniform":
             out.uniform_(-(3**0.5) * std, 3**0.5 * std, generator=generator)
+        elif self.entry.init.kind == "truncated":  # by the inverse of its distribution function
+            whole_std = std / CUT_STD
+            out.uniform_(-math.erf(2**0.5), math.erf(2**0.5), generator=generator).erfinv_()
+            out.mul_(2**0.5 * whole_std).clamp_(-2 * whole_std, 2 * whole_std)
         else:
             out.normal_(0.0, std, generator=generator)
 

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import nn
 
 from lightning_mue.checks import listed, value_error
 from lightning_mue.names import clean_name
-from lightning_mue.parameterizations.applying.drawing import draw_all
+from lightning_mue.parameterizations.applying.drawing import draw_all, scale_
 from lightning_mue.parameterizations.planning.scaling_plan import ScalingPlan
+from lightning_mue.parameterizations.reading.initializer import KEEP
 from lightning_mue.parameterizations.reading.parameters import named_tensors, padding_rows
 from lightning_mue.parameterizations.reading.sites import read_multipliers
 
 _HAS_WEIGHTS = "_mue_has_weights"
+
+#: What is drawn: all that the plan draws, nothing, what the plan changes, or what regular expressions match.
+Draws = bool | Literal["changed"] | Sequence[str]
 
 
 @torch.no_grad()
@@ -24,6 +31,10 @@ def initialize(model: nn.Module, plan: ScalingPlan, *, seed: int = 0) -> None:
     At base size nothing is touched, and frozen parameters never are. Each parameter is drawn in float32 from generators of its
     own, seeded by its name, so the weights depend neither on the number of processes (plain, DDP, or DTensor shards of any
     placement; no communication takes place), nor on the number of threads, nor on the global generator.
+
+    What the module's constructor draws in a form of its own (orthogonal matrices, blocks of different spread) is not drawn anew
+    but multiplied by one number (docs/theory.md section 4), for which sharded ones are gathered; values that no random numbers
+    made (identities, sinusoids, loaded weights) are kept.
 
     Args:
         model: The module that the plan was made for, with real parameters.
@@ -39,7 +50,59 @@ def initialize(model: nn.Module, plan: ScalingPlan, *, seed: int = 0) -> None:
         return
     tensors = named_tensors(model)
     pairs = [(tensors[entry.name], entry) for entry in plan.parameters if tensors[entry.name].requires_grad]
+    for tensor, entry in pairs:
+        if entry.init.kind == "scaled":
+            scale_(tensor, entry)
     draw_all(pairs, seed, padding=padding_rows(model))
+
+
+def choose_draws(plan: ScalingPlan, draws: Draws) -> ScalingPlan:
+    """A plan that keeps the initial values of all parameters but those that are to be drawn.
+
+    Args:
+        plan: The plan.
+        draws: True or False: the plan as it is. ``"changed"``: only parameters that the base lacks, has in another shape, or draws
+            with another std. Regular expressions: only parameters in whose qualified name one of them is found.
+
+    Raises:
+        ValueError: For an expression that is unreadable or matches no parameter.
+    """
+    if isinstance(draws, bool):
+        return plan
+    if draws == "changed":
+        chosen = {e.name for e in plan.parameters if e.base is None or e.base_shape != e.shape or e.init_factor != 1.0}
+    else:
+        chosen = _matching(plan, check_draws(draws))
+    parameters = (entry if entry.name in chosen else replace(entry, init=KEEP) for entry in plan.parameters)
+    return replace(plan, parameters=tuple(parameters))
+
+
+def check_draws(draws: Draws) -> list[str]:
+    """The regular expressions of ``initialize``, if it holds any.
+
+    Raises:
+        ValueError: If it is none of its forms.
+    """
+    expected = "true, false, 'changed' or a list of regular expressions on names of parameters"
+    if isinstance(draws, bool) or draws == "changed":
+        return []
+    if isinstance(draws, str) or not isinstance(draws, Sequence) or not all(isinstance(p, str) for p in draws):
+        raise value_error("initialize", found=repr(draws), expected=expected, do="Put a single pattern in a list.")
+    for pattern in draws:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise value_error("initialize", found=f"{pattern!r} ({error})", expected=expected, do="Correct it.") from error
+    return list(draws)
+
+
+def _matching(plan: ScalingPlan, patterns: Sequence[str]) -> set[str]:
+    found = {pattern: {e.name for e in plan.parameters if re.search(pattern, e.name)} for pattern in patterns}
+    if unused := [pattern for pattern, names in found.items() if not names]:
+        names = listed([entry.name for entry in plan.parameters], limit=8)
+        expected = f"patterns on names of parameters: {names}"
+        raise value_error("initialize", found=f"{unused}, which match no parameter", expected=expected)
+    return set().union(*found.values())
 
 
 def set_multipliers(module: nn.Module, values: Mapping[str, float]) -> None:

@@ -58,7 +58,7 @@ class Scale:
         for name in sorted(info.folds & set(folded)):
             start, cell = folded[name]
             multiplier = start * parse(cell).evaluate(ratios, self.alpha)
-            self._refuse_zero_gain(info, init, name, cell, multiplier)
+            self._refuse_fixed_values(info, init, name, cell, multiplier)
             cells = fold(cells, multiplier, kind)
         for pattern, columns in self.factors.items():
             if re.search(pattern, info.name):
@@ -77,6 +77,7 @@ class Scale:
             # A router that the base lacks is compared with the base's hidden matrices.
             base_shape=old.shape if old is not None else None if vector else (int(self.base_sizes["d"]),) * 2,
             tied=tied,
+            init_factor=cells["init"],
         )
 
     def _refuse_zero_router(self, info: ParameterInfo, init: Init) -> None:
@@ -90,13 +91,15 @@ class Scale:
                 expected="a router with a positive std: from zero all experts tie for every token, and the same ones always win",
             )
 
-    def _refuse_zero_gain(self, info: ParameterInfo, init: Init, kind: str, cell: str, multiplier: float) -> None:
-        """Refuses to fold into a gain that starts at zero: its norm multiplies by 1 + gain."""
+    def _refuse_fixed_values(self, info: ParameterInfo, init: Init, kind: str, cell: str, multiplier: float) -> None:
+        """Refuses to fold into a gain that starts at zero (its norm multiplies by 1 + gain) and into values that are kept."""
         gain = info.form == "norm" and not info.name.endswith("bias")
-        if multiplier != 1.0 and gain and init == Init("constant", 0.0):
+        kept = bool(self.inits) and init.kind == "keep" and (gain or not _is_vector(info))
+        if multiplier != 1.0 and (kept or (gain and init == Init("constant", 0.0))):
+            why = "whose initial values are kept, because they were not drawn" if kept else "which starts at zero"
             raise not_covered(
                 found=f"{self.rule.name!r}, which needs the {kind} multiplier {cell} = {multiplier:g}",
-                expected=f"a module that exposes one: it cannot be folded into {info.name}, which starts at zero",
+                expected=f"a module that exposes one: it cannot be folded into {info.name}, {why}",
                 do=f"Name the attribute that holds the multiplier: multipliers: {{{kind}: ...}}.",
             )
 

@@ -38,6 +38,7 @@ class ParameterPlan:
         source: The paper of its row, with table or section, and the page of docs/ that derives it.
         base_shape: Shape of the base's parameter; of its hidden matrices for one that the base lacks.
         tied: Every expert of the layer starts from the same draw.
+        init_factor: The std (or constant) that is planned over the base's.
     """
 
     name: str
@@ -52,6 +53,7 @@ class ParameterPlan:
     source: str
     base_shape: tuple[int, ...] | None = None
     tied: bool = False
+    init_factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -202,6 +204,7 @@ def _init(members: Sequence[ParameterPlan]) -> str:
     tied = " tied" if members[0].tied else ""
     # Equal layers' stds are measured, so they differ by sampling noise.
     near = values[-1] <= 1.15 * values[0]
+    tied += ", form kept" if kind == "scaled" else ""
     return (f"std {values[len(values) // 2]:.3g}" if near else f"std {values[0]:.2g}-{values[-1]:.2g}") + tied
 
 

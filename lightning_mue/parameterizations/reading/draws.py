@@ -208,10 +208,21 @@ class DrawRecorder(TorchDispatchMode):
                 return Init("constant", float(origin.table[0]))
             return _recognise(origin.table, tensor.dim())
         if origin.mixed:
-            if not origin.random or tensor.dim() < 2:
-                return KEEP
-            return Init("scaled", float(tensor.detach().float().square().mean().sqrt()))
+            return Init("scaled", self._rms(part)) if origin.random and tensor.dim() > 1 else KEEP
         return None
+
+    def _rms(self, tensor: Tensor) -> float:
+        """Root mean square of a tensor of several parts: of their distributions, else of its own values."""
+        stored = self._stored[_key(tensor)]
+        tables = [origin.table for origin in stored.origins]
+        if stored.labels is None or any(table is None for table in tables[1:]):
+            return float(tensor.float().square().mean().sqrt())
+        labels = torch.as_strided(stored.labels, tensor.size(), tensor.stride(), tensor.storage_offset())
+        counts = labels.flatten().long().bincount(minlength=len(tables)).tolist()
+        if counts[0] and tables[0] is None:
+            return float(tensor.float().square().mean().sqrt())
+        sums = [n * float(t.square().mean()) for n, t in zip(counts, tables, strict=True) if n and t is not None]
+        return float((sum(sums) / tensor.numel()) ** 0.5)
 
 
 def _recognise(table: Tensor, dim: int) -> Init:
