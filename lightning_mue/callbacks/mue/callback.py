@@ -19,7 +19,12 @@ from lightning_mue.callbacks.mue.announcement import announce
 from lightning_mue.callbacks.mue.companions import copy_to_averages, set_process_groups
 from lightning_mue.callbacks.mue.run import known_to, run_sizes
 from lightning_mue.parameterizations import Parameterization, ScaledStep, ScalingPlan, get_rule, plan
-from lightning_mue.parameterizations.applying.initial_weights import apply_plan, check_draws, choose_draws, set_multipliers
+from lightning_mue.parameterizations.applying.initial_weights import (
+    apply_plan,
+    check_draws,
+    choose_draws,
+    set_multipliers,
+)
 from lightning_mue.parameterizations.applying.loaded import versions
 from lightning_mue.parameterizations.reading.base import Base
 from lightning_mue.parameterizations.reading.parameters import named_tensors
@@ -187,7 +192,7 @@ class MuECallback(Callback):
             trainer, pl_module, plan, last=getattr(pl_module, _LAST_PLAN, None) if starts else None
         )
         if starts:
-            checks.warn_of_loaded_weights(trainer, pl_module, plan, self._versions)
+            checks.warn_of_loaded_weights(trainer, pl_module, plan, self._versions, self.base)
         # Restored, loaded, or trained before: the weights stay.
         drawn = apply_plan(pl_module, plan, seed=self.seed, draw=bool(self.initialize) and not resumed)
         setattr(pl_module, _LAST_PLAN, plan)

@@ -14,6 +14,7 @@ from lightning_mue.moe.balance_callbacks import warn_of_missing_callbacks
 from lightning_mue.parameterizations import ScalingPlan
 from lightning_mue.parameterizations.applying.initial_weights import has_weights
 from lightning_mue.parameterizations.applying.loaded import drawn_over
+from lightning_mue.parameterizations.reading.base import Base
 from lightning_mue.sharded import is_sharded
 
 #: Strategies under which a parameter has no shape of its own. By name: ``pytorch_lightning`` has classes of its own.
@@ -138,7 +139,7 @@ def warn_at_fit_start(
 
 
 def warn_of_loaded_weights(
-    trainer: Trainer, pl_module: LightningModule, plan: ScalingPlan, versions: Mapping[str, int]
+    trainer: Trainer, pl_module: LightningModule, plan: ScalingPlan, versions: Mapping[str, int], base: Base | None
 ) -> None:
     """Warns of weights that will be drawn over although they are not what the module's constructor drew.
 
@@ -146,7 +147,7 @@ def warn_of_loaded_weights(
     """
     if plan.same_size or has_weights(pl_module) or not trainer.is_global_zero:
         return
-    if names := drawn_over(pl_module, plan, versions):
+    if names := drawn_over(pl_module, plan, versions, base):
         message = mismatch(
             "initialize",
             found=f"a plan that draws over {len(names)} parameter(s) which were loaded, trained or set by hand after their "

@@ -83,7 +83,9 @@ def scale_(tensor: Tensor, entry: ParameterPlan) -> None:
     """
     values = whole(tensor.detach()).float()
     own = float(values.square().mean().sqrt()) if values.numel() else 0.0
-    if own > 0 and abs(entry.init.value / own - 1) > max(1e-3, 3 * (2 * values.numel()) ** -0.5 * (not is_orthogonal(values))):
+    if own > 0 and abs(entry.init.value / own - 1) > max(
+        1e-3, 3 * (2 * values.numel()) ** -0.5 * (not is_orthogonal(values))
+    ):
         local(tensor).detach().mul_(entry.init.value / own)
 
 

@@ -92,7 +92,9 @@ def check_draws(draws: Draws) -> list[str]:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise value_error("initialize", found=f"{pattern!r} ({error})", expected=expected, do="Correct it.") from error
+            raise value_error(
+                "initialize", found=f"{pattern!r} ({error})", expected=expected, do="Correct it."
+            ) from error
     return list(draws)
 
 

@@ -156,7 +156,14 @@ class Scale:
     def _measured(self, old: ParameterInfo, tied: bool) -> Init:
         """How the base's parameter was drawn; experts of a list that start alike take the first one's."""
         name = re.sub(r"(experts?\.)\d+", r"\g<1>0", old.name) if tied else old.name
-        return self.inits.get(name, self.inits.get(old.name, Init("keep", 0.0)))
+        init = self.inits.get(name, self.inits.get(old.name, Init("keep", 0.0)))
+        if tied and init.kind == "scaled":
+            raise not_covered(
+                found=f"{self.rule.name!r}, under which the experts of a layer start alike, and {old.name}, which is "
+                "orthogonal or has another form that entries drawn one by one lack",
+                expected="experts whose entries are drawn alike (normal or uniform), or a rule that ties none",
+            )
+        return init
 
     def _absent_init(self, info: ParameterInfo, row: Row) -> Init:
         """How a parameter is drawn that the base lacks."""

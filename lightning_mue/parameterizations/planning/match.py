@@ -12,6 +12,7 @@ from lightning_mue.parameterizations.reading.folding import mark_folds
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo, some
 from lightning_mue.parameterizations.reading.record import ModelRecord
 from lightning_mue.parameterizations.reading.size_inference import infer_sizes, orient, residual_widths, stack_depths
+from lightning_mue.parameterizations.reading.weight_parts import refuse_parts
 from lightning_mue.parameterizations.rules.axes import Axes
 from lightning_mue.parameterizations.rules.roles import Role
 
@@ -37,6 +38,10 @@ class Pair:
             _check_run(key, value, base.run)
         self.target = target
         self.notes: list[str] = []
+        same = [(info.name, info.shape) for info in target.parameters] == [(i.name, i.shape) for i in base.parameters]
+        if not same:
+            both = {info.name: info for info in (*base.parameters, *target.parameters) if info.part and info.trainable}
+            refuse_parts((info.name, info.part) for info in both.values())
         mine, theirs = _with_roles(target, base)
         self.axes, mine = _sizes(target, mine)
         self.base_axes, theirs = _sizes(base, theirs)
@@ -47,7 +52,6 @@ class Pair:
             self.axes, self.base_axes = replace(self.axes, width=width), replace(self.base_axes, width=base_width)
         if not (target.sizes and base.sizes):
             self._note_stacks(theirs)
-        same = [(info.name, info.shape) for info in target.parameters] == [(i.name, i.shape) for i in base.parameters]
         self.same_shapes = same and not self.axes.changed(self.base_axes)
         self.axes = replace(self.axes, **run)
         self.base_axes = replace(self.base_axes, **{key: base.run.get(key) for key in run})
@@ -166,8 +170,8 @@ def _infer_roles(infos: list[ParameterInfo], base: Mapping[str, ParameterInfo]) 
 def _role_by_growth(info: ParameterInfo, old: ParameterInfo | None) -> Role | None:
     if len(info.shape) <= 1:
         return Role.BIAS if info.shape else Role.SCALAR
-    if info.name.endswith(("weight_g", "weight_v")):
-        return None  # weight_norm: the scale of the one does not scale what the layer does
+    if info.part:
+        return Role.HIDDEN  # nothing scales it: only models of the base's size may have parts of weights
     if old is None or info.form not in ("linear", "conv"):
         return None
     grows_in, grows_out = (new != was for new, was in zip(info.fans, old.fans, strict=True))

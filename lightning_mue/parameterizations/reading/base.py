@@ -162,13 +162,21 @@ def describe_base(
     elif measure:
         made, inits = measure_build(lambda seed: build_base(model, base, seed=seed))
     else:
-        made = build_base(model, base, device="meta")
+        made = _shapes(model, base)
     names = [clean_name(name) for name, _ in made.named_parameters(remove_duplicate=False)]
     # An MoE's patterns need not name anything where the base is dense.
     some_roles = {p: r for p, r in (roles or {}).items() if any(re.search(p, name) for name in names)}
     paths = float_attributes(made)
     some_multipliers = {k: p for k, p in (multipliers or {}).items() if any(re.search(p, path) for path in paths)}
     return replace(describe(made, some_roles, some_multipliers), run=run, inits=inits)
+
+
+def _shapes(model: nn.Module, base: Base) -> nn.Module:
+    """The base on ``meta``; with real values where its constructor reads values, e.g. of a checkpoint."""
+    try:
+        return build_base(model, base, device="meta")
+    except RuntimeError:  # NotImplementedError is one; if the fault is another, the second try tells it
+        return build_base(model, base)
 
 
 def save_base(

@@ -1,8 +1,8 @@
 """Records how the tensors of a module are drawn while it is built: the distribution itself, not a sample of it.
 
-Below autograd every way to draw (``torch.nn.init``, ``Tensor.normal_``, ``torch.randn(...) * std``, a library's own functions) is one
-of a few operators, and what follows them (a factor, a clamp, ``erfinv``) acts on each entry alone. So a distribution is followed
-through them as a table of its quantiles: the operator that acts on the tensor acts on the table, too.
+Below autograd every way to draw (``torch.nn.init``, ``Tensor.normal_``, ``torch.randn(...) * std``, a library's own functions) is
+one of a few operators, and what follows them (a factor, a clamp, ``erfinv``) acts on each entry alone. So a distribution is
+followed through them as a table of its quantiles: the operator that acts on the tensor acts on the table, too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_mue.parameterizations.reading.initializer import CUT_STD, KEEP, Init
+from lightning_mue.parameterizations.reading.initializer import KEEP, Init, recognise
 from lightning_mue.sharded import is_sharded, local
 
 #: Quantiles in a table; those of a normal distribution give its std to 3e-4, and the result is rounded to the exact one.
@@ -89,10 +89,10 @@ class DrawRecorder(TorchDispatchMode):
         self._stored: dict[int, _Stored] = {}
 
     def __enter__(self) -> Any:
-        # By rejection, which no table follows: each entry is drawn again until it lies between the ends.
+        # torch draws by rejection, which no table follows.
         self._truncated: Any = getattr(torch.nn.init, "_no_grad_trunc_normal_", None)
         if self._truncated is not None:
-            torch.nn.init._no_grad_trunc_normal_ = self._draw_truncated
+            torch.nn.init._no_grad_trunc_normal_ = self._draw_truncated  # type: ignore[assignment]
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -100,10 +100,8 @@ class DrawRecorder(TorchDispatchMode):
         if self._truncated is not None:
             torch.nn.init._no_grad_trunc_normal_ = self._truncated
 
-    def _draw_truncated(
-        self, tensor: Tensor, mean: float, std: float, a: float, b: float, *args: Any, **kwargs: Any
-    ) -> Any:
-        result = self._truncated(tensor, mean, std, a, b, *args, **kwargs)
+    def _draw_truncated(self, tensor: Tensor, mean: float, std: float, a: float, b: float, **options: Any) -> Any:
+        result = self._truncated(tensor, mean, std, a, b, **options)
         if not is_sharded(tensor) and std > 0:
             self._write(tensor, _cut_normal(mean, std, a, b))
         return result
@@ -137,7 +135,7 @@ class DrawRecorder(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded in func.tags:
             return Origin(True)
         if name in _CONSTANTS:
-            value = _CONSTANTS[name]
+            value: Any = _CONSTANTS[name]
             value = _bound(func, args, kwargs).get(value) if isinstance(value, str) else value
             value = float(value) if isinstance(value, Tensor) and not value.is_meta else value
             return _constant(value) if isinstance(value, (int, float)) else UNKNOWN
@@ -158,7 +156,7 @@ class DrawRecorder(TorchDispatchMode):
             return UNKNOWN
         if stored.labels is None:
             return stored.origins[0]
-        labels = torch.as_strided(stored.labels, tensor.size(), tensor.stride(), tensor.storage_offset())
+        labels = _view(stored.labels, tensor)
         if without_row is not None:
             labels = torch.cat([labels[:without_row], labels[without_row + 1 :]])
         return _merge([stored.origins[i] for i in labels.unique().tolist()])
@@ -182,14 +180,14 @@ class DrawRecorder(TorchDispatchMode):
             stored.labels = torch.zeros(entries, dtype=torch.uint8, device="cpu")
         index = next((i for i, known in enumerate(stored.origins) if known.same(origin)), len(stored.origins))
         stored.origins += [origin] if index == len(stored.origins) else []
-        torch.as_strided(stored.labels, tensor.size(), tensor.stride(), tensor.storage_offset()).fill_(index)
+        _view(stored.labels, tensor).fill_(index)
 
     def _copy_labels(self, source: Tensor, copy: Tensor) -> None:
         """A copy of a tensor whose parts differ has the same parts."""
         stored = self._stored.get(_key(source))
         if stored is None or stored.labels is None or not copy.is_contiguous() or copy.shape != source.shape:
             return
-        labels = torch.as_strided(stored.labels, source.size(), source.stride(), source.storage_offset())
+        labels = _view(stored.labels, source)
         new = _Stored(copy.untyped_storage(), UNKNOWN)
         new.origins, new.labels = list(stored.origins), labels.flatten().clone()
         self._stored[_key(copy)] = new
@@ -206,35 +204,22 @@ class DrawRecorder(TorchDispatchMode):
         if origin.table is not None:
             if not origin.random:
                 return Init("constant", float(origin.table[0]))
-            return _recognise(origin.table, tensor.dim())
+            return recognise(origin.table, tensor.dim())
         if origin.mixed:
             return Init("scaled", self._rms(part)) if origin.random and tensor.dim() > 1 else KEEP
         return None
 
     def _rms(self, tensor: Tensor) -> float:
         """Root mean square of a tensor of several parts: of their distributions, else of its own values."""
-        stored = self._stored[_key(tensor)]
-        tables = [origin.table for origin in stored.origins]
-        if stored.labels is None or any(table is None for table in tables[1:]):
+        stored, total = self._stored[_key(tensor)], 0.0
+        if stored.labels is None:
             return float(tensor.float().square().mean().sqrt())
-        labels = torch.as_strided(stored.labels, tensor.size(), tensor.stride(), tensor.storage_offset())
-        counts = labels.flatten().long().bincount(minlength=len(tables)).tolist()
-        if counts[0] and tables[0] is None:
-            return float(tensor.float().square().mean().sqrt())
-        sums = [n * float(t.square().mean()) for n, t in zip(counts, tables, strict=True) if n and t is not None]
-        return float((sum(sums) / tensor.numel()) ** 0.5)
-
-
-def _recognise(table: Tensor, dim: int) -> Init:
-    rms, mean = float(table.square().mean().sqrt()), float(table.mean())
-    kurtosis = float((table / rms).pow(4).mean())
-    for kind, expected in _KURTOSIS.items():
-        if abs(mean) < 1e-3 * rms and abs(kurtosis - expected) < 0.04:
-            return Init(kind, rms)
-    if abs(mean) < 1e-3 * rms and 2.4 < kurtosis < 3.2:  # cut far out, or rounded
-        return Init("normal", rms)
-    # Another distribution: that of the target's own constructor, in the size that the plan asks for.
-    return Init("scaled", rms) if dim > 1 else KEEP
+        counts = _view(stored.labels, tensor).flatten().long().bincount().tolist()
+        for count, origin in zip(counts, stored.origins, strict=False):
+            if count and origin.table is None:
+                return float(tensor.float().square().mean().sqrt())
+            total += count * float(origin.table.square().mean()) if origin.table is not None else 0.0
+        return float((total / tensor.numel()) ** 0.5)
 
 
 _DRAWS: dict[str, tuple[Callable[..., Origin], tuple[str, ...]]] = {
@@ -253,11 +238,6 @@ _CONSTANTS: dict[str, float | str] = {
 }
 _COPIES = {"aten::clone", "aten::_to_copy", "aten::copy_", "aten::lift_fresh", "aten::lift_fresh_copy"}
 _JOINS = {"aten::cat", "aten::stack", "aten::concat"}
-_KURTOSIS = {
-    "normal": float((_STANDARD_NORMAL).pow(4).mean()),
-    "uniform": 1.8,
-    "truncated": float((_cut_normal(0.0, 1.0, -2.0, 2.0).table / CUT_STD).pow(4).mean()),  # type: ignore[operator]
-}
 
 
 def _merge(origins: list[Origin]) -> Origin:
@@ -284,7 +264,8 @@ def _pointwise(func: Any, args: Any, kwargs: Any, given: list[Tensor], before: l
         return Origin(bool(draws))
     result = result.double()
     equal = bool((result == result[0]).all())
-    return Origin(not equal, result[:1] if equal else result) if bool(result.isfinite().all()) else Origin(bool(draws))
+    finite = bool(result.isfinite().all())
+    return Origin(not equal, result[:1] if equal else result) if finite else Origin(bool(draws))
 
 
 def _bound(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
@@ -301,6 +282,11 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
         return []
     found = [value for name, value in _bound(func, args, kwargs).items() if name in writes]
     return [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
+
+
+def _view(labels: Tensor, tensor: Tensor) -> Tensor:
+    """The labels of a tensor's entries, from those of its storage."""
+    return torch.as_strided(labels, tensor.size(), tensor.stride(), tensor.storage_offset())
 
 
 def _key(tensor: Tensor) -> int:

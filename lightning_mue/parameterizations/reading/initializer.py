@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import Tensor
@@ -35,6 +36,22 @@ class Init:
 
 
 KEEP = Init("keep", 0.0)
+#: Fourth moment over the squared variance; for a cut at 2: (3 Z - 28 p) Z / (Z - 4 p)^2, p the density at 2, Z the mass left.
+_KURTOSIS = {"normal": 3.0, "uniform": 1.8, "truncated": 2.3655}
+
+
+def recognise(table: Tensor, dim: int) -> Init:
+    """How a parameter of `dim` dimensions is drawn, from quantiles of the distribution of each entry."""
+    rms, mean = float(table.square().mean().sqrt()), float(table.mean())
+    if abs(mean) < 1e-3 * rms:
+        kurtosis = float((table / rms).pow(4).mean())
+        for kind, expected in _KURTOSIS.items():
+            if abs(kurtosis - expected) < 0.04:
+                return Init(kind, rms)
+        if 2.4 < kurtosis < 3.2:  # cut far out, or rounded
+            return Init("normal", rms)
+    # Another distribution: that of the target's own constructor, in the size that the plan asks for.
+    return Init("scaled", rms) if dim > 1 else KEEP
 
 
 def measure_init(tensor: Tensor) -> Init:
@@ -53,11 +70,13 @@ def measure_init(tensor: Tensor) -> Init:
         return Init("constant", first)
     mean, std, peak = float(values.mean()), float(values.std(correction=0)), float(values.abs().max())
     rms = float(values.square().mean().sqrt())
-    sparse = 2 * int((values == 0).sum()) >= values.numel()  # an identity, or a draw of few entries: no plain distribution
+    sparse = (
+        2 * int((values == 0).sum()) >= values.numel()
+    )  # an identity, or a draw of few entries: no plain distribution
     # Five standard errors: a false alarm once in two million parameters.
     if sparse or not abs(mean) <= 5 * std / values.numel() ** 0.5 or values.numel() < 2:
         return KEEP
-    if is_orthogonal(matrix) or is_uneven(matrix):
+    if is_orthogonal(matrix) or is_uneven(matrix) or (values.numel() >= 64 and peak < 1.45 * rms):  # the last: signs
         return Init("scaled", rms) if matrix.dim() > 1 else KEEP
     # A uniform distribution ends at sqrt(3) standard deviations; 64 normal draws go past 1.8 with near certainty.
     if values.numel() >= 64 and peak < 1.8 * rms:
@@ -67,7 +86,7 @@ def measure_init(tensor: Tensor) -> Init:
 
 
 def is_orthogonal(tensor: Tensor) -> bool:
-    """Whether the rows (or columns) of a matrix, or of each in a stack, are orthogonal and of one length; a convolution is flattened."""
+    """Whether the rows (or columns) of a matrix, or of each in a stack, are orthogonal and of one length."""
     if tensor.dim() < 2:
         return False
     flat = tensor.flatten(1)
@@ -107,9 +126,9 @@ def pool(inits: Mapping[str, Init], shapes: Mapping[str, tuple[int, ...]]) -> di
         if init.kind in DRAWN:
             groups[all_indices(name), shapes[name]].append(name)
     pooled = dict(inits)
-    for (_, shape), names in groups.items():  # type: ignore[misc]
+    for names in groups.values():
         mean = (sum(inits[name].value ** 2 for name in names) / len(names)) ** 0.5
-        error = (2 * max(1, torch.Size(shape).numel())) ** -0.5
+        error = (2 * max(1, prod(shapes[names[0]]))) ** -0.5
         if all(abs(inits[name].value / mean - 1) < 5 * error for name in names):
             kinds = [inits[name].kind for name in names]
             # A single tensor of few entries may look uniform by chance.

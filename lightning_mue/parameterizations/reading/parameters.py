@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_mue.checks import listed, require_choice, value_error
 from lightning_mue.contract import branch_kind, branch_sizes, declared_roles, note_role
 from lightning_mue.names import clean_name, split_layer
+from lightning_mue.parameterizations.reading.weight_parts import weight_parts
 from lightning_mue.parameterizations.rules.roles import Role
 
 _NORM_TYPES = (
@@ -42,6 +43,7 @@ class ParameterInfo:
         trainable: False if it is frozen.
         folds: Kinds of forward multipliers that can be folded into it, because it is the last factor of what they multiply (for
             ``attention``, the only one).
+        part: What it is a part of, if a module computes its weight from several (weight norm, LoRA).
     """
 
     name: str
@@ -53,6 +55,7 @@ class ParameterInfo:
     tied: bool = False
     trainable: bool = True
     folds: frozenset[str] = frozenset()
+    part: str = ""
 
     @property
     def position(self) -> tuple[str, int]:
@@ -101,7 +104,7 @@ def list_parameters(module: nn.Module, roles: Mapping[str, str] | None = None) -
         ValueError: For a pattern that matches no parameter or an unknown role name.
     """
     patterns = role_patterns(roles)
-    used: set[str] = set()
+    used, parts = set[str](), weight_parts(module)
     found: dict[int, ParameterInfo] = {}
     for name, tensor, owner, branch in _walk(module):
         leaf = name.rsplit(".", 1)[-1]
@@ -119,7 +122,7 @@ def list_parameters(module: nn.Module, roles: Mapping[str, str] | None = None) -
         if first is None:
             fans = _fans(tuple(tensor.shape), owner)
             info = ParameterInfo(name, tuple(tensor.shape), fans, form, role, branch, trainable=tensor.requires_grad)
-            found[id(tensor)] = info
+            found[id(tensor)] = replace(info, part=parts.get(name, ""))
         elif _are_tied(first, form, role):
             found[id(tensor)] = replace(first, role=Role.UNEMBEDDING, tied=True)
     unused = [pattern.pattern for pattern, _ in patterns if pattern.pattern not in used]

@@ -511,7 +511,9 @@ def test_weight_norm_is_not_scaled_by_mistake():
             self.hparams = {"width": width}
             self.inner = nn.utils.weight_norm(nn.Linear(width, width))
 
-    with pytest.raises(ValueError, match=r"roles: found no role for inner\.weight_"):
+    with pytest.raises(
+        ValueError, match=r"model: found 2 parameter\(s\) .*weight norm: inner\.weight_g, inner\.weight_v"
+    ):
         plan(Normed(64), base={"width": 32})
 
 
