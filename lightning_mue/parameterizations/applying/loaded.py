@@ -23,7 +23,7 @@ _ROWS = 4096
 
 def versions(model: nn.Module) -> dict[str, int]:
     """Parameter name -> how often it has been written to. Training, `load_state_dict` and init functions write in place."""
-    return {name: tensor._version for name, tensor in named_tensors(model).items()}
+    return {name: tensor._version for name, tensor in named_tensors(model).items() if not tensor.is_inference()}
 
 
 @torch.no_grad()
@@ -45,7 +45,7 @@ def drawn_over(model: nn.Module, plan: ScalingPlan, written: Mapping[str, int], 
     entries = [
         entry
         for entry in plan.parameters
-        if entry.init.kind in (*DRAWN, "scaled") and _is_readable(tensors.get(entry.name))
+        if entry.init.kind in (*DRAWN, "scaled", "constant") and _is_readable(tensors.get(entry.name))
     ]
     if not entries:
         return []
@@ -54,7 +54,9 @@ def drawn_over(model: nn.Module, plan: ScalingPlan, written: Mapping[str, int], 
     loaded = _loaded_children(model, plan, written, base) if twin is None else set()
     for entry in entries:
         tensor, other = tensors[entry.name], twins.get(entry.name)
-        if other is not None and other.shape == tensor.shape:
+        if entry.init.kind == "constant":
+            changed = bool((tensor != tensor.flatten()[:1]).any())  # a trained bias or gain
+        elif other is not None and other.shape == tensor.shape:
             late = written.get(entry.name, 0) > other._version
             changed = late or _differs(tensor, other, inits.get(entry.name), padding.get(entry.name))
         else:
