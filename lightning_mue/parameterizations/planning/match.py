@@ -8,9 +8,11 @@ from dataclasses import replace
 
 from lightning_mue.checks import value_error
 from lightning_mue.parameterizations.planning.counterparts import match_parameters
+from lightning_mue.parameterizations.reading.ffn_roles import ffn_roles
 from lightning_mue.parameterizations.reading.folding import mark_folds
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo, some
 from lightning_mue.parameterizations.reading.record import ModelRecord
+from lightning_mue.parameterizations.reading.role_names import routers_by_shape
 from lightning_mue.parameterizations.reading.size_inference import infer_sizes, orient, residual_widths, stack_depths
 from lightning_mue.parameterizations.rules.axes import Axes
 from lightning_mue.parameterizations.rules.roles import Role
@@ -128,12 +130,22 @@ def _check_run(key: str, value: float | None, base_run: Mapping[str, float]) -> 
 
 
 def _with_roles(target: ModelRecord, base: ModelRecord) -> tuple[list[ParameterInfo], list[ParameterInfo]]:
-    """(target's, base's) parameters with roles inferred from their growth; the base's take those of their counterparts."""
-    theirs = list(base.parameters)
-    matched = match_parameters(list(target.parameters), theirs)
-    mine = _infer_roles(list(target.parameters), matched)
-    by_base = {matched[info.name].name: info.role for info in mine if info.name in matched}
-    return mine, [replace(old, role=old.role or by_base.get(old.name)) for old in theirs]
+    """(target's, base's) parameters with roles, inferred from their shapes, positions and growth.
+
+    First what both models show together, then what each shows alone, then what the other knows, and names last.
+    """
+    mine, theirs = list(target.parameters), list(base.parameters)
+    matched = match_parameters(mine, theirs)
+    back = {matched[info.name].name: info for info in reversed(mine) if info.name in matched}
+    mine, theirs = ffn_roles(mine, matched), ffn_roles(theirs, back)
+    mine, theirs = ffn_roles(mine), ffn_roles(theirs)
+    known, by_base = ({info.name: info.role for info in infos} for infos in (theirs, mine))
+    mine = [replace(i, role=i.role or known.get(matched[i.name].name) if i.name in matched else i.role) for i in mine]
+    theirs = [replace(i, role=i.role or by_base.get(back[i.name].name) if i.name in back else i.role) for i in theirs]
+    mine, theirs = (routers_by_shape(ffn_roles(infos, guess=True)) for infos in (mine, theirs))
+    mine = _infer_roles(mine, match_parameters(mine, theirs))
+    by_target = {info.name: info.role for info in mine}
+    return mine, [replace(i, role=i.role or by_target.get(back[i.name].name) if i.name in back else i.role) for i in theirs]
 
 
 def _infer_roles(infos: list[ParameterInfo], base: Mapping[str, ParameterInfo]) -> list[ParameterInfo]:
@@ -170,6 +182,9 @@ def _role_by_growth(info: ParameterInfo, old: ParameterInfo | None) -> Role | No
         return None  # weight_norm: the scale of the one does not scale what the layer does
     if old is None or info.form not in ("linear", "conv"):
         return None
+    grouped = info.groups != old.groups and info.fans[0] == old.fans[0]
+    if grouped:
+        return Role.NORM  # more groups of the same size: as many inputs as at the base, like a gain of each channel
     grows_in, grows_out = (new != was for new, was in zip(info.fans, old.fans, strict=True))
     return {(True, False): Role.UNEMBEDDING, (False, True): Role.EMBEDDING}.get((grows_in, grows_out), Role.HIDDEN)
 

@@ -21,7 +21,6 @@ import yaml
 from torch import nn
 
 from lightning_mue.checks import value_error
-from lightning_mue.names import clean_name
 from lightning_mue.parameterizations.reading.parameters import role_patterns
 from lightning_mue.parameterizations.reading.record import VERSION, ModelRecord, describe
 from lightning_mue.parameterizations.reading.sites import float_attributes
@@ -140,7 +139,7 @@ def describe_base(
     """Makes the base of a target, or reads its file, and describes it; for the arguments see :func:`lightning_mue.plan`.
 
     With ``measure`` real weights are made and how they were drawn is recognised; otherwise there are shapes only, on ``meta``.
-    ``roles`` and ``multipliers`` that name nothing in the base are left out.
+    Patterns that name nothing in the base are left out.
     """
     if isinstance(base, (str, Path)):
         record, patterns = load_base(base), role_patterns(roles)
@@ -151,12 +150,9 @@ def describe_base(
         return replace(record, parameters=tuple(named))
     run = {key: base[key] for key in RUN_KEYS if key in base} if isinstance(base, Mapping) else {}
     made = build_base(model, base, device=None if measure else "meta")
-    names = [clean_name(name) for name, _ in made.named_parameters(remove_duplicate=False)]
-    # An MoE's patterns need not name anything where the base is dense.
-    some_roles = {p: r for p, r in (roles or {}).items() if any(re.search(p, name) for name in names)}
     paths = float_attributes(made)
     some_multipliers = {k: p for k, p in (multipliers or {}).items() if any(re.search(p, path) for path in paths)}
-    return replace(describe(made, some_roles, some_multipliers, measure=measure), run=run)
+    return replace(describe(made, roles, some_multipliers, measure=measure), run=run)
 
 
 def save_base(

@@ -13,7 +13,7 @@ from lightning_mue.contract import declared_axes, is_router
 from lightning_mue.names import clean_name
 from lightning_mue.parameterizations.reading.initializer import Init, measure_init
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo, list_parameters, named_tensors
-from lightning_mue.parameterizations.reading.role_names import name_roles
+from lightning_mue.parameterizations.reading.role_names import in_experts, name_roles
 from lightning_mue.parameterizations.reading.sites import Site, sites
 from lightning_mue.parameterizations.rules.axes import Axes
 from lightning_mue.parameterizations.rules.roles import Role
@@ -126,7 +126,8 @@ _ATTENTION_SCALE = ("scaling", "scale", "softmax_scale")
 
 def _attributes(module: nn.Module, infos: list[ParameterInfo]) -> dict[str, float]:
     """Reads what the shapes do not show: size and scale of an attention head, and the number of experts that a token uses."""
-    experts = [info.name for info in infos if info.role in (Role.ROUTER, Role.EXPERT_UP, Role.EXPERT_DOWN)]
+    roles = (Role.ROUTER, Role.EXPERT_UP, Role.EXPERT_DOWN)
+    experts = [info.name for info in infos if info.role in roles or in_experts(info.path)]
     found: dict[str, float] = {}
     for name, child in module.named_modules():
         prefix = f"{clean_name(name)}." if name else ""

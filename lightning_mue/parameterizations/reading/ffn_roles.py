@@ -1,0 +1,236 @@
+"""Tells the up and down matrices of FFNs apart by shape and position: the down matrix comes back to the residual width.
+
+Names do not tell: ``w3`` and ``fc_2`` are up matrices in some projects and down matrices in others. An FFN is a module that
+holds an up matrix (residual width d -> hidden width H, or 2 H where a gate is fused into it) and a down matrix (H -> d). Sizes are
+compared in target and base at once, where the base has counterparts: two widths that are equal in one may differ in the other.
+Where H equals d in both, position decides: the down matrix is the last.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from lightning_mue.parameterizations.reading.parameters import ParameterInfo
+from lightning_mue.parameterizations.reading.role_names import (
+    CALLED_DOWN,
+    CALLED_UP,
+    EXPERTS,
+    SHARED,
+    in_attention,
+    in_experts,
+    layer_of,
+)
+from lightning_mue.parameterizations.reading.size_inference import residual_widths
+from lightning_mue.parameterizations.rules.roles import Role
+
+_FFN = re.compile(
+    r"(^|[._])(ffn?|mlp|feed_?forward\w*|dense_?relu_?dense|channel_mix\w*|swi?glu|geglu|moe|experts?)([._]|$)", re.IGNORECASE
+)
+#: Last parts of names that only attention has: a module with one of them is no FFN.
+_QUERY = re.compile(r"(^|[._])(to_)?(q|wq|w_q|q_?proj|q_?lin|query|qkv|wqkv|w_qkv|qkv_?proj|c_attn|query_key_value|in_proj_weight)$")
+
+#: A size in the target and, where a counterpart is known, in the base.
+Size = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """A matrix of unknown role: how many inputs and outputs it has, and its place among the parameters."""
+
+    path: str
+    fan_in: Size
+    fan_out: Size
+    place: int
+
+    def turned(self) -> _Matrix:
+        """The same for one that is stored as [in, out]."""
+        return replace(self, fan_in=self.fan_out, fan_out=self.fan_in)
+
+
+#: Paths of (up matrices, down matrices).
+_Split = tuple[frozenset[str], frozenset[str]]
+
+
+def ffn_roles(
+    infos: list[ParameterInfo], counterparts: Mapping[str, ParameterInfo] | None = None, *, guess: bool = False
+) -> list[ParameterInfo]:
+    """Gives the matrices of FFNs and experts that have no role yet their roles.
+
+    Args:
+        infos: All parameters of a model.
+        counterparts: Name -> the other model's parameter. Only modules all of whose matrices have one are judged then.
+        guess: Also judge modules whose shapes leave the question open, by position and names.
+    """
+    sizes = _Sizes(infos, counterparts)
+    found: dict[str, Role] = {}
+    open_: dict[str, _Matrix] = {m.path: m for m in sizes.matrices}
+    for scope in sorted(_scopes(open_), key=lambda scope: -scope.count(".")):
+        members = [m for path, m in open_.items() if path.startswith(f"{scope}.")]
+        split = _split(scope, members, sizes, guess) if len(members) > 1 else None
+        if split is not None:
+            roles = {path: _role(path, down) for down, paths in enumerate(split) for path in paths}
+            found |= roles
+            # Also what lies between them is settled: it belongs to no FFN around this one.
+            for m in members if not _is_block(scope) else [m for m in members if m.path in roles]:
+                open_.pop(m.path)
+    if guess:
+        found |= {path: role for path, m in open_.items() if (role := _named(m, sizes)) is not None}
+    return [replace(i, role=found[i.path]) if _is_open(i) and i.path in found else i for i in infos]
+
+
+class _Sizes:
+    """The matrices of unknown role, and the residual widths of each layer and of the whole model."""
+
+    def __init__(self, infos: list[ParameterInfo], others: Mapping[str, ParameterInfo] | None) -> None:
+        self.stacks = {info.path for info in infos if info.form == "raw" and len(info.shape) == 3}
+        flat = {i.path for i in infos if i.form == "raw" and len(i.shape) == 2 and in_experts(i.path)}
+        #: Matrices whose names say nothing: convolutions, and stacks of experts in two dimensions.
+        self.unnamed = flat | {info.path for info in infos if info.form == "conv"}
+        self.matrices: list[_Matrix] = []
+        norms: dict[str, Counter[Size]] = {}
+        alone = set()
+        for place, info in enumerate(infos):
+            old = others.get(info.name) if others is not None else None
+            if others is not None and old is None:
+                alone.add(info.path)
+                old = info
+            fans = tuple(zip(info.fans, old.fans if old is not None else info.fans, strict=True))
+            fan_in, fan_out = fans if others is not None else ((info.fans[0],), (info.fans[1],))
+            if _is_open(info):
+                self.matrices.append(_Matrix(info.path, fan_in, fan_out, place))
+            elif info.role is Role.NORM and len(info.shape) == 1:
+                norms.setdefault(layer_of(info.path), Counter())[fan_out] += 1
+        self._norms = {layer: counter.most_common(1)[0][0] for layer, counter in norms.items()}
+        mine = set(residual_widths(infos).values())
+        theirs = set(residual_widths(others.values()).values()) if others else mine
+        self._whole = (*mine, *theirs) if len(mine) == len(theirs) == 1 else None
+        if others is None and self._whole is not None:
+            self._whole = self._whole[:1]
+        self.alone = frozenset(alone)
+
+    def residual(self, path: str) -> Size | None:
+        """The residual width at a path, or None if nothing shows it."""
+        return self._norms.get(layer_of(path)) or self._whole
+
+
+def _is_open(info: ParameterInfo) -> bool:
+    return info.role is None and len(info.shape) >= 2 and not in_attention(info.path) and info.form != "embedding"
+
+
+def _scopes(paths: Iterable[str]) -> Iterator[str]:
+    """Every module that may be an FFN: those inside a numbered layer, and others that are called so."""
+    seen: set[str] = set()
+    for path in paths:
+        parts, layer = path.split("."), layer_of(path)
+        for end in range(1, len(parts)):
+            scope = ".".join(parts[:end])
+            inside = bool(layer) and (scope == layer or scope.startswith(f"{layer}."))
+            if scope not in seen and (inside or _FFN.search(scope)):
+                seen.add(scope)
+                yield scope
+
+
+def _is_block(scope: str) -> bool:
+    """True for an element of a list of layers, which may hold other things beside its FFN."""
+    parts = scope.split(".")
+    return parts[-1].isdigit() and not (len(parts) > 1 and "expert" in parts[-2].lower())
+
+
+def _split(scope: str, members: list[_Matrix], sizes: _Sizes, guess: bool) -> _Split | None:
+    if any(_QUERY.search(m.path) for m in members) and not _is_block(scope):
+        return None
+    members = [m for m in members if not _QUERY.search(m.path)]
+    if any(m.path in sizes.alone for m in members):
+        return None
+    width, stacked = sizes.residual(scope), all(m.path in sizes.stacks for m in members)
+    if not stacked and any(m.path in sizes.stacks for m in members):
+        return None  # a stack of experts beside other matrices
+    options: list[_Split] = []
+    for turned in (False, True) if stacked else (False,):
+        sides = [m.turned() for m in members] if turned else members
+        widths = {m.fan_out for m in sides}
+        known = {width} & widths if width is not None and not stacked else set()
+        if not known and not layer_of(scope) and not stacked:
+            return None  # outside the layers only where the residual width is known
+        for d in known or widths:
+            option = _at_width(sides, d, loose=_is_block(scope))
+            options += [option] if option is not None and option not in options else []
+    if len(options) <= 1:
+        square = not options and len({side for m in members for side in (m.fan_in, m.fan_out)}) == 1
+        return options[0] if options else _by_position(scope, members) if square and guess else None
+    named = [option for option in options if _agree(*option)]
+    last = members[-1].path
+    return named[0] if len(named) == 1 else next((option for option in options if last in option[1]), None)
+
+
+def _at_width(members: list[_Matrix], d: Size, loose: bool) -> _Split | None:
+    """(up, down) matrices if d is the residual width; None if the members are no FFN, or shapes cannot tell.
+
+    A member may also be square (a gate on the output, a matrix between up and down). If ``loose``, others may be there too.
+    """
+    reading = [m for m in members if m.fan_in == d]
+    downs, ups = [], []
+    for m in members:
+        if m.fan_out != d:
+            continue
+        plain = [up for up in reading if up.fan_out == m.fan_in != d]
+        fused = [up for up in reading if up.fan_out == _double(m.fan_in) and up.place < m.place]
+        if plain or (fused and (m.fan_in != d or not loose)):
+            downs.append(m)
+            ups += plain or fused
+    wide = [m for m in downs if m.fan_in != d]
+    squares = [m for m in downs if m.fan_in == d]
+    if squares and not wide:  # the hidden width is d, and a fused up matrix shows it
+        downs, ups = [squares[-1]], [up for up in ups if up.fan_out == _double(d)]
+    elif squares:
+        downs, ups = wide, [up for up in ups if up.fan_out in {s for m in wide for s in (m.fan_in, _double(m.fan_in))}]
+    rest = [m for m in members if m not in downs and m not in ups]
+    if not downs or (not loose and any(m.fan_in != m.fan_out for m in rest)):
+        return None
+    return frozenset(m.path for m in ups), frozenset(m.path for m in downs)
+
+
+def _double(size: Size) -> Size:
+    return tuple(2 * side for side in size)
+
+
+def _by_position(scope: str, members: list[_Matrix]) -> _Split | None:
+    """Of square matrices in a module that is called an FFN, the last is the down matrix, unless names say another."""
+    if not _FFN.search(scope):
+        return None
+    paths = [m.path for m in members]
+    downs = [path for path in paths if CALLED_DOWN.search(path)]
+    ups = [path for path in paths if CALLED_UP.search(path)]
+    leaves = {path.rpartition(".")[2] for path in paths}
+    agreed = len(downs) == 1 and (len(ups) == len(paths) - 1 or "receptance" in leaves)
+    down = downs[0] if agreed else paths[-1]
+    others = [path for path in paths if path != down and not path.endswith("receptance")]
+    return frozenset(others if len(others) < 3 else others[:1]), frozenset({down})
+
+
+def _agree(ups: frozenset[str], downs: frozenset[str]) -> bool:
+    """True if names confirm an assignment and none contradicts it."""
+    return all(CALLED_DOWN.search(path) for path in downs) and not any(CALLED_DOWN.search(path) for path in ups)
+
+
+def _named(m: _Matrix, sizes: _Sizes) -> Role | None:
+    """The role by name alone, inside layers and experts, unless the shape contradicts it."""
+    if not (layer_of(m.path) or EXPERTS.search(m.path)) or m.path in sizes.unnamed:
+        return None
+    down, up = bool(CALLED_DOWN.search(m.path)), bool(CALLED_UP.search(m.path))
+    width = sizes.residual(m.path)
+    reads, writes = m.fan_in == width != m.fan_out, m.fan_out == width != m.fan_in
+    if m.path not in sizes.stacks and ((down and reads) or (up and not down and writes)):
+        return None
+    return _role(m.path, down) if down or up else None
+
+
+def _role(path: str, down: bool | int) -> Role:
+    if SHARED.search(path):
+        return Role.SHARED_DOWN if down else Role.SHARED_UP
+    if EXPERTS.search(path):
+        return Role.EXPERT_DOWN if down else Role.EXPERT_UP
+    return Role.FFN_DOWN if down else Role.FFN_UP
