@@ -145,7 +145,9 @@ def _with_roles(target: ModelRecord, base: ModelRecord) -> tuple[list[ParameterI
     mine, theirs = (routers_by_shape(ffn_roles(infos, guess=True)) for infos in (mine, theirs))
     mine = _infer_roles(mine, match_parameters(mine, theirs))
     by_target = {info.name: info.role for info in mine}
-    return mine, [replace(i, role=i.role or by_target.get(back[i.name].name) if i.name in back else i.role) for i in theirs]
+    return mine, [
+        replace(i, role=i.role or by_target.get(back[i.name].name) if i.name in back else i.role) for i in theirs
+    ]
 
 
 def _infer_roles(infos: list[ParameterInfo], base: Mapping[str, ParameterInfo]) -> list[ParameterInfo]:

@@ -27,10 +27,13 @@ from lightning_mue.parameterizations.reading.size_inference import residual_widt
 from lightning_mue.parameterizations.rules.roles import Role
 
 _FFN = re.compile(
-    r"(^|[._])(ffn?|mlp|feed_?forward\w*|dense_?relu_?dense|channel_mix\w*|swi?glu|geglu|moe|experts?)([._]|$)", re.IGNORECASE
+    r"(^|[._])(ffn?|mlp|feed_?forward\w*|dense_?relu_?dense|channel_mix\w*|swi?glu|geglu|moe|experts?)([._]|$)",
+    re.IGNORECASE,
 )
 #: Last parts of names that only attention has: a module with one of them is no FFN.
-_QUERY = re.compile(r"(^|[._])(to_)?(q|wq|w_q|q_?proj|q_?lin|query|qkv|wqkv|w_qkv|qkv_?proj|c_attn|query_key_value|in_proj_weight)$")
+_QUERY = re.compile(
+    r"(^|[._])(to_)?(q|wq|w_q|q_?proj|q_?lin|query|w?qkv|w_qkv|qkv_?proj|c_attn|query_key_value|in_proj_weight)$"
+)
 
 #: A size in the target and, where a counterpart is known, in the base.
 Size = tuple[int, ...]
@@ -88,9 +91,10 @@ class _Sizes:
         self.stacks = {info.path for info in infos if info.form == "raw" and len(info.shape) == 3}
         flat = {i.path for i in infos if i.form == "raw" and len(i.shape) == 2 and in_experts(i.path)}
         #: Matrices whose names say nothing: convolutions, and stacks of experts in two dimensions.
-        self.unnamed = flat | {info.path for info in infos if info.form == "conv"}
+        self.convolutions = {info.path for info in infos if info.form == "conv"}
+        self.unnamed = flat | self.convolutions
         self.matrices: list[_Matrix] = []
-        norms: dict[str, Counter[Size]] = {}
+        self._norms: dict[str, list[tuple[str, Size]]] = {}
         alone = set()
         for place, info in enumerate(infos):
             old = others.get(info.name) if others is not None else None
@@ -102,8 +106,7 @@ class _Sizes:
             if _is_open(info):
                 self.matrices.append(_Matrix(info.path, fan_in, fan_out, place))
             elif info.role is Role.NORM and len(info.shape) == 1:
-                norms.setdefault(layer_of(info.path), Counter())[fan_out] += 1
-        self._norms = {layer: counter.most_common(1)[0][0] for layer, counter in norms.items()}
+                self._norms.setdefault(layer_of(info.path), []).append((info.path, fan_out))
         mine = set(residual_widths(infos).values())
         theirs = set(residual_widths(others.values()).values()) if others else mine
         self._whole = (*mine, *theirs) if len(mine) == len(theirs) == 1 else None
@@ -111,9 +114,11 @@ class _Sizes:
             self._whole = self._whole[:1]
         self.alone = frozenset(alone)
 
-    def residual(self, path: str) -> Size | None:
-        """The residual width at a path, or None if nothing shows it."""
-        return self._norms.get(layer_of(path)) or self._whole
+    def residual(self, scope: str) -> Size | None:
+        """The residual width around a module, or None if nothing shows it: that of the norms of its layer, but not its own."""
+        norms = self._norms.get(layer_of(scope), [])
+        around = [size for path, size in norms if _is_block(scope) or not path.startswith(f"{scope}.")]
+        return Counter(around).most_common(1)[0][0] if around else self._whole
 
 
 def _is_open(info: ParameterInfo) -> bool:
@@ -145,7 +150,10 @@ def _split(scope: str, members: list[_Matrix], sizes: _Sizes, guess: bool) -> _S
     members = [m for m in members if not _QUERY.search(m.path)]
     if any(m.path in sizes.alone for m in members):
         return None
-    width, stacked = sizes.residual(scope), all(m.path in sizes.stacks for m in members)
+    stacked = all(m.path in sizes.stacks for m in members)
+    # Convolutions have norms behind them, of their own widths.
+    normed = any(m.path in sizes.convolutions for m in members)
+    width = None if normed else sizes.residual(scope)
     if not stacked and any(m.path in sizes.stacks for m in members):
         return None  # a stack of experts beside other matrices
     options: list[_Split] = []

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 
-from lightning_mue.names import is_elementwise, is_head, split_layer
+from lightning_mue.names import is_elementwise, is_embedding, is_head, split_layer
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo
 from lightning_mue.parameterizations.reading.size_inference import residual_widths
 from lightning_mue.parameterizations.rules.roles import Role
@@ -52,7 +52,8 @@ def name_roles(infos: list[ParameterInfo]) -> list[ParameterInfo]:
             role = Role.QK_NORM
         elif role is Role.NORM and i > last_layer and info.form == "norm":
             role = Role.FINAL_NORM  # behind the layers
-        result.append(replace(info, role=role))
+        named = replace(info, role=role)
+        result.append(_turned(named, _served(info.path, moes) or set()) if role is Role.ROUTER else named)
     return result
 
 
@@ -101,7 +102,11 @@ def _moes(infos: list[ParameterInfo]) -> dict[str, set[int]]:
 def _served(path: str, moes: Mapping[str, set[int]]) -> set[int] | None:
     """Numbers of experts that a matrix in the same layer, or beside them, may choose from; None where there are none."""
     layer = layer_of(path)
-    near = [n for moe, n in moes.items() if (layer_of(f"{moe}.x") == layer if layer else moe == "" or path.startswith(f"{moe}."))]
+    near = [
+        n
+        for moe, n in moes.items()
+        if (layer_of(f"{moe}.x") == layer if layer else moe == "" or path.startswith(f"{moe}."))
+    ]
     return set().union(*near) if near else None
 
 
@@ -119,17 +124,23 @@ def routers_by_shape(infos: list[ParameterInfo]) -> list[ParameterInfo]:
 
     Called once the experts' own matrices and those of dense FFNs have their roles.
     """
-    found: set[str] = set()
+    found: dict[str, ParameterInfo] = {}
     for moe, counts in _moes(infos).items():
         scope, layer = moe, layer_of(f"{moe}.x")
         while counts:
             inside = [i for i in infos if i.path.startswith(f"{scope}.") or not scope]
             beside = [i for i in inside if _may_route(i, counts)]
             if beside or any(i.role is Role.ROUTER and i.fans[1] > 1 for i in inside) or scope in (layer, ""):
-                found |= {info.name for info in beside}
+                found |= {i.name: _turned(replace(i, role=Role.ROUTER), counts) for i in beside}
                 break
             scope = scope.rpartition(".")[0]
-    return [replace(info, role=Role.ROUTER) if info.name in found else info for info in infos]
+    return [found.get(info.name, info) for info in infos]
+
+
+def _turned(router: ParameterInfo, counts: set[int]) -> ParameterInfo:
+    """A router with its fans swapped if it is a bare parameter that is stored as [d, E]."""
+    turned = router.form == "raw" and router.shape[0] not in counts and router.shape[-1] in counts
+    return replace(router, fans=(router.shape[0], router.shape[-1])) if turned else router
 
 
 def _may_route(info: ParameterInfo, counts: set[int]) -> bool:
@@ -144,7 +155,7 @@ def _matrix_role(info: ParameterInfo, moes: Mapping[str, set[int]]) -> Role | No
     path = info.path
     if is_elementwise(path):
         return Role.SCALAR
-    if _POSITIONS.search(path) and info.form == "raw":
+    if info.form == "raw" and (_POSITIONS.search(path) or is_embedding(path)):
         return Role.EMBEDDING
     if info.form == "raw" and info.shape[0] == 1 and len(info.shape) == 3 and not in_experts(path):
         return Role.EMBEDDING  # [1, tokens, width], broadcast over a batch
