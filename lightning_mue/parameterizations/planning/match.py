@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from lightning_mue.checks import value_error
+from lightning_mue.checks import listed, value_error
 from lightning_mue.parameterizations.planning.counterparts import match_parameters
-from lightning_mue.parameterizations.reading.ffn_roles import ffn_roles
+from lightning_mue.parameterizations.reading.ffn_roles import ffn_roles, undecided
 from lightning_mue.parameterizations.reading.folding import mark_folds
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo, some
 from lightning_mue.parameterizations.reading.record import ModelRecord
@@ -40,6 +40,11 @@ class Pair:
         self.target = target
         self.notes: list[str] = []
         mine, theirs = _with_roles(target, base)
+        if scopes := [s for s in undecided(target.parameters, mine) if s in undecided(base.parameters, theirs)]:
+            self.notes.append(
+                f"the shapes of w1, w2 and w3 in {listed(scopes, limit=2)} do not tell which is the down matrix; w2 is taken "
+                "for it. If it is w3: roles: {'w3\\.weight': ffn_down, 'w[12]\\.weight': ffn_up} (expert_... for experts)"
+            )
         self.axes, mine = _sizes(target, mine)
         self.base_axes, theirs = _sizes(base, theirs)
         # Matched again, now that all roles are known: parameters without a counterpart by name are matched by role.

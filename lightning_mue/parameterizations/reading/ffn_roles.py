@@ -219,6 +219,20 @@ def _by_position(scope: str, members: list[_Matrix]) -> _Split | None:
     return frozenset(others if len(others) < 3 else others[:1]), frozenset({down})
 
 
+def undecided(read: Iterable[ParameterInfo], settled: Iterable[ParameterInfo]) -> list[str]:
+    """Modules with square matrices w1, w2, w3, of which w2 was taken for the down matrix: in some projects it is w3.
+
+    Args:
+        read: A model's parameters as they were read.
+        settled: The same with their roles.
+    """
+    open_ = {info.path for info in read if info.role is None}
+    down = (Role.FFN_DOWN, Role.EXPERT_DOWN, Role.SHARED_DOWN)
+    found = [i for i in settled if i.path in open_ and i.role in down and i.fans[0] == i.fans[1]]
+    scopes = [info.path.removesuffix(".w2") for info in found if info.path.endswith(".w2")]
+    return [scope for scope in scopes if {f"{scope}.w1", f"{scope}.w3"} <= open_]
+
+
 def _agree(ups: frozenset[str], downs: frozenset[str]) -> bool:
     """True if names confirm an assignment and none contradicts it."""
     return all(CALLED_DOWN.search(path) for path in downs) and not any(CALLED_DOWN.search(path) for path in ups)
