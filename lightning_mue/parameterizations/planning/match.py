@@ -8,7 +8,12 @@ from dataclasses import replace
 
 from lightning_mue.checks import listed, value_error
 from lightning_mue.parameterizations.planning.counterparts import match_parameters
-from lightning_mue.parameterizations.reading.ffn_roles import ffn_roles, undecided
+from lightning_mue.parameterizations.reading.ffn_roles import (
+    ffn_roles,
+    named_roles,
+    refuse_unnamed_experts,
+    undecided,
+)
 from lightning_mue.parameterizations.reading.folding import mark_folds
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo, some
 from lightning_mue.parameterizations.reading.record import ModelRecord
@@ -137,17 +142,19 @@ def _check_run(key: str, value: float | None, base_run: Mapping[str, float]) -> 
 def _with_roles(target: ModelRecord, base: ModelRecord) -> tuple[list[ParameterInfo], list[ParameterInfo]]:
     """(target's, base's) parameters with roles, inferred from their shapes, positions and growth.
 
-    First what both models show together, then what each shows alone, then what the other knows, and names last.
+    First what shapes show, then what the other model knows, then positions, and names last.
     """
     mine, theirs = list(target.parameters), list(base.parameters)
     matched = match_parameters(mine, theirs)
     back = {matched[info.name].name: info for info in reversed(mine) if info.name in matched}
     mine, theirs = ffn_roles(mine, matched), ffn_roles(theirs, back)
-    mine, theirs = ffn_roles(mine), ffn_roles(theirs)
     known, by_base = ({info.name: info.role for info in infos} for infos in (theirs, mine))
     mine = [replace(i, role=i.role or known.get(matched[i.name].name) if i.name in matched else i.role) for i in mine]
     theirs = [replace(i, role=i.role or by_base.get(back[i.name].name) if i.name in back else i.role) for i in theirs]
     mine, theirs = (routers_by_shape(ffn_roles(infos, guess=True)) for infos in (mine, theirs))
+    for infos in (mine, theirs):
+        refuse_unnamed_experts(infos)
+    mine, theirs = named_roles(mine), named_roles(theirs)
     mine = _infer_roles(mine, match_parameters(mine, theirs))
     by_target = {info.name: info.role for info in mine}
     return mine, [

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from lightning_mue.checks import value_error
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo
 from lightning_mue.parameterizations.reading.role_names import (
     CALLED_DOWN,
@@ -64,23 +65,34 @@ def ffn_roles(
 
     Args:
         infos: All parameters of a model.
-        counterparts: Name -> the other model's parameter. Only modules all of whose matrices have one are judged then.
+        counterparts: Name -> the other model's parameter. A module of which a matrix has none is judged by its own sizes.
         guess: Also judge modules whose shapes leave the question open, by position and names.
     """
-    sizes = _Sizes(infos, counterparts)
+    joint, own = _Sizes(infos, counterparts), _Sizes(infos, None)
     found: dict[str, Role] = {}
-    open_: dict[str, _Matrix] = {m.path: m for m in sizes.matrices}
+    open_ = {m.path: (m, mine) for m, mine in zip(joint.matrices, own.matrices, strict=True)}
+    crowded: set[str] = set()
     for scope in sorted(_scopes(open_), key=lambda scope: -scope.count(".")):
-        members = [m for path, m in open_.items() if path.startswith(f"{scope}.")]
-        split = _split(scope, members, sizes, guess) if len(members) > 1 else None
+        inside = [path for path in open_ if path.startswith(f"{scope}.") and not (_is_block(scope) and path in crowded)]
+        if len(inside) < 2:
+            continue
+        alone = any(path in joint.alone for path in inside)
+        members = [open_[path][alone] for path in inside]
+        split = _split(scope, members, own if alone else joint, guess)
+        for down, paths in enumerate(split or ()):
+            found |= {path: _role(path, down, path in own.stacks) for path in paths}
         if split is not None:
-            roles = {path: _role(path, down) for down, paths in enumerate(split) for path in paths}
-            found |= roles
             # Also what lies between them is settled: it belongs to no FFN around this one.
-            for m in members if not _is_block(scope) else [m for m in members if m.path in roles]:
-                open_.pop(m.path)
-    if guess:
-        found |= {path: role for path, m in open_.items() if (role := _named(m, sizes)) is not None}
+            for path in inside if not _is_block(scope) else [path for path in inside if path in found]:
+                open_.pop(path)
+        crowded |= set(inside)  # a module that is no FFN does not become one together with others
+    return [replace(i, role=found[i.path]) if _is_open(i) and i.path in found else i for i in infos]
+
+
+def named_roles(infos: list[ParameterInfo]) -> list[ParameterInfo]:
+    """Gives matrices that are in no FFN of known shape the roles of their names, unless the shape contradicts them."""
+    sizes = _Sizes(infos, None)
+    found = {m.path: role for m in sizes.matrices if (role := _named(m, sizes)) is not None}
     return [replace(i, role=found[i.path]) if _is_open(i) and i.path in found else i for i in infos]
 
 
@@ -148,8 +160,6 @@ def _split(scope: str, members: list[_Matrix], sizes: _Sizes, guess: bool) -> _S
     if any(_QUERY.search(m.path) for m in members) and not _is_block(scope):
         return None
     members = [m for m in members if not _QUERY.search(m.path)]
-    if any(m.path in sizes.alone for m in members):
-        return None
     stacked = all(m.path in sizes.stacks for m in members)
     # Convolutions have norms behind them, of their own widths.
     normed = any(m.path in sizes.convolutions for m in members)
@@ -247,12 +257,37 @@ def _named(m: _Matrix, sizes: _Sizes) -> Role | None:
     reads, writes = m.fan_in == width != m.fan_out, m.fan_out == width != m.fan_in
     if m.path not in sizes.stacks and ((down and reads) or (up and not down and writes)):
         return None
-    return _role(m.path, down) if down or up else None
+    return _role(m.path, down, m.path in sizes.stacks) if down or up else None
 
 
-def _role(path: str, down: bool | int) -> Role:
+def _role(path: str, down: bool | int, stacked: bool) -> Role:
     if SHARED.search(path):
         return Role.SHARED_DOWN if down else Role.SHARED_UP
-    if EXPERTS.search(path):
+    if EXPERTS.search(path) or stacked:
         return Role.EXPERT_DOWN if down else Role.EXPERT_UP
     return Role.FFN_DOWN if down else Role.FFN_UP
+
+
+def refuse_unnamed_experts(infos: list[ParameterInfo]) -> None:
+    """Refuses a list of equal FFNs beside a matrix with one output for each: a Mixture of Experts that is not called so.
+
+    Raises:
+        ValueError: Naming the list and the matrix.
+    """
+    lists: dict[str, set[str]] = {}
+    for info in infos:
+        layer = layer_of(info.path)
+        inner = re.match(r"((\.[^\d.][^.]*)+)\.(\d+)\.", info.path[len(layer) :]) if layer else None
+        if info.role is Role.FFN_DOWN and inner is not None:
+            lists.setdefault(layer + inner[1], set()).add(inner[3])
+    for path, numbers in lists.items():
+        scope = path.rpartition(".")[0]
+        beside = [i for i in infos if i.path.startswith(f"{scope}.") and not i.path.startswith(f"{path}.")]
+        for info in beside:
+            if info.role is None and len(info.shape) == 2 and info.fans[1] == len(numbers) > 1:
+                raise value_error(
+                    "model",
+                    found=f"{len(numbers)} FFNs in {path} beside {info.name} {list(info.shape)}, which has one output for each",
+                    expected="experts in a list of that name",
+                    do=f"Rename {path.rpartition('.')[2]} to experts.",
+                )

@@ -127,7 +127,8 @@ _ATTENTION_SCALE = ("scaling", "scale", "softmax_scale")
 def _attributes(module: nn.Module, infos: list[ParameterInfo]) -> dict[str, float]:
     """Reads what the shapes do not show: size and scale of an attention head, and the number of experts that a token uses."""
     roles = (Role.ROUTER, Role.EXPERT_UP, Role.EXPERT_DOWN)
-    experts = [info.name for info in infos if info.role in roles or in_experts(info.path)]
+    stacks = {info.name for info in infos if info.role is None and info.form == "raw" and len(info.shape) == 3}
+    experts = [i.name for i in infos if i.role in roles or in_experts(i.path) or i.name in stacks]
     found: dict[str, float] = {}
     for name, child in module.named_modules():
         prefix = f"{clean_name(name)}." if name else ""

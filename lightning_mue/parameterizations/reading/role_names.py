@@ -85,6 +85,8 @@ def _moes(infos: list[ParameterInfo]) -> dict[str, set[int]]:
     counts: dict[str, set[int]] = {}
     for info in infos:
         match = EXPERTS.search(info.path)
+        if match is None and info.role in (Role.EXPERT_UP, Role.EXPERT_DOWN) and len(info.shape) == 3:
+            counts.setdefault(info.path.rpartition(".")[0], set()).add(info.shape[0])  # a stack beside its router
         if match is None or SHARED.search(info.path) or len(info.shape) < 2:
             continue
         moe = info.path[: match.start()]
@@ -107,7 +109,7 @@ def _served(path: str, moes: Mapping[str, set[int]]) -> set[int] | None:
         for moe, n in moes.items()
         if (layer_of(f"{moe}.x") == layer if layer else moe == "" or path.startswith(f"{moe}."))
     ]
-    return set().union(*near) if near else None
+    return {sum(max(n, default=0) for n in near)}.union(*near) if near else None  # all groups of experts, or one
 
 
 def _router(info: ParameterInfo, moes: Mapping[str, set[int]]) -> bool:
@@ -129,7 +131,12 @@ def routers_by_shape(infos: list[ParameterInfo]) -> list[ParameterInfo]:
         scope, layer = moe, layer_of(f"{moe}.x")
         while counts:
             inside = [i for i in infos if i.path.startswith(f"{scope}.") or not scope]
-            beside = [i for i in inside if _may_route(i, counts)]
+            groups = [
+                max(n)
+                for other, n in _moes(infos).items()
+                if n and f"{other}.".startswith(f"{scope}." if scope else "")
+            ]
+            beside = [i for i in inside if _may_route(i, counts | {sum(groups)})]
             if beside or any(i.role is Role.ROUTER and i.fans[1] > 1 for i in inside) or scope in (layer, ""):
                 found |= {i.name: _turned(replace(i, role=Role.ROUTER), counts) for i in beside}
                 break

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_mue import plan
+from lightning_mue import initialize, plan
 
 #: Layout -> (names in order of definition, the down matrix, whether the up matrix holds the gate too).
 LAYOUTS = {
@@ -289,3 +289,54 @@ def test_convolutions_scale_by_the_inputs_that_an_output_sees(rule):
         power = {"hidden": -0.5, "unembedding": -1.0}.get(wanted, 0.0)
         drawn = float(base[f"{name}.weight"].std())
         assert entry.init.value == pytest.approx(drawn * 4**power, rel=0.15)
+
+
+class Mixture(nn.Module):
+    """Experts that are not called so, beside a matrix with one output for each."""
+
+    def __init__(self, width, experts, stacked):
+        super().__init__()
+        self.top_k, self.gate = 2, nn.Linear(width, experts, bias=False)
+        if stacked:
+            for name, shape in {"w1": (2 * width, width), "w2": (width, 2 * width), "w3": (2 * width, width)}.items():
+                self.register_parameter(name, nn.Parameter(torch.randn(experts, *shape)))
+        else:
+            self.mlps = nn.ModuleList(ffn("sequential", width, 2 * width) for _ in range(experts))
+
+
+def mixture(width, experts, stacked):
+    model = Stack(width=width)
+    for layer in model.layers:
+        layer.mlp = Mixture(width, experts, stacked)
+    return model
+
+
+def test_experts_that_are_not_called_so_are_recognised_or_refused():
+    scaling = plan(mixture(64, 8, True), base=mixture(32, 4, True))
+    roles = {p.name.split("mlp.")[1]: p.role for p in scaling.parameters if "layers.0.mlp." in p.name}
+    assert roles == {"gate.weight": "router", "w1": "expert_up", "w2": "expert_down", "w3": "expert_up"}
+    assert (scaling.axes["n_experts"], scaling.axes["active_width"]) == (8, 256)
+    with pytest.raises(
+        ValueError, match=r"8 FFNs in layers\.0\.mlp\.mlps beside layers\.0\.mlp\.gate.*Rename mlps to experts"
+    ):
+        plan(mixture(64, 8, False), base=mixture(32, 4, False))
+
+
+@pytest.mark.slow
+def test_outputs_of_convolutions_keep_their_size_over_widths():
+    """Independent of any table: RMS of every layer at the plan's std, on its own inputs of RMS 1."""
+
+    def measured(width):
+        torch.manual_seed(0)
+        model = Pixels(width)
+        initialize(model, plan(model, base=lambda: Pixels(16), rule="mup"))
+        return {
+            name: float(module(torch.randn(4, module.in_channels, 32, 32)).std())
+            for name, module in model.named_children()
+        }
+
+    small, large = measured(32), measured(256)
+    slopes = {name: math.log(large[name] / small[name]) / math.log(8) for name in small}
+    # A head is drawn with d^-1: its output falls as d^-1/2 until it is trained.
+    assert slopes.pop("head") == pytest.approx(-0.5, abs=0.1)
+    assert slopes == {name: pytest.approx(0.0, abs=0.1) for name in slopes}
