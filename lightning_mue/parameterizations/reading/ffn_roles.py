@@ -74,6 +74,8 @@ def ffn_roles(
     crowded: set[str] = set()
     for scope in sorted(_scopes(open_), key=lambda scope: -scope.count(".")):
         inside = [path for path in open_ if path.startswith(f"{scope}.") and not (_is_block(scope) and path in crowded)]
+        stacks = [path for path in inside if path in own.stacks]
+        inside = stacks or inside  # a matrix beside stacks of experts is their router
         if len(inside) < 2:
             continue
         alone = any(path in joint.alone for path in inside)
@@ -164,8 +166,6 @@ def _split(scope: str, members: list[_Matrix], sizes: _Sizes, guess: bool) -> _S
     # Convolutions have norms behind them, of their own widths.
     normed = any(m.path in sizes.convolutions for m in members)
     width = None if normed else sizes.residual(scope)
-    if not stacked and any(m.path in sizes.stacks for m in members):
-        return None  # a stack of experts beside other matrices
     options: list[_Split] = []
     for turned in (False, True) if stacked else (False,):
         sides = [m.turned() for m in members] if turned else members
