@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from lightning_mue.checks import value_error
@@ -72,8 +72,9 @@ def ffn_roles(
     found: dict[str, Role] = {}
     open_ = {m.path: (m, mine) for m, mine in zip(joint.matrices, own.matrices, strict=True)}
     crowded: set[str] = set()
-    for scope in sorted(_scopes(open_), key=lambda scope: -scope.count(".")):
-        inside = [path for path in open_ if path.startswith(f"{scope}.") and not (_is_block(scope) and path in crowded)]
+    scopes = _scopes(open_)
+    for scope in sorted(scopes, key=lambda scope: -scope.count(".")):
+        inside = [path for path in scopes[scope] if path in open_ and not (_is_block(scope) and path in crowded)]
         stacks = [path for path in inside if path in own.stacks]
         inside = stacks or inside  # a matrix beside stacks of experts is their router
         if len(inside) < 2:
@@ -139,17 +140,17 @@ def _is_open(info: ParameterInfo) -> bool:
     return info.role is None and len(info.shape) >= 2 and not in_attention(info.path) and info.form != "embedding"
 
 
-def _scopes(paths: Iterable[str]) -> Iterator[str]:
-    """Every module that may be an FFN: those inside a numbered layer, and others that are called so."""
-    seen: set[str] = set()
+def _scopes(paths: Iterable[str]) -> dict[str, list[str]]:
+    """Every module that may be an FFN -> its matrices: those inside a numbered layer, and others that are called so."""
+    found: dict[str, list[str]] = {}
     for path in paths:
         parts, layer = path.split("."), layer_of(path)
         for end in range(1, len(parts)):
             scope = ".".join(parts[:end])
             inside = bool(layer) and (scope == layer or scope.startswith(f"{layer}."))
-            if scope not in seen and (inside or _FFN.search(scope)):
-                seen.add(scope)
-                yield scope
+            if inside or scope in found or _FFN.search(scope):
+                found.setdefault(scope, []).append(path)
+    return found
 
 
 def _is_block(scope: str) -> bool:

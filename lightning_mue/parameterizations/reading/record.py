@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -129,10 +130,10 @@ def _attributes(module: nn.Module, infos: list[ParameterInfo]) -> dict[str, floa
     roles = (Role.ROUTER, Role.EXPERT_UP, Role.EXPERT_DOWN)
     stacks = {info.name for info in infos if info.role is None and info.form == "raw" and len(info.shape) == 3}
     experts = [i.name for i in infos if i.role in roles or in_experts(i.path) or i.name in stacks]
+    around = {""} | {name[: dot.start()] for name in experts for dot in re.finditer(r"\.", name)} if experts else set()
     found: dict[str, float] = {}
     for name, child in module.named_modules():
-        prefix = f"{clean_name(name)}." if name else ""
-        if any(expert.startswith(prefix) for expert in experts) and (top_k := _number(child, _TOP_K, int)):
+        if clean_name(name) in around and (top_k := _number(child, _TOP_K, int)):
             found["top_k"] = top_k  # the innermost comes last
         if "attention" in type(child).__name__.lower() and (head := _number(child, _HEAD_DIM, int)):
             found.setdefault("head_dim", head)

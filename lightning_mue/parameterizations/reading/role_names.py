@@ -127,15 +127,13 @@ def routers_by_shape(infos: list[ParameterInfo]) -> list[ParameterInfo]:
     Called once the experts' own matrices and those of dense FFNs have their roles.
     """
     found: dict[str, ParameterInfo] = {}
-    for moe, counts in _moes(infos).items():
+    moes = _moes(infos)
+    few = [i for i in infos if i.role in (None, Role.ROUTER) and len(i.shape) == 2]
+    for moe, counts in moes.items():
         scope, layer = moe, layer_of(f"{moe}.x")
         while counts:
-            inside = [i for i in infos if i.path.startswith(f"{scope}.") or not scope]
-            groups = [
-                max(n)
-                for other, n in _moes(infos).items()
-                if n and f"{other}.".startswith(f"{scope}." if scope else "")
-            ]
+            inside = [i for i in few if i.path.startswith(f"{scope}.") or not scope]
+            groups = [max(n) for other, n in moes.items() if n and f"{other}.".startswith(f"{scope}." if scope else "")]
             beside = [i for i in inside if _may_route(i, counts | {sum(groups)})]
             if beside or any(i.role is Role.ROUTER and i.fans[1] > 1 for i in inside) or scope in (layer, ""):
                 found |= {i.name: _turned(replace(i, role=Role.ROUTER), counts) for i in beside}
