@@ -180,5 +180,5 @@ class Scale:
 
 
 def _is_vector(info: ParameterInfo) -> bool:
-    """True for biases, gains and scalars."""
-    return len(info.shape) <= 1
+    """True for biases (of stacked experts too), gains and scalars."""
+    return len(info.shape) <= 1 or info.role is Role.BIAS

@@ -6,11 +6,18 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from lightning_mue.checks import value_error
+from lightning_mue.checks import listed, value_error
 from lightning_mue.parameterizations.planning.counterparts import match_parameters
+from lightning_mue.parameterizations.reading.ffn_roles import (
+    ffn_roles,
+    named_roles,
+    refuse_unnamed_experts,
+    undecided,
+)
 from lightning_mue.parameterizations.reading.folding import mark_folds
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo, some
 from lightning_mue.parameterizations.reading.record import ModelRecord
+from lightning_mue.parameterizations.reading.role_names import routers_by_shape
 from lightning_mue.parameterizations.reading.size_inference import infer_sizes, orient, residual_widths, stack_depths
 from lightning_mue.parameterizations.reading.weight_parts import refuse_parts
 from lightning_mue.parameterizations.rules.axes import Axes
@@ -43,6 +50,11 @@ class Pair:
             both = {info.name: info for info in (*base.parameters, *target.parameters) if info.part and info.trainable}
             refuse_parts((info.name, info.part) for info in both.values())
         mine, theirs = _with_roles(target, base)
+        if scopes := [s for s in undecided(target.parameters, mine) if s in undecided(base.parameters, theirs)]:
+            self.notes.append(
+                f"the shapes of w1, w2 and w3 in {listed(scopes, limit=2)} do not tell which is the down matrix; w2 is taken "
+                "for it. If it is w3: roles: {'w3\\.weight': ffn_down, 'w[12]\\.weight': ffn_up} (expert_... for experts)"
+            )
         self.axes, mine = _sizes(target, mine)
         self.base_axes, theirs = _sizes(base, theirs)
         # Matched again, now that all roles are known: parameters without a counterpart by name are matched by role.
@@ -132,12 +144,26 @@ def _check_run(key: str, value: float | None, base_run: Mapping[str, float]) -> 
 
 
 def _with_roles(target: ModelRecord, base: ModelRecord) -> tuple[list[ParameterInfo], list[ParameterInfo]]:
-    """(target's, base's) parameters with roles inferred from their growth; the base's take those of their counterparts."""
-    theirs = list(base.parameters)
-    matched = match_parameters(list(target.parameters), theirs)
-    mine = _infer_roles(list(target.parameters), matched)
-    by_base = {matched[info.name].name: info.role for info in mine if info.name in matched}
-    return mine, [replace(old, role=old.role or by_base.get(old.name)) for old in theirs]
+    """(target's, base's) parameters with roles, inferred from their shapes, positions and growth.
+
+    First what shapes show, then what the other model knows, then positions, and names last.
+    """
+    mine, theirs = list(target.parameters), list(base.parameters)
+    matched = match_parameters(mine, theirs)
+    back = {matched[info.name].name: info for info in reversed(mine) if info.name in matched}
+    mine, theirs = ffn_roles(mine, matched), ffn_roles(theirs, back)
+    known, by_base = ({info.name: info.role for info in infos} for infos in (theirs, mine))
+    mine = [replace(i, role=i.role or known.get(matched[i.name].name) if i.name in matched else i.role) for i in mine]
+    theirs = [replace(i, role=i.role or by_base.get(back[i.name].name) if i.name in back else i.role) for i in theirs]
+    mine, theirs = (routers_by_shape(ffn_roles(infos, guess=True)) for infos in (mine, theirs))
+    for infos in (mine, theirs):
+        refuse_unnamed_experts(infos)
+    mine, theirs = named_roles(mine), named_roles(theirs)
+    mine = _infer_roles(mine, match_parameters(mine, theirs))
+    by_target = {info.name: info.role for info in mine}
+    return mine, [
+        replace(i, role=i.role or by_target.get(back[i.name].name) if i.name in back else i.role) for i in theirs
+    ]
 
 
 def _infer_roles(infos: list[ParameterInfo], base: Mapping[str, ParameterInfo]) -> list[ParameterInfo]:
@@ -174,6 +200,9 @@ def _role_by_growth(info: ParameterInfo, old: ParameterInfo | None) -> Role | No
         return Role.HIDDEN  # nothing scales it: only models of the base's size may have parts of weights
     if old is None or info.form not in ("linear", "conv"):
         return None
+    grouped = info.groups != old.groups and info.fans[0] == old.fans[0]
+    if grouped:
+        return Role.NORM  # more groups of the same size: as many inputs as at the base, like a gain of each channel
     grows_in, grows_out = (new != was for new, was in zip(info.fans, old.fans, strict=True))
     return {(True, False): Role.UNEMBEDDING, (False, True): Role.EMBEDDING}.get((grows_in, grows_out), Role.HIDDEN)
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import nn
 
 from lightning_mue.checks import listed, value_error
+from lightning_mue.names import clean_name
 from lightning_mue.parameterizations.planning.evaluate import Scale
 from lightning_mue.parameterizations.planning.match import Pair
 from lightning_mue.parameterizations.planning.multipliers import MULTIPLIER_KINDS, folded_cells, site_values
 from lightning_mue.parameterizations.planning.notes import plan_notes
 from lightning_mue.parameterizations.planning.scaling_plan import ScalingPlan
 from lightning_mue.parameterizations.reading.base import RUN_KEYS, Base, describe_base
-from lightning_mue.parameterizations.reading.record import describe
+from lightning_mue.parameterizations.reading.record import ModelRecord, describe
 from lightning_mue.parameterizations.rules.kinds import Family
 from lightning_mue.parameterizations.rules.monomial import parse
 from lightning_mue.parameterizations.rules.table import Parameterization, Preset, get_rule
@@ -47,7 +49,7 @@ def plan(
         alpha: Depth exponent in [1/2, 1]; 1 is CompleteP.
         tokens: Training length of the target in tokens, if it is to count.
         batch_tokens: Batch size of the target in tokens, if it is to count.
-        roles: Regular expression on names -> role, for modules that declare none.
+        roles: Regular expression on names, of the target or the base -> role, for modules that declare none.
         multipliers: Kind of forward multiplier -> regular expression on dotted paths of attributes that hold one.
         preset: Name of a set of constants that the rule's paper reports; they apply on top, at base size too.
 
@@ -66,6 +68,7 @@ def plan(
         old = replace(target, run=base)
     else:
         old = describe_base(model, base, roles, multipliers, measure=False)
+    _check_patterns(roles, model, old)
     # 2. Match the two: roles, counterparts and sizes.
     pair = Pair(target, old, {"tokens": tokens, "batch_tokens": batch_tokens})
     rule, reason = rule.resolve(pair.axes, pair.base_axes) if rule.resolve is not None else (rule, None)
@@ -99,6 +102,19 @@ def _check(alpha: float, multipliers: Mapping[str, str] | None) -> None:
     if unknown := sorted(set(multipliers or {}) - set(MULTIPLIER_KINDS)):
         found = f"the kind(s) {listed(unknown)}"
         raise value_error("multipliers", found=found, expected=f"kinds among {listed(MULTIPLIER_KINDS)}")
+
+
+def _check_patterns(roles: Mapping[str, str] | None, model: nn.Module, base: ModelRecord) -> None:
+    """Refuses patterns that match nothing; those for experts need not match a dense base, nor a base's names the target."""
+    names = [clean_name(name) for name, _ in model.named_parameters(remove_duplicate=False)]
+    names += [info.name for info in base.parameters]
+    if unused := [pattern for pattern in roles or {} if not any(re.search(pattern, name) for name in names)]:
+        raise value_error(
+            "roles",
+            found=f"pattern(s) {unused}, which match no parameter",
+            expected=f"patterns on names of parameters of the model or its base: {listed(names, limit=8)}",
+            do="Correct or remove them.",
+        )
 
 
 def _preset(rule: Parameterization, name: str | None) -> Preset | None:

@@ -21,7 +21,6 @@ import yaml
 from torch import nn
 
 from lightning_mue.checks import value_error
-from lightning_mue.names import clean_name
 from lightning_mue.parameterizations.reading.initializer import Init
 from lightning_mue.parameterizations.reading.measuring import measure_build, measure_ready
 from lightning_mue.parameterizations.reading.parameters import role_patterns
@@ -143,7 +142,7 @@ def describe_base(
     """Makes the base of a target, or reads its file, and describes it; for the arguments see :func:`lightning_mue.plan`.
 
     With ``measure`` real weights are made and how they were drawn is found; otherwise there are shapes only, on ``meta``.
-    ``roles`` and ``multipliers`` that name nothing in the base are left out.
+    Patterns that name nothing in the base are left out.
     """
     if isinstance(base, (str, Path)):
         record, patterns = load_base(base), role_patterns(roles)
@@ -163,12 +162,9 @@ def describe_base(
         made, inits = measure_build(lambda seed: build_base(model, base, seed=seed))
     else:
         made = _shapes(model, base)
-    names = [clean_name(name) for name, _ in made.named_parameters(remove_duplicate=False)]
-    # An MoE's patterns need not name anything where the base is dense.
-    some_roles = {p: r for p, r in (roles or {}).items() if any(re.search(p, name) for name in names)}
     paths = float_attributes(made)
     some_multipliers = {k: p for k, p in (multipliers or {}).items() if any(re.search(p, path) for path in paths)}
-    return replace(describe(made, some_roles, some_multipliers), run=run, inits=inits)
+    return replace(describe(made, roles, some_multipliers), run=run, inits=inits)
 
 
 def _shapes(model: nn.Module, base: Base) -> nn.Module:

@@ -44,6 +44,7 @@ class ParameterInfo:
         folds: Kinds of forward multipliers that can be folded into it, because it is the last factor of what they multiply (for
             ``attention``, the only one).
         part: What it is a part of, if a module computes its weight from several (weight norm, LoRA).
+        groups: Number of groups of a convolution, each of which sees its own share of the inputs.
     """
 
     name: str
@@ -56,6 +57,7 @@ class ParameterInfo:
     trainable: bool = True
     folds: frozenset[str] = frozenset()
     part: str = ""
+    groups: int = 1
 
     @property
     def position(self) -> tuple[str, int]:
@@ -101,19 +103,15 @@ def list_parameters(module: nn.Module, roles: Mapping[str, str] | None = None) -
         One entry a parameter, in ``named_parameters`` order; frozen ones too, since they may be unfrozen later.
 
     Raises:
-        ValueError: For a pattern that matches no parameter or an unknown role name.
+        ValueError: For an unreadable pattern, an unknown role name, or a parameter without a shape.
     """
     patterns = role_patterns(roles)
-    used, parts = set[str](), weight_parts(module)
+    parts = weight_parts(module)
     found: dict[int, ParameterInfo] = {}
     for name, tensor, owner, branch in _walk(module):
         leaf = name.rsplit(".", 1)[-1]
-        role = _declared_role(owner, leaf, tensor.dim())
-        for pattern, wanted in patterns:
-            if pattern.search(name):
-                role = wanted
-                used.add(pattern.pattern)
-                break
+        given = (wanted for pattern, wanted in patterns if pattern.search(name))
+        role = next(given, None) or _declared_role(owner, leaf, tensor.dim())
         if isinstance(tensor, nn.parameter.UninitializedParameter):
             found_lazy = f"{name} without a shape, because it belongs to a lazy layer"
             do = "Run one batch through the model first."
@@ -121,18 +119,11 @@ def list_parameters(module: nn.Module, roles: Mapping[str, str] | None = None) -
         form, first = module_form(owner), found.get(id(tensor))
         if first is None:
             fans = _fans(tuple(tensor.shape), owner)
+            groups = int(getattr(owner, "groups", 1)) if form == "conv" else 1
             info = ParameterInfo(name, tuple(tensor.shape), fans, form, role, branch, trainable=tensor.requires_grad)
-            found[id(tensor)] = replace(info, part=parts.get(name, ""))
+            found[id(tensor)] = replace(info, part=parts.get(name, ""), groups=groups)
         elif _are_tied(first, form, role):
             found[id(tensor)] = replace(first, role=Role.UNEMBEDDING, tied=True)
-    unused = [pattern.pattern for pattern, _ in patterns if pattern.pattern not in used]
-    if unused:
-        raise value_error(
-            "roles",
-            found=f"pattern(s) {unused}, which match no parameter",
-            expected=f"patterns on names of parameters: {some(found.values())}",
-            do="Correct or remove them.",
-        )
     return list(found.values())
 
 
@@ -188,6 +179,8 @@ def _declared_role(owner: nn.Module, leaf: str, dim: int) -> Role | None:
         return Role.NORM
     if leaf.endswith("bias"):
         return Role.BIAS
+    if isinstance(owner, nn.modules.conv._ConvNd) and 1 < owner.groups == owner.in_channels:
+        return Role.NORM  # depthwise: each channel has its own kernel, as each has its own gain in a norm
     return None
 
 
@@ -206,11 +199,15 @@ def module_form(owner: nn.Module) -> Form:
 
 
 def _fans(shape: tuple[int, ...], owner: nn.Module) -> tuple[int, int]:
-    """(fan-in, fan-out): [out, in], a stack [E, out, in], a convolution [out, in, *kernel] or transposed forms of them."""
+    """(fan-in, fan-out): [out, in], a stack [E, out, in], a convolution [out, in / groups, *kernel] or transposed forms.
+
+    The fan-in of a transposed convolution [in, out / groups, *kernel] counts its whole kernel, though with a stride each output
+    sees only a part of it: that part does not depend on the width.
+    """
     if len(shape) < 2:
         return 1, shape[0] if shape else 1
     if isinstance(owner, nn.modules.conv._ConvTransposeNd):
-        return shape[0], prod(shape[1:])
+        return shape[0] // owner.groups * prod(shape[2:]), shape[1] * owner.groups
     if isinstance(owner, nn.modules.conv._ConvNd):
         return prod(shape[1:]), shape[0]
     if type(owner).__name__ == "Conv1D":

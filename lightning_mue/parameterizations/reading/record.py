@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -14,7 +15,7 @@ from lightning_mue.names import clean_name
 from lightning_mue.parameterizations.reading.initializer import Init
 from lightning_mue.parameterizations.reading.measuring import measure_module
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo, list_parameters
-from lightning_mue.parameterizations.reading.role_names import name_roles
+from lightning_mue.parameterizations.reading.role_names import in_experts, name_roles
 from lightning_mue.parameterizations.reading.sites import Site, sites
 from lightning_mue.parameterizations.rules.axes import Axes
 from lightning_mue.parameterizations.rules.roles import Role
@@ -126,11 +127,13 @@ _ATTENTION_SCALE = ("scaling", "scale", "softmax_scale")
 
 def _attributes(module: nn.Module, infos: list[ParameterInfo]) -> dict[str, float]:
     """Reads what the shapes do not show: size and scale of an attention head, and the number of experts that a token uses."""
-    experts = [info.name for info in infos if info.role in (Role.ROUTER, Role.EXPERT_UP, Role.EXPERT_DOWN)]
+    roles = (Role.ROUTER, Role.EXPERT_UP, Role.EXPERT_DOWN)
+    stacks = {info.name for info in infos if info.role is None and info.form == "raw" and len(info.shape) == 3}
+    experts = [i.name for i in infos if i.role in roles or in_experts(i.path) or i.name in stacks]
+    around = {""} | {name[: dot.start()] for name in experts for dot in re.finditer(r"\.", name)} if experts else set()
     found: dict[str, float] = {}
     for name, child in module.named_modules():
-        prefix = f"{clean_name(name)}." if name else ""
-        if any(expert.startswith(prefix) for expert in experts) and (top_k := _number(child, _TOP_K, int)):
+        if clean_name(name) in around and (top_k := _number(child, _TOP_K, int)):
             found["top_k"] = top_k  # the innermost comes last
         if "attention" in type(child).__name__.lower() and (head := _number(child, _HEAD_DIM, int)):
             found.setdefault("head_dim", head)

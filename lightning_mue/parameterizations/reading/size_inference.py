@@ -77,7 +77,9 @@ def _n_experts(infos: list[ParameterInfo]) -> int:
     if stacks:
         return stacks[0]
     # A list of experts, each a module of its own: the second index of the name counts them.
-    numbers = {int(m[1]) for i in infos if i.role is Role.EXPERT_DOWN and (m := re.search(r"experts\.(\d+)\.", i.name))}
+    numbers = {
+        int(m[1]) for i in infos if i.role is Role.EXPERT_DOWN and (m := re.search(r"experts\.\w*?(\d+)\.", i.name))
+    }
     return len(numbers)
 
 
