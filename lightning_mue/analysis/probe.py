@@ -103,7 +103,9 @@ class ModuleProbe:
             else:
                 self._owned.setdefault(owner, []).append(_inside(owner, name))
         #: Unembedding -> its weights in several other orders of the input features.
-        self._shuffled = {name: self._reorder(name) for name in self._owned if self._role(name, "change") == "unembedding"}
+        self._shuffled = {
+            name: self._reorder(name) for name in self._owned if self._role(name, "change") == "unembedding"
+        }
         self._first: dict[tuple[str, int], Tensor] = {}
         self._first_shuffled: dict[tuple[str, int], list[Tensor]] = {}
         self._visit(self._remember, self._owned)
@@ -134,9 +136,7 @@ class ModuleProbe:
             Measured(name, self._role(name, quantity), quantity, mean**0.5) for (name, quantity), mean in means.items()
         ]
 
-    def _differences(
-        self, name: str, call: int, again: _Again, h: Tensor
-    ) -> Iterator[tuple[tuple[str, str], Tensor]]:
+    def _differences(self, name: str, call: int, again: _Again, h: Tensor) -> Iterator[tuple[tuple[str, str], Tensor]]:
         """Yields ((name, quantity), difference) of one call."""
         first = self._first.get((name, call))
         yield (name, "output"), h

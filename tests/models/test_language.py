@@ -349,11 +349,14 @@ def test_a_uniform_draw_has_the_bounds_of_fan_in():
 @pytest.mark.parametrize(("rule", "family"), [("complete-mue", "adam"), ("mssp", "adam"), ("hyperp", "sphere")])
 def test_the_gate_of_attention_scales_as_a_hidden_matrix(rule, family):
     torch.manual_seed(0)
-    sizes = {"gate": "sqrt" if rule == "hyperp" else "linear", "scoring": "sigmoid" if rule == "mssp" else "softmax"}
+    sizes = {
+        "gate": "sqrt" if rule == "hyperp" else "linear",
+        "scoring": "sigmoid" if rule == "mssp" else "softmax-topk",
+    }
     model = make_model(width=128, n_heads=16, gated_attention=True, **sizes)
     scaling = plan(model, base={"width": 32, "n_heads": 4}, rule=rule, family=family)
     rows = {p.name: p for p in scaling.parameters}
     gate, query = (rows[f"transformer.blocks.0.attention.{w}"] for w in ("w_g", "w_q"))
     assert (gate.role, gate.lr) == ("hidden", query.lr)
     assert gate.lr == pytest.approx(1.0 if rule == "hyperp" else 0.25)
-    assert gate.init_std == pytest.approx(128**-0.5, rel=0.05)
+    assert gate.init.std == pytest.approx(query.init.std, rel=0.05)

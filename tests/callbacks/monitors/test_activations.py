@@ -102,6 +102,8 @@ def test_the_branch_after_its_multiplier(toy):
     _, logger = toy.fit([ActivationOutlierMonitor()], model=model, n_batches=1)
     for layer, m in (("00", 0.5), ("01", 0.25)):
         for branch in ("attention", "ffn"):
-            before, after = (logger.values(f"stability/{n}/{branch}/{layer}")[0] for n in ("rms", "rms_after_multiplier"))
+            before, after = (
+                logger.values(f"stability/{n}/{branch}/{layer}")[0] for n in ("rms", "rms_after_multiplier")
+            )
             assert after == pytest.approx(m * before, rel=1e-6)
             assert after != pytest.approx(before, rel=0.1)

@@ -40,7 +40,9 @@ def test_routed_experts_count_by_their_active_share():
     assert plan(module, tokens="3e6", **options).axes["tokens"] == 3e6  # as YAML reads 3e6
 
 
-@pytest.mark.parametrize("text", ["50 per params", "-3 per parameter", "0 per parameter", "many", "1.2.3 per parameter"])
+@pytest.mark.parametrize(
+    "text", ["50 per params", "-3 per parameter", "0 per parameter", "many", "1.2.3 per parameter"]
+)
 def test_other_texts_are_refused(text):
     for base, tokens, key in (({"tokens": text}, 1.0, "base.tokens"), ({"tokens": 1.0}, text, "tokens")):
         with pytest.raises(ValueError, match=rf"^{key}: found '{text}'.*'50 per parameter'"):
