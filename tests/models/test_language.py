@@ -359,4 +359,5 @@ def test_the_gate_of_attention_scales_as_a_hidden_matrix(rule, family):
     gate, query = (rows[f"transformer.blocks.0.attention.{w}"] for w in ("w_g", "w_q"))
     assert (gate.role, gate.lr) == ("hidden", query.lr)
     assert gate.lr == pytest.approx(1.0 if rule == "hyperp" else 0.25)
-    assert gate.init.std == pytest.approx(query.init.std, rel=0.05)
+    # Measured on a base of 4 x 32 entries: a standard error of 6 %.
+    assert gate.init.value == pytest.approx(query.init.value, rel=0.25)

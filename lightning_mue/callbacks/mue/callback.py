@@ -48,8 +48,8 @@ class MuECallback(Callback):
             the path of a saved base (from Python also a module or a factory). May hold the base run's ``tokens`` and
             ``batch_tokens``, which then count.
         alpha: Depth exponent in [1/2, 1].
-        tokens: Training length of this run in tokens, or ``"N per parameter"`` (see :func:`plan`). Where the base holds its own and this is None, it is inferred: optimizer
-            steps times ``batch_tokens``.
+        tokens: Training length of this run in tokens, or ``"N per parameter"`` (see :func:`plan`). Where the base holds its
+            own and this is None, it is inferred: optimizer steps times ``batch_tokens``.
         batch_tokens: Batch size of this run in tokens, over all ranks and accumulated batches. Where the base holds its own
             and this is None, it is inferred from the datamodule's (or module's) batch size and sequence length.
         roles: Regular expression on parameter names -> role, for modules that declare none.

@@ -113,9 +113,10 @@ def run_sizes(
             if not trains:
                 sizes[key] = known[key]
                 continue
+            shown = known[key] if isinstance(known[key], str) else f"{known[key]:g}"
             raise value_error(
                 f"base.{key}",
-                found=f"{known[key] if isinstance(known[key], str) else f'{known[key]:g}'}, while {key} of this run is not given and cannot be inferred",
+                found=f"{shown}, while {key} of this run is not given and cannot be inferred",
                 expected=f"{key} of both runs or of none",
                 do=f"Give {key}, e.g. MuECallback({key}=4e9, ...), or leave base.{key} out if it is not to count. It cannot "
                 f"be inferred because of {error.args[0]}",
