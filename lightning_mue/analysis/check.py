@@ -64,7 +64,7 @@ class CoordinateCheck:
 
     @property
     def passed(self) -> bool:
-        """Whether there are slopes that decide, all lie within the tolerance, and nothing is infinite or NaN."""
+        """Whether there are slopes that decide, all lie within the tolerance or settle, and nothing is infinite or NaN."""
         deciding = [slope for slope in self.slopes() if slope.decides]
         failed = any(slope.status in ("FAIL", "non-finite") for slope in deciding)
         return not failed and not self._broken_loss() and any(slope.status == "pass" for slope in deciding)
@@ -83,16 +83,30 @@ class CoordinateCheck:
             worst = max(judged, key=lambda slope: abs(slope.slope))
             return (
                 f"PASSED: {what}: all {len(judged)} slopes within +-{self.tolerance:g} (largest {worst.slope:+.2f}, "
-                f"{worst.quantity} of {worst.name})"
+                f"{worst.quantity} of {worst.name}){self._advice(deciding)}"
             )
         if bad:
             worst = bad[0]
             broken = "non-finite" if worst.status == "non-finite" else f"{worst.slope:+.2f}"
             return (
                 f"FAILED: {what}: {len(bad)} of {len(deciding)} slopes not within +-{self.tolerance:g} (worst {broken}, "
-                f"{worst.quantity} of {worst.name})"
+                f"{worst.quantity} of {worst.name}){self._advice(bad)}"
             )
         return f"FAILED: {what}: " + ("a loss is not finite" if self._broken_loss() else "no slope could be fitted")
+
+    def _advice(self, slopes: list[Slope]) -> str:
+        """What larger sizes would tell, where slopes shrink as the size grows; empty where none does."""
+        settling = [slope for slope in slopes if slope.status == "settles"]
+        if settling:
+            falls = f"{settling[0].name} changes less ({settling[0].slope:+.2f})"
+            return (
+                f"; {falls} only by the answer of its random initial weights, which vanishes with the width: "
+                "larger sizes show the limit"
+            )
+        shrink = bool(slopes) and all(slope.status == "FAIL" and _shrinks(slope, self.tolerance) for slope in slopes)
+        if shrink:
+            return "; every one of them shrinks towards larger sizes: this may be an effect of small ones, so repeat with larger"
+        return ""
 
     def to_csv(self, path: str | Path) -> None:
         """Writes one line for each measurement, with the columns of :class:`Record`."""
@@ -147,6 +161,11 @@ class CoordinateCheck:
             shown = ", ".join(self.unseen[:4]) + (" ..." if len(self.unseen) > 4 else "")
             lines.append(f"not measured, because the probe batch calls no module that contains them: {shown}")
         return [Text(f"note: {line}", style="yellow") for line in (*lines, *self.notes)]
+
+
+def _shrinks(slope: Slope, tolerance: float) -> bool:
+    """Whether a slope is within the tolerance over the larger half of at least three sizes, though not over all."""
+    return len(slope.sizes) > 2 and abs(slope.upper) <= tolerance < abs(slope.lower)
 
 
 def _cells(slope: Slope) -> tuple[str, ...]:

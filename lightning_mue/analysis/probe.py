@@ -6,6 +6,10 @@ The quantities (docs/theory.md section 7), for a module M with inputs x and outp
     update       M(theta_t, x_t) - M(theta_t with p_0, x_t)   of one parameter p; (W_t - W_0) x_t for a linear layer
     propagated   M(theta_0, x_t) - M(theta_0, x_0)            W_0 (x_t - x_0) for a linear layer
     output       M(theta_t, x_t)
+    coherent     the part of an unembedding's change that is no accident of its draw, by size:
+                 sqrt(change^2 - random^2), at least its update. random is `propagated` of the same weights with their input
+                 features in another order: a random matrix of falling size answers every move of the stream by as much,
+                 and by less the wider the model is, while what training has aligned stays
 
 Nothing is assumed about how M uses its parameters, so stacked experts, fused matrices, norms and custom ops need no
 special case. The router's decision is an input of the experts, so it is the same in both terms of a difference.
@@ -27,6 +31,8 @@ from lightning_mue.names import clean_name, is_numbered_layer
 
 #: The role under which the outputs of numbered layers are recorded.
 STREAM = "residual stream"
+#: Orders of an unembedding's inputs that are averaged; one alone is off by 10 % in the square, as the stream moves along few axes.
+_ORDERS = 4
 #: Calls a module again on the same inputs, with some parameters (path inside the module -> value) replaced.
 _Again = Callable[[Mapping[str, Tensor]], Tensor]
 
@@ -39,7 +45,7 @@ class Measured:
         name: Qualified name of the parameter (``update``) or module (the other quantities).
         role: The parameter's role. For a module's output: ``residual stream`` for a numbered layer, else the role that
             all of its parameters but the bias share, or an empty string.
-        quantity: ``update``, ``change``, ``propagated`` or ``output``.
+        quantity: ``update``, ``change``, ``propagated``, ``output`` or ``coherent``.
         rms: ``sqrt(mean(square))`` over all entries, float32 or better.
     """
 
@@ -96,8 +102,13 @@ class ModuleProbe:
                 self.unseen.append(name)
             else:
                 self._owned.setdefault(owner, []).append(_inside(owner, name))
+        #: Unembedding -> its weights in several other orders of the input features.
+        self._shuffled = {
+            name: self._reorder(name) for name in self._owned if self._role(name, "change") == "unembedding"
+        }
         self._first: dict[tuple[str, int], Tensor] = {}
-        self._visit(lambda name, call, again, h: self._first.__setitem__((name, call), h.clone()), self._owned)
+        self._first_shuffled: dict[tuple[str, int], list[Tensor]] = {}
+        self._visit(self._remember, self._owned)
 
     def measure(self) -> list[Measured]:
         """Runs the probe batch with the current weights.
@@ -110,30 +121,57 @@ class ModuleProbe:
         counts: dict[tuple[str, str], int] = defaultdict(int)
 
         def add(name: str, call: int, again: _Again, h: Tensor) -> None:
-            for key, difference in self._differences(name, self._first.get((name, call)), again, h):
+            for key, difference in self._differences(name, call, again, h):
                 squares[key] += float(difference.square().sum(dtype=torch.float64))
                 counts[key] += difference.numel()
 
         self._visit(add, self._owned)
+        means = {key: squares[key] / count for key, count in counts.items() if count}
+        for name in self._shuffled:
+            random = means.pop((name, "random"), None)
+            if random is not None:
+                update = sum(means.get((self._full(name, path), "update"), 0.0) for path in self._owned[name])
+                means[name, "coherent"] = max(means[name, "change"] - random, update)
         return [
-            Measured(name, self._role(name, quantity), quantity, (squares[name, quantity] / count) ** 0.5)
-            for (name, quantity), count in counts.items()
-            if count
+            Measured(name, self._role(name, quantity), quantity, mean**0.5) for (name, quantity), mean in means.items()
         ]
 
-    def _differences(
-        self, name: str, first: Tensor | None, again: _Again, h: Tensor
-    ) -> Iterator[tuple[tuple[str, str], Tensor]]:
+    def _differences(self, name: str, call: int, again: _Again, h: Tensor) -> Iterator[tuple[tuple[str, str], Tensor]]:
         """Yields ((name, quantity), difference) of one call."""
+        first = self._first.get((name, call))
         yield (name, "output"), h
         own = self._owned[name]
         old = {_inside(name, full): value for full, value in self._start.items() if _is_inside(name, full)}
         for path in own:
-            yield (f"{name}.{path}" if name else path, "update"), h - again({path: old[path]})
+            yield (self._full(name, path), "update"), h - again({path: old[path]})
         if first is not None and first.shape == h.shape:
             yield (name, "change"), h - first
             if own:
                 yield (name, "propagated"), again(old) - first
+            if name in self._shuffled:
+                for shuffled, start in zip(self._shuffled[name], self._first_shuffled[name, call], strict=True):
+                    yield (name, "random"), again(shuffled) - start
+
+    def _remember(self, name: str, call: int, again: _Again, h: Tensor) -> None:
+        self._first[name, call] = h.clone()
+        if name in self._shuffled:
+            self._first_shuffled[name, call] = [again(shuffled) for shuffled in self._shuffled[name]]
+
+    def _reorder(self, module: str) -> list[dict[str, Tensor]]:
+        """The module's first matrices with their input features in other orders; the caller's random state stays."""
+        matrices = {path: self._start[self._full(module, path)] for path in self._owned[module]}
+        generator = torch.Generator().manual_seed(0)
+        return [
+            {
+                path: w[..., torch.randperm(w.shape[-1], generator=generator).to(w.device)] if w.ndim > 1 else w
+                for path, w in matrices.items()
+            }
+            for _ in range(_ORDERS)
+        ]
+
+    @staticmethod
+    def _full(module: str, path: str) -> str:
+        return f"{module}.{path}" if module else path
 
     def _visit(self, consume: Callable[[str, int, _Again, Tensor], object], names: Iterable[str]) -> None:
         """Runs the probe batch and passes on (module name, number of its call, function that repeats the call, output)."""
@@ -170,7 +208,7 @@ class ModuleProbe:
             return self.roles[name]
         if is_numbered_layer(name):
             return STREAM
-        own = {self.roles[f"{name}.{path}" if name else path] for path in self._owned[name]} - {"bias"}
+        own = {self.roles[self._full(name, path)] for path in self._owned[name]} - {"bias"}
         return own.pop() if len(own) == 1 else ""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from lightning_mue.analysis.probe import STREAM
 from lightning_mue.names import all_indices, is_numbered_layer, split_layer
 
-Status = Literal["pass", "FAIL", "non-finite", "zero", "one size", ""]
+Status = Literal["pass", "FAIL", "settles", "non-finite", "zero", "one size", ""]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Record:
         step: Optimizer steps taken before the measurement.
         name: Parameter (for ``update``) or module.
         role: Role of the parameter; ``residual stream`` for the output of a numbered layer.
-        quantity: ``update``, ``change``, ``propagated``, ``output`` (see probe.py) or ``loss``.
+        quantity: ``update``, ``change``, ``propagated``, ``output``, ``coherent`` (see probe.py) or ``loss``.
         rms: Root mean square; the loss itself for ``loss``.
         base: The base's parameter from which this one is scaled; None for a module, or without one.
     """
@@ -57,7 +57,7 @@ class Slope:
         lower: The slope over the lower half of the sizes.
         upper: The slope over the upper half.
         decides: Whether the verdict depends on it.
-        status: ``pass``, ``FAIL``, or why there is no slope; empty if it does not decide.
+        status: ``pass``, ``FAIL``, ``settles`` (see `fit_slopes`), or why there is no slope; empty if it does not decide.
         zeros: Measurements that were exactly zero, which have no logarithm and are left out.
     """
 
@@ -119,6 +119,9 @@ def fit_slopes(records: Iterable[Record], *, step: int, tolerance: float, depth_
     """Fits every line of the table at one step: failing ones first, then the deciding ones by absolute slope.
 
     With `depth_moves`, layers are compared at equal relative positions, and only the residual stream and the logits decide.
+
+    The change of the logits that shrinks by more than the tolerance ``settles`` if its ``coherent`` part keeps its size: what
+    shrinks is the answer of the random initial unembedding, which a sound rule lets vanish as d^-1/2. It does not fail.
     """
     at_step = [record for record in records if record.step == step and record.quantity != "loss"]
     lines = _lines(at_step, depth_moves)
@@ -127,7 +130,17 @@ def fit_slopes(records: Iterable[Record], *, step: int, tolerance: float, depth_
         _fit(name, quantity, step, line, _decides(quantity, line.role, depth_moves, has_stream), tolerance)
         for (name, quantity), line in lines.items()
     ]
+    coherent = {s.name: s for s in slopes if s.quantity == "coherent"}
+    slopes = [replace(s, status="settles") if _settles(s, coherent.get(s.name), tolerance) else s for s in slopes]
     return sorted(slopes, key=_worst_first)
+
+
+def _settles(slope: Slope, coherent: Slope | None, tolerance: float) -> bool:
+    """Whether a line that shrinks does so only because of a part that vanishes by design."""
+    if slope.quantity != "change" or slope.status != "FAIL" or slope.slope > 0 or coherent is None:
+        return False
+    # A difference of two squares is noisier than they are: its own error over seeds counts.
+    return abs(coherent.slope) <= tolerance + (coherent.error if math.isfinite(coherent.error) else 0.0)
 
 
 def _decides(quantity: str, role: str, depth_moves: bool, has_stream: bool) -> bool:

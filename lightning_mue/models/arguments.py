@@ -29,6 +29,11 @@ def check_sizes(given: Mapping[str, Any]) -> None:
         require_number(name, given[name], above=0)
     factors = [name for name in given if name.endswith(("_std", "_multiplier")) and given[name] is not None]
     require_non_negative(**{name: given[name] for name in factors})
+    if given["uniform_init"] and given["init_std"] is not None:
+        do = "Leave init_std out, or set uniform_init to false."
+        raise value_error(
+            "init_std", found=given["init_std"], expected="null with uniform_init, which sets the std", do=do
+        )
 
 
 def check_options(n_experts: int, top_k: int, n_groups: int, options: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_mue.checks import value_error
 from lightning_mue.models.arguments import check_options, check_sizes, infer_head_dim
 from lightning_mue.models.generation import Generates
-from lightning_mue.models.transformer import Attention, Block, RotaryEmbedding, Transformer
+from lightning_mue.models.transformer import Attention, Block, RotaryEmbedding, Transformer, draw_uniform
 from lightning_mue.moe import FeedForward, MoELayer, clip_grad_norm, parallelize_experts
 from lightning_mue.moe.balance_callbacks import balance_callbacks
 from lightning_mue.parameterizations.applying.keeps_multipliers import KeepsMultipliers
@@ -62,6 +62,9 @@ class MoELanguageModel(KeepsMultipliers, Generates, LightningModule):
         n_expert_groups: Groups of experts with equally many active ones; divides ``n_experts`` and ``top_k``. 1: free choice.
         activation: Of every FFN and expert: ``swiglu``, ``geglu``, ``geglu-tanh``, ``gelu``, ``gelu-tanh``, ``relu`` or ``relu2``.
         ffn_bias: Give every FFN and expert biases.
+        gated_attention: Multiply the output of each head by sigmoid(w . x), w a vector of the head.
+        uniform_init: Draw the matrices of the blocks uniformly within ``+-fan_in^-1/2``, as torch.nn.Linear does, in place of
+            ``init_std``.
         optimizer: From parameters to an optimizer.
         scheduler: From an optimizer to a scheduler, stepped every optimizer step. If its ``total_steps`` is None, it is set to
             the trainer's number of steps.
@@ -101,6 +104,8 @@ class MoELanguageModel(KeepsMultipliers, Generates, LightningModule):
         n_expert_groups: int = 1,
         activation: str = "swiglu",
         ffn_bias: bool = False,
+        gated_attention: bool = False,
+        uniform_init: bool = False,
         optimizer: OptimizerCallable = _default_optimizer,
         scheduler: LRSchedulerCallable | None = None,
         **moe: Any,
@@ -120,12 +125,14 @@ class MoELanguageModel(KeepsMultipliers, Generates, LightningModule):
         sizes = (width, n_heads, n_kv_heads, self.head_dim)
         blocks = []
         for layer in range(depth):
-            attention = Attention(*sizes, qk_norm=qk_norm, scale=scale, init_std=init_std)
+            attention = Attention(*sizes, qk_norm=qk_norm, scale=scale, init_std=init_std, gated=gated_attention)
             has_experts = n_experts > 0 and (layer + 1) % moe_every == 0
             # jsonargparse reads the options of **moe off this call, so that they are keys of a config.
             ffn = self._ffn(has_experts, activation, ffn_bias, init_std, n_expert_groups, **moe)
             ffn.output_multiplier = ffn_multiplier  # type: ignore[assignment]
             blocks.append(Block(width, attention, ffn, residual_multiplier))
+        if uniform_init:
+            draw_uniform(blocks, keep=() if moe.get("router_init_std") is None else ("ffn.router.weight",))
         self.transformer = Transformer(
             vocab_size,
             width,

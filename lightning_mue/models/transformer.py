@@ -6,7 +6,7 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import ClassVar
 
 import torch
@@ -80,11 +80,12 @@ class AttentionCore(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention with rotary positions, grouped queries and normalized queries and keys.
 
-    ``scale`` is a factor on the logits; the other arguments are as for `MoELanguageModel`.
+    ``scale`` is a factor on the logits; the other arguments are as for `MoELanguageModel`. With ``gated``, head n's output is
+    multiplied by sigmoid(w_n . x), one number a token and head.
     """
 
     mue_branch = "attention"
-    mue_roles: ClassVar[Mapping[str, Role]] = dict.fromkeys(("w_q", "w_k", "w_v", "w_o"), Role.HIDDEN)
+    mue_roles: ClassVar[Mapping[str, Role]] = dict.fromkeys(("w_q", "w_k", "w_v", "w_g", "w_o"), Role.HIDDEN)
 
     def __init__(
         self,
@@ -96,6 +97,7 @@ class Attention(nn.Module):
         qk_norm: bool,
         scale: float,
         init_std: float | None,
+        gated: bool = False,
     ) -> None:
         super().__init__()
         self.head_dim = head_dim
@@ -103,6 +105,7 @@ class Attention(nn.Module):
         self.w_q = nn.Parameter(torch.randn(n_heads * head_dim, width) * std)
         self.w_k = nn.Parameter(torch.randn(n_kv_heads * head_dim, width) * std)
         self.w_v = nn.Parameter(torch.randn(n_kv_heads * head_dim, width) * std)
+        self.w_g = nn.Parameter(torch.randn(n_heads, width) * std) if gated else None
         std_o = (n_heads * head_dim) ** -0.5 if init_std is None else init_std
         self.w_o = nn.Parameter(torch.randn(width, n_heads * head_dim) * std_o)
         self.q_norm = RMSNorm(head_dim, Role.QK_NORM) if qk_norm else nn.Identity()
@@ -116,7 +119,19 @@ class Attention(nn.Module):
             for w in (self.w_q, self.w_k, self.w_v)
         )
         y_BNSk = self.core(rotary(self.q_norm(q_BNSk)), rotary(self.k_norm(k_BMSk)), v_BMSk)
-        return F.linear(y_BNSk.transpose(1, 2).flatten(-2), self.w_o)
+        y_BSNk = y_BNSk.transpose(1, 2)
+        if self.w_g is not None:
+            y_BSNk = F.linear(x_BSd, self.w_g).sigmoid()[..., None] * y_BSNk
+        return F.linear(y_BSNk.flatten(-2), self.w_o)
+
+
+def draw_uniform(modules: Iterable[nn.Module], keep: Container[str] = ()) -> None:
+    """Draws every matrix from the uniform distribution in +-fan_in^-1/2, which has std (3 fan_in)^-1/2; not those to keep."""
+    for module in modules:
+        for name, parameter in module.named_parameters():
+            if parameter.ndim > 1 and not is_vector(name) and name not in keep:
+                bound = parameter.shape[-1] ** -0.5
+                nn.init.uniform_(parameter, -bound, bound)
 
 
 class Block(nn.Module):

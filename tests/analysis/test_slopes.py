@@ -159,3 +159,15 @@ def test_a_list_of_experts_is_one_line_but_no_layers():
 
 def test_fit_slope_of_too_little():
     assert math.isnan(fit_slope([4.0], [1.0]))
+
+
+@pytest.mark.parametrize(
+    ("power", "coherent", "status"),
+    [(-0.3, 0.05, "settles"), (-0.3, -0.3, "FAIL"), (0.3, 0.0, "FAIL"), (-0.1, 0.5, "pass"), (-0.3, None, "FAIL")],
+)
+def test_logits_settle_where_only_their_random_part_shrinks(power, coherent, status):
+    records = law("head", power, quantity="change", role="unembedding")
+    records += law("blocks.0", 0.0, quantity="change", role="residual stream")
+    if coherent is not None:
+        records += law("head", coherent, quantity="coherent", role="unembedding")
+    assert fit(records)["head", "change"].status == status

@@ -331,6 +331,27 @@ def test_muon_baseline_is_the_quickstart_but_for_the_optimizer(run, corpus):
     assert "hyperp (muon" in out
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("n_experts", [0, 4])
+def test_the_papers_recipe_trains(run, corpus, tmp_path, n_experts):
+    """configs/hyperp_paper.yaml at small sizes: depth and width grow together from a base; lr falls by L^-1/2 T^-0.32."""
+    config = yaml.safe_load((CONFIGS / "hyperp_paper.yaml").read_text())
+    small = {"n_kv_heads": 1, "head_dim": 16, "vocab_size": 256, "context_length": 32, "n_experts": n_experts}
+    config["model"]["init_args"].update(small, width=32, depth=2, n_heads=4, ffn_width=128)
+    mue = config["trainer"]["callbacks"][0]["init_args"]
+    mue["base"].update(small, depth=1, width=16, n_heads=2, ffn_width=64, n_experts=0, batch_tokens=64)
+    del mue["base"]["context_length"]
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(config))
+    data = ("--data.path", corpus, "--data.context_length", 32, "--data.batch_size", 2)
+    steps = ("--trainer.max_steps", 2, "--trainer.val_check_interval", 2, "--trainer.limit_val_batches", 1)
+    plain = ("--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--trainer.accumulate_grad_batches", 1)
+    status, out = run("fit", "--config", path, *data, *steps, *plain, "--trainer.log_every_n_steps", 1)
+    assert status == 0, out
+    assert "hyperp-paper (sphere" in out
+    assert "steps: 2" in out
+
+
 def test_empty_corpus(run, tmp_path, monkeypatch):
     monkeypatch.setenv("LIGHTNING_MUE_CACHE", str(tmp_path / "cache"))
     empty = tmp_path / "empty"

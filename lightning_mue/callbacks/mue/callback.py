@@ -54,8 +54,8 @@ class MuECallback(Callback):
             the path of a saved base (from Python also a module or a factory). May hold the base run's ``tokens`` and
             ``batch_tokens``, which then count.
         alpha: Depth exponent in [1/2, 1].
-        tokens: Training length of this run in tokens. Where the base holds its own and this is None, it is inferred: optimizer
-            steps times ``batch_tokens``.
+        tokens: Training length of this run in tokens, or ``"N per parameter"`` (see :func:`plan`). Where the base holds its
+            own and this is None, it is inferred: optimizer steps times ``batch_tokens``.
         batch_tokens: Batch size of this run in tokens, over all ranks and accumulated batches. Where the base holds its own
             and this is None, it is inferred from the datamodule's (or module's) batch size and sequence length.
         roles: Regular expression on parameter names -> role, for modules that declare none.
@@ -80,7 +80,7 @@ class MuECallback(Callback):
         rule: str = "complete-mue",
         base: dict[str, Any] | nn.Module | Callable[[], nn.Module] | str | Path | None = None,
         alpha: float = 1.0,
-        tokens: float | None = None,
+        tokens: float | str | None = None,
         batch_tokens: float | None = None,
         roles: dict[str, str] | None = None,
         seed: int = 0,
@@ -128,7 +128,7 @@ class MuECallback(Callback):
         """
         preset = self.rule.presets.get(self.preset) if self.preset is not None else None
         known = known_to(self.base if self.base or preset is None else preset.base)
-        given = {"tokens": self.tokens, "batch_tokens": self.batch_tokens}
+        given: dict[str, float | str | None] = {"tokens": self.tokens, "batch_tokens": self.batch_tokens}
         datamodule = datamodule or getattr(trainer, "datamodule", None)
         made = plan(
             module,

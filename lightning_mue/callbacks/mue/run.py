@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -17,7 +18,7 @@ _KNOWN_LENGTH = {"expected": "a run of known length", "do": "Set max_steps of th
 LENGTHS = ("context_length", "sequence_length", "seq_length", "seq_len", "max_seq_len", "block_size", "max_length")
 
 
-def known_to(base: Base | None) -> dict[str, float]:
+def known_to(base: Base | None) -> dict[str, float | str]:
     """``tokens`` and ``batch_tokens``, as far as a base holds them; for these this run's are needed."""
     if isinstance(base, (str, Path)):
         base = load_base(base).run
@@ -82,23 +83,23 @@ def replicas(trainer: Trainer) -> int:
 
 
 def run_sizes(
-    known: Mapping[str, float],
-    given: Mapping[str, float | None],
+    known: Mapping[str, float | str],
+    given: Mapping[str, float | str | None],
     trainer: Trainer | None,
     pl_module: object,
     datamodule: LightningDataModule | None = None,
     *,
     trains: bool = True,
     optimizers: int | None = None,
-) -> dict[str, float | None]:
+) -> dict[str, Any]:
     """``tokens`` and ``batch_tokens`` for a plan: as given, else inferred where they are known of the base.
 
-    Where no training follows (not ``trains``), what cannot be inferred is the base's.
+    Where no training follows (not ``trains``), what cannot be inferred is the base's (``N per parameter``: as many for each).
 
     Raises:
         ValueError: For a size that the base holds and that is neither given nor can be inferred.
     """
-    sizes = dict(given)
+    sizes: dict[str, Any] = dict(given)
     for key in sorted(known):  # batch_tokens first
         if sizes.get(key) is not None:
             continue
@@ -112,9 +113,10 @@ def run_sizes(
             if not trains:
                 sizes[key] = known[key]
                 continue
+            shown = known[key] if isinstance(known[key], str) else f"{known[key]:g}"
             raise value_error(
                 f"base.{key}",
-                found=f"{known[key]:g}, while {key} of this run is not given and cannot be inferred",
+                found=f"{shown}, while {key} of this run is not given and cannot be inferred",
                 expected=f"{key} of both runs or of none",
                 do=f"Give {key}, e.g. MuECallback({key}=4e9, ...), or leave base.{key} out if it is not to count. It cannot "
                 f"be inferred because of {error.args[0]}",

@@ -17,6 +17,7 @@ from lightning_mue.parameterizations.planning.notes import plan_notes
 from lightning_mue.parameterizations.planning.scaling_plan import ScalingPlan
 from lightning_mue.parameterizations.reading.base import RUN_KEYS, Base, describe_base
 from lightning_mue.parameterizations.reading.record import ModelRecord, describe
+from lightning_mue.parameterizations.reading.run_sizes import resolve_run
 from lightning_mue.parameterizations.rules.kinds import Family
 from lightning_mue.parameterizations.rules.monomial import parse
 from lightning_mue.parameterizations.rules.table import Parameterization, Preset, get_rule
@@ -29,7 +30,7 @@ def plan(
     rule: str | Parameterization = "complete-mue",
     family: Family | Mapping[str, Family] = "adam",
     alpha: float = 1.0,
-    tokens: float | None = None,
+    tokens: float | str | None = None,
     batch_tokens: float | None = None,
     roles: Mapping[str, str] | None = None,
     multipliers: Mapping[str, str] | None = None,
@@ -47,7 +48,8 @@ def plan(
         family: Optimizer family: ``adam``, ``sgd``, ``sphere`` (HyperSphereOptimizer) or ``muon``; or parameter name -> family
             where there are several optimizers.
         alpha: Depth exponent in [1/2, 1]; 1 is CompleteP.
-        tokens: Training length of the target in tokens, if it is to count.
+        tokens: Training length of the target in tokens, if it is to count; or ``"N per parameter"``, N times the parameters that
+            one token passes through (of routed experts top_k of n_experts), embeddings included. So too for ``base``.
         batch_tokens: Batch size of the target in tokens, if it is to count.
         roles: Regular expression on names, of the target or the base -> role, for modules that declare none.
         multipliers: Kind of forward multiplier -> regular expression on dotted paths of attributes that hold one.
@@ -70,13 +72,15 @@ def plan(
         old = describe_base(model, base, roles, multipliers, measure=False)
     _check_patterns(roles, model, old)
     # 2. Match the two: roles, counterparts and sizes.
-    pair = Pair(target, old, {"tokens": tokens, "batch_tokens": batch_tokens})
+    old = replace(old, run=resolve_run(old.run, old.parameters, "base."))
+    run = resolve_run({"tokens": tokens, "batch_tokens": batch_tokens}, target.parameters)
+    pair = Pair(target, old, run)
     rule, reason = rule.resolve(pair.axes, pair.base_axes) if rule.resolve is not None else (rule, None)
     # 3. Measure the base's weights. A plan that changes no size keeps the model's, unless constants are to multiply them.
     factors = constants.factors if constants is not None else {}
     keeps_weights = pair.same_shapes and not factors
     if not (keeps_weights or old.inits):
-        old = describe_base(model, base, roles, multipliers, measure=True)
+        old = replace(describe_base(model, base, roles, multipliers, measure=True), run=old.run)
     # 4. Evaluate the rule's cells.
     scale = Scale(rule, family, alpha, pair, {} if keeps_weights else old.inits, factors)
     folded = folded_cells(rule, target, old, pair.infos, scale.ratios, alpha)

@@ -73,7 +73,8 @@ HYPERP = register(
         tables={"sphere": _SPHERE, "muon": _MUON, "adam": _ADAM},
         routing={"gate": frozenset({"sqrt"})},
         # The paper's absolute value is (2L)^-1/2; give the base that value and every depth has it.
-        multipliers={"residual": "L^-1/2"},
+        # The code's sqrt(128)/k is k^-1 too, of its head size of 128.
+        multipliers={"residual": "L^-1/2", "attention": "k^-1"},
         moves=frozenset({"width", "ffn_width", "active_width", "depth", "tokens", "batch_tokens"})
         | {"n_experts", "top_k", "expert_width"},
         presets={"paper": _PAPER},

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from lightning_mue.parameterizations.rules.axes import Axes
 from lightning_mue.parameterizations.rules.roles import Role
-from lightning_mue.parameterizations.rules.table import Parameterization, Table, register, rows
+from lightning_mue.parameterizations.rules.table import Parameterization, Preset, Table, register, rows
 
 _SOURCE = "2605.14200 Table 1; wd: its public code"
 _PAGE = "docs/derivations/mssp.md"
@@ -144,6 +144,53 @@ def _off_path(target: Axes, base: Axes, symbols: str) -> str:
     return f"; the paper scales these with the width (d x {ratios['d']:g}), found {', '.join(off)}"
 
 
+_EMBEDDING, _UNEMBEDDING = r"(^|\.)embedding\.weight$", r"(^|\.)unembedding\.weight$"
+_QKV, _O = r"\.attention\.w_[qkv]$", r"\.attention\.w_o$"
+_EXPERT_UP, _EXPERT_DOWN, _ROUTER_W = r"\.experts\.w_(up|gate)$", r"\.experts\.w_down$", r"\.router\.weight$"
+_FFN_UP, _FFN_DOWN = r"\.ffn\.w_(up|gate)$", r"\.ffn\.w_down$"
+
+#: Multipliers of the authors' language models at width 256, for the names of `MoELanguageModel`. Its own std of every matrix is
+#: fan_in^-1/2; regime II's sqrt(E/h) of the down matrix is a factor E^1/2 on that.
+_SIZES = {"width": 256, "n_heads": 4, "scoring": "sigmoid", "embedding_std": 0.02, "router_init_std": 1 / 16}
+_PAPER_II = Preset(
+    source="public code of 2605.14200, width 256, 32 experts in every second layer",
+    base={
+        **_SIZES,
+        "depth": 4,
+        "moe_every": 2,
+        "n_experts": 32,
+        "top_k": 16,
+        "expert_width": 32,
+        "route_scale": 1 / 16,
+    },
+    hyperparameters={"lr": 7.74264e-3},
+    factors={
+        _EMBEDDING: {"lr": 32, "init": 4},
+        _QKV: {"lr": 4, "init": 1 / 8},
+        _O: {"init": 1 / 4},
+        _FFN_UP: {"lr": 2, "init": 1 / 2},
+        _FFN_DOWN: {"lr": 4, "init": 2},
+        _EXPERT_UP: {"lr": 4, "init": 1 / 8},
+        _EXPERT_DOWN: {"lr": 256, "init": 32**0.5},
+        _ROUTER_W: {"lr": 1 / 2, "init": 1 / 32},
+        _UNEMBEDDING: {"lr": 8, "init": 1 / 4},
+    },
+)
+_PAPER_III = Preset(
+    source="public code of 2605.14200, width 256, 8 experts in every layer",
+    base={**_SIZES, "depth": 8, "n_experts": 8, "top_k": 4, "expert_width": 128, "route_scale": 1 / 4},
+    hyperparameters={"lr": 4.64159e-3},
+    factors={
+        _EMBEDDING: {"lr": 16},
+        _QKV: {"lr": 2},
+        _O: {"lr": 2},
+        _EXPERT_UP: {"lr": 2},
+        _EXPERT_DOWN: {"lr": 128, "init": 4},
+        _ROUTER_W: {"lr": 8},
+        _UNEMBEDDING: {"lr": 8},
+    },
+)
+
 MSSP = register(
     Parameterization(
         name="mssp",
@@ -155,5 +202,6 @@ MSSP = register(
         moves=MSSP_III.moves,
         routing=MSSP_I.routing,
         resolve=choose_regime,
+        presets={"paper-II": _PAPER_II, "paper-III": _PAPER_III},
     )
 )

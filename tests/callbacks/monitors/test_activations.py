@@ -92,3 +92,18 @@ def test_any_module_may_be_a_branch(toy):
 def test_bad_threshold_is_refused():
     with pytest.raises(ValueError, match="threshold: found 0"):
         ActivationOutlierMonitor(threshold=0)
+
+
+def test_the_branch_after_its_multiplier(toy):
+    """What is added to the stream: the RMS times the block's own multiplier; a model that declares none has no such tag."""
+    model = toy.make_model()
+    for block, m in zip(model.blocks, (0.5, -0.25), strict=True):
+        block.mue_multipliers, block.m = {"residual": "m"}, m
+    _, logger = toy.fit([ActivationOutlierMonitor()], model=model, n_batches=1)
+    for layer, m in (("00", 0.5), ("01", 0.25)):
+        for branch in ("attention", "ffn"):
+            before, after = (
+                logger.values(f"stability/{n}/{branch}/{layer}")[0] for n in ("rms", "rms_after_multiplier")
+            )
+            assert after == pytest.approx(m * before, rel=1e-6)
+            assert after != pytest.approx(before, rel=0.1)

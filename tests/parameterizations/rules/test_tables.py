@@ -8,11 +8,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.controls import moe_dmft_fan_in
 
+from lightning_mue import MoELanguageModel, plan
 from lightning_mue.parameterizations import RULES, Axes, Role, get_rule
 from lightning_mue.parameterizations.rules.monomial import parse
-from lightning_mue.parameterizations.rules.mssp import choose_regime
+from lightning_mue.parameterizations.rules.mssp import MSSP, choose_regime
 from lightning_mue.parameterizations.rules.table import rules_for
 
 ALPHA = 0.75
@@ -440,3 +442,29 @@ def test_unknown_rule_lists_the_known():
 def test_size_must_be_positive():
     with pytest.raises(ValueError, match="depth: found 0"):
         Axes(depth=0)
+
+
+@pytest.mark.parametrize("rule", ["hyperp", "hyperp-paper"])
+def test_hyperp_scales_attention_logits_by_the_head_size(rule):
+    """Head size 8 -> 32: k^-1 of the base's scale, not the k^-1/2 that the module has by itself."""
+    model = MoELanguageModel(width=64, depth=1, n_heads=2, n_experts=0, context_length=8)
+    scaling = plan(model, base={"width": 16}, rule=rule, family="sphere")
+    assert scaling.multipliers["transformer.blocks.0.attention.core.scale"] == pytest.approx(8**-0.5 / 4)
+
+
+@pytest.mark.parametrize(
+    ("preset", "regime", "E", "a", "h"), [("paper-II", "II", 32, 16, 32), ("paper-III", "III", 8, 4, 128)]
+)
+def test_the_tuned_constants_of_mssp(preset, regime, E, a, h):
+    """At the authors' base: route 1/K, and the down matrix sqrt(E/h) in II; lr multipliers of their configurations."""
+    sizes = {"n_experts": E, "top_k": a, "expert_width": h, "moe_every": 2 if regime == "II" else 1}
+    with torch.device("meta"):
+        options = {"width": 256, "depth": 2, "n_heads": 4, "scoring": "sigmoid", "router_init_std": 1 / 16, **sizes}
+        model = MoELanguageModel(route_scale=1 / a, **options)
+    base = {"depth": 2, "n_experts": E}
+    scaling = plan(model, base=base, rule="mssp", preset=preset)
+    down = next(p for p in scaling.parameters if p.name.endswith("experts.w_down"))
+    expected = (E / h) ** 0.5 if regime == "II" else 4 * h**-0.5
+    assert down.init.value == pytest.approx(expected, rel=0.02)
+    assert down.lr == pytest.approx(256 if regime == "II" else 128)
+    assert MSSP.presets[preset].base["route_scale"] == pytest.approx(1 / a)
