@@ -18,7 +18,7 @@ from lightning_mue.analysis.recording import Recorder
 from lightning_mue.analysis.slopes import Record
 from lightning_mue.checks import listed, type_error, value_error
 from lightning_mue.parameterizations import ScalingPlan, plan
-from lightning_mue.parameterizations.rules.kinds import family_of
+from lightning_mue.parameterizations.applying.families import family_of
 
 Loss = Callable[[Any, Any], Tensor]
 OptimizerFactory = Callable[[list[tuple[str, nn.Parameter]]], Optimizer]
