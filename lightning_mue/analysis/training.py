@@ -192,7 +192,9 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silences the Trainer's messages on hardware, workers and epochs, which each of many short runs would repeat."""
-    levels = {logging.getLogger(name): logging.getLogger(name).level for name in ("lightning.pytorch", "pytorch_lightning")}
+    levels = {
+        logging.getLogger(name): logging.getLogger(name).level for name in ("lightning.pytorch", "pytorch_lightning")
+    }
     for logger in levels:
         logger.setLevel(logging.ERROR)
     try:

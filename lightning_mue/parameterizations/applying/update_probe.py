@@ -73,9 +73,7 @@ def rate_counts(optimizer: Optimizer) -> tuple[bool, str]:
 _NOT_LINEAR = "whose update is not proportional to the learning rate of its groups"
 
 
-def _tried(
-    optimizer: Optimizer, judge: Callable[[Optimizer], tuple[Family | None, str]]
-) -> tuple[Family | None, str]:
+def _tried(optimizer: Optimizer, judge: Callable[[Optimizer], tuple[Family | None, str]]) -> tuple[Family | None, str]:
     if not all(isinstance(group.get("lr"), (Real, Tensor)) for group in inner_optimizer(optimizer).param_groups):
         return None, "which has no learning rate in its groups that could be scaled"
     try:
@@ -92,7 +90,10 @@ def _judge(optimizer: Optimizer) -> tuple[Family | None, str]:
         return None, "whose update of a small matrix is 0 or not finite"
     growth = moved / before
     if not bool(((growth >= _GROWTH[0]) & (growth <= _GROWTH[1])).all()):
-        return None, f"whose update changes by itself, at a constant rate and gradient (x {float(growth[0]):.3g} in {_PART} steps)"
+        return (
+            None,
+            f"whose update changes by itself, at a constant rate and gradient (x {float(growth[0]):.3g} in {_PART} steps)",
+        )
     if not _is_linear(optimizer, moved):
         return None, _NOT_LINEAR
     if not _is(_moved(optimizer, weights=32.0)[1] / moved, 1.0):
@@ -104,7 +105,10 @@ def _judge(optimizer: Optimizer) -> tuple[Family | None, str]:
     if not (_is(linear, 256.0) or _is(linear, 1.0)):
         return None, "whose update is neither linear in the gradient (SGD) nor independent of its scale (Adam)"
     if not _is(size, 1.0):
-        return None, "whose update depends on the size of the matrix (it is orthogonalized, preconditioned or normalized)"
+        return (
+            None,
+            "whose update depends on the size of the matrix (it is orthogonalized, preconditioned or normalized)",
+        )
     return ("sgd" if _is(linear, 256.0) else "adam"), ""
 
 
@@ -139,7 +143,9 @@ def _moved(
             _step(clone, probes, size * direction)
             if step % _PART == 0:
                 places.append([probe.detach().cpu().clone() for probe in probes])
-    ways = [torch.stack([(b - a).square().mean().sqrt() for a, b in zip(*ends, strict=True)]) for ends in pairwise(places)]
+    ways = [
+        torch.stack([(b - a).square().mean().sqrt() for a, b in zip(*ends, strict=True)]) for ends in pairwise(places)
+    ]
     return ways[0], ways[1]
 
 
@@ -218,7 +224,12 @@ def _group(group: dict[str, Any], replaced: Mapping[int, Any], memo: dict[int, A
         copied = {key: _copied(value, replaced, memo) for key, value in group.items() if key != "params"}
         copied.update({key: 0.0 for key in copied if "weight_decay" in key and isinstance(copied[key], float)})
         probes = [replaced[id(p)] for p in list(group["params"])[:1]]
-        memo[id(group)] = {**copied, "lr": _LR, "params": probes, **({"param_names": None} if "param_names" in copied else {})}
+        memo[id(group)] = {
+            **copied,
+            "lr": _LR,
+            "params": probes,
+            **({"param_names": None} if "param_names" in copied else {}),
+        }
     return memo[id(group)]
 
 

@@ -142,7 +142,11 @@ def _placed(key: str, names: list[str], hparams: Mapping[str, Any], whole: str |
 
 
 def _construct(
-    cls: type[nn.Module], arguments: dict[str, Any], instantiator: str | None, overrides: Mapping[str, Any], names: list[str]
+    cls: type[nn.Module],
+    arguments: dict[str, Any],
+    instantiator: str | None,
+    overrides: Mapping[str, Any],
+    names: list[str],
 ) -> nn.Module:
     """The module; what goes wrong is told as a fault of the overrides."""
     try:

@@ -17,7 +17,9 @@ from torch import nn
 from lightning_mue.checks import listed, value_error
 
 
-def override(values: Mapping[str, Any], overrides: Mapping[str, Any], owner: str, *, path: str = "base") -> dict[str, Any]:
+def override(
+    values: Mapping[str, Any], overrides: Mapping[str, Any], owner: str, *, path: str = "base"
+) -> dict[str, Any]:
     """Copies of values with others in their place; what the overrides do not name stays.
 
     Args:
