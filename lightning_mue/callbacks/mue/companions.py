@@ -29,10 +29,10 @@ def copies_in_optimizers(trainer: Trainer) -> list[tuple[torch.Tensor, torch.Ten
             if not isinstance(parameter, torch.Tensor) or not isinstance(entries, dict):
                 continue
             for value in entries.values():
-                if isinstance(value, torch.Tensor) and value is not parameter and value.shape == parameter.shape:
-                    # A zero may be a momentum's.
-                    if bool(parameter.detach().any()) and torch.equal(value, parameter.detach()):
-                        found.append((value, parameter))
+                alike = isinstance(value, torch.Tensor) and value is not parameter and value.shape == parameter.shape
+                # A zero may be a momentum's.
+                if alike and bool(parameter.detach().any()) and torch.equal(value, parameter.detach()):
+                    found.append((value, parameter))
     return found
 
 

@@ -168,10 +168,14 @@ def _scaled(target: Optimizer, factor: float) -> Iterator[None]:
     own: list[Any] = []
 
     def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if own:
+            return  # a step that calls super().step(): the hooks of both run
         own[:] = [optimizer.param_groups]
         optimizer.param_groups = [{**group, "lr": group["lr"] * factor} for group in own[0]]
 
     def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not own:
+            return
         for group, scaled in zip(own[0], optimizer.param_groups, strict=True):
             group.update({key: value for key, value in scaled.items() if key != "lr"})
         optimizer.param_groups = own.pop()
