@@ -49,7 +49,6 @@ ACCEPTED = {
         "AdaBelief": lambda p: po.AdaBelief(p, lr=0.01),
         "Adan": lambda p: po.Adan(p, lr=0.01),
         "SignSGD": lambda p: po.SignSGD(p, lr=0.01),
-        "ScheduleFreeAdamW": lambda p: po.ScheduleFreeAdamW(p, lr=0.01),
         "SAM": lambda p: po.SAM(p, base_optimizer=torch.optim.AdamW, lr=0.01, weight_decay=0.0),
         "Lookahead": lambda p: po.Lookahead(adamw(p)),
         "ScheduleFreeWrapper": lambda p: po.ScheduleFreeWrapper(adamw(p)),
@@ -143,7 +142,7 @@ def test_a_declared_wrapper_must_be_scaled_by_the_one_inside():
                     p.sub_(0.01 * p.grad.sign())
 
     with pytest.raises(
-        ValueError, match="Deaf around AdamW with mue_family = 'adam'.*not proportional.*Return the AdamW"
+        ValueError, match=r"Deaf around AdamW with mue_family = 'adam'.*not proportional.*Return the AdamW"
     ):
         family_of(Deaf(adamw(list(Net(8).parameters()))))
     right = po.Lookahead(adamw(list(Net(8).parameters())))
