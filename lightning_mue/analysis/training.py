@@ -10,15 +10,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_mue.analysis.recording import Recorder
 from lightning_mue.analysis.slopes import Record
 from lightning_mue.checks import listed, type_error, value_error
+from lightning_mue.namespaces import is_lightning, namespace_of
 from lightning_mue.parameterizations import ScalingPlan, plan
-from lightning_mue.parameterizations.rules.kinds import family_of
+from lightning_mue.parameterizations.applying.families import family_of
 
 Loss = Callable[[Any, Any], Tensor]
 OptimizerFactory = Callable[[list[tuple[str, nn.Parameter]]], Optimizer]
@@ -62,7 +63,7 @@ class ShortTraining:
             module = make()
             lightning_module = self._prepare(module)
             recorder = Recorder(module, partial(self.plan, module), self.measured, x=x, seed=seed)
-            trainer = Trainer(
+            trainer = namespace_of(lightning_module).Trainer(
                 **{
                     "accelerator": "cpu",
                     "devices": 1,
@@ -95,7 +96,7 @@ class ShortTraining:
 
     def _prepare(self, module: nn.Module) -> LightningModule:
         """Returns a LightningModule that trains ``module`` with the given loss and a constant rate, and logs nothing."""
-        if not isinstance(module, LightningModule):
+        if not is_lightning(module, "LightningModule"):
             if self.loss is None:
                 raise type_error(
                     "loss",
@@ -105,7 +106,7 @@ class ShortTraining:
                 )
             trained: LightningModule = _Wrapped(module)
         else:
-            trained = module
+            trained = module  # type: ignore[assignment]
         own, callbacks = trained.configure_optimizers, trained.configure_callbacks
         changed: dict[str, Any] = {
             "log": _nothing,
@@ -169,7 +170,7 @@ class _Wrapped(LightningModule):
 
 def _without_mue(callbacks: Any) -> list[Callback]:
     """A module's own callbacks except for a MuECallback, found by its name, which would scale a second time."""
-    own = [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
+    own = list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
     return [callback for callback in own if type(callback).__name__ != "MuECallback"]
 
 
@@ -191,12 +192,15 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silences the Trainer's messages on hardware, workers and epochs, which each of many short runs would repeat."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    levels = {
+        logging.getLogger(name): logging.getLogger(name).level for name in ("lightning.pytorch", "pytorch_lightning")
+    }
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="lightning")
+            warnings.filterwarnings("ignore", module="lightning|pytorch_lightning")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)

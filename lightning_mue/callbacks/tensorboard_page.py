@@ -12,9 +12,10 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger
 
 from lightning_mue.checks import value_error
+from lightning_mue.namespaces import is_lightning
 
 #: category -> chart title -> regexes of tags
 Charts = dict[str, dict[str, list[str]]]
@@ -28,7 +29,7 @@ TRAINING_CHARTS: Mapping[str, Sequence[str]] = {
 }
 
 _registered: WeakKeyDictionary[Trainer, Charts] = WeakKeyDictionary()
-_written: WeakKeyDictionary[TensorBoardLogger, dict[str, Any]] = WeakKeyDictionary()
+_written: WeakKeyDictionary[Logger, dict[str, Any]] = WeakKeyDictionary()
 
 
 def register(trainer: Trainer, category: str, charts: Mapping[str, Sequence[str]]) -> None:
@@ -58,7 +59,7 @@ def write(trainer: Trainer) -> None:
     if registered is None or not trainer.is_global_zero:
         return
     for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger) and _written.get(logger) != (
+        if is_lightning(logger, "TensorBoardLogger") and _written.get(logger) != (
             page := _page(registered, logger._prefix)
         ):
             logger.experiment.add_custom_scalars(page)

@@ -6,9 +6,9 @@ import logging
 from pathlib import Path
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_mue.console import wide_console
+from lightning_mue.namespaces import is_lightning
 from lightning_mue.parameterizations import ScalingPlan
 from lightning_mue.parameterizations.planning.scaling_plan import as_markdown, headline
 
@@ -28,7 +28,7 @@ def announce(trainer: Trainer, plan: ScalingPlan, *, drawn: bool, verbose: bool)
     else:
         wide_console().print(plan)
     for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
+        if is_lightning(logger, "TensorBoardLogger"):
             logger.experiment.add_text("parameterization", as_markdown(plan), 0)
         if isinstance(folder := getattr(logger, "log_dir", None), str):
             Path(folder).mkdir(parents=True, exist_ok=True)

@@ -16,9 +16,15 @@ from torch.optim import Optimizer
 from lightning_mue.callbacks import tensorboard_page
 from lightning_mue.callbacks.mue import checks
 from lightning_mue.callbacks.mue.announcement import announce
-from lightning_mue.callbacks.mue.companions import copy_to_averages, set_process_groups
+from lightning_mue.callbacks.mue.companions import (
+    copies_in_optimizers,
+    copy_to_averages,
+    copy_to_optimizers,
+    set_process_groups,
+)
 from lightning_mue.callbacks.mue.run import known_to, run_sizes
 from lightning_mue.parameterizations import Parameterization, ScaledStep, ScalingPlan, get_rule, plan
+from lightning_mue.parameterizations.applying.families import family_of
 from lightning_mue.parameterizations.applying.initial_weights import (
     apply_plan,
     check_draws,
@@ -28,7 +34,7 @@ from lightning_mue.parameterizations.applying.initial_weights import (
 from lightning_mue.parameterizations.applying.loaded import versions
 from lightning_mue.parameterizations.reading.base import Base
 from lightning_mue.parameterizations.reading.parameters import named_tensors
-from lightning_mue.parameterizations.rules.kinds import Family, family_of
+from lightning_mue.parameterizations.rules.kinds import Family
 
 #: Attribute of a module that holds the plan of its last fit.
 _LAST_PLAN = "_mue_last_plan"
@@ -193,11 +199,13 @@ class MuECallback(Callback):
         )
         if starts:
             checks.warn_of_loaded_weights(trainer, pl_module, plan, self._versions, self.base)
+        copies = copies_in_optimizers(trainer)
         # Restored, loaded, or trained before: the weights stay.
         drawn = apply_plan(pl_module, plan, seed=self.seed, draw=bool(self.initialize) and not resumed)
         setattr(pl_module, _LAST_PLAN, plan)
         if drawn:
             copy_to_averages(trainer, pl_module)
+            copy_to_optimizers(copies)
         set_process_groups(trainer)
         if not plan.same_size:
             self._steps = [ScaledStep(optimizer, plan, pl_module) for optimizer in trainer.optimizers]

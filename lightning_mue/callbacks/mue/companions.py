@@ -21,6 +21,28 @@ def copy_to_averages(trainer: Trainer, pl_module: LightningModule) -> None:
                 mine.copy_(drawn)
 
 
+def copies_in_optimizers(trainer: Trainer) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(copy, parameter): copies of the weights that optimizers made when they were built, such as Lookahead's slow weights."""
+    found = []
+    for optimizer in trainer.optimizers:
+        for parameter, entries in list(optimizer.state.items()):
+            if not isinstance(parameter, torch.Tensor) or not isinstance(entries, dict):
+                continue
+            for value in entries.values():
+                alike = isinstance(value, torch.Tensor) and value is not parameter and value.shape == parameter.shape
+                # A zero may be a momentum's.
+                if alike and bool(parameter.detach().any()) and torch.equal(value, parameter.detach()):
+                    found.append((value, parameter))
+    return found
+
+
+@torch.no_grad()
+def copy_to_optimizers(copies: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Copies the drawn weights into what `copies_in_optimizers` found before; Lookahead would pull back to the old ones."""
+    for mine, drawn in copies:
+        mine.copy_(drawn)
+
+
 def set_process_groups(trainer: Trainer) -> None:
     """Under DDP, sets ``process_group`` of each HyperSphereOptimizer that has none to DDP's own group (by default WORLD).
 

@@ -7,15 +7,24 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_mue.checks import mismatch, value_error
+from lightning_mue.namespaces import is_lightning
 from lightning_mue.parameterizations.reading.base import RUN_KEYS, Base, load_base
 
 _KNOWN_LENGTH = {"expected": "a run of known length", "do": "Set max_steps of the Trainer (and max_epochs: -1)."}
 #: Names under which data modules and models hold the length of a sequence.
-LENGTHS = ("context_length", "sequence_length", "seq_length", "seq_len", "max_seq_len", "block_size", "max_length")
+LENGTHS = (
+    *("context_length", "sequence_length", "seq_length", "seq_len", "max_seq_len", "block_size", "max_length"),
+    *("max_seq_length", "max_sequence_length", "context_len", "ctx_len", "n_ctx"),
+)
+#: Names under which they hold the number of sequences in a batch of one process.
+BATCHES = (
+    *("batch_size", "train_batch_size", "micro_batch_size", "per_device_train_batch_size", "per_device_batch_size"),
+    "per_gpu_batch_size",
+)
 
 
 def known_to(base: Base | None) -> dict[str, float | str]:
@@ -26,27 +35,51 @@ def known_to(base: Base | None) -> dict[str, float | str]:
 
 
 def infer_batch_tokens(trainer: Trainer | None, pl_module: object, datamodule: object | None = None) -> float:
-    """Tokens in one optimizer step over all ranks; no data is loaded to find it.
+    """Tokens in one optimizer step over all ranks.
 
-    That is ``datamodule.tokens_per_batch`` (of one process), or ``batch_size`` times the length of a sequence (see ``LENGTHS``),
-    found as attributes or hyperparameters of the datamodule, else of the module; times accumulation and the number of
-    data-parallel replicas. The trainer need not be set up.
+    That is ``datamodule.tokens_per_batch`` (of one process), or the batch size times the length of a sequence (see `BATCHES` and
+    `LENGTHS`), found as attributes or hyperparameters of the datamodule, else of the module; times accumulation and the number
+    of data-parallel replicas. The batch size of a DataLoader that the trainer has made comes first. The trainer need not be set up.
 
     Raises:
         LookupError: Saying what was looked for.
     """
     if trainer is None:
         raise LookupError(mismatch("trainer", found="no trainer", expected="one, to infer batch_tokens"))
+    tokens, how = _micro_batch(trainer, pl_module, datamodule)
+    factor, copies = _accumulation(trainer), replicas(trainer)
+    batches = _batches(trainer)
+    if batches is not None and factor > batches:
+        rank_zero_warn(
+            f"MuECallback: an epoch has {batches} batches, fewer than accumulate_grad_batches={factor}: a step has these."
+        )
+        factor = batches
+    if _in_fit(trainer):
+        rank_zero_info(
+            f"MuECallback: batch_tokens = {tokens * factor * copies:g}: {how}, x {factor} (accumulation) x {copies} (replicas); "
+            "a sequence counts in full, with its padding"
+        )
+    return tokens * factor * copies
+
+
+def _micro_batch(trainer: Trainer, pl_module: object, datamodule: object | None) -> tuple[float, str]:
+    """Tokens of one batch of one process, and how they were found."""
     tokens = _find(("tokens_per_batch",), datamodule)
-    if tokens is None:
-        size, length = _find(("batch_size",), datamodule, pl_module), _find(LENGTHS, datamodule, pl_module)
-        if size is None or length is None:
-            missing = "batch_size" if size is None else f"sequence length ({', '.join(LENGTHS)})"
-            where = " or ".join(type(owner).__name__ for owner in (datamodule, pl_module) if owner is not None)
-            found = f"no {missing} and no tokens_per_batch among the attributes and hparams of {where}"
-            raise LookupError(mismatch("datamodule", found=found, expected="one of these, to infer batch_tokens"))
-        tokens = size * length
-    return tokens * trainer.accumulate_grad_batches * replicas(trainer)
+    if tokens is not None:
+        return tokens[0], f"{tokens[0]:g} ({tokens[1]})"
+    loaders = _loaders(trainer)
+    if len(loaders) > 1:
+        found = f"{len(loaders)} training loaders, of each of which a step has a batch, and no tokens_per_batch"
+        raise LookupError(mismatch("datamodule", found=found, expected="tokens_per_batch, to infer batch_tokens"))
+    rows = _loader_size(loaders[0]) if loaders else None
+    size = (float(rows), "batch_size of the DataLoader") if rows else _find(BATCHES, datamodule, pl_module)
+    length = _find(LENGTHS, datamodule, pl_module)
+    if size is None or length is None:
+        missing = "batch_size" if size is None else f"sequence length ({', '.join(LENGTHS)})"
+        where = " or ".join(type(owner).__name__ for owner in (datamodule, pl_module) if owner is not None)
+        found = f"no {missing} and no tokens_per_batch among the attributes and hparams of {where}"
+        raise LookupError(mismatch("datamodule", found=found, expected="one of these, to infer batch_tokens"))
+    return size[0] * length[0], f"{size[0]:g} ({size[1]}) x {length[0]:g} ({length[1]})"
 
 
 def steps(trainer: Trainer, optimizers: int | None = None) -> int:
@@ -60,22 +93,127 @@ def steps(trainer: Trainer, optimizers: int | None = None) -> int:
     max_epochs, several = trainer.max_epochs, max(1, len(trainer.optimizers) if optimizers is None else optimizers)
     # Lightning holds global_step, which counts every optimizer's steps, against max_steps after each batch.
     max_steps = -(-trainer.max_steps // several) if trainer.max_steps > 0 else trainer.max_steps
+    timed = any(type(c).__name__ == "Timer" for c in trainer.callbacks)  # type: ignore[attr-defined]
     if max_epochs is None or max_epochs == -1:
         if max_steps > 0:
+            _warn_of_time(timed, "max_steps")
             return max_steps
-        raise LookupError(mismatch("max_steps", found="neither max_steps nor max_epochs", **_KNOWN_LENGTH))
-    # Loading the data to count it would start a resumed loader at its first batch.
-    estimate = trainer.estimated_stepping_batches if trainer.train_dataloader is not None else -1
-    if not 0 < estimate < float("inf"):
+        found = "max_time alone" if timed else "neither max_steps nor max_epochs"
+        raise LookupError(mismatch("max_steps", found=found, **_KNOWN_LENGTH))
+    batches = _batches(trainer)
+    if batches is None:
         found = f"max_epochs={max_epochs} with epochs of a length that is not known before the data is loaded"
         raise LookupError(mismatch("max_steps", found=found, **_KNOWN_LENGTH))
-    return min(int(estimate), max_steps) if max_steps > 0 else int(estimate)
+    _warn_of_time(timed, "max_epochs")
+    scheduling = _scheduling(trainer)
+    # The last batches of an epoch are stepped with, however few they are.
+    of_epochs = sum(-(-batches // _factor(scheduling, epoch)) for epoch in range(max_epochs))
+    return min(of_epochs, max_steps) if max_steps > 0 else of_epochs
+
+
+def _tokens(trainer: Trainer, batch_tokens: float, optimizers: int | None) -> float:
+    """Tokens of the run: those of its batches, where they can be counted, since the last step of an epoch may have fewer."""
+    total, batches = steps(trainer, optimizers), _batches(trainer)
+    scheduling = _scheduling(trainer)
+    if batches is None:
+        return batch_tokens * total
+    most = max(scheduling.values())
+    if len(set(scheduling.values())) > 1:
+        rank_zero_warn(
+            f"MuECallback: accumulation changes during the run ({scheduling}); the given batch_tokens is read as that of the "
+            f"factor {most}, to count the tokens of the run."
+        )
+    micro, seen, epoch, done = batch_tokens / min(most, batches), 0, 0, 0
+    while done < total:
+        factor = _factor(scheduling, epoch)
+        of_epoch = -(-batches // factor)
+        if of_epoch > total - done:
+            return micro * (seen + (total - done) * factor)
+        if len(scheduling) == 1:  # all epochs are alike
+            whole = (total - done) // of_epoch
+            done, seen, epoch = done + whole * of_epoch, seen + whole * batches, epoch + whole
+        else:
+            done, seen, epoch = done + of_epoch, seen + batches, epoch + 1
+    return micro * seen
+
+
+def _warn_of_time(timed: bool, limit: str) -> None:
+    if timed:
+        rank_zero_warn(
+            f"MuECallback: the run's length in tokens was read from {limit}; if max_time (or a Timer) ends the run before, give "
+            "`tokens` instead."
+        )
+
+
+def _scheduling(trainer: Trainer) -> dict[int, int]:
+    """First epoch -> accumulated batches."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if is_lightning(callback, "GradientAccumulationScheduler"):
+            last = trainer.max_epochs if trainer.max_epochs not in (None, -1) else float("inf")
+            return {epoch: factor for epoch, factor in {0: 1, **callback.scheduling}.items() if epoch < max(1, last)}
+    return {0: trainer.accumulate_grad_batches}
+
+
+def _factor(scheduling: Mapping[int, int], epoch: int) -> int:
+    return scheduling[max(first for first in scheduling if first <= epoch)]
+
+
+def _accumulation(trainer: Trainer) -> int:
+    scheduling = _scheduling(trainer)
+    factors = set(scheduling.values())
+    if len(factors) > 1:
+        found = f"a GradientAccumulationScheduler with {scheduling}: batches of several sizes"
+        raise LookupError(mismatch("accumulate_grad_batches", found=found, expected="one size of batch in the run"))
+    return factors.pop()
+
+
+def _in_fit(trainer: Trainer) -> bool:
+    state = getattr(trainer, "state", None)
+    return (
+        str(getattr(getattr(state, "fn", None), "value", "")) == "fit"
+        and trainer.fit_loop._data_source.instance is not None
+    )
+
+
+def _load(trainer: Trainer) -> None:
+    """Loads the training data in a fit, so that its batches can be counted."""
+    loop = trainer.fit_loop
+    if not _in_fit(trainer) or loop._combined_loader is not None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    trainer._mue_batches = None  # type: ignore[attr-defined]  # of an earlier fit
+    loop.setup_data()
+    if trainer.ckpt_path is not None:
+        # Lightning gives a resumed loader its place when it sets it up, after this hook: it must do so again.
+        trainer._mue_batches = (trainer.num_training_batches, list(loop._combined_loader.flattened))  # type: ignore[attr-defined,union-attr]
+        loop._combined_loader = None
+
+
+def _batches(trainer: Trainer) -> int | None:
+    """Batches of an epoch of this process, under all limits of the trainer; None if not known (yet), or without an end."""
+    kept = getattr(trainer, "_mue_batches", None)
+    count = kept[0] if kept else trainer.num_training_batches if trainer.train_dataloader is not None else 0
+    return int(count) if 0 < count < float("inf") else None
+
+
+def _loaders(trainer: Trainer) -> list[Any]:
+    kept = getattr(trainer, "_mue_batches", None)
+    combined = trainer.fit_loop._combined_loader
+    return kept[1] if kept else [] if combined is None else list(combined.flattened)
+
+
+def _loader_size(loader: object) -> int | None:
+    """Rows in a batch of a DataLoader, also of one with a batch sampler; None if it does not say."""
+    for owner in (getattr(loader, "batch_sampler", None), loader):
+        size = getattr(owner, "batch_size", None)
+        if isinstance(size, int) and size > 0 and getattr(loader, "batch_sampler", None) is not None:
+            return size
+    return None
 
 
 def replicas(trainer: Trainer) -> int:
     """Number of data-parallel replicas, each with batches of its own; tensor-parallel ranks see the same batches."""
     strategy = trainer.strategy
-    if isinstance(strategy, ModelParallelStrategy) and strategy._device_mesh is None:  # not set up: `explain`
+    if is_lightning(strategy, "ModelParallelStrategy") and strategy._device_mesh is None:  # not set up: `explain`
         size = strategy._data_parallel_size
         return int(trainer.num_nodes if size == "auto" else size)
     kwargs = trainer.distributed_sampler_kwargs
@@ -100,6 +238,8 @@ def run_sizes(
         ValueError: For a size that the base holds and that is neither given nor can be inferred.
     """
     sizes: dict[str, Any] = dict(given)
+    if trainer is not None and any(sizes.get(key) is None for key in known):
+        _load(trainer)
     for key in sorted(known):  # batch_tokens first
         if sizes.get(key) is not None:
             continue
@@ -108,7 +248,7 @@ def run_sizes(
             continue
         try:
             batch = sizes.get("batch_tokens") or infer_batch_tokens(trainer, pl_module, datamodule)
-            sizes[key] = batch if key == "batch_tokens" or trainer is None else batch * steps(trainer, optimizers)
+            sizes[key] = batch if key == "batch_tokens" or trainer is None else _tokens(trainer, batch, optimizers)
         except LookupError as error:
             if not trains:
                 sizes[key] = known[key]
@@ -124,12 +264,13 @@ def run_sizes(
     return sizes
 
 
-def _find(names: tuple[str, ...], *owners: object | None) -> float | None:
-    """The first positive number of one of these names among attributes and hyperparameters of the owners, in order."""
+def _find(names: tuple[str, ...], *owners: object | None) -> tuple[float, str] | None:
+    """The first positive number of one of these names among attributes and hyperparameters of the owners, and where it is."""
     for owner in owners:
-        hparams = getattr(owner, "hparams", {}) if isinstance(owner, (LightningModule, LightningDataModule)) else {}
+        ours = is_lightning(owner, "LightningModule") or is_lightning(owner, "LightningDataModule")
+        hparams = getattr(owner, "hparams", {}) if ours else {}
         for name in names:
             for value in (getattr(owner, name, None), hparams.get(name)):
                 if isinstance(value, Real) and not isinstance(value, bool) and value > 0:  # type: ignore[operator]
-                    return float(value)
+                    return float(value), f"{name} of {type(owner).__name__}"
     return None

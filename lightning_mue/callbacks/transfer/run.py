@@ -10,7 +10,7 @@ from lightning_mue.callbacks.mue.callback import MuECallback
 from lightning_mue.callbacks.mue.run import steps
 from lightning_mue.checks import value_error
 from lightning_mue.parameterizations import ScalingPlan, plan
-from lightning_mue.parameterizations.rules.kinds import family_of
+from lightning_mue.parameterizations.applying.families import family_of
 
 
 def plan_in_force(

@@ -148,7 +148,7 @@ def _activation(block: nn.Module) -> str:
     experts = block._modules["experts"]
     places = [experts, *experts.children()] if experts is not None else []
     found = [f for place in places for n in ("act_fn", "activation_fn", "act") if (f := getattr(place, n, None))]
-    z = torch.linspace(-6, 6, 97)
+    z = torch.linspace(-6, 6, 97, device="cpu")  # also under torch.device("meta"), where a plan builds models
     for function in found[:1]:
         for name, activation in ACTIVATIONS.items():
             if activation.gated and torch.allclose(function(z), activation.function(z), rtol=1e-5, atol=1e-6):

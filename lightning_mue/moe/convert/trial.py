@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lightning_mue.checks import type_error
 from lightning_mue.moe import autocast
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 def require_module(name: str, value: object, expected: str = "a torch.nn.Module") -> None:
@@ -52,6 +56,18 @@ def call(module: nn.Module, tensors: Mapping[str, Tensor], x: Tensor) -> Any:
             child.training, child._forward_pre_hooks, child._forward_hooks = mode, pre_hooks, hooks
 
 
+def _on_cpu(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Makes tensors on the CPU, also where a plan builds models under ``torch.device("meta")``."""
+
+    @wraps(function)
+    def there(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with torch.device("cpu"):
+            return function(*args, **kwargs)
+
+    return there
+
+
+@_on_cpu
 def random_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Random weights large enough to use an activation's whole range, and biases of size 1, in float32 on the CPU.
 
@@ -72,6 +88,7 @@ def random_tensors(module: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+@_on_cpu
 def run(module: nn.Module, tensors: Mapping[str, Tensor], width: int) -> tuple[Tensor, object]:
     """An input [2, 4, d] and the module's output for it, or the exception that it raised."""
     x = torch.randn(2, 4, width, generator=torch.Generator().manual_seed(1))

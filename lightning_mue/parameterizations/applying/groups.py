@@ -99,7 +99,7 @@ def scaled_group(source: Mapping[str, Any], part: Part, betas: float) -> dict[st
     if "weight_decay" in source:
         result["weight_decay"] = source["weight_decay"] * (entry.weight_decay / part.muon)
     if "eps" in source:
-        result["eps"] = source["eps"] * entry.eps
+        result["eps"] = _scaled_eps(source["eps"], entry.eps)
     if "betas" in source and betas != 1.0:
         result["betas"] = tuple(1 - (1 - beta) * betas for beta in source["betas"])
         if not all(0 <= beta < 1 for beta in result["betas"]):
@@ -114,6 +114,17 @@ def scaled_group(source: Mapping[str, Any], part: Part, betas: float) -> dict[st
     if "param_names" in source:
         result["param_names"] = None
     return result
+
+
+def _scaled_eps(eps: Any, factor: float) -> Any:
+    """An eps times a factor; of Adafactor's pair the first, which is added to squared gradients, times its square.
+
+    The second is for a rate relative to the weights, which `family_of` refuses.
+    """
+    if isinstance(eps, (tuple, list)):
+        first, *others = eps
+        return (None if first is None else first * factor**2, *others)
+    return None if eps is None else eps * factor
 
 
 def scale_groups(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_mue.checks import value_error
 from lightning_mue.parameterizations.applying.groups import Part, rate_tags, scaled_group, split
+from lightning_mue.parameterizations.applying.update_probe import inner_optimizer
 from lightning_mue.parameterizations.planning.scaling_plan import ScalingPlan
 from lightning_mue.parameterizations.reading.parameters import named_tensors
 
@@ -27,7 +28,7 @@ class ScaledStep:
     them counts for this step. The post hook is not reached if the update raises: call :meth:`restore`.
 
     Args:
-        optimizer: Any optimizer that `family_of` knows.
+        optimizer: Any optimizer that `family_of` knows. Of a wrapper (SAM, Lookahead) the one inside is scaled, which updates.
         plan: The plan.
         model: The module that the plan was made for.
 
@@ -36,7 +37,7 @@ class ScaledStep:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, plan: ScalingPlan, model: nn.Module) -> None:
-        self.optimizer = optimizer
+        self.optimizer = optimizer = inner_optimizer(optimizer)
         self.plan = plan
         self.names: dict[Tensor, str] = {p: name for name, p in named_tensors(model).items()}
         #: The user's groups, while the scaled ones are in the optimizer.

@@ -5,11 +5,11 @@ A saved base needs no code: the class that it was made from need not exist any m
 
 from __future__ import annotations
 
-import copy
 import difflib
 import importlib
 import inspect
 import re
+from argparse import ArgumentError
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,6 +23,13 @@ from torch import nn
 from lightning_mue.checks import value_error
 from lightning_mue.parameterizations.reading.initializer import Init
 from lightning_mue.parameterizations.reading.measuring import measure_build, measure_ready
+from lightning_mue.parameterizations.reading.overrides import (
+    dotted,
+    is_configuration,
+    override,
+    own_copy,
+    unknown_override,
+)
 from lightning_mue.parameterizations.reading.parameters import role_patterns
 from lightning_mue.parameterizations.reading.record import VERSION, ModelRecord, describe
 from lightning_mue.parameterizations.reading.sites import float_attributes
@@ -87,17 +94,17 @@ def build_base(model: nn.Module, base: Base, *, device: str | None = None, seed:
 def _rebuild(model: nn.Module, overrides: Mapping[str, Any]) -> nn.Module:
     """Makes another instance of a module's class, from its hyperparameters and overrides of them."""
     cls = type(model)
-    hparams = copy.copy(dict(getattr(model, "hparams", {})))
-    instantiator = hparams.pop("_instantiator", None)
     signature = inspect.signature(cls).parameters
+    hparams, whole, instantiator = _hyperparameters(model, signature)
     open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.values())
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     names = [*(name for name, p in signature.items() if p.kind not in variadic), *hparams]
-    for key in overrides:
+    placed = {_placed(key, names, hparams, whole): value for key, value in overrides.items()}
+    for key in placed:
         # Of a constructor with **kwargs, what looks like a slip.
-        slip = not open_ended or difflib.get_close_matches(key, names, n=1, cutoff=0.75)
-        if key not in names and slip:
-            raise _unknown_override(cls.__name__, key, names)
+        slip = not open_ended or difflib.get_close_matches(key, names, n=1, cutoff=0.75) or "." in key
+        if key not in names and key.partition(".")[0] not in hparams and slip:
+            raise unknown_override(f"base.{key}", cls.__name__, [*names, *dotted(hparams)])
     needed = [name for name, p in signature.items() if p.default is p.empty and p.kind not in variadic]
     if missing := [name for name in needed if name not in hparams and name not in overrides]:
         raise value_error(
@@ -106,29 +113,60 @@ def _rebuild(model: nn.Module, overrides: Mapping[str, Any]) -> nn.Module:
             expected="a module that keeps its hyperparameters",
             do="Call self.save_hyperparameters() in its __init__, or give `base` as a module or a factory.",
         )
-    arguments = {**hparams, **overrides}
+    arguments = override({key: own_copy(value) for key, value in hparams.items()}, placed, cls.__name__)
+    arguments.pop("_class_path", None)
+    if not open_ended and instantiator is None:
+        arguments = {key: value for key, value in arguments.items() if key in signature}
+    return _construct(cls, arguments, instantiator, overrides, names)
+
+
+def _hyperparameters(model: nn.Module, signature: Mapping[str, Any]) -> tuple[dict[str, Any], str | None, str | None]:
+    """(hyperparameters, the one argument that holds them all if there is one, what makes the module from them)."""
+    hparams = dict(getattr(model, "hparams", {}))
+    instantiator = hparams.pop("_instantiator", None)
+    whole = getattr(model, "_hparams_name", None)
+    if whole in signature and whole not in hparams and hparams:  # save_hyperparameters(config)
+        hparams = {whole: model.hparams}
+    for name in signature:  # a module that keeps its configuration: self.config = config
+        if name not in hparams and is_configuration(kept := getattr(model, name, None)):
+            hparams[name] = kept
+    configurations = [name for name, value in hparams.items() if is_configuration(value)]
+    return hparams, configurations[0] if len(configurations) == 1 else None, instantiator
+
+
+def _placed(key: str, names: list[str], hparams: Mapping[str, Any], whole: str | None) -> str:
+    """A key as a path; one that only the module's single configuration has, in that."""
+    if key in names or key.partition(".")[0] in names or whole is None:
+        return key
+    inside = f"{whole}.{key}"
+    aliases = getattr(type(hparams[whole]), "attribute_map", {})
+    return inside if inside in dotted(hparams) or key in aliases else key
+
+
+def _construct(
+    cls: type[nn.Module],
+    arguments: dict[str, Any],
+    instantiator: str | None,
+    overrides: Mapping[str, Any],
+    names: list[str],
+) -> nn.Module:
+    """The module; what goes wrong is told as a fault of the overrides."""
     try:
         if instantiator is not None:
             # LightningCLI stores the parsed configuration (nested classes as dicts) and the function that reads it.
             path, name = str(instantiator).rsplit(".", 1)
             return getattr(importlib.import_module(path), name)(cls, arguments)
-        if not open_ended:
-            arguments = {key: value for key, value in arguments.items() if key in signature}
         return cls(**arguments)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, ArgumentError, SystemExit) as error:
         # A constructor that forwards **kwargs says only now what it does not take.
         unexpected = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if unexpected and unexpected[1] in overrides:
-            raise _unknown_override(cls.__name__, unexpected[1], names) from error
-        found = f"{dict(overrides)}, with which {cls.__name__} cannot be built: {error}"
+            raise unknown_override(f"base.{unexpected[1]}", cls.__name__, names) from error
+        reason: BaseException = error
+        while instantiator is not None and (deeper := reason.__cause__ or reason.__context__) is not None:
+            reason = deeper  # the configuration parser wraps the module's message in a long text of its own
+        found = f"{dict(overrides)}, with which {cls.__name__} cannot be built: {type(reason).__name__}: {reason}"
         raise value_error("base", found=found, expected=f"overrides that {cls.__name__} takes") from error
-
-
-def _unknown_override(name: str, key: str, accepted: list[str]) -> ValueError:
-    close = difflib.get_close_matches(key, accepted, n=1, cutoff=0.75)
-    expected = f"one of its arguments {', '.join(dict.fromkeys(accepted))}"
-    hint = f"Did you mean {close[0]!r}?" if close else ""
-    return value_error(f"base.{key}", found=f"{key!r}, which {name} does not take", expected=expected, do=hint)
 
 
 def describe_base(

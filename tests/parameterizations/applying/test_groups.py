@@ -13,8 +13,9 @@ from torch.optim import AdamW
 from lightning_mue import HyperSphereOptimizer, MoELanguageModel, param_groups, plan
 from lightning_mue.optim.matrices import as_matrices
 from lightning_mue.parameterizations import Init, ParameterPlan, ScaledStep, ScalingPlan
+from lightning_mue.parameterizations.applying.families import family_of
 from lightning_mue.parameterizations.applying.groups import _MUON_FACTORS
-from lightning_mue.parameterizations.rules.kinds import CONVENTIONS, family_of
+from lightning_mue.parameterizations.rules.kinds import CONVENTIONS
 
 BASE = {"width": 32, "n_heads": 2, "n_experts": 0}
 

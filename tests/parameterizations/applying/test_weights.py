@@ -12,11 +12,11 @@ from torch.optim import SGD, AdamW
 from lightning_mue import MoELanguageModel, initialize, param_groups, plan
 from lightning_mue.moe import MoELayer
 from lightning_mue.parameterizations import ScaledStep
+from lightning_mue.parameterizations.applying.families import family_of
 from lightning_mue.parameterizations.applying.initial_weights import set_multipliers
 from lightning_mue.parameterizations.applying.keeps_multipliers import KeepsMultipliers
 from lightning_mue.parameterizations.planning.multipliers import fold
 from lightning_mue.parameterizations.reading.sites import read_multipliers
-from lightning_mue.parameterizations.rules.kinds import family_of
 
 BASE = {"width": 32, "n_heads": 2, "n_experts": 0}
 
