@@ -22,6 +22,25 @@ _HEADERS = ("role", "size", "parameters", "shape", "init", "lr x", "wd x", "eps 
 
 
 @dataclass(frozen=True)
+class FoldedRows:
+    """A forward multiplier that some rows of a parameter carry: those of a fused matrix that make an attention's queries.
+
+    The rows are drawn ``factor`` times as large, and trained as if the multiplier stood behind them (`ScaledStep`).
+
+    Attributes:
+        dim: The dimension of the parameter that has the rows.
+        count: The first so many of them ...
+        period: ... of every so many.
+        factor: The multiplier.
+    """
+
+    dim: int
+    count: int
+    period: int
+    factor: float
+
+
+@dataclass(frozen=True)
 class ParameterPlan:
     """What happens to one parameter.
 
@@ -38,6 +57,7 @@ class ParameterPlan:
         source: The paper of its row, with table or section, and the page of docs/ that derives it.
         base_shape: Shape of the base's parameter; of its hidden matrices for one that the base lacks.
         tied: Every expert of the layer starts from the same draw.
+        rows: Some of its rows carry a forward multiplier. The other fields hold for the parameter without it.
     """
 
     name: str
@@ -52,6 +72,7 @@ class ParameterPlan:
     source: str
     base_shape: tuple[int, ...] | None = None
     tied: bool = False
+    rows: FoldedRows | None = None
 
 
 @dataclass(frozen=True)
@@ -147,7 +168,7 @@ class ScalingPlan:
             mine, theirs = getattr(self, key), getattr(other, key)
             lines += [f"{key}.{line}" for line in _changed_values(mine, theirs, {**mine, **theirs})]
         lines += _changed_values(self.multipliers, other.multipliers, sorted({*self.multipliers, *other.multipliers}))
-        keys = ("role", "shape", *(["init", "tied"] if init else []), "lr", "weight_decay", "eps", "kind")
+        keys = ("role", "shape", *(["init", "tied"] if init else []), "lr", "weight_decay", "eps", "kind", "rows")
         ours, others = ({p.name: p for p in plan.parameters} for plan in (self, other))
         for name in dict.fromkeys([*ours, *others]):
             old, new = ours.get(name), others.get(name)
@@ -160,7 +181,8 @@ class ScalingPlan:
 
 def _parameter(plain: Mapping[str, Any]) -> ParameterPlan:
     base_shape = tuple(plain["base_shape"]) if plain.get("base_shape") is not None else None
-    changed = {"shape": tuple(plain["shape"]), "base_shape": base_shape, "init": Init(**plain["init"])}
+    rows = FoldedRows(**plain["rows"]) if plain.get("rows") is not None else None  # older plans have none
+    changed = {"shape": tuple(plain["shape"]), "base_shape": base_shape, "init": Init(**plain["init"]), "rows": rows}
     return ParameterPlan(**{**plain, **changed})
 
 
@@ -178,7 +200,7 @@ def _lines(plan: ScalingPlan) -> list[tuple[str, ...]]:
     alike: dict[tuple[object, ...], list[ParameterPlan]] = {}
     for p in plan.parameters:
         constant = p.init.value if p.init.kind == "constant" else None
-        key = (p.role, p.shape, p.init.kind, constant, p.lr, p.weight_decay, p.eps, p.kind)
+        key = (p.role, p.shape, p.init.kind, constant, p.lr, p.weight_decay, p.eps, p.kind, p.rows)
         alike.setdefault(key, []).append(p)
     return [_cells(members) for members in alike.values()]
 
