@@ -10,6 +10,7 @@ from torch import nn
 from lightning_mue.checks import listed, value_error
 from lightning_mue.names import clean_name
 from lightning_mue.parameterizations.applying.drawing import draw_all
+from lightning_mue.parameterizations.applying.folded_rows import multiply_rows
 from lightning_mue.parameterizations.planning.scaling_plan import ScalingPlan
 from lightning_mue.parameterizations.reading.parameters import named_tensors
 from lightning_mue.parameterizations.reading.sites import read_multipliers
@@ -48,6 +49,8 @@ def initialize(model: nn.Module, plan: ScalingPlan, *, seed: int = 0) -> None:
         and id(module.weight) in names
     }
     draw_all(pairs, seed, padding=padding)
+    for tensor, entry in pairs:
+        multiply_rows(tensor, entry)
 
 
 def set_multipliers(module: nn.Module, values: Mapping[str, float]) -> None:
