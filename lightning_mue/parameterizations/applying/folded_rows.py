@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_mue.parameterizations.applying.drawing import local_part
-from lightning_mue.parameterizations.planning.scaling_plan import FoldedRows, ParameterPlan
+from lightning_mue.parameterizations.planning.parameter_plan import FoldedRows, ParameterPlan
 from lightning_mue.sharded import local
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from lightning_mue.checks import listed, value_error
 from lightning_mue.parameterizations.planning.match import Pair
 from lightning_mue.parameterizations.planning.multipliers import fold, logit_multiplier
-from lightning_mue.parameterizations.planning.scaling_plan import FoldedRows, ParameterPlan
+from lightning_mue.parameterizations.planning.parameter_plan import FoldedRows, ParameterPlan
 from lightning_mue.parameterizations.reading.initializer import Init
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo, branch_ratios
 from lightning_mue.parameterizations.rules.kinds import Family, default_kind
@@ -82,6 +82,7 @@ class Scale:
             base_shape=old.shape if old is not None else None if vector else (int(self.base_sizes["d"]),) * 2,
             tied=tied,
             rows=rows,
+            trainable=info.trainable,
         )
 
     def _multiplier(
