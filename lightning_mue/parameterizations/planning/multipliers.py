@@ -24,7 +24,8 @@ _ABSENT = {"route": 1.0, "ffn": 1.0}
 _ROUNDING = 1e-12
 
 _REMEDY = {
-    "attention": "Keep the head dimension as at the base (more heads, not larger ones). Or: ",
+    "attention": "Keep the head dimension as at the base (more heads, not larger ones). Or store the whole scale of the logits "
+    "(head_dim**-0.5) as a float attribute of the attention module, and: ",
     "residual": "Name the last matrix of each branch by pattern, e.g. roles: {'blocks.*out': ffn_down}. Or: ",
 }
 
