@@ -70,7 +70,9 @@ class ScalingPlan:
         """
         narrow = options.max_width < 100
         shown = Table(title=headline(self), title_justify="left", title_style="bold", header_style="bold")
-        shown.box, shown.padding, shown.pad_edge = (None, (0, 1, 0, 0), False) if narrow else (SIMPLE_HEAD, (0, 1), True)
+        shown.box, shown.padding, shown.pad_edge = (
+            (None, (0, 1, 0, 0), False) if narrow else (SIMPLE_HEAD, (0, 1), True)
+        )
         kept = [i for i, header in enumerate(table.HEADERS) if not (narrow and header == "size")]
         for header in (table.HEADERS[i] for i in kept):
             right = header in ("size", "lr x", "wd x", "eps x")

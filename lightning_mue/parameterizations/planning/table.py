@@ -73,7 +73,7 @@ def covering(names: Iterable[str]) -> str:
     merged: list[list[list[str]]] = []
     for template in templates:
         for group in merged:
-            if _differ_in(group + [template]) is not None:
+            if _differ_in([*group, template]) is not None:
                 group.append(template)
                 break
         else:

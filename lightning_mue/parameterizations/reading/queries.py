@@ -18,15 +18,52 @@ from lightning_mue.names import all_indices, clean_name, plain_name
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo, Query
 from lightning_mue.parameterizations.rules.roles import Role
 
-_HEAD_DIM = ("head_dim", "attention_head_size", "head_size", "qk_head_dim", "key_value_proj_dim", "d_kv", "dim_head", "d_head")
+_HEAD_DIM = (
+    "head_dim",
+    "attention_head_size",
+    "head_size",
+    "qk_head_dim",
+    "key_value_proj_dim",
+    "d_kv",
+    "dim_head",
+    "d_head",
+)
 _HEAD_DIM += ("dim_per_head", "hidden_size_per_attention_head", "attn_head_size", "per_head_dim", "d_k")
-_HEADS = ("num_attention_heads", "num_heads", "n_head", "n_heads", "nhead", "nheads", "num_head", "heads", "attention_heads")
+_HEADS = (
+    "num_attention_heads",
+    "num_heads",
+    "n_head",
+    "n_heads",
+    "nhead",
+    "nheads",
+    "num_head",
+    "heads",
+    "attention_heads",
+)
 _HEADS += ("n_attn_heads", "num_attn_heads")
-_KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "n_query_groups", "num_query_groups", "kv_heads")
-_SCALES = ("scaling", "scale", "softmax_scale", "inv_norm_factor", "scale_attn", "attn_scale", "norm_factor", "attention_scale")
+_KEY_HEADS = (
+    "num_key_value_heads",
+    "num_kv_heads",
+    "n_kv_heads",
+    "n_kv_head",
+    "n_query_groups",
+    "num_query_groups",
+    "kv_heads",
+)
+_SCALES = (
+    "scaling",
+    "scale",
+    "softmax_scale",
+    "inv_norm_factor",
+    "scale_attn",
+    "attn_scale",
+    "norm_factor",
+    "attention_scale",
+)
 
 _QUERY = re.compile(
-    r"(q_proj|q_b_proj|q_attn|w_?q(_b)?|query(_proj|_layer)?|queries|q_lin(ear)?|linear_q|lin_q|fc_q|to_q|q)", re.IGNORECASE
+    r"(q_proj|q_b_proj|q_attn|w_?q(_b)?|query(_proj|_layer)?|queries|q_lin(ear)?|linear_q|lin_q|fc_q|to_q|q)",
+    re.IGNORECASE,
 )
 _FUSED = re.compile(
     r"(c_attn|att_proj|(to_|w_?|in_)?qkv(_proj|_lin|_linear)?|query_key_value|in_proj_(weight|bias))", re.IGNORECASE
@@ -97,7 +134,9 @@ def _query(info: ParameterInfo, modules: Mapping[str, nn.Module], leaves: set[tu
     if _FUSED.fullmatch(leaf) or (leaf == "attn" and _n_groups(chain) is not None):
         heads = _fused_heads(_heads(chain, None), info.shape[dim])
         rows = _rows(leaf, info.shape[dim], heads)
-        return Query(heads.dim, _scale(heads), (dim, *rows) if rows else None, fused=True, normed=_is_normed(heads.module))
+        return Query(
+            heads.dim, _scale(heads), (dim, *rows) if rows else None, fused=True, normed=_is_normed(heads.module)
+        )
     return None
 
 
@@ -112,7 +151,16 @@ def _ancestors(name: str, modules: Mapping[str, nn.Module]) -> Iterator[nn.Modul
 
 def _keys(leaf: str) -> set[str]:
     """Names that the key matrix beside a query matrix may have."""
-    pairs = (("query", "key"), ("queries", "keys"), ("q", "k"), ("Q", "K"), ("q", "kv"), ("q", "qkv"), ("q_b", "kv_b"), ("q_attn", "c_attn"))
+    pairs = (
+        ("query", "key"),
+        ("queries", "keys"),
+        ("q", "k"),
+        ("Q", "K"),
+        ("q", "kv"),
+        ("q", "qkv"),
+        ("q_b", "kv_b"),
+        ("q_attn", "c_attn"),
+    )
     return {leaf.replace(old, new) for old, new in pairs if old in leaf}
 
 
