@@ -40,7 +40,7 @@ class _Out(NamedTuple):
     parameter: Tensor
     gradient: Tensor
     rows: FoldedRows
-    index: Tensor
+    places: Tensor
     weight: Tensor  # with the multiplier, before the step
     unfolded: Tensor  # without it
     slope: Tensor  # the gradient's rows, as they were

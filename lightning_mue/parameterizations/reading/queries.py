@@ -18,7 +18,7 @@ from lightning_mue.names import all_indices, clean_name, plain_name
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo, Query
 from lightning_mue.parameterizations.rules.roles import Role
 
-_HEAD_DIM = (
+_HEAD_DIM: tuple[str, ...] = (
     "head_dim",
     "attention_head_size",
     "head_size",
@@ -29,7 +29,7 @@ _HEAD_DIM = (
     "d_head",
 )
 _HEAD_DIM += ("dim_per_head", "hidden_size_per_attention_head", "attn_head_size", "per_head_dim", "d_k")
-_HEADS = (
+_HEADS: tuple[str, ...] = (
     "num_attention_heads",
     "num_heads",
     "n_head",

@@ -83,7 +83,7 @@ def _parameter(plain: Mapping[str, Any]) -> ParameterInfo:
     shape, fans = tuple(plain["shape"]), tuple(plain["fans"])
     query = Query(**plain["query"]) if plain.get("query") else None  # bases that older versions wrote hold none
     if query is not None and query.rows is not None:
-        query = replace(query, rows=tuple(query.rows))
+        query = replace(query, rows=(query.rows[0], query.rows[1], query.rows[2]))
     known = {"role": role, "shape": shape, "fans": fans, "folds": frozenset(plain["folds"]), "query": query}
     return ParameterInfo(**{**plain, **known})
 
