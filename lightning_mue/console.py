@@ -8,9 +8,9 @@ from rich.console import Console, RenderableType
 
 
 def wide_console() -> Console:
-    """A console at least 140 columns wide, so that tables do not wrap, also where there is no terminal."""
+    """A console as wide as the terminal; at least 140 columns where there is no terminal, so that tables do not wrap."""
     console = Console()
-    return console if console.width >= 140 else Console(width=140)
+    return console if console.is_terminal or console.width >= 140 else Console(width=140)
 
 
 def to_text(renderable: RenderableType, width: int = 160) -> str:

@@ -95,7 +95,7 @@ class _Target:
     def __init__(self, tensor: Tensor, entry: ParameterPlan, seed: int, padding_row: int | None) -> None:
         self.entry, self.seed, self.padding_row = entry, seed, padding_row
         # Detached, because the caller's no_grad does not hold in worker threads.
-        self.local, self.offset = _local_part(tensor, entry.name)
+        self.local, self.offset = local_part(tensor, entry.name)
         self.name, shape = entry.name, tuple(tensor.shape)
         self.part, offset = self.local, self.offset
         if entry.tied:
@@ -184,8 +184,8 @@ def tied_name(entry: ParameterPlan) -> str:
     return ".".join(parts)
 
 
-def _local_part(tensor: Tensor, name: str) -> tuple[Tensor, tuple[int, ...]]:
-    """(this rank's tensor, detached, sharing memory; where it begins in the whole parameter, a number a dimension)."""
+def local_part(tensor: Tensor, name: str) -> tuple[Tensor, tuple[int, ...]]:
+    """(This rank's tensor, detached, sharing memory; where it begins in the whole parameter, a number a dimension)."""
     if not is_sharded(tensor):
         return tensor.detach(), (0,) * tensor.ndim
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset

@@ -169,6 +169,7 @@ def param_groups(
     tensors = named_tensors(model)
     kind_of = {entry.name: entry.kind for entry in plan.parameters}
     taken = {name: p for name, p in tensors.items() if p.requires_grad and (kinds is None or kind_of[name] in kinds)}
+    _refuse_rows([entry for entry in plan.parameters if entry.rows is not None and entry.name in taken])
     # The optimizer's own default would not be scaled.
     settings = {"eps": 1e-8, **defaults} if {kind_of[name] for name in taken} - {"sgd", "muon"} else defaults
     for_torch = "adjust_lr_fn" in settings or (set(kinds or ()) == {"muon"} and "lr_convention" not in settings)
@@ -272,6 +273,20 @@ def _refuse_scaled(group: Mapping[str, Any]) -> None:
             found="groups from param_groups(model, plan), which hold the plan's factors already",
             expected="groups without them",
             do="Use either param_groups or MuECallback, not both.",
+        )
+
+
+def _refuse_rows(entries: Sequence[ParameterPlan]) -> None:
+    if entries:
+        rows = entries[0].rows
+        assert rows is not None
+        raise value_error(
+            "plan",
+            found=f"an attention multiplier ({rows.factor:.4g}) in the query rows of {listed([e.name for e in entries], limit=3)}, "
+            "for which no factors of a parameter group stand",
+            expected="a plan without multipliers in some rows of a parameter",
+            do="Use MuECallback, or ScaledStep(optimizer, plan, model) on an optimizer with your own groups; or name the attribute "
+            "that scales the logits, multipliers: {attention: ...}; or keep the head dimension as at the base (more heads).",
         )
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from lightning_mue.checks import listed, value_error
 from lightning_mue.names import clean_name
 from lightning_mue.parameterizations.applying.drawing import draw_all, scale_
+from lightning_mue.parameterizations.applying.folded_rows import multiply_rows
 from lightning_mue.parameterizations.planning.scaling_plan import ScalingPlan
 from lightning_mue.parameterizations.reading.initializer import KEEP
 from lightning_mue.parameterizations.reading.parameters import named_tensors, padding_rows
@@ -54,6 +55,8 @@ def initialize(model: nn.Module, plan: ScalingPlan, *, seed: int = 0) -> None:
         if entry.init.kind == "scaled":
             scale_(tensor, entry)
     draw_all(pairs, seed, padding=padding_rows(model))
+    for tensor, entry in pairs:
+        multiply_rows(tensor, entry)
 
 
 def choose_draws(plan: ScalingPlan, draws: Draws) -> ScalingPlan:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mue.checks import value_error
+from lightning_mue.parameterizations.applying.folded_rows import RowFolds
 from lightning_mue.parameterizations.applying.groups import Part, rate_tags, scaled_group, split
 from lightning_mue.parameterizations.applying.update_probe import inner_optimizer
 from lightning_mue.parameterizations.planning.scaling_plan import ScalingPlan
@@ -26,6 +27,8 @@ class ScaledStep:
     Splitting the groups permanently would break LR schedulers, checkpoints and LearningRateMonitor; during the update nothing else
     reads them. A closure (in Lightning forward, backward and clipping run in it) sees the user's groups, and what it changes in
     them counts for this step. The post hook is not reached if the update raises: call :meth:`restore`.
+
+    Rows of weights that carry a forward multiplier (`FoldedRows`) are without it while the optimizer updates.
 
     Args:
         optimizer: Any optimizer that `family_of` knows. Of a wrapper (SAM, Lookahead) the one inside is scaled, which updates.
@@ -45,6 +48,7 @@ class ScaledStep:
         self._scaled: list[dict[str, Any]] = []
         self._parts: list[Part] = []
         self._shape: list[tuple[Any, list[Tensor]]] = []
+        self._folds = RowFolds(())
         # Splits now, so that unknown parameters and scaled groups are found before the first step.
         self._scale(optimizer.param_groups)
         self._handles = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
@@ -81,6 +85,7 @@ class ScaledStep:
     def _swap_in(self) -> None:
         scaled = self._scale(self.optimizer.param_groups)
         self.own_groups, self.optimizer.param_groups = self.optimizer.param_groups, scaled
+        self._folds.unfold()
         self._given = [dict(group) for group in self._scaled]
 
     def _scale(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -89,6 +94,9 @@ class ScaledStep:
             self._parts = split(groups, self.plan, self.names, by_role=False)
             self._shape = [(group.get("kind"), list(group["params"])) for group in groups]
             self._tags = rate_tags(self._parts, groups)
+            entries = {entry.name: entry for entry in self.plan.parameters if entry.rows is not None}
+            held = [p for part in self._parts for p in part.params if self.names.get(p) in entries]
+            self._folds = RowFolds((p, entries[self.names[p]]) for p in held)
         self._scaled = []
         for part in self._parts:
             scaled = scaled_group(groups[part.source], part, self.plan.betas)
@@ -133,7 +141,8 @@ class ScaledStep:
             own[index][key] = value
 
     def restore(self) -> None:
-        """Restores the optimizer's own groups; does nothing if it has them."""
+        """Restores the optimizer's own groups, and the multipliers in the weights; does nothing if it has them."""
+        self._folds.fold()
         if self.own_groups is not None:
             self.optimizer.param_groups, self.own_groups = self.own_groups, None
 

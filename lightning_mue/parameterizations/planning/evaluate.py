@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 from lightning_mue.checks import listed, value_error
 from lightning_mue.parameterizations.planning.match import Pair
-from lightning_mue.parameterizations.planning.multipliers import fold
-from lightning_mue.parameterizations.planning.scaling_plan import ParameterPlan
+from lightning_mue.parameterizations.planning.multipliers import fold, logit_multiplier
+from lightning_mue.parameterizations.planning.parameter_plan import FoldedRows, ParameterPlan
 from lightning_mue.parameterizations.reading.initializer import Init
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo, branch_ratios
 from lightning_mue.parameterizations.rules.kinds import Family, default_kind
@@ -40,6 +40,7 @@ class Scale:
         self.families = sorted({family} if isinstance(family, str) else set(family.values()))
         for name in self.families:
             rule.table(name)
+        self._carried: dict[str, float] = {}  # kind -> a multiplier that went into a weight
         self.base_sizes = pair.base_axes.sizes()
         self.ratios = pair.axes.ratios(pair.base_axes)
         self.sparse = (pair.axes.top_k or 1) < (pair.axes.n_experts or 1)
@@ -55,11 +56,14 @@ class Scale:
         kind = default_kind(Role.EMBEDDING if info.tied else info.role, family)
         ratios = self._local_ratios(info, old)
         cells = {name: parse(getattr(row, name)).evaluate(ratios, self.alpha) for name in ("init", "lr", "wd", "eps")}
+        rows = None
         for name in sorted(info.folds & set(folded)):
-            start, cell = folded[name]
-            multiplier = start * parse(cell).evaluate(ratios, self.alpha)
-            self._refuse_fixed_values(info, init, name, cell, multiplier)
-            cells = fold(cells, multiplier, kind)
+            multiplier = self._multiplier(name, folded[name], ratios, info, old)
+            self._refuse_fixed_values(info, init, name, folded[name][1], multiplier)
+            if name == "attention" and info.query is not None and info.query.rows is not None:
+                rows = FoldedRows(*info.query.rows, multiplier) if multiplier != 1.0 else None
+            else:
+                cells = fold(cells, multiplier, kind)
         for pattern, columns in self.factors.items():
             if re.search(pattern, info.name):
                 cells |= {column: cells[column] * value for column, value in columns.items()}
@@ -78,7 +82,27 @@ class Scale:
             base_shape=old.shape if old is not None else None if vector else (int(self.base_sizes["d"]),) * 2,
             tied=tied,
             init_factor=cells["init"],
+            rows=rows,
+            trainable=info.trainable,
         )
+
+    def _multiplier(
+        self,
+        kind: str,
+        cell: tuple[float, str],
+        ratios: Mapping[str, float],
+        info: ParameterInfo,
+        old: ParameterInfo | None,
+    ) -> float:
+        """The forward multiplier of a kind that one parameter carries, over the base's."""
+        value = None
+        if kind == "attention":
+            value = logit_multiplier(self.rule, info.query, old.query if old is not None else None, ratios, self.alpha)
+        if value is None:
+            value = cell[0] * parse(cell[1]).evaluate(ratios, self.alpha)
+        if info.trainable and value != 1.0:
+            self._carried.setdefault(kind, value)
+        return value
 
     def _refuse_zero_router(self, info: ParameterInfo, init: Init) -> None:
         """Refuses sparse routing from a zero router: every expert ties, and the same ones always win."""
@@ -104,10 +128,12 @@ class Scale:
             )
 
     def folded_values(self, folded: Mapping[str, tuple[float, str]]) -> dict[str, float]:
-        """Kind -> the multiplier over the base's that goes into weights, at the whole model's ratios."""
+        """Kind -> the multiplier over the base's that went into weights, at the whole model's ratios; only those that did."""
+        values = {kind: parse(cell).evaluate(self.ratios, self.alpha) for kind, (_, cell) in folded.items()}
         return {
-            kind: parse(cell).evaluate(self.ratios, self.alpha) * (start if kind == "attention" else 1.0)
-            for kind, (start, cell) in folded.items()
+            kind: self._carried[kind] if kind == "attention" else value
+            for kind, value in values.items()
+            if kind in self._carried and (kind == "attention" or value != 1.0)
         }
 
     def _family(self, info: ParameterInfo) -> Family:

@@ -14,7 +14,7 @@ from lightning_mue.parameterizations.reading.ffn_roles import (
     refuse_unnamed_experts,
     undecided,
 )
-from lightning_mue.parameterizations.reading.folding import mark_folds
+from lightning_mue.parameterizations.reading.folding import attention_of, mark_folds, scaled_attentions
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo, some
 from lightning_mue.parameterizations.reading.record import ModelRecord
 from lightning_mue.parameterizations.reading.role_names import routers_by_shape
@@ -58,7 +58,16 @@ class Pair:
         self.axes, mine = _sizes(target, mine)
         self.base_axes, theirs = _sizes(base, theirs)
         # Matched again, now that all roles are known: parameters without a counterpart by name are matched by role.
-        self.infos, self.matched = mark_folds(mine), match_parameters(mine, theirs)
+        self.matched = match_parameters(mine, theirs)
+        infos = mark_folds(mine)
+        #: Paths of the attentions whose logits a module of the target scales.
+        self.scaled_attentions = scaled_attentions(
+            infos, [site.path.rpartition(".")[0] for site in target.sites if site.kind == "attention"]
+        )
+        self.infos = [
+            replace(info, folds=info.folds - {"attention"}) if attention_of(info) in self.scaled_attentions else info
+            for info in infos
+        ]
         if self.axes.width is None or self.base_axes.width is None:
             width, base_width = self._widths()
             self.axes, self.base_axes = replace(self.axes, width=width), replace(self.base_axes, width=base_width)

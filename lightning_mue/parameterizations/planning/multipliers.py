@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_mue.parameterizations.planning.counterparts import BaseIndex
-from lightning_mue.parameterizations.reading.folding import why_not_foldable
-from lightning_mue.parameterizations.reading.parameters import ParameterInfo, branch_ratios
+from lightning_mue.parameterizations.planning.match import Pair
+from lightning_mue.parameterizations.reading.folding import why_not_foldable, without_query
+from lightning_mue.parameterizations.reading.parameters import Query, branch_ratios, some
 from lightning_mue.parameterizations.reading.record import ModelRecord
 from lightning_mue.parameterizations.reading.sites import Site
 from lightning_mue.parameterizations.rules.kinds import Kind
@@ -19,8 +20,12 @@ MULTIPLIER_KINDS = ("residual", "attention", "ffn", "route", "output")
 #: The value that a kind has in a base without it: a dense FFN is an MoE of one expert with route scale 1.
 _ABSENT = {"route": 1.0, "ffn": 1.0}
 
+#: Differences from 1 that come from rounding, not from sizes.
+_ROUNDING = 1e-12
+
 _REMEDY = {
-    "attention": "Keep the head dimension as at the base (more heads, not larger ones). Or: ",
+    "attention": "Keep the head dimension as at the base (more heads, not larger ones). Or store the whole scale of the logits "
+    "(head_dim**-0.5) as a float attribute of the attention module, and: ",
     "residual": "Name the last matrix of each branch by pattern, e.g. roles: {'blocks.*out': ffn_down}. Or: ",
 }
 
@@ -44,7 +49,7 @@ def folded_cells(
     rule: Parameterization,
     target: ModelRecord,
     base: ModelRecord,
-    infos: list[ParameterInfo],
+    pair: Pair,
     ratios: Mapping[str, float],
     alpha: float,
 ) -> dict[str, tuple[float, str]]:
@@ -60,23 +65,62 @@ def folded_cells(
     present = {site.kind for site in target.sites}
     folded: dict[str, tuple[float, str]] = {}
     for kind, cell in rule.multipliers.items():
+        if kind == "attention":
+            folded |= _folded_attention(rule, target, base, pair, ratios, alpha)
+            continue
         if kind in present:
             continue
         start = next((site.value for site in base.sites if site.kind == kind), 1.0)
-        if kind == "attention":  # beyond the modules' own scales
-            scales = [record.inferred.get("attention_scale") for record in (base, target)]
-            start, cell = (scales[0] / scales[1], cell) if all(scales) else (1.0, f"{cell} k^1/2")  # type: ignore[operator]
         value = start * parse(cell).evaluate(ratios, alpha)
-        reason = None if kind in _ABSENT or value == 1.0 else why_not_foldable(infos, kind)
+        reason = None if kind in _ABSENT or value == 1.0 else why_not_foldable(pair.infos, kind)
         if reason is not None:
-            raise not_covered(
-                found=f"{rule.name!r}, which needs the {kind} multiplier {cell} = {value:g}",
-                expected=f"a module of {target.model} that exposes one, or weights to fold it into ({reason})",
-                do=f"{_REMEDY.get(kind, '')}Name the attribute that holds it, e.g. multipliers: {{{kind}: '{kind}_multiplier$'}}; "
-                f"or declare it on the module that applies it, mue_multipliers = {{'{kind}': '{kind}_multiplier'}}.",
-            )
+            raise _not_foldable(rule, target, kind, f"{cell} = {value:g}", reason)
         folded[kind] = (start, cell)
     return folded
+
+
+def _folded_attention(
+    rule: Parameterization,
+    target: ModelRecord,
+    base: ModelRecord,
+    pair: Pair,
+    ratios: Mapping[str, float],
+    alpha: float,
+) -> dict[str, tuple[float, str]]:
+    """The entry of `folded_cells` for attention logits; single attentions may have another value (`logit_multiplier`)."""
+    cell = rule.multipliers["attention"]
+    bare = without_query(pair.infos, pair.scaled_attentions)
+    if not (bare or any("attention" in info.folds for info in pair.infos)):
+        return {}
+    scales = [record.inferred.get("attention_scale") for record in (base, target)]
+    # Beyond the modules' own scales.
+    start, cell = (scales[0] / scales[1], cell) if all(scales) else (1.0, f"{cell} k^1/2")  # type: ignore[operator]
+    value = start * parse(cell).evaluate(ratios, alpha)
+    if bare and abs(value - 1) > _ROUNDING:
+        reason = f"which weights make the queries is not known among {some(bare, 3)}"
+        raise _not_foldable(rule, target, "attention", f"{rule.multipliers['attention']}, here {value:g}", reason)
+    return {"attention": (start, cell)}
+
+
+def _not_foldable(rule: Parameterization, target: ModelRecord, kind: str, value: str, reason: str) -> Exception:
+    return not_covered(
+        found=f"{rule.name!r}, which needs the {kind} multiplier {value}",
+        expected=f"a module of {target.model} that exposes one, or weights to fold it into ({reason})",
+        do=f"{_REMEDY.get(kind, '')}Name the attribute that holds it, e.g. multipliers: {{{kind}: '{kind}_multiplier$'}}; "
+        f"or declare it on the module that applies it, mue_multipliers = {{'{kind}': '{kind}_multiplier'}}.",
+    )
+
+
+def logit_multiplier(
+    rule: Parameterization, query: Query | None, old: Query | None, ratios: Mapping[str, float], alpha: float
+) -> float | None:
+    """What multiplies one attention's logits beyond the module's own scale, over the base's; None if its heads are not known."""
+    if query is None or old is None or not query.head_dim or not old.head_dim:
+        return None
+    k = query.head_dim / old.head_dim
+    own, base_own = (q.scale or q.head_dim**-0.5 for q in (query, old))  # type: ignore[operator]
+    value = parse(rule.multipliers["attention"]).evaluate({**ratios, "k": k}, alpha) * base_own / own
+    return value if abs(value - 1) > _ROUNDING else 1.0
 
 
 class _Counterparts:

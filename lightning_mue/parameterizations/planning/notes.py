@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from lightning_mue.parameterizations.planning.match import Pair
+from lightning_mue.parameterizations.reading.folding import attention_of
+from lightning_mue.parameterizations.reading.parameters import ParameterInfo
 from lightning_mue.parameterizations.reading.role_names import in_attention
 from lightning_mue.parameterizations.rules.monomial import parse
 from lightning_mue.parameterizations.rules.roles import Role
@@ -50,13 +52,23 @@ def _unknown_modules(rule: Parameterization, pair: Pair, changed: list[str]) -> 
         notes.append(
             f"how the router makes its gates is not known; {rule.name} claims transfer over experts for {wanted}"
         )
-    headless = None in (pair.axes.head_dim, pair.base_axes.head_dim) and not pair.target.sizes
-    matters = "attention" in rule.multipliers and "width" in changed
-    if headless and matters and any(len(i.shape) == 2 and in_attention(i.path) for i in pair.infos):
+    headless = [info for info in pair.infos if _has_unknown_heads(info, pair)]
+    if headless and "attention" in rule.multipliers and "width" in changed:
         notes.append(
-            "the size of an attention head is not known and taken to be the base's; if it grows, logits need a factor"
+            f"the size of an attention head is not known for {headless[0].name} and taken to be the base's; if it grows, the "
+            "logits lack a factor. Store it on the attention module as an attribute `head_dim` (or the number of heads as "
+            "`n_head`), or return it from mue_axes() of the model"
         )
     return notes
+
+
+def _has_unknown_heads(info: ParameterInfo, pair: Pair) -> bool:
+    """True for a matrix in an attention whose logits the plan may have to scale, but whose head size it does not know."""
+    if len(info.shape) < 2 or not (info.query is not None or in_attention(info.path)):
+        return False
+    if attention_of(info) in pair.scaled_attentions:
+        return False
+    return None in (pair.axes.head_dim, pair.base_axes.head_dim)
 
 
 def _unclaimed_routers(rule: Parameterization, pair: Pair, changed: list[str]) -> list[str]:

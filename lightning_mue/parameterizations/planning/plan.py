@@ -83,7 +83,8 @@ def plan(
         old = replace(describe_base(model, base, roles, multipliers, measure=True), run=old.run)
     # 4. Evaluate the rule's cells.
     scale = Scale(rule, family, alpha, pair, {} if keeps_weights else old.inits, factors)
-    folded = folded_cells(rule, target, old, pair.infos, scale.ratios, alpha)
+    folded = folded_cells(rule, target, old, pair, scale.ratios, alpha)
+    parameters = tuple(scale.parameter(info, folded) for info in pair.infos)
     same_size = keeps_weights and not pair.axes.changed(pair.base_axes)
     return ScalingPlan(
         rule=rule.name,
@@ -92,11 +93,11 @@ def plan(
         axes=pair.axes.to_dict(),
         base_axes=pair.base_axes.to_dict(),
         betas=parse(rule.betas).evaluate(scale.ratios, alpha),
-        parameters=tuple(scale.parameter(info, folded) for info in pair.infos),
+        parameters=parameters,
         multipliers={} if same_size else site_values(rule, target, old, scale.ratios, alpha),
         same_size=same_size,
         notes=(*([reason] if reason else []), *pair.notes, *plan_notes(rule, pair, alpha, constants)),
-        folded={kind: value for kind, value in scale.folded_values(folded).items() if value != 1.0},
+        folded=scale.folded_values(folded),
     )
 
 

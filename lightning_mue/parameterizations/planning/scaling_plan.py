@@ -3,57 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Group, RenderableType
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from lightning_mue.console import human, to_text
-from lightning_mue.names import split_layer
+from lightning_mue.parameterizations.planning import table
+from lightning_mue.parameterizations.planning.parameter_plan import FoldedRows, ParameterPlan
 from lightning_mue.parameterizations.reading.initializer import Init
 from lightning_mue.parameterizations.rules.axes import Axes
+from lightning_mue.parameterizations.rules.kinds import ADAM_KINDS
 
-_HEADERS = ("role", "size", "parameters", "shape", "init", "lr x", "wd x", "eps x", "update")
-
-
-@dataclass(frozen=True)
-class ParameterPlan:
-    """What happens to one parameter.
-
-    Attributes:
-        name: Fully qualified name.
-        role: Its role.
-        shape: Its shape.
-        base: The base's parameter that it scales from, or None (a router whose base is dense).
-        init: How it is drawn.
-        lr: Factor on the group's learning rate.
-        weight_decay: Factor on the group's weight decay.
-        eps: Factor on Adam's epsilon.
-        kind: The update it gets (``adamw``, ``sgd``, ``sphere``, ``adam_sphere``, ``muon``).
-        source: The paper of its row, with table or section, and the page of docs/ that derives it.
-        base_shape: Shape of the base's parameter; of its hidden matrices for one that the base lacks.
-        tied: Every expert of the layer starts from the same draw.
-        init_factor: The std (or constant) that is planned over the base's.
-    """
-
-    name: str
-    role: str
-    shape: tuple[int, ...]
-    base: str | None
-    init: Init
-    lr: float
-    weight_decay: float
-    eps: float
-    kind: str
-    source: str
-    base_shape: tuple[int, ...] | None = None
-    tied: bool = False
-    init_factor: float = 1.0
+__all__ = ["FoldedRows", "ParameterPlan", "ScalingPlan", "as_markdown", "headline"]
 
 
 @dataclass(frozen=True)
@@ -95,22 +63,38 @@ class ScalingPlan:
     def __str__(self) -> str:
         return to_text(self)
 
-    def __rich__(self) -> RenderableType:
-        """A table with a line for parameters that are treated alike, and below it multipliers, sources and notes."""
-        table = Table(title=headline(self), title_justify="left", title_style="bold", header_style="bold")
-        for header in _HEADERS:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        """A table with a line for parameters that are treated alike, its legend, and below it multipliers, sources and notes.
+
+        On a narrow terminal names wrap, so that nothing is cut off, and the column of sizes makes way for them.
+        """
+        narrow = options.max_width < 100
+        shown = Table(title=headline(self), title_justify="left", title_style="bold", header_style="bold")
+        shown.box, shown.padding, shown.pad_edge = (
+            (None, (0, 1, 0, 0), False) if narrow else (SIMPLE_HEAD, (0, 1), True)
+        )
+        kept = [i for i, header in enumerate(table.HEADERS) if not (narrow and header == "size")]
+        for header in (table.HEADERS[i] for i in kept):
             right = header in ("size", "lr x", "wd x", "eps x")
-            table.add_column(
-                header, justify="right" if right else "left", overflow="fold", no_wrap=header != "parameters"
-            )
-        for cells in _lines(self):
-            table.add_row(*cells)
-        footer = [Text(f"forward multiplier  {entry}") for entry in _multipliers(self)]
-        if self.betas != 1.0:
-            footer.append(Text(f"1 - beta  x {self.betas:.4g}"))
-        footer += [Text(f"source  {entry}", style="dim") for entry in _sources(self)]
+            shown.add_column(header, justify="right" if right else "left", overflow="fold")
+        for cells in table.lines(self.parameters):
+            shown.add_row(*(cells[i] for i in kept))
+        yield shown
+        footer = [Text(line, style="dim") for line in table.legend(self.parameters)]
+        footer += [Text(f"forward multiplier  {entry}") for entry in self._multiplier_lines()]
+        footer += [Text(f"1 - beta  x {self.betas:.4g}")] if self._scales_betas() else []
+        footer += [Text(f"source  {entry}", style="dim") for entry in self._source_lines()]
         footer += [Text(f"note: {note}", style="yellow") for note in self.notes]
-        return Group(table, *footer)
+        yield from footer
+
+    def _multiplier_lines(self) -> list[str]:
+        return table.multipliers(self.multipliers, self.folded, self.parameters)
+
+    def _source_lines(self) -> list[str]:
+        return [] if self.same_size else table.sources(self.parameters)
+
+    def _scales_betas(self) -> bool:
+        return self.betas != 1.0 and any(p.kind in ADAM_KINDS and p.trainable for p in self.parameters)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, so that it can go into a checkpoint that loads with ``weights_only=True``, or into YAML."""
@@ -149,7 +133,7 @@ class ScalingPlan:
             mine, theirs = getattr(self, key), getattr(other, key)
             lines += [f"{key}.{line}" for line in _changed_values(mine, theirs, {**mine, **theirs})]
         lines += _changed_values(self.multipliers, other.multipliers, sorted({*self.multipliers, *other.multipliers}))
-        keys = ("role", "shape", *(["init", "tied"] if init else []), "lr", "weight_decay", "eps", "kind")
+        keys = ("role", "shape", *(["init", "tied"] if init else []), "lr", "weight_decay", "eps", "kind", "rows")
         ours, others = ({p.name: p for p in plan.parameters} for plan in (self, other))
         for name in dict.fromkeys([*ours, *others]):
             old, new = ours.get(name), others.get(name)
@@ -162,7 +146,8 @@ class ScalingPlan:
 
 def _parameter(plain: Mapping[str, Any]) -> ParameterPlan:
     base_shape = tuple(plain["base_shape"]) if plain.get("base_shape") is not None else None
-    changed = {"shape": tuple(plain["shape"]), "base_shape": base_shape, "init": Init(**plain["init"])}
+    rows = FoldedRows(**plain["rows"]) if plain.get("rows") is not None else None  # older plans have none
+    changed = {"shape": tuple(plain["shape"]), "base_shape": base_shape, "init": Init(**plain["init"]), "rows": rows}
     return ParameterPlan(**{**plain, **changed})
 
 
@@ -175,47 +160,6 @@ def _changed_values(mine: Mapping[str, float], theirs: Mapping[str, float], name
     return [f"{name}: {mine.get(name)} -> {theirs.get(name)}" for name in names if mine.get(name) != theirs.get(name)]
 
 
-def _lines(plan: ScalingPlan) -> list[tuple[str, ...]]:
-    """Cells of the table: one line for parameters that the plan treats alike."""
-    alike: dict[tuple[object, ...], list[ParameterPlan]] = {}
-    for p in plan.parameters:
-        constant = p.init.value if p.init.kind == "constant" else None
-        key = (p.role, p.shape, p.init.kind, constant, p.lr, p.weight_decay, p.eps, p.kind)
-        alike.setdefault(key, []).append(p)
-    return [_cells(members) for members in alike.values()]
-
-
-def _cells(members: Sequence[ParameterPlan]) -> tuple[str, ...]:
-    p, count = members[0], len(members)
-    name = f"{count} x {split_layer(p.name)[0]}" if count > 1 else p.name
-    shape = " x ".join(str(side) for side in p.shape) or "scalar"
-    size = human(sum(math.prod(member.shape) for member in members))
-    numbers = (f"{value:.4g}" for value in (p.lr, p.weight_decay, p.eps))
-    return (p.role, size, name, shape, _init(members), *numbers, p.kind)
-
-
-def _init(members: Sequence[ParameterPlan]) -> str:
-    kind = members[0].init.kind
-    values = sorted(member.init.value for member in members)
-    if kind == "keep":
-        return "as it is"
-    if kind == "constant":
-        return f"= {values[0]:.4g}"
-    tied = " tied" if members[0].tied else ""
-    # Equal layers' stds are measured, so they differ by sampling noise.
-    near = values[-1] <= 1.15 * values[0]
-    tied += ", form kept" if kind == "scaled" else ""
-    return (f"std {values[len(values) // 2]:.3g}" if near else f"std {values[0]:.2g}-{values[-1]:.2g}") + tied
-
-
-def _sources(plan: ScalingPlan) -> list[str]:
-    """Source of a row -> roles that take it, one line a source."""
-    roles: dict[str, dict[str, None]] = {}
-    for p in plan.parameters:
-        roles.setdefault(p.source, {})[p.role] = None
-    return [f"{source}: {', '.join(names)}" for source, names in roles.items()]
-
-
 def headline(plan: ScalingPlan) -> str:
     """One line: the rule and what changed since the base."""
     axes, base_axes = Axes(**plan.axes), Axes(**plan.base_axes)
@@ -225,19 +169,14 @@ def headline(plan: ScalingPlan) -> str:
     return f"{plan.rule} ({plan.family}, alpha={plan.alpha:g}), {human(total)} parameters; {what}"
 
 
-def _multipliers(plan: ScalingPlan) -> list[str]:
-    """Equal multipliers of many layers, as one entry: 'blocks.*.residual_multiplier = 0.25'."""
-    merged = {(split_layer(path)[0], f"{value:.4g}") for path, value in plan.multipliers.items()}
-    folded = [f"{kind} x {value:.4g}, folded into weights" for kind, value in sorted(plan.folded.items())]
-    return [f"{path} = {value}" for path, value in sorted(merged)] + folded
-
-
 def as_markdown(plan: ScalingPlan) -> str:
     """The plan as Markdown, for TensorBoard's text page."""
-    rows = [" | ".join(_HEADERS), " | ".join("---" for _ in _HEADERS)]
-    rows += [" | ".join(cells) for cells in _lines(plan)]
-    extra = [f"* forward multiplier `{entry}`" for entry in _multipliers(plan)]
-    extra += [f"* 1 - beta x {plan.betas:.4g}"] if plan.betas != 1.0 else []
-    extra += [f"* source {entry}" for entry in _sources(plan)]
+    rows = [" | ".join(table.HEADERS), " | ".join("---" for _ in table.HEADERS)]
+    # Markdown would take the stars for emphasis.
+    rows += [" | ".join(cell.replace("*", r"\*") for cell in cells) for cells in table.lines(plan.parameters)]
+    extra = [f"* {line}" for line in table.legend(plan.parameters)]
+    extra += [f"* forward multiplier `{entry}`" for entry in plan._multiplier_lines()]
+    extra += [f"* 1 - beta x {plan.betas:.4g}"] if plan._scales_betas() else []
+    extra += [f"* source {entry}" for entry in plan._source_lines()]
     extra += [f"* **note**: {note}" for note in plan.notes]
     return f"**{headline(plan)}**\n\n" + "\n".join(f"| {row} |" for row in rows) + "\n\n" + "\n".join(extra)

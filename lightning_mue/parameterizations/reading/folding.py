@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import replace
+from itertools import accumulate
 
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo, some
-from lightning_mue.parameterizations.reading.role_names import in_attention, layer_of
+from lightning_mue.parameterizations.reading.role_names import attention_path, in_attention, layer_of
 from lightning_mue.parameterizations.rules.roles import MATRIX_ROLES, Role
 
-_QUERY = re.compile(r"\.(q_proj|w_?q|query|q_lin|to_q|q)$")
 _OUT = re.compile(r"\.(o_proj|w_?o|out_proj|c_proj|out_lin|to_out(\.0)?|output\.dense|dense|proj|o)$")
 _QUERY_NORM = re.compile(r"(^|[._])(q|query)_?(layer_?)?norm(\.|$)|(^|[._])norm_q(\.|$)", re.IGNORECASE)
 # Blocks that normalize a branch's output before it is added (Gemma, OLMo): there the norm comes last.
@@ -22,9 +23,12 @@ def mark_folds(infos: list[ParameterInfo]) -> list[ParameterInfo]:
     """Marks the parameters into which a forward multiplier can be folded.
 
     An FFN's output: its down matrices. A residual branch: its last matrix, or the norm behind it. Attention logits: the query
-    norm, or the query matrix. A layer's bias is marked like its matrix.
+    norm, the query matrix, or the rows of a fused matrix that make queries. A layer's bias is marked like its matrix.
     """
     folds: dict[str, frozenset[str]] = {info.path: _folds_of(info) for info in infos if info.role in MATRIX_ROLES}
+    for info in infos:
+        if info.role is Role.BIAS and info.query is not None:
+            folds.setdefault(info.path, _folds_of(info))  # the bias of matrices that have other names
     query_norms = {info.path for info in infos if info.role is Role.QK_NORM and _QUERY_NORM.search(info.name)}
     attentions = {_parent(path) for path in query_norms}
     for path, kinds in folds.items():
@@ -49,22 +53,23 @@ def _folds_of(info: ParameterInfo) -> frozenset[str]:
         return frozenset({"ffn", "route", "residual"})
     if info.role is Role.SHARED_DOWN:
         return frozenset({"ffn", "residual"})  # the route scale is the routed experts' alone
-    if info.role is Role.HIDDEN and in_attention(info.path):
-        if _QUERY.search(info.path):
-            return frozenset({"attention"})
-        if _OUT.search(info.path):
-            return frozenset({"residual"})
+    query = info.query
+    if query is not None and info.role in (Role.HIDDEN, Role.BIAS):
+        known = query.rows is not None or not query.fused
+        return frozenset({"attention"}) if known and not query.normed else frozenset()
+    if info.role is Role.HIDDEN and in_attention(info.path) and _OUT.search(info.path):
+        return frozenset({"residual"})
     return frozenset()
 
 
 def why_not_foldable(infos: list[ParameterInfo], kind: str) -> str | None:
-    """Why a multiplier of a kind cannot be folded into these parameters, or None if it can."""
+    """Why a multiplier of a kind (not of attention logits) cannot be folded into these parameters, or None if it can."""
     wants: dict[tuple[str, str], list[ParameterInfo]] = defaultdict(list)
     has: set[tuple[str, str]] = set()
     for info in infos:
         layer, part = layer_of(info.path), _part(info)
         in_layer = info.position[1] >= 0 and info.role in MATRIX_ROLES - {Role.ROUTER}
-        if in_layer and (kind != "attention" or part == "attention"):
+        if in_layer:
             wants[layer, part].append(info)
         if kind in info.folds:
             has.add((layer, part))
@@ -75,8 +80,34 @@ def why_not_foldable(infos: list[ParameterInfo], kind: str) -> str | None:
     lacking = next((members for key, members in wants.items() if key not in has), None)
     if lacking is None:
         return None
-    what = "the query matrix" if kind == "attention" else "the last matrix of the branch"
-    return f"{what} is not known among {some(lacking, 3)}"
+    return f"the last matrix of the branch is not known among {some(lacking, 3)}"
+
+
+def attention_of(info: ParameterInfo) -> str:
+    """Path of the attention that a parameter belongs to; empty if it belongs to none."""
+    if path := attention_path(info.path):
+        return path
+    return _parent(info.path) if info.query is not None else ""
+
+
+def scaled_attentions(infos: list[ParameterInfo], places: Iterable[str]) -> set[str]:
+    """Those attentions whose logits are scaled by a module at one of these places: in them, or around them."""
+    inside, around = set(), set(places)
+    for place in around:
+        inside |= set(accumulate(place.split("."), "{}.{}".format))
+    found = {attention_of(info) for info in infos} - {""}
+    return {path for path in found if path in inside or {"", *accumulate(path.split("."), "{}.{}".format)} & around}
+
+
+def without_query(infos: list[ParameterInfo], scaled: set[str]) -> list[ParameterInfo]:
+    """Matrices of the first attention, not among the scaled ones, into which no multiplier of its logits can be folded."""
+    members: dict[str, list[ParameterInfo]] = defaultdict(list)
+    has = {attention_of(info) for info in infos if "attention" in info.folds}
+    for info in infos:
+        matrix = info.trainable and info.role in MATRIX_ROLES - {Role.ROUTER}
+        if matrix and (where := attention_of(info)) and where not in scaled:
+            members[where].append(info)
+    return next((found for where, found in members.items() if where not in has), [])
 
 
 def _part(info: ParameterInfo) -> str:

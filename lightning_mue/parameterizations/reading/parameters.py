@@ -29,6 +29,25 @@ Form = Literal["linear", "conv", "embedding", "norm", "raw"]
 
 
 @dataclass(frozen=True)
+class Query:
+    """What is known of the attention heads behind a parameter that makes or normalizes queries.
+
+    Attributes:
+        head_dim: Size of a head; None while unknown.
+        scale: What the module multiplies its logits by; None: not known, taken to be ``head_dim^-1/2``.
+        rows: Of a fused matrix: (the dimension that has them, how many of them make queries, after how many that repeats).
+        fused: It makes keys and values, too.
+        normed: A norm without weights follows, which undoes every factor.
+    """
+
+    head_dim: int | None = None
+    scale: float | None = None
+    rows: tuple[int, int, int] | None = None
+    fused: bool = False
+    normed: bool = False
+
+
+@dataclass(frozen=True)
 class ParameterInfo:
     """One parameter of a module tree, without its values.
 
@@ -45,6 +64,7 @@ class ParameterInfo:
             ``attention``, the only one).
         part: What it is a part of, if a module computes its weight from several (weight norm, LoRA).
         groups: Number of groups of a convolution, each of which sees its own share of the inputs.
+        query: The heads behind it, if it makes or normalizes the queries of an attention.
     """
 
     name: str
@@ -58,6 +78,7 @@ class ParameterInfo:
     folds: frozenset[str] = frozenset()
     part: str = ""
     groups: int = 1
+    query: Query | None = None
 
     @property
     def position(self) -> tuple[str, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from torch import nn
@@ -14,7 +14,8 @@ from lightning_mue.contract import declared_axes, is_router
 from lightning_mue.names import clean_name
 from lightning_mue.parameterizations.reading.initializer import Init
 from lightning_mue.parameterizations.reading.measuring import measure_module
-from lightning_mue.parameterizations.reading.parameters import ParameterInfo, list_parameters
+from lightning_mue.parameterizations.reading.parameters import ParameterInfo, Query, list_parameters
+from lightning_mue.parameterizations.reading.queries import head_size, read_queries
 from lightning_mue.parameterizations.reading.role_names import in_experts, name_roles
 from lightning_mue.parameterizations.reading.sites import Site, sites
 from lightning_mue.parameterizations.rules.axes import Axes
@@ -73,13 +74,19 @@ class ModelRecord:
 
 def _plain_parameter(info: ParameterInfo) -> dict[str, Any]:
     plain = {**asdict(info), "shape": list(info.shape), "fans": list(info.fans), "folds": sorted(info.folds)}
+    if info.query is not None and info.query.rows is not None:
+        plain["query"]["rows"] = list(info.query.rows)
     return {**plain, "role": info.role.value if info.role is not None else None}
 
 
 def _parameter(plain: Mapping[str, Any]) -> ParameterInfo:
     role = Role(plain["role"]) if plain["role"] is not None else None
     shape, fans = tuple(plain["shape"]), tuple(plain["fans"])
-    return ParameterInfo(**{**plain, "role": role, "shape": shape, "fans": fans, "folds": frozenset(plain["folds"])})
+    query = Query(**plain["query"]) if plain.get("query") else None  # bases that older versions wrote hold none
+    if query is not None and query.rows is not None:
+        query = replace(query, rows=(query.rows[0], query.rows[1], query.rows[2]))
+    known = {"role": role, "shape": shape, "fans": fans, "folds": frozenset(plain["folds"]), "query": query}
+    return ParameterInfo(**{**plain, **known})
 
 
 def describe(
@@ -96,7 +103,7 @@ def describe(
     Raises:
         ValueError: For a pattern that matches nothing, or sizes by names that are no axes.
     """
-    infos = name_roles(list_parameters(model, roles))
+    infos = read_queries(model, name_roles(list_parameters(model, roles)))
     known = {info.name for info in infos}
     inits = measure_module(model) if measure else {}
     return ModelRecord(
@@ -121,8 +128,6 @@ def _declared_sizes(module: nn.Module) -> dict[str, float]:
 
 
 _TOP_K = ("top_k", "topk", "num_experts_per_tok", "n_activated_experts", "moe_top_k")
-_HEAD_DIM = ("head_dim", "attention_head_size", "head_size", "qk_head_dim", "key_value_proj_dim", "d_kv")
-_ATTENTION_SCALE = ("scaling", "scale", "softmax_scale")
 
 
 def _attributes(module: nn.Module, infos: list[ParameterInfo]) -> dict[str, float]:
@@ -135,10 +140,11 @@ def _attributes(module: nn.Module, infos: list[ParameterInfo]) -> dict[str, floa
     for name, child in module.named_modules():
         if clean_name(name) in around and (top_k := _number(child, _TOP_K, int)):
             found["top_k"] = top_k  # the innermost comes last
-        if "attention" in type(child).__name__.lower() and (head := _number(child, _HEAD_DIM, int)):
-            found.setdefault("head_dim", head)
-            if (scale := _number(child, _ATTENTION_SCALE, float)) is not None:
-                found.setdefault("attention_scale", scale)
+    queries = [info.query for info in infos if info.query is not None and info.query.head_dim is not None]
+    if head := queries[0].head_dim if queries else head_size(module):
+        found["head_dim"] = head
+    if queries and queries[0].scale is not None:
+        found["attention_scale"] = queries[0].scale
     return found
 
 

@@ -73,6 +73,17 @@ def in_experts(path: str) -> bool:
     return bool(EXPERTS.search(path)) and not SHARED.search(path)
 
 
+def attention_path(path: str) -> str:
+    """The path up to and including the outermost attention layer that it leads through; empty if there is none.
+
+    A linear layer with such a name (``attn_out``) is no attention layer, but belongs to what is around it.
+    """
+    match = _ATTENTION.search(path)
+    if match is None:
+        return ""
+    return path[: match.end()].rstrip(".") if match.end() < len(path) else path.rpartition(".")[0]
+
+
 def layer_of(path: str) -> str:
     """A path up to and including its layer index; empty without one."""
     template, layer = split_layer(path)

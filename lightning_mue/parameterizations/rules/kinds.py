@@ -17,6 +17,8 @@ Kind = Literal["sphere", "muon", "adam_sphere", "adamw", "sgd"]
 KINDS: tuple[Kind, ...] = ("sphere", "muon", "adam_sphere", "adamw")
 #: The updates that orthogonalize a momentum.
 MUON_KINDS: tuple[Kind, ...] = ("sphere", "muon")
+#: The updates that have Adam's moments and epsilon.
+ADAM_KINDS: tuple[Kind, ...] = ("adamw", "adam_sphere")
 #: The updates that keep a weight's Frobenius norm (its radius).
 SPHERE_KINDS: tuple[Kind, ...] = ("sphere", "adam_sphere")
 

@@ -365,5 +365,5 @@ def test_table_shows_each_role_once_with_equal_layers_on_one_line():
     text = str(plan(make_model(), base=BASE))
     assert "complete-mue (adam, alpha=1)" in text
     assert "width 32 -> 64" in text
-    assert "8 x transformer.blocks.*.attention.w_q" in text
+    assert "8 x transformer.blocks.*.attention.{w_q, w_k, w_v, w_o}" in text
     assert "forward multiplier  transformer.blocks.*.ffn.route_scale = 2" in text

@@ -220,8 +220,10 @@ def test_vision_transformer_of_torch_parts():
         "head_dim": 16,
     }  # fmt: skip
     assert scaling["encoder.layers.3.linear2.bias"].lr == 0.5  # the residual multiplier, folded
-    with pytest.raises(ValueError, match=r"attention multiplier.*Keep the head dimension as at the base"):
-        plan(VisionTransformer(128, head_dim=32), base={"width": 64, "head_dim": 16})
+    grown = plan(VisionTransformer(128, head_dim=32), base={"width": 64, "head_dim": 16})
+    assert grown.folded == {"attention": pytest.approx(0.5**0.5)}
+    rows = [grown[f"encoder.layers.1.self_attn.in_proj_{leaf}"].rows for leaf in ("weight", "bias")]
+    assert [(r.dim, r.count, r.period) for r in rows] == [(0, 128, 384)] * 2
 
 
 @pytest.mark.parametrize(
