@@ -30,6 +30,8 @@ _VECTORS = frozenset({"bias", "biases", "norm", "layernorm", "rmsnorm", "batchno
 _ELEMENTWISE = frozenset(
     {"a_log", "a_logs", "log_a", "log_a_real", "a_real", "a_imag", "time_decay", "time_first", "time_faaaa", "r_k"}
 )
+#: A part of a path that names an attention layer.
+_ATTENTION = re.compile(r"(^|\.)\w*(attn|attention)\w*(\.|$)", re.IGNORECASE)
 
 
 @lru_cache(maxsize=1 << 17)
@@ -180,6 +182,16 @@ def is_elementwise(name: str) -> bool:
         True
     """
     return plain_name(name).lower().rpartition(".")[2] in _ELEMENTWISE
+
+
+def in_attention(path: str) -> bool:
+    """Whether a path leads through an attention layer, judged by its name.
+
+    Example:
+        >>> in_attention("layers.0.self_attn.q_proj"), in_attention("layers.0.mlp.up")
+        (True, False)
+    """
+    return bool(_ATTENTION.search(path))
 
 
 @lru_cache(maxsize=1 << 17)

@@ -170,5 +170,5 @@ class Scale:
 
 
 def _is_vector(info: ParameterInfo) -> bool:
-    """True for biases, gains and scalars."""
-    return len(info.shape) <= 1
+    """True for biases (those of stacked experts, too), gains and scalars."""
+    return len(info.shape) <= 1 or info.role in (Role.BIAS, Role.NORM, Role.QK_NORM, Role.FINAL_NORM, Role.SCALAR)

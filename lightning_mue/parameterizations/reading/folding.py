@@ -6,12 +6,13 @@ import re
 from collections import defaultdict
 from dataclasses import replace
 
+from lightning_mue.names import in_attention
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo, some
-from lightning_mue.parameterizations.reading.role_names import in_attention, layer_of
+from lightning_mue.parameterizations.reading.branches import residual_ends, undecided_branches
+from lightning_mue.parameterizations.reading.role_names import layer_of
 from lightning_mue.parameterizations.rules.roles import MATRIX_ROLES, Role
 
 _QUERY = re.compile(r"\.(q_proj|w_?q|query|q_lin|to_q|q)$")
-_OUT = re.compile(r"\.(o_proj|w_?o|out_proj|c_proj|out_lin|to_out(\.0)?|output\.dense|dense|proj|o)$")
 _QUERY_NORM = re.compile(r"(^|[._])(q|query)_?(layer_?)?norm(\.|$)|(^|[._])norm_q(\.|$)", re.IGNORECASE)
 # Blocks that normalize a branch's output before it is added (Gemma, OLMo): there the norm comes last.
 _POST_FFN = re.compile(r"(^|\.)post_(feedforward|ffn|ff|mlp)_?(layer)?norm(\.|$)")
@@ -25,6 +26,8 @@ def mark_folds(infos: list[ParameterInfo]) -> list[ParameterInfo]:
     norm, or the query matrix. A layer's bias is marked like its matrix.
     """
     folds: dict[str, frozenset[str]] = {info.path: _folds_of(info) for info in infos if info.role in MATRIX_ROLES}
+    for path in residual_ends(infos):
+        folds[path] = folds.get(path, frozenset()) | {"residual"}
     query_norms = {info.path for info in infos if info.role is Role.QK_NORM and _QUERY_NORM.search(info.name)}
     attentions = {_parent(path) for path in query_norms}
     for path, kinds in folds.items():
@@ -46,19 +49,20 @@ def _parent(path: str) -> str:
 
 def _folds_of(info: ParameterInfo) -> frozenset[str]:
     if info.role in (Role.FFN_DOWN, Role.EXPERT_DOWN):
-        return frozenset({"ffn", "route", "residual"})
+        return frozenset({"ffn", "route"})
     if info.role is Role.SHARED_DOWN:
-        return frozenset({"ffn", "residual"})  # the route scale is the routed experts' alone
+        return frozenset({"ffn"})  # the route scale is the routed experts' alone
     if info.role is Role.HIDDEN and in_attention(info.path):
         if _QUERY.search(info.path):
             return frozenset({"attention"})
-        if _OUT.search(info.path):
-            return frozenset({"residual"})
     return frozenset()
 
 
 def why_not_foldable(infos: list[ParameterInfo], kind: str) -> str | None:
     """Why a multiplier of a kind cannot be folded into these parameters, or None if it can."""
+    if kind == "residual":
+        normed = {layer_of(info.path) for info in infos if kind in info.folds and info.role is Role.NORM}
+        return undecided_branches(infos, normed)
     wants: dict[tuple[str, str], list[ParameterInfo]] = defaultdict(list)
     has: set[tuple[str, str]] = set()
     for info in infos:
@@ -68,8 +72,6 @@ def why_not_foldable(infos: list[ParameterInfo], kind: str) -> str | None:
             wants[layer, part].append(info)
         if kind in info.folds:
             has.add((layer, part))
-            if info.role is Role.NORM:  # a norm behind a branch may belong to either branch
-                has |= {(layer, "attention"), (layer, "FFN")}
     if not wants:
         return "no numbered layers with matrices of known roles were found"
     lacking = next((members for key, members in wants.items() if key not in has), None)

@@ -9,12 +9,11 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from lightning_mue.names import is_elementwise, is_head, split_layer
+from lightning_mue.names import in_attention, is_elementwise, is_head, split_layer
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo
 from lightning_mue.parameterizations.reading.size_inference import residual_widths
 from lightning_mue.parameterizations.rules.roles import Role
 
-_ATTENTION = re.compile(r"(^|\.)\w*(attn|attention)\w*(\.|$)", re.IGNORECASE)
 _EXPERTS = re.compile(r"(^|\.)\w*experts\b", re.IGNORECASE)
 _SHARED = re.compile(r"(^|\.)shared_(experts?|mlp|ffn)(\.|$)")
 _ROUTER = re.compile(r"(^|\.)(router|gating|gate_network)(\.|$)|(^|\.)(gate|wg|shared_expert_gate|shared_gate)$")
@@ -56,11 +55,6 @@ def _is_head(info: ParameterInfo, width: int | None) -> bool:
     """True for a linear layer that reads the residual width and has another output width, or is called a head."""
     leaves = info.fans[0] == width != info.fans[1]
     return info.form == "linear" and (leaves or is_head(info.path))
-
-
-def in_attention(path: str) -> bool:
-    """Whether a path leads through an attention layer, judged by its name."""
-    return bool(_ATTENTION.search(path))
 
 
 def layer_of(path: str) -> str:

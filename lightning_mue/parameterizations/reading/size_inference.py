@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from lightning_mue.checks import value_error
-from lightning_mue.names import all_indices, split_layer
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo
-from lightning_mue.parameterizations.rules.roles import MATRIX_ROLES, Role
+from lightning_mue.parameterizations.reading.stacks import count_experts, stack_depths
+from lightning_mue.parameterizations.rules.roles import Role
 
 
 def infer_sizes(infos: list[ParameterInfo], attributes: Mapping[str, float]) -> dict[str, float]:
@@ -28,7 +27,7 @@ def infer_sizes(infos: list[ParameterInfo], attributes: Mapping[str, float]) -> 
     head_dims = [i.shape[0] for i in infos if i.role is Role.QK_NORM and i.shape]
     if "head_dim" in attributes or head_dims:
         sizes["head_dim"] = attributes.get("head_dim") or head_dims[0]
-    if (experts := _n_experts(infos)) > 1:
+    if (experts := count_experts(infos)) > 1:
         if not ("top_k" in attributes and "expert_width" in sizes):
             missing = "their width" if "top_k" in attributes else "how many of them a token uses"
             raise value_error(
@@ -54,31 +53,6 @@ def residual_widths(infos: Iterable[ParameterInfo]) -> dict[str, int]:
     heads = [i.fans[0] for i in infos if i.role is Role.UNEMBEDDING]
     seen = {"norms": norms, "embeddings": tables, "unembedding": heads}
     return {where: Counter(found).most_common(1)[0][0] for where, found in seen.items() if found}
-
-
-def stack_depths(infos: Iterable[ParameterInfo]) -> dict[str, int]:
-    """Name of each stack of equal layers (an encoder, a decoder, ...) -> number of its layers; those of nested stacks multiply."""
-    layers: dict[str, set[str]] = defaultdict(set)
-    for info in infos:
-        if info.position[1] >= 0 and info.role in MATRIX_ROLES:
-            layers[all_indices(info.name)].add(info.name)
-    depths: dict[str, int] = {}
-    for template, names in layers.items():
-        found = {split_layer(name)[1] for name in names}
-        nested = template.count("*") > 1
-        if nested or found == set(range(len(found))):  # 0, 1, 2 and on: not the linear layers between activations
-            stack = template.rpartition("*")[0]
-            depths[stack] = max(depths.get(stack, 0), len(names))
-    return depths
-
-
-def _n_experts(infos: list[ParameterInfo]) -> int:
-    stacks = [i.shape[0] for i in infos if i.role is Role.EXPERT_DOWN and len(i.shape) == 3]
-    if stacks:
-        return stacks[0]
-    # A list of experts, each a module of its own: the second index of the name counts them.
-    numbers = {int(m[1]) for i in infos if i.role is Role.EXPERT_DOWN and (m := re.search(r"experts\.(\d+)\.", i.name))}
-    return len(numbers)
 
 
 def orient(infos: list[ParameterInfo], width: float | None) -> list[ParameterInfo]:
