@@ -134,14 +134,15 @@ def _refuse_unclear_lists(mine: list[ParameterInfo], theirs: list[ParameterInfo]
     """Raises where a list inside a layer grows, and its elements may follow one another or stand side by side."""
     lists = unclear_lists(mine, theirs)
     if lists:
+        name = next(iter(lists)).split(".")[-2]
         raise value_error(
             "mue_axes",
             found="; ".join(f"{old} -> {new} modules in {element}" for element, (new, old) in lists.items())
             + ", which may follow one another (depth) or stand side by side (branches, experts)",
             expected="a number of layers that is certain",
             do="Give the module a method `mue_axes()` that returns its depth, e.g. {'depth': ...}. If they are experts, also "
-            "name them by pattern, e.g. roles: {'mlps.*up': expert_up, 'mlps.*down': expert_down}, and return n_experts, top_k, "
-            "expert_width and active_width.",
+            f"name them by pattern, e.g. roles: {{'{name}.*up.*weight': expert_up, '{name}.*down.*weight': expert_down}}, and return n_experts, "
+            "top_k, expert_width and active_width.",
         )
 
 

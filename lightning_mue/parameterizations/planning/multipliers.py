@@ -21,7 +21,8 @@ _ABSENT = {"route": 1.0, "ffn": 1.0}
 
 _REMEDY = {
     "attention": "Keep the head dimension as at the base (more heads, not larger ones). Or: ",
-    "residual": "Name the last matrix of each branch by pattern, e.g. roles: {'blocks.*out': ffn_down}. Or: ",
+    "residual": "Name the matrix whose output is added to the residual stream (no gate or norm behind it) by pattern, "
+    "e.g. roles: {'blocks.*out.weight': ffn_down}. Or: ",
 }
 
 

@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from math import prod
 
 from lightning_mue.checks import listed
 from lightning_mue.names import all_indices, in_attention
@@ -19,7 +20,8 @@ _DOWN = (Role.FFN_DOWN, Role.EXPERT_DOWN, Role.SHARED_DOWN)
 _UP = (Role.FFN_UP, Role.EXPERT_UP, Role.SHARED_UP)
 _OUT = re.compile(
     r"(^|\.)(o_proj|w_?o|out|out_proj|c_proj|out_lin|out_layer|to_out(\.0)?|output|output\.dense|dense|proj|proj_out|o"
-    r"|output_proj|down_proj|proj_2)$"
+    r"|output_proj|down_proj|proj_2)$",
+    re.IGNORECASE,
 )
 # What changes a layer's activations by a condition (a time, a class), or goes round its branches, ends no branch.
 _ASIDE = re.compile(
@@ -53,16 +55,16 @@ def undecided_branches(infos: list[ParameterInfo], normed: Collection[str] = ())
     decided = _decide(infos)
     if not decided:
         return "no numbered layers with matrices of known roles were found"
+    members = {(branch.layer, branch.part): branch.members for branch in _branches(infos)}
     lacking: dict[str, list[ParameterInfo]] = {}
     for (layer, part), ends in decided.items():
         if ends is None and layer_of(layer) not in normed:
-            branch = next(b for b in _branches(infos) if (b.layer, b.part) == (layer, part))
-            lacking.setdefault(all_indices(f"{layer}.{part}".rstrip(".")), branch.members)
+            lacking.setdefault(all_indices(f"{layer}.{part}".rstrip(".")), members[layer, part])
     if not lacking:
         return None
     found = [
-        f"{where} ({listed([f'{info.name} {list(info.shape)}' for info in members], limit=6)})"
-        for where, members in lacking.items()
+        f"{where} ({listed([f'{info.name} {list(info.shape)}' for info in matrices], limit=6)})"
+        for where, matrices in lacking.items()
     ]
     return f"the last matrix of the branch is not known in {'; '.join(found)}"
 
@@ -77,11 +79,13 @@ def _decide(infos: list[ParameterInfo]) -> dict[tuple[str, str], set[str] | None
         parts[branch.layer] += 1
     result: dict[tuple[str, str], set[str] | None] = {}
     for branch in branches:
-        ends = {info.path for info in branch.members if info.role in _DOWN}
+        widths = norms.get(branch.layer, set()) | stream
+        down = [info for info in branch.members if info.role in _DOWN]
+        ends = {info.path for info in down if not _is_gated(info, widths)}
         if not ends and branch.layer in downs and all(info.role in _UP for info in branch.members):
             continue  # the down matrix lies in the module beside it
-        if not ends:
-            last = _last(branch, norms.get(branch.layer, set()) | stream, alone=parts[branch.layer] == 1)
+        if not down:
+            last = _last(branch, widths, alone=parts[branch.layer] == 1)
             ends = {_norm_behind(infos, info) for info in last}
         result[branch.layer, branch.part] = ends or None
     return result
@@ -92,7 +96,8 @@ def _branches(infos: list[ParameterInfo]) -> list[_Branch]:
     stacks, found = Stacks(infos), dict[tuple[str, str], _Branch]()
     for info in infos:
         layer = stacks.layer(info.name)
-        if not layer or info.role not in MATRIX_ROLES - {Role.ROUTER, Role.UNEMBEDDING} or _is_per_channel(info):
+        matrix = len(info.shape) >= 2 and info.role in MATRIX_ROLES - {Role.ROUTER, Role.UNEMBEDDING}
+        if not layer or not matrix or _is_per_channel(info):
             continue
         inside = info.path[len(layer) + 1 :]
         attention, ffn = in_attention(inside) and "." in inside, info.role in (*_UP, *_DOWN)
@@ -116,16 +121,23 @@ def _merged(infos: list[ParameterInfo], branches: list[_Branch]) -> list[_Branch
             joined.members += branch.members
         else:
             result.append(branch)
-    named = {branch.layer for branch in result if branch.part == "(FFN)" and not _has_up(branch)}
+    # Where the last matrix of a layer is a down matrix without up matrices, a person named it as the branch's end.
+    named = {
+        branch.layer: max(order[info.name] for info in branch.members)
+        for branch in result
+        if branch.part == "(FFN)" and not any(info.role in _UP for info in branch.members)
+    }
     for branch in flat.values():
         branch.members.sort(key=lambda info: order[info.name])
-        if branch.layer not in named:  # there a person named the last matrix by a role
+        if named.get(branch.layer, -1) < order[branch.members[-1].name]:
             result.append(branch)
     return result
 
 
-def _has_up(branch: _Branch) -> bool:
-    return any(info.role in _UP for info in branch.members)
+def _is_gated(info: ParameterInfo, widths: set[int]) -> bool:
+    """True for a matrix in front of a gate (``nn.GLU``), which halves its output: no factor of the branch goes into it."""
+    out = info.fans[1]
+    return out not in widths and out % 2 == 0 and out // 2 in widths
 
 
 def _attention_part(inside: str) -> str:
@@ -134,7 +146,7 @@ def _attention_part(inside: str) -> str:
 
 
 def _is_per_channel(info: ParameterInfo) -> bool:
-    return info.form == "conv" and info.shape[1] == 1
+    return info.form == "conv" and info.fans[0] == prod(info.shape[2:])
 
 
 def _last(branch: _Branch, widths: set[int], *, alone: bool) -> list[ParameterInfo]:

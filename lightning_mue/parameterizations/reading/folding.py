@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import replace
 
 from lightning_mue.names import in_attention
@@ -40,7 +41,16 @@ def mark_folds(infos: list[ParameterInfo]) -> list[ParameterInfo]:
             kinds = folds.get(info.path, frozenset())
             last = info.role is Role.NORM and _POST_NORM.search(info.name)
             folds[info.path] = kinds | {"residual"} if last else kinds - {"residual"}
-    return [replace(info, folds=folds.get(info.path, frozenset())) for info in infos]
+    return [replace(info, folds=folds.get(_matrix_path(info, folds), frozenset())) for info in infos]
+
+
+def _matrix_path(info: ParameterInfo, known: Collection[str]) -> str:
+    """The path of a parameter's matrix: its own, or ``W_x`` for a bias ``b_x``."""
+    parent, _, leaf = info.path.rpartition(".")
+    if info.role is Role.BIAS and leaf.lower().startswith("b_"):
+        names = (f"{parent}.{w}{leaf[1:]}".lstrip(".") for w in "Ww")
+        return next((name for name in names if name in known), info.path)
+    return info.path
 
 
 def _parent(path: str) -> str:

@@ -15,6 +15,7 @@ from lightning_mue.parameterizations.reading.initializer import Init, measure_in
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo, list_parameters, named_tensors
 from lightning_mue.parameterizations.reading.role_names import name_roles
 from lightning_mue.parameterizations.reading.sites import Site, sites
+from lightning_mue.parameterizations.reading.size_inference import read_transformer_lens
 from lightning_mue.parameterizations.rules.axes import Axes
 from lightning_mue.parameterizations.rules.roles import Role
 from lightning_mue.sharded import whole
@@ -95,7 +96,7 @@ def describe(
     Raises:
         ValueError: For a pattern that matches nothing, or sizes by names that are no axes.
     """
-    infos = name_roles(list_parameters(model, roles))
+    infos = name_roles(read_transformer_lens(list_parameters(model, roles)))
     known = {info.name for info in infos}
     tensors = named_tensors(model) if measure else {}
     return ModelRecord(
@@ -120,6 +121,14 @@ def _declared_sizes(module: nn.Module) -> dict[str, float]:
 
 
 _TOP_K = ("top_k", "topk", "num_experts_per_tok", "n_activated_experts", "moe_top_k")
+#: The same in a module's ``config``, where ``top_k`` may be a setting of text generation.
+_CONFIG_TOP_K = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "n_expert_per_token",
+    "n_activated_experts",
+    "moe_top_k",
+)
 _HEAD_DIM = ("head_dim", "attention_head_size", "head_size", "qk_head_dim", "key_value_proj_dim", "d_kv")
 _ATTENTION_SCALE = ("scaling", "scale", "softmax_scale")
 
@@ -130,7 +139,7 @@ def _attributes(module: nn.Module, infos: list[ParameterInfo]) -> dict[str, floa
     found: dict[str, float] = {}
     for name, child in module.named_modules():
         prefix = f"{clean_name(name)}." if name else ""
-        if any(expert.startswith(prefix) for expert in experts) and (top_k := _number(child, _TOP_K, int)):
+        if any(expert.startswith(prefix) for expert in experts) and (top_k := _top_k(child)):
             found["top_k"] = top_k  # the innermost comes last
         if "attention" in type(child).__name__.lower() and (head := _number(child, _HEAD_DIM, int)):
             found.setdefault("head_dim", head)
@@ -139,7 +148,13 @@ def _attributes(module: nn.Module, infos: list[ParameterInfo]) -> dict[str, floa
     return found
 
 
-def _number(module: nn.Module, names: tuple[str, ...], kind: type) -> Any:
+def _top_k(module: nn.Module) -> int | None:
+    return _number(module, (*_TOP_K, *_CONFIG_TOP_K), int) or _number(
+        getattr(module, "config", None), _CONFIG_TOP_K, int
+    )
+
+
+def _number(module: Any, names: tuple[str, ...], kind: type) -> Any:
     return next((value for name in names if type(value := getattr(module, name, None)) is kind), None)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from lightning_mue.names import in_attention, is_elementwise, is_head, split_layer
+from lightning_mue.names import in_attention, is_elementwise, is_head, is_shared_head, split_layer
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo
 from lightning_mue.parameterizations.reading.size_inference import residual_widths
 from lightning_mue.parameterizations.rules.roles import Role
@@ -41,7 +41,8 @@ def name_roles(infos: list[ParameterInfo]) -> list[ParameterInfo]:
         role = info.role
         if role is None and len(info.shape) >= 2:
             role = _matrix_role(info, moes)
-            if role is None and layers and i > last_layer and _is_head(info, widths.get("norms")):
+            behind = layers and (i > last_layer or is_shared_head(info.path))
+            if role is None and behind and _is_head(info, widths.get("norms")):
                 role = Role.UNEMBEDDING
         elif role is Role.NORM and _QK_NORM.search(info.name):
             role = Role.QK_NORM

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from math import prod
 
 from lightning_mue.checks import value_error
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo
@@ -53,6 +54,37 @@ def residual_widths(infos: Iterable[ParameterInfo]) -> dict[str, int]:
     heads = [i.fans[0] for i in infos if i.role is Role.UNEMBEDDING]
     seen = {"norms": norms, "embeddings": tables, "unembedding": heads}
     return {where: Counter(found).most_common(1)[0][0] for where, found in seen.items() if found}
+
+
+#: TransformerLens' names of its parameters -> role.
+_LENS = {
+    **dict.fromkeys(("W_E", "W_pos"), Role.EMBEDDING),
+    **dict.fromkeys(("W_Q", "W_K", "W_V", "W_O"), Role.HIDDEN),
+    **dict.fromkeys(("W_in", "W_gate"), Role.FFN_UP),
+    **dict.fromkeys(("b_Q", "b_K", "b_V", "b_O", "b_in", "b_out", "b_U"), Role.BIAS),
+    "W_out": Role.FFN_DOWN,
+    "W_U": Role.UNEMBEDDING,
+}
+
+
+def read_transformer_lens(infos: list[ParameterInfo]) -> list[ParameterInfo]:
+    """Gives roles and fans to the parameters of a TransformerLens model, known by its ``W_E`` and ``W_U``.
+
+    It stores matrices as [in, out], and those of an attention head by head: [heads, d, head_dim], ``W_O`` [heads, head_dim, d].
+    """
+    leaves = {info.name.rpartition(".")[2] for info in infos}
+    if not {"W_E", "W_U"} <= leaves:
+        return infos
+    result = []
+    for info in infos:
+        leaf, shape = info.name.rpartition(".")[2], info.shape
+        role = _LENS.get(leaf) if info.form == "raw" else None
+        if role not in (None, Role.BIAS, Role.EMBEDDING) and len(shape) >= 2:
+            heads = prod(shape[:-2])
+            fans = (heads * shape[-2], shape[-1]) if leaf == "W_O" else (shape[-2], heads * shape[-1])
+            info = replace(info, fans=fans)
+        result.append(replace(info, role=info.role or role))
+    return result
 
 
 def orient(infos: list[ParameterInfo], width: float | None) -> list[ParameterInfo]:

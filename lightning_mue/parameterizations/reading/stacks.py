@@ -85,7 +85,13 @@ class Stacks:
         """List of layers -> how many layers with matrices it has; in nested lists, all of them together."""
         found: dict[str, set[str]] = defaultdict(set)
         for info in self.infos:
-            if info.role in MATRIX_ROLES and (layer := self.layer(info.name)):
+            # A matrix between the blocks of two stages makes no layer.
+            between = info.role is Role.HIDDEN and not in_attention(info.path)
+            if (
+                info.role in MATRIX_ROLES
+                and (layer := self.layer(info.name))
+                and not (between and self.is_stage(layer))
+            ):
                 found[all_indices(layer)].add(layer)
         depths = {}
         for element, layers in found.items():
