@@ -151,7 +151,7 @@ def is_head(name: str) -> bool:
 
 
 def is_shared_head(name: str) -> bool:
-    """Whether a parameter belongs to the head of a layer that predicts further tokens (DeepSeek: ``layers.61.shared_head.head``)."""
+    """Whether a parameter is the head of a layer that predicts further tokens (DeepSeek: ``layers.61.shared_head.head``)."""
     return bool(re.search(r"(^|\.)shared_head\.head(\.weight|\.bias)?$", plain_name(name)))
 
 
@@ -207,6 +207,11 @@ def in_attention(path: str) -> bool:
         (True, False)
     """
     return bool(_ATTENTION.search(path))
+
+
+def is_time_scale(name: str) -> bool:
+    """Whether a parameter sets time scales of a state-space model, whose initial values follow a formula and are kept."""
+    return is_elementwise(name) or plain_name(name).lower().endswith(("dt_bias", "dt_proj.bias"))
 
 
 @lru_cache(maxsize=1 << 17)

@@ -141,8 +141,8 @@ def _refuse_unclear_lists(mine: list[ParameterInfo], theirs: list[ParameterInfo]
             + ", which may follow one another (depth) or stand side by side (branches, experts)",
             expected="a number of layers that is certain",
             do="Give the module a method `mue_axes()` that returns its depth, e.g. {'depth': ...}. If they are experts, also "
-            f"name them by pattern, e.g. roles: {{'{name}.*up.*weight': expert_up, '{name}.*down.*weight': expert_down}}, and return n_experts, "
-            "top_k, expert_width and active_width.",
+            f"name them by pattern, e.g. roles: {{'{name}.*up.*weight': expert_up, '{name}.*down.*weight': expert_down}}, "
+            "and return n_experts, top_k, expert_width and active_width.",
         )
 
 

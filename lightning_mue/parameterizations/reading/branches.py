@@ -116,7 +116,7 @@ def _merged(infos: list[ParameterInfo], branches: list[_Branch]) -> list[_Branch
     result, flat = [], dict[str, _Branch]()
     for branch in branches:
         single = len(branch.members) == 1 and not in_attention(branch.part)
-        if single and branch.members[0].role not in (*_UP, *_DOWN) or not branch.part:
+        if (single and branch.members[0].role not in (*_UP, *_DOWN)) or not branch.part:
             joined = flat.setdefault(branch.layer, _Branch(branch.layer, "", flat=True))
             joined.members += branch.members
         else:

@@ -8,8 +8,8 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from lightning_mue.names import in_attention
-from lightning_mue.parameterizations.reading.parameters import ParameterInfo, some
 from lightning_mue.parameterizations.reading.branches import residual_ends, undecided_branches
+from lightning_mue.parameterizations.reading.parameters import ParameterInfo, some
 from lightning_mue.parameterizations.reading.role_names import layer_of
 from lightning_mue.parameterizations.rules.roles import MATRIX_ROLES, Role
 
@@ -62,9 +62,8 @@ def _folds_of(info: ParameterInfo) -> frozenset[str]:
         return frozenset({"ffn", "route"})
     if info.role is Role.SHARED_DOWN:
         return frozenset({"ffn"})  # the route scale is the routed experts' alone
-    if info.role is Role.HIDDEN and in_attention(info.path):
-        if _QUERY.search(info.path):
-            return frozenset({"attention"})
+    if info.role is Role.HIDDEN and in_attention(info.path) and _QUERY.search(info.path):
+        return frozenset({"attention"})
     return frozenset()
 
 
