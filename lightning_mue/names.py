@@ -28,8 +28,13 @@ _PROJECTIONS = frozenset({"proj", "project", "projection", "mapping"})
 _VECTORS = frozenset({"bias", "biases", "norm", "layernorm", "rmsnorm", "batchnorm", "ln", "bn"})
 #: Parameters of state-space models and RWKV that act on each channel separately although they have two dimensions.
 _ELEMENTWISE = frozenset(
-    {"a_log", "a_logs", "log_a", "log_a_real", "a_real", "a_imag", "time_decay", "time_first", "time_faaaa", "r_k"}
+    {"a_log", "a_logs", "log_a", "log_a_real", "a_real", "a_imag", "time_decay", "time_first", "time_faaaa", "r_k", "d"}
+    | {"inv_a_real"}
 )
+#: Those of S4's kernels, whose names mean other things elsewhere.
+_KERNEL = frozenset({"b", "c", "p"})
+#: A part of a path that names an attention layer.
+_ATTENTION = re.compile(r"(^|\.)\w*(attn|attention)\w*(\.|$)", re.IGNORECASE)
 
 
 @lru_cache(maxsize=1 << 17)
@@ -130,13 +135,24 @@ def is_head(name: str) -> bool:
     Example:
         >>> is_head("model.lm_head.weight"), is_head("decoder.layers.0.fc1.weight"), is_head("layers.0.head")
         (True, False, False)
+        >>> is_head("resnet.fc"), is_head("layers.9.shared_head.head.weight")
+        (True, True)
     """
+    if is_shared_head(name):
+        return True
     layer, index, inside = _owner(name)
     if inside:
         return False
     if index:
         return layer.endswith("heads")
+    if layer == "fc":  # ResNet's; one deeper inside is a part of something else
+        return plain_name(name).removesuffix(".weight").removesuffix(".bias").count(".") <= 1
     return layer in _HEADS or layer.endswith("head") or "unembed" in layer
+
+
+def is_shared_head(name: str) -> bool:
+    """Whether a parameter is the head of a layer that predicts further tokens (DeepSeek: ``layers.61.shared_head.head``)."""
+    return bool(re.search(r"(^|\.)shared_head\.head(\.weight|\.bias)?$", plain_name(name)))
 
 
 def is_embedding(name: str) -> bool:
@@ -176,10 +192,37 @@ def is_elementwise(name: str) -> bool:
     """Whether a parameter acts on each channel separately although it has two dimensions, e.g. ``A_log`` of Mamba.
 
     Example:
-        >>> is_elementwise("backbone.layers.0.mixer.A_log")
-        True
+        >>> is_elementwise("backbone.layers.0.mixer.A_log"), is_elementwise("layers.0.kernel.C"), is_elementwise("C")
+        (True, True, False)
     """
-    return plain_name(name).lower().rpartition(".")[2] in _ELEMENTWISE
+    *around, leaf = plain_name(name).lower().split(".")
+    return leaf in _ELEMENTWISE or (leaf in _KERNEL and around[-1:] == ["kernel"])
+
+
+def in_attention(path: str) -> bool:
+    """Whether a path leads through an attention layer, judged by its name.
+
+    Example:
+        >>> in_attention("layers.0.self_attn.q_proj"), in_attention("layers.0.mlp.up")
+        (True, False)
+    """
+    return bool(_ATTENTION.search(path))
+
+
+def attention_path(path: str) -> str:
+    """The path up to and including the outermost attention layer that it leads through; empty if there is none.
+
+    A linear layer with such a name (``attn_out``) is no attention layer, but belongs to what is around it.
+    """
+    match = _ATTENTION.search(path)
+    if match is None:
+        return ""
+    return path[: match.end()].rstrip(".") if match.end() < len(path) else path.rpartition(".")[0]
+
+
+def is_time_scale(name: str) -> bool:
+    """Whether a parameter sets time scales of a state-space model, whose initial values follow a formula and are kept."""
+    return is_elementwise(name) or plain_name(name).lower().endswith(("dt_bias", "dt_proj.bias"))
 
 
 @lru_cache(maxsize=1 << 17)

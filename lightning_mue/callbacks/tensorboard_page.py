@@ -60,9 +60,9 @@ def write(trainer: Trainer) -> None:
         return
     for logger in trainer.loggers:
         if is_lightning(logger, "TensorBoardLogger") and _written.get(logger) != (
-            page := _page(registered, logger._prefix)
+            page := _page(registered, logger._prefix)  # type: ignore[attr-defined]
         ):
-            logger.experiment.add_custom_scalars(page)
+            logger.experiment.add_custom_scalars(page)  # type: ignore[attr-defined]
             _written[logger] = page
 
 

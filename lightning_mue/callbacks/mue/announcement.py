@@ -29,7 +29,7 @@ def announce(trainer: Trainer, plan: ScalingPlan, *, drawn: bool, verbose: bool)
         wide_console().print(plan)
     for logger in trainer.loggers:
         if is_lightning(logger, "TensorBoardLogger"):
-            logger.experiment.add_text("parameterization", as_markdown(plan), 0)
+            logger.experiment.add_text("parameterization", as_markdown(plan), 0)  # type: ignore[attr-defined]
         if isinstance(folder := getattr(logger, "log_dir", None), str):
             Path(folder).mkdir(parents=True, exist_ok=True)
             plan.save(Path(folder) / "plan.yaml")

@@ -212,7 +212,7 @@ def _loader_size(loader: object) -> int | None:
 
 def replicas(trainer: Trainer) -> int:
     """Number of data-parallel replicas, each with batches of its own; tensor-parallel ranks see the same batches."""
-    strategy = trainer.strategy
+    strategy: Any = trainer.strategy
     if is_lightning(strategy, "ModelParallelStrategy") and strategy._device_mesh is None:  # not set up: `explain`
         size = strategy._data_parallel_size
         return int(trainer.num_nodes if size == "auto" else size)

@@ -159,7 +159,7 @@ def _step(optimizer: Optimizer, probes: list[torch.nn.Parameter], gradient: Tens
     try:
         optimizer.step()
     except Exception:  # one that looks at two points asks for a closure, in its own words
-        optimizer.step(closure)
+        optimizer.step(closure)  # type: ignore[arg-type]
 
 
 @contextlib.contextmanager

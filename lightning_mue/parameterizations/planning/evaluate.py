@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 
 from lightning_mue.checks import listed, value_error
+from lightning_mue.names import is_time_scale
 from lightning_mue.parameterizations.planning.match import Pair
 from lightning_mue.parameterizations.planning.multipliers import fold, logit_multiplier
 from lightning_mue.parameterizations.planning.parameter_plan import FoldedRows, ParameterPlan
@@ -52,6 +53,8 @@ class Scale:
         row = self._row(info.role, info, family)
         tied = row.tied or (info.role is Role.BIAS and "expert" in info.name and self._ties(family))
         init = self._measured(old, tied) if old is not None else self._absent_init(info, row)
+        if is_time_scale(info.name):
+            init = Init("keep", 0.0)  # few values that follow a formula may look like a random draw
         self._refuse_zero_router(info, init)
         kind = default_kind(Role.EMBEDDING if info.tied else info.role, family)
         ratios = self._local_ratios(info, old)
@@ -206,5 +209,5 @@ class Scale:
 
 
 def _is_vector(info: ParameterInfo) -> bool:
-    """True for biases (of stacked experts too), gains and scalars."""
-    return len(info.shape) <= 1 or info.role is Role.BIAS
+    """True for biases (those of stacked experts, too), gains and scalars."""
+    return len(info.shape) <= 1 or info.role in (Role.BIAS, Role.NORM, Role.QK_NORM, Role.FINAL_NORM, Role.SCALAR)

@@ -18,7 +18,8 @@ from lightning_mue.parameterizations.reading.folding import attention_of, mark_f
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo, some
 from lightning_mue.parameterizations.reading.record import ModelRecord
 from lightning_mue.parameterizations.reading.role_names import routers_by_shape
-from lightning_mue.parameterizations.reading.size_inference import infer_sizes, orient, residual_widths, stack_depths
+from lightning_mue.parameterizations.reading.size_inference import infer_sizes, orient, residual_widths
+from lightning_mue.parameterizations.reading.stacks import Stacks, stack_depths, unclear_lists
 from lightning_mue.parameterizations.reading.weight_parts import refuse_parts
 from lightning_mue.parameterizations.rules.axes import Axes
 from lightning_mue.parameterizations.rules.roles import Role
@@ -73,6 +74,8 @@ class Pair:
             self.axes, self.base_axes = replace(self.axes, width=width), replace(self.base_axes, width=base_width)
         if not (target.sizes and base.sizes):
             self._note_stacks(theirs)
+        if not ("depth" in target.sizes and "depth" in base.sizes):
+            _refuse_unclear_lists(mine, theirs)
         self.same_shapes = same and not self.axes.changed(self.base_axes)
         self.axes = replace(self.axes, **run)
         self.base_axes = replace(self.base_axes, **{key: base.run.get(key) for key in run})
@@ -152,6 +155,22 @@ def _check_run(key: str, value: float | None, base_run: Mapping[str, float]) -> 
     )
 
 
+def _refuse_unclear_lists(mine: list[ParameterInfo], theirs: list[ParameterInfo]) -> None:
+    """Raises where a list inside a layer grows, and its elements may follow one another or stand side by side."""
+    lists = unclear_lists(mine, theirs)
+    if lists:
+        name = next(iter(lists)).split(".")[-2]
+        raise value_error(
+            "mue_axes",
+            found="; ".join(f"{old} -> {new} modules in {element}" for element, (new, old) in lists.items())
+            + ", which may follow one another (depth) or stand side by side (branches, experts)",
+            expected="a number of layers that is certain",
+            do="Give the module a method `mue_axes()` that returns its depth, e.g. {'depth': ...}. If they are experts, also "
+            f"name them by pattern, e.g. roles: {{'{name}.*up.*weight': expert_up, '{name}.*down.*weight': expert_down}}, "
+            "and return n_experts, top_k, expert_width and active_width.",
+        )
+
+
 def _with_roles(target: ModelRecord, base: ModelRecord) -> tuple[list[ParameterInfo], list[ParameterInfo]]:
     """(target's, base's) parameters with roles, inferred from their shapes, positions and growth.
 
@@ -185,8 +204,11 @@ def _infer_roles(infos: list[ParameterInfo], base: Mapping[str, ParameterInfo]) 
         ValueError: If a trainable parameter of another form has no role, listing all of them. (Frozen ones are left out.)
     """
     result, unknown = [], []
+    inner = _before_growing(infos, base)
     for info in infos:
         role = info.role or _role_by_growth(info, base.get(info.name))
+        if info.role is None and role is Role.UNEMBEDDING and info.name in inner:
+            role = Role.HIDDEN  # as many outputs as at the base, which a later matrix of the same layer reads
         if role is not None:
             result.append(replace(info, role=role))
         elif info.trainable:
@@ -200,6 +222,20 @@ def _infer_roles(infos: list[ParameterInfo], base: Mapping[str, ParameterInfo]) 
             "holds the parameter.",
         )
     return result
+
+
+def _before_growing(infos: list[ParameterInfo], base: Mapping[str, ParameterInfo]) -> set[str]:
+    """Names of the matrices in numbered layers in front of one of the same layer whose outputs grow."""
+    stacks, grown, found = Stacks(infos), set[str](), set[str]()
+    for info in reversed(infos):
+        old = base.get(info.name)
+        if len(info.shape) < 2 or old is None or not (layer := stacks.layer(info.name)):
+            continue
+        if layer in grown:
+            found.add(info.name)
+        if info.fans[1] > old.fans[1]:
+            grown.add(layer)
+    return found
 
 
 def _role_by_growth(info: ParameterInfo, old: ParameterInfo | None) -> Role | None:

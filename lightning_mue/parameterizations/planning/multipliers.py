@@ -26,7 +26,8 @@ _ROUNDING = 1e-12
 _REMEDY = {
     "attention": "Keep the head dimension as at the base (more heads, not larger ones). Or store the whole scale of the logits "
     "(head_dim**-0.5) as a float attribute of the attention module, and: ",
-    "residual": "Name the last matrix of each branch by pattern, e.g. roles: {'blocks.*out': ffn_down}. Or: ",
+    "residual": "Name the matrix whose output is added to the residual stream (no gate or norm behind it) by pattern, "
+    "e.g. roles: {'blocks.*out.weight': ffn_down}. Or: ",
 }
 
 

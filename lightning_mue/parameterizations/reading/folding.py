@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from itertools import accumulate
 
+from lightning_mue.names import attention_path, in_attention
+from lightning_mue.parameterizations.reading.branches import residual_ends, undecided_branches
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo, some
-from lightning_mue.parameterizations.reading.role_names import attention_path, in_attention, layer_of
+from lightning_mue.parameterizations.reading.role_names import layer_of
 from lightning_mue.parameterizations.rules.roles import MATRIX_ROLES, Role
 
-_OUT = re.compile(r"\.(o_proj|w_?o|out_proj|c_proj|out_lin|to_out(\.0)?|output\.dense|dense|proj|o)$")
 _QUERY_NORM = re.compile(r"(^|[._])(q|query)_?(layer_?)?norm(\.|$)|(^|[._])norm_q(\.|$)", re.IGNORECASE)
 # Blocks that normalize a branch's output before it is added (Gemma, OLMo): there the norm comes last.
 _POST_FFN = re.compile(r"(^|\.)post_(feedforward|ffn|ff|mlp)_?(layer)?norm(\.|$)")
@@ -26,6 +27,8 @@ def mark_folds(infos: list[ParameterInfo]) -> list[ParameterInfo]:
     norm, the query matrix, or the rows of a fused matrix that make queries. A layer's bias is marked like its matrix.
     """
     folds: dict[str, frozenset[str]] = {info.path: _folds_of(info) for info in infos if info.role in MATRIX_ROLES}
+    for path in residual_ends(infos):
+        folds[path] = folds.get(path, frozenset()) | {"residual"}
     for info in infos:
         if info.role is Role.BIAS and info.query is not None:
             folds.setdefault(info.path, _folds_of(info))  # the bias of matrices that have other names
@@ -41,7 +44,16 @@ def mark_folds(infos: list[ParameterInfo]) -> list[ParameterInfo]:
             kinds = folds.get(info.path, frozenset())
             last = info.role is Role.NORM and _POST_NORM.search(info.name)
             folds[info.path] = kinds | {"residual"} if last else kinds - {"residual"}
-    return [replace(info, folds=folds.get(info.path, frozenset())) for info in infos]
+    return [replace(info, folds=folds.get(_matrix_path(info, folds), frozenset())) for info in infos]
+
+
+def _matrix_path(info: ParameterInfo, known: Collection[str]) -> str:
+    """The path of a parameter's matrix: its own, or ``W_x`` for a bias ``b_x``."""
+    parent, _, leaf = info.path.rpartition(".")
+    if info.role is Role.BIAS and leaf.lower().startswith("b_"):
+        names = (f"{parent}.{w}{leaf[1:]}".lstrip(".") for w in "Ww")
+        return next((name for name in names if name in known), info.path)
+    return info.path
 
 
 def _parent(path: str) -> str:
@@ -50,20 +62,21 @@ def _parent(path: str) -> str:
 
 def _folds_of(info: ParameterInfo) -> frozenset[str]:
     if info.role in (Role.FFN_DOWN, Role.EXPERT_DOWN):
-        return frozenset({"ffn", "route", "residual"})
+        return frozenset({"ffn", "route"})
     if info.role is Role.SHARED_DOWN:
-        return frozenset({"ffn", "residual"})  # the route scale is the routed experts' alone
+        return frozenset({"ffn"})  # the route scale is the routed experts' alone
     query = info.query
     if query is not None and info.role in (Role.HIDDEN, Role.BIAS):
         known = query.rows is not None or not query.fused
         return frozenset({"attention"}) if known and not query.normed else frozenset()
-    if info.role is Role.HIDDEN and in_attention(info.path) and _OUT.search(info.path):
-        return frozenset({"residual"})
     return frozenset()
 
 
 def why_not_foldable(infos: list[ParameterInfo], kind: str) -> str | None:
     """Why a multiplier of a kind (not of attention logits) cannot be folded into these parameters, or None if it can."""
+    if kind == "residual":
+        normed = {layer_of(info.path) for info in infos if kind in info.folds and info.role is Role.NORM}
+        return undecided_branches(infos, normed)
     wants: dict[tuple[str, str], list[ParameterInfo]] = defaultdict(list)
     has: set[tuple[str, str]] = set()
     for info in infos:
@@ -73,8 +86,6 @@ def why_not_foldable(infos: list[ParameterInfo], kind: str) -> str | None:
             wants[layer, part].append(info)
         if kind in info.folds:
             has.add((layer, part))
-            if info.role is Role.NORM:  # a norm behind a branch may belong to either branch
-                has |= {(layer, "attention"), (layer, "FFN")}
     if not wants:
         return "no numbered layers with matrices of known roles were found"
     lacking = next((members for key, members in wants.items() if key not in has), None)

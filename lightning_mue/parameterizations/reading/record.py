@@ -18,6 +18,7 @@ from lightning_mue.parameterizations.reading.parameters import ParameterInfo, Qu
 from lightning_mue.parameterizations.reading.queries import head_size, read_queries
 from lightning_mue.parameterizations.reading.role_names import in_experts, name_roles
 from lightning_mue.parameterizations.reading.sites import Site, sites
+from lightning_mue.parameterizations.reading.size_inference import read_transformer_lens
 from lightning_mue.parameterizations.rules.axes import Axes
 from lightning_mue.parameterizations.rules.roles import Role
 
@@ -103,7 +104,7 @@ def describe(
     Raises:
         ValueError: For a pattern that matches nothing, or sizes by names that are no axes.
     """
-    infos = read_queries(model, name_roles(list_parameters(model, roles)))
+    infos = read_queries(model, name_roles(read_transformer_lens(list_parameters(model, roles))))
     known = {info.name for info in infos}
     inits = measure_module(model) if measure else {}
     return ModelRecord(
@@ -128,6 +129,14 @@ def _declared_sizes(module: nn.Module) -> dict[str, float]:
 
 
 _TOP_K = ("top_k", "topk", "num_experts_per_tok", "n_activated_experts", "moe_top_k")
+#: The same in a module's ``config``, where ``top_k`` may be a setting of text generation.
+_CONFIG_TOP_K = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "n_expert_per_token",
+    "n_activated_experts",
+    "moe_top_k",
+)
 
 
 def _attributes(module: nn.Module, infos: list[ParameterInfo]) -> dict[str, float]:
@@ -138,7 +147,7 @@ def _attributes(module: nn.Module, infos: list[ParameterInfo]) -> dict[str, floa
     around = {""} | {name[: dot.start()] for name in experts for dot in re.finditer(r"\.", name)} if experts else set()
     found: dict[str, float] = {}
     for name, child in module.named_modules():
-        if clean_name(name) in around and (top_k := _number(child, _TOP_K, int)):
+        if clean_name(name) in around and (top_k := _top_k(child)):
             found["top_k"] = top_k  # the innermost comes last
     queries = [info.query for info in infos if info.query is not None and info.query.head_dim is not None]
     if head := queries[0].head_dim if queries else head_size(module):
@@ -148,7 +157,13 @@ def _attributes(module: nn.Module, infos: list[ParameterInfo]) -> dict[str, floa
     return found
 
 
-def _number(module: nn.Module, names: tuple[str, ...], kind: type) -> Any:
+def _top_k(module: nn.Module) -> int | None:
+    return _number(module, (*_TOP_K, *_CONFIG_TOP_K), int) or _number(
+        getattr(module, "config", None), _CONFIG_TOP_K, int
+    )
+
+
+def _number(module: Any, names: tuple[str, ...], kind: type) -> Any:
     return next((value for name in names if type(value := getattr(module, name, None)) is kind), None)
 
 

@@ -10,12 +10,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 
-from lightning_mue.names import is_elementwise, is_embedding, is_head, split_layer
+from lightning_mue.names import in_attention, is_elementwise, is_embedding, is_head, is_shared_head, split_layer
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo
 from lightning_mue.parameterizations.reading.size_inference import residual_widths
 from lightning_mue.parameterizations.rules.roles import Role
 
-_ATTENTION = re.compile(r"(^|\.)\w*(attn|attention)\w*(\.|$)", re.IGNORECASE)
 EXPERTS = re.compile(r"(^|\.)\w*experts\b", re.IGNORECASE)
 SHARED = re.compile(r"(^|\.)shared_(experts?|mlp|ffn)(\.|$)")
 _ROUTER = re.compile(
@@ -46,7 +45,8 @@ def name_roles(infos: list[ParameterInfo]) -> list[ParameterInfo]:
         role = info.role
         if role is None and len(info.shape) >= 2:
             role = _matrix_role(info, moes)
-            if role is None and layers and i > last_layer and _is_head(info, widths.get("norms")):
+            behind = layers and (i > last_layer or is_shared_head(info.path))
+            if role is None and behind and _is_head(info, widths.get("norms")):
                 role = Role.UNEMBEDDING
         elif role is Role.NORM and _QK_NORM.search(info.name):
             role = Role.QK_NORM
@@ -63,25 +63,9 @@ def _is_head(info: ParameterInfo, width: int | None) -> bool:
     return info.form == "linear" and (leaves or is_head(info.path))
 
 
-def in_attention(path: str) -> bool:
-    """Whether a path leads through an attention layer, judged by its name."""
-    return bool(_ATTENTION.search(path))
-
-
 def in_experts(path: str) -> bool:
     """Whether a path leads through routed experts, judged by its name."""
     return bool(EXPERTS.search(path)) and not SHARED.search(path)
-
-
-def attention_path(path: str) -> str:
-    """The path up to and including the outermost attention layer that it leads through; empty if there is none.
-
-    A linear layer with such a name (``attn_out``) is no attention layer, but belongs to what is around it.
-    """
-    match = _ATTENTION.search(path)
-    if match is None:
-        return ""
-    return path[: match.end()].rstrip(".") if match.end() < len(path) else path.rpartition(".")[0]
 
 
 def layer_of(path: str) -> str:

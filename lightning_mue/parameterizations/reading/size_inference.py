@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from math import prod
 
 from lightning_mue.checks import value_error
-from lightning_mue.names import all_indices, split_layer
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo
-from lightning_mue.parameterizations.rules.roles import MATRIX_ROLES, Role
+from lightning_mue.parameterizations.reading.stacks import count_experts, stack_depths
+from lightning_mue.parameterizations.rules.roles import Role
 
 
 def infer_sizes(infos: list[ParameterInfo], attributes: Mapping[str, float]) -> dict[str, float]:
@@ -28,7 +28,7 @@ def infer_sizes(infos: list[ParameterInfo], attributes: Mapping[str, float]) -> 
     head_dims = [i.shape[0] for i in infos if i.role is Role.QK_NORM and i.shape]
     if "head_dim" in attributes or head_dims:
         sizes["head_dim"] = attributes.get("head_dim") or head_dims[0]
-    if (experts := _n_experts(infos)) > 1:
+    if (experts := count_experts(infos)) > 1:
         if not ("top_k" in attributes and "expert_width" in sizes):
             missing = "their width" if "top_k" in attributes else "how many of them a token uses"
             raise value_error(
@@ -56,31 +56,35 @@ def residual_widths(infos: Iterable[ParameterInfo]) -> dict[str, int]:
     return {where: Counter(found).most_common(1)[0][0] for where, found in seen.items() if found}
 
 
-def stack_depths(infos: Iterable[ParameterInfo]) -> dict[str, int]:
-    """Name of each stack of equal layers (an encoder, a decoder, ...) -> number of its layers; those of nested stacks multiply."""
-    layers: dict[str, set[str]] = defaultdict(set)
+#: TransformerLens' names of its parameters -> role.
+_LENS = {
+    **dict.fromkeys(("W_E", "W_pos"), Role.EMBEDDING),
+    **dict.fromkeys(("W_Q", "W_K", "W_V", "W_O"), Role.HIDDEN),
+    **dict.fromkeys(("W_in", "W_gate"), Role.FFN_UP),
+    **dict.fromkeys(("b_Q", "b_K", "b_V", "b_O", "b_in", "b_out", "b_U"), Role.BIAS),
+    "W_out": Role.FFN_DOWN,
+    "W_U": Role.UNEMBEDDING,
+}
+
+
+def read_transformer_lens(infos: list[ParameterInfo]) -> list[ParameterInfo]:
+    """Gives roles and fans to the parameters of a TransformerLens model, known by its ``W_E`` and ``W_U``.
+
+    It stores matrices as [in, out], and those of an attention head by head: [heads, d, head_dim], ``W_O`` [heads, head_dim, d].
+    """
+    leaves = {info.name.rpartition(".")[2] for info in infos}
+    if not {"W_E", "W_U"} <= leaves:
+        return infos
+    result = []
     for info in infos:
-        if info.position[1] >= 0 and info.role in MATRIX_ROLES:
-            layers[all_indices(info.name)].add(info.name)
-    depths: dict[str, int] = {}
-    for template, names in layers.items():
-        found = {split_layer(name)[1] for name in names}
-        nested = template.count("*") > 1
-        if nested or found == set(range(len(found))):  # 0, 1, 2 and on: not the linear layers between activations
-            stack = template.rpartition("*")[0]
-            depths[stack] = max(depths.get(stack, 0), len(names))
-    return depths
-
-
-def _n_experts(infos: list[ParameterInfo]) -> int:
-    stacks = [i.shape[0] for i in infos if i.role is Role.EXPERT_DOWN and len(i.shape) == 3]
-    if stacks:
-        return stacks[0]
-    # A list of experts, each a module of its own: the second index of the name counts them.
-    numbers = {
-        int(m[1]) for i in infos if i.role is Role.EXPERT_DOWN and (m := re.search(r"experts\.\w*?(\d+)\.", i.name))
-    }
-    return len(numbers)
+        leaf, shape = info.name.rpartition(".")[2], info.shape
+        role = _LENS.get(leaf) if info.form == "raw" else None
+        if role not in (None, Role.BIAS, Role.EMBEDDING) and len(shape) >= 2:
+            heads = prod(shape[:-2])
+            fans = (heads * shape[-2], shape[-1]) if leaf == "W_O" else (shape[-2], heads * shape[-1])
+            info = replace(info, fans=fans)
+        result.append(replace(info, role=info.role or role))
+    return result
 
 
 def orient(infos: list[ParameterInfo], width: float | None) -> list[ParameterInfo]:
