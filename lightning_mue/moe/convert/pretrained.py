@@ -189,7 +189,7 @@ def _choose_scoring(block: nn.Module, layer: MoEBase, scorings: tuple[str, ...])
         errors.append(float((difference / y.view_as(x).double().norm(dim=-1).clamp_min(1e-30)).median()))
         if errors[-1] <= _SAME.get(weight.dtype, _SAME_IN_HALF):
             layer.hparams["scoring"] = scoring  # type: ignore[index,operator,assignment]
-            layer.last_routing, layer.aux_loss = None, torch.zeros((), device=weight.device)
+            layer.last_routing = None
             return
     raise value_error(
         "block",

@@ -111,7 +111,8 @@ def state_dict_to_transformers(
         ValueError: The layout is unknown, or the experts have no gate or have biases, which no such block has.
     """
     require_choice("layout", layout, LAYOUTS)
-    unknown = [name for name in state if name not in _EXPORTED]
+    # Counts since the last optimizer step are no weights.
+    unknown = [name for name in state if name not in _EXPORTED and name != "pending_counts"]
     missing = [name for name in ("router.weight", *_STACKS) if name not in state]
     if unknown or missing:
         found = f"unknown weights: {listed(unknown)}; missing weights: {listed(missing)}"
