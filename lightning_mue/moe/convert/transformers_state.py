@@ -139,6 +139,12 @@ def state_dict_to_transformers(
     return {prefix + name: tensor for name, tensor in theirs.items()}
 
 
+def layout_of(state: Mapping[str, Tensor]) -> str:
+    """Which of `LAYOUTS` a block's state dict has."""
+    parts = {match[2] for name in state if (match := _EXPERT.fullmatch(name)) is not None}
+    return next((layout for layout, names in _SEPARATE.items() if parts & set(names.values())), "stacked")
+
+
 _STACKS = ("experts.w_gate", "experts.w_up", "experts.w_down")
 _EXPORTED = {"router.weight", "router.balance_bias", "shared_gate.weight", *_STACKS} | {
     f"shared.{name}" for name in ("w_gate", "w_up", "w_down")
