@@ -118,7 +118,7 @@ class MoELayer(KeepsMultipliers, KeepsPasses, LightningModule):
         shared_width: int = 0,
         shared_gate: bool = False,
         route_scale: float = 1.0,
-        balance: str | list[str] = "switch",
+        balance: str | tuple[str, ...] = "switch",
         balance_scope: str = "local",
         aux_loss_coef: float | None = None,
         z_loss_coef: float = 0.0,

@@ -12,7 +12,7 @@ import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -72,8 +72,9 @@ def follow_attention_mask(model: nn.Module) -> list[str]:
         if isinstance(module, MoEBase) or not _takes_mask(module, is_root=not name) or not _layers(module):
             continue
         watched.append(name)
-        if _read not in module._forward_pre_hooks.values():
-            module.register_forward_pre_hook(_read, with_kwargs=True)
+        if not any(getattr(hook, "func", None) is _read for hook in module._forward_pre_hooks.values()):
+            place = _place(_forward_of(module))[0]  # found once: compiled code cannot look at signatures
+            module.register_forward_pre_hook(partial(_read, place), with_kwargs=True)
             module.register_forward_hook(_done, always_call=True)
     return watched
 
@@ -128,7 +129,6 @@ def _layers(model: nn.Module) -> list[MoEBase]:
     return [module for module in model.modules() if isinstance(module, MoEBase)]
 
 
-@cache
 def _place(forward: Any) -> tuple[int | None, bool, bool]:
     """Where a forward function takes the mask: its position, whether also as further keyword, and whether it takes tokens."""
     parameters = list(inspect.signature(forward).parameters.values())
@@ -149,8 +149,7 @@ def _takes_mask(module: nn.Module, *, is_root: bool) -> bool:
     return (place is not None and (has_tokens or is_root)) or (is_root and further)
 
 
-def _read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    place = _place(_forward_of(module))[0]
+def _read(place: int | None, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     given = kwargs.get(_NAME, args[place] if place is not None and place < len(args) else None)
     if isinstance(given, dict):  # one mask for each kind of attention
         given = given.get("full_attention")
