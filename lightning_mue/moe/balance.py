@@ -109,9 +109,7 @@ def router_z_loss(logits_TE: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def update_balance_bias(
-    bias_E: Tensor, counts_E: Tensor, top_k: int, rate: float, form: str = "proportional"
-) -> None:
+def update_balance_bias(bias_E: Tensor, counts_E: Tensor, top_k: int, rate: float, form: str = "proportional") -> None:
     """Moves the balance bias against the load error ``load_i - K / E``, in place; load_i = fraction of tokens on expert i.
 
     | form           | update                                  | source; docs/theory.md section 5.4       |

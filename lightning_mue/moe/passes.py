@@ -153,7 +153,9 @@ class KeepsPasses(MoEBase):
         for name in ("pending_counts", "earlier_counts"):
             counts_E = getattr(self, name)
             if counts_E is not None and counts_E.device != device:
-                setattr(self, name, torch.zeros_like(counts_E, device=device) if counts_E.is_meta else counts_E.to(device))
+                setattr(
+                    self, name, torch.zeros_like(counts_E, device=device) if counts_E.is_meta else counts_E.to(device)
+                )
         return self
 
     def __getstate__(self) -> dict[str, Any]:

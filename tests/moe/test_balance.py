@@ -195,7 +195,9 @@ def test_pending_counts_of_an_earlier_version_survive(tmp_path):
     """They were in the callback's state, and the model's state dict did not name them."""
     model, callback = TwoLayers(), LossFreeBalance()
     callback.load_state_dict({"pending": {"layers.1": torch.tensor([8, 0, 0, 0, 0, 0])}})
-    fit(model, tmp_path, callback, limit_train_batches=1, limit_val_batches=0)  # layer 1 does not run in the first batch
+    fit(
+        model, tmp_path, callback, limit_train_batches=1, limit_val_batches=0
+    )  # layer 1 does not run in the first batch
     expected = torch.zeros(6)
     update_balance_bias(expected, torch.tensor([8, 0, 0, 0, 0, 0]), 1, 0.1)
     torch.testing.assert_close(model.layers[1].router.balance_bias, expected)

@@ -138,7 +138,9 @@ def test_padding_that_the_model_is_told_of_does_not_count(kind):
     found = model.layer.router.weight.grad.clone()
     expected = torch.autograd.grad(model(x).sum() + switch(model.layer, x[real])[0], model.layer.router.weight)[0]
     torch.testing.assert_close(found, expected)
-    assert torch.equal(model.layer.pending_counts.sum(), counts.sum() + K * 14)  # negative control: without a mask all do
+    assert torch.equal(
+        model.layer.pending_counts.sum(), counts.sum() + K * 14
+    )  # negative control: without a mask all do
 
 
 def test_encoder_and_decoder_follow_their_own_masks():
@@ -165,7 +167,9 @@ def test_a_mask_by_hand_and_one_that_does_not_fit():
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_sequence_loss_takes_normalized_sigmoid_scores(masked):
-    layer = MoELayer(8, 16, E, K, router_init_std=1.0, scoring="sigmoid", balance=["bias", "sequence"], aux_loss_coef=0.3)
+    layer = MoELayer(
+        8, 16, E, K, router_init_std=1.0, scoring="sigmoid", balance=["bias", "sequence"], aux_loss_coef=0.3
+    )
     layer, x = layer.double(), torch.randn(3, 10, 8).double()
     real = torch.arange(10) < torch.tensor([[10], [4], [7]]) if masked else torch.ones(3, 10, dtype=torch.bool)
     with real_tokens(layer, real if masked else None):

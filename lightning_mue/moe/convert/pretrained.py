@@ -68,7 +68,9 @@ def moe_from_transformers(
     settings = _settings(block, state)
     with warnings.catch_warnings():  # the scoring is not known for sure yet
         warnings.filterwarnings("ignore", message="top_k: found 1")
-        layer = empty_layer(layer_class, state["router.weight"], **{**settings, "scoring": scorings[0], **layer_arguments})
+        layer = empty_layer(
+            layer_class, state["router.weight"], **{**settings, "scoring": scorings[0], **layer_arguments}
+        )
     layer.load_state_dict(state, assign=True)
     _copy_requires_grad(layer, block)
     if verify and not state["router.weight"].is_meta:
@@ -198,7 +200,7 @@ def _choose_scoring(block: nn.Module, layer: MoEBase, scorings: tuple[str, ...])
         errors.append(float((difference / y.view_as(x).double().norm(dim=-1).clamp_min(1e-30)).median()))
         if errors[-1] <= _SAME.get(weight.dtype, _SAME_IN_HALF):
             layer.hparams["scoring"] = scoring  # type: ignore[index,operator,assignment]
-            layer.last_routing = None
+            layer.last_routing = None  # type: ignore[assignment]
             return
     raise value_error(
         "block",

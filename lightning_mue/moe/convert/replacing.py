@@ -112,7 +112,7 @@ def replace_moe_blocks(model: nn.Module, *, layer_class: type[MoEBase], **layer_
     follow_attention_mask(model)
     for module in model.modules():
         if callable(getattr(type(module), "save_pretrained", None)):
-            module.save_pretrained = partial(_save_pretrained, module)
+            module.save_pretrained = partial(_save_pretrained, module)  # type: ignore[assignment]
     return [name for names in places.values() for name in names]
 
 
