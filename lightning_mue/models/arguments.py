@@ -36,6 +36,13 @@ def check_sizes(given: Mapping[str, Any]) -> None:
         )
 
 
+def check_effects(given: Mapping[str, Any]) -> None:
+    """Refuses arguments that have no effect; not those of experts in a model without, which may be a base."""
+    if given["tie_embeddings"] and given["embedding_std"] != 1.0:
+        expected = "its default with tie_embeddings=True, where unembedding_std is the standard deviation of both"
+        raise value_error("embedding_std", found=given["embedding_std"], expected=expected, do="Give unembedding_std.")
+
+
 def check_options(n_experts: int, top_k: int, n_groups: int, options: Mapping[str, Any]) -> None:
     """Refuses what an MoE layer would refuse, in a model without one too: it may be the base of a model with experts."""
     for name, own in (("bias", "ffn_bias"), ("n_groups", "n_expert_groups")):

@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from lightning_mue.checks import value_error
-from lightning_mue.models.arguments import check_options, check_sizes, infer_head_dim
+from lightning_mue.models.arguments import check_effects, check_options, check_sizes, infer_head_dim
 from lightning_mue.models.generation import Generates
 from lightning_mue.models.transformer import Attention, Block, RotaryEmbedding, Transformer, draw_uniform
 from lightning_mue.moe import FeedForward, MoELayer, clip_grad_norm, parallelize_experts
@@ -111,6 +111,7 @@ class MoELanguageModel(KeepsMultipliers, Generates, LightningModule):
         **moe: Any,
     ) -> None:
         check_sizes(locals())
+        check_effects(locals())
         super().__init__()
         self.save_hyperparameters(ignore=["optimizer", "scheduler"])
         self.optimizer, self.scheduler = optimizer, scheduler

@@ -9,6 +9,7 @@ from lightning_mue.moe.convert.transformers_state import state_dict_from_transfo
 from lightning_mue.moe.experts import Experts
 from lightning_mue.moe.feed_forward import FeedForward
 from lightning_mue.moe.layer import MoELayer, moe_from_ffn, moe_from_transformers, replace_moe_blocks
+from lightning_mue.moe.masks import follow_attention_mask, real_tokens
 from lightning_mue.moe.parallel.expert_parallel import ExpertParallel, clip_grad_norm, parallelize_experts
 from lightning_mue.moe.router import Router, RoutingInfo
 
@@ -22,10 +23,12 @@ __all__ = [
     "Router",
     "RoutingInfo",
     "clip_grad_norm",
+    "follow_attention_mask",
     "load_balancing_loss",
     "moe_from_ffn",
     "moe_from_transformers",
     "parallelize_experts",
+    "real_tokens",
     "replace_moe_blocks",
     "router_z_loss",
     "state_dict_from_transformers",

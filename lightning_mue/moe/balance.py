@@ -6,10 +6,15 @@ Shape legend: T tokens, E experts, K experts per token (top-k), N sequences.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from lightning_mue.checks import require_choice
 
 #: Over which tokens the switch loss takes the load: see `MoELayer`.
 SCOPES = ("local", "global", "sequence")
+#: Forms of the bias update: see `update_balance_bias`.
+BIAS_UPDATES = ("proportional", "sign")
 
 
 def switch_loss(logits_TE: Tensor, counts_E: Tensor, top_k: int) -> Tensor:
@@ -47,6 +52,28 @@ def load_balancing_loss(probability_sum_NE: Tensor, counts_NE: Tensor, tokens_N:
     return n_experts * (fraction_NE * mean_probability_NE).sum() / (tokens_N > 0).sum().clamp(min=1)
 
 
+def probability_sums(logits_TE: Tensor, scoring: str, n_sequences: int, mask_T: Tensor | None = None) -> Tensor:
+    """The sum over each sequence's real tokens of their scores, normalized over all experts: [N, E].
+
+    Of the sigmoid scorings these are ``sigmoid(g_i) / sum_j sigmoid(g_j)`` (DeepSeek-V3, arXiv:2412.19437, equation 19), of the
+    others, and of "softmax", the softmax.
+
+    Args:
+        logits_TE: Router logits [T, E], float32 or float64.
+        scoring: As for `Router`, or "softmax".
+        n_sequences: N; the tokens are N sequences of T / N tokens, one after the other.
+        mask_T: bool [T], False for padding, whose values, NaN too, have no influence.
+    """
+    if mask_T is not None:
+        logits_TE = logits_TE.masked_fill(~mask_T[:, None], 0)
+    # In log space, or scores that underflow would be divided by zero.
+    log_scores_TE = F.logsigmoid(logits_TE) if scoring.startswith("sigmoid") else logits_TE
+    probabilities_TE = log_scores_TE.softmax(-1)
+    if mask_T is not None:
+        probabilities_TE = probabilities_TE.masked_fill(~mask_T[:, None], 0)
+    return probabilities_TE.view(n_sequences, -1 if len(logits_TE) else 0, logits_TE.shape[1]).sum(1)
+
+
 def global_load(counts_E: Tensor, earlier_E: Tensor | None, top_k: int) -> tuple[Tensor, Tensor]:
     """The load over all ranks, for the global form of the switch loss (docs/theory.md section 5.4).
 
@@ -82,17 +109,30 @@ def router_z_loss(logits_TE: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def update_balance_bias(bias_E: Tensor, counts_E: Tensor, top_k: int, rate: float) -> None:
-    """Updates ``b_i -= rate * (load_i - K / E)``, load_i = fraction of tokens on expert i, in place.
+def update_balance_bias(bias_E: Tensor, counts_E: Tensor, top_k: int, rate: float, form: str = "proportional") -> None:
+    """Moves the balance bias against the load error ``load_i - K / E``, in place; load_i = fraction of tokens on expert i.
 
-    arXiv:2601.20205; docs/theory.md section 5.4. The updates sum to zero over experts. Without tokens it does nothing.
+    | form           | update                                  | source; docs/theory.md section 5.4       |
+    |----------------|-----------------------------------------|------------------------------------------|
+    | "proportional" | ``b_i -= rate * (load_i - K / E)``      | arXiv:2601.20205; sums to 0 over experts |
+    | "sign"         | ``b_i -= rate * sign(load_i - K / E)``  | arXiv:2408.15664, DeepSeek-V3            |
+
+    Without tokens it does nothing.
 
     Args:
         bias_E: float32 [E], changed in place.
         counts_E: Assignments of each expert over the global batch, int64 [E], tokens * K in sum.
         top_k: K.
         rate: Step size eta_b.
+        form: See the table. At one rate "proportional" needs about ten times as many steps.
+
+    Raises:
+        ValueError: `form` is unknown.
     """
+    require_choice("form", form, BIAS_UPDATES)
+    if form == "sign":  # in whole numbers, exactly
+        bias_E.sub_(rate * (counts_E * len(counts_E) - counts_E.sum()).sign())
+        return
     tokens = counts_E.sum() / top_k
     load_E = counts_E / tokens.clamp(min=1)
     bias_E.sub_(torch.where(tokens > 0, rate * (load_E - top_k / len(counts_E)), 0.0))

@@ -6,20 +6,23 @@ Shape legend: E experts.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from lightning_mue.checks import mismatch
 from lightning_mue.moe.balance import update_balance_bias
 from lightning_mue.moe.base import MoEBase
+from lightning_mue.moe.masks import follow_attention_mask
 
 
 class _PerStep(Callback):
-    """Collects the routing of some of the model's MoE layers over the micro-batches of an optimizer step."""
+    """Serves some of the model's MoE layers once an optimizer step."""
 
     #: What the message of a missing callback says: what happens without it, and what to do.
     without: ClassVar[str]
@@ -40,12 +43,11 @@ class _PerStep(Callback):
             for name, module in pl_module.named_modules()
             if isinstance(module, MoEBase) and self.wants(module)
         }
+        follow_attention_mask(pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Forgets earlier routings, so that a layer that this micro-batch skips is not counted twice."""
+        """Notes the step, to see whether the optimizer steps."""
         self._step_before = trainer.global_step
-        for layer in self._layers.values():
-            layer.last_routing = None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drops the references to the model."""
@@ -73,18 +75,21 @@ class GlobalBatchBalance(_PerStep):
 
     def wants(self, layer: MoEBase) -> bool:
         """Whether a layer has a global switch loss."""
-        return layer.balance == "switch" and layer.balance_scope == "global"
+        return "switch" in layer.balances and layer.balance_scope == "global"
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lets the layers count from here on."""
+        super().on_train_start(trainer, pl_module)
+        for layer in self._layers.values():
+            layer.earlier_counts = torch.zeros_like(layer.router.balance_bias, dtype=torch.int64)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Adds this micro-batch's counts to the earlier ones, or clears them if the optimizer stepped."""
+        """Clears the counts if the optimizer stepped."""
         for layer in self._layers.values():
-            if trainer.global_step > self._step_before:
-                layer.earlier_counts = None
-            elif layer.last_routing is not None:
-                counts_E, earlier_E = layer.last_routing.counts, layer.earlier_counts
-                layer.earlier_counts = counts_E if earlier_E is None else earlier_E + counts_E
+            if trainer.global_step > self._step_before and layer.earlier_counts is not None:
+                layer.earlier_counts.zero_()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forgets the counts of an unfinished accumulation."""
@@ -94,11 +99,11 @@ class GlobalBatchBalance(_PerStep):
 
 
 class LossFreeBalance(_PerStep):
-    """Updates the balance bias of every `MoELayer` with ``balance="bias"`` after each optimizer step.
+    """Updates the balance bias of every `MoELayer` with "bias" in its `balance`, in the same call as the optimizer's step.
 
-    Counts are summed over the micro-batches of a step and over ranks, with one collective a step for all layers together.
-    A layer that does not run in a micro-batch adds nothing; of a layer that runs several times, the last run counts.
-    Counts of an unfinished accumulation are saved, those of the saving rank only.
+    The layers count the assignments of all their training passes since the last step (`MoELayer.pending_counts`); they are
+    summed over ranks, with one collective a step for all layers together. A layer whose weights another optimizer holds waits
+    for that one. Counts of an unfinished accumulation are in the layers' state dict, those of the saving rank only.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -110,38 +115,77 @@ class LossFreeBalance(_PerStep):
 
     def __init__(self) -> None:
         super().__init__()
-        self._pending: dict[str, Tensor] = {}
+        self._restored: dict[str, Tensor] = {}
+        self._hooks: list[RemovableHandle] = []
+        self._unhooked: list[MoEBase] = []
+        self._warned = False
 
     def wants(self, layer: MoEBase) -> bool:
         """Whether a layer is balanced by its bias."""
-        return layer.balance == "bias"
+        return "bias" in layer.balances
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Hooks the optimizers, so that whoever saves the model after a step saves the bias after it too."""
+        super().on_train_start(trainer, pl_module)
+        for name, counts_E in self._restored.items():
+            layer = self._layers.get(name)
+            if layer is not None and layer.pending_counts is not None:
+                layer.pending_counts += counts_E.to(layer.pending_counts.device)
+        self._restored = {}
+        hooked = [o for o in trainer.optimizers if hasattr(o, "_optimizer_step_post_hooks")]
+        # torch marks a class whose step runs hooks; one that does not call Optimizer.__init__ has none.
+        hooked = [o for o in hooked if getattr(type(o).step, "hooked", False)]
+        self._unhooked = list(self._layers.values())
+        for optimizer in hooked:
+            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            layers = [each for each in self._layers.values() if any(id(p) in held for p in each.parameters())]
+            self._unhooked = [each for each in self._unhooked if not any(each is other for other in layers)]
+            if layers:
+                hook = partial(self._on_step, trainer, layers)
+                self._hooks.append(optimizer.register_step_post_hook(hook))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Adds this micro-batch's counts, and updates the biases if the optimizer stepped."""
-        for name, layer in self._layers.items():
-            bias_E = layer.router.balance_bias
-            pending = self._pending.setdefault(name, torch.zeros_like(bias_E, dtype=torch.int64)).to(bias_E.device)
-            self._pending[name] = pending if layer.last_routing is None else pending + layer.last_routing.counts
-        if self._layers and trainer.global_step > self._step_before:
-            self._update(trainer)
+        """Updates the biases of layers that no hooked optimizer holds, if one stepped."""
+        if self._unhooked and trainer.global_step > self._step_before:
+            self._update(trainer, self._unhooked)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The counts not yet applied, by layer name, as plain tensors."""
-        return {"pending": {name: counts.detach().cpu() for name, counts in self._pending.items()}}
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Removes the hooks."""
+        self._remove()
+        super().on_train_end(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Removes the hooks."""
+        self._remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the counts of an unfinished accumulation."""
-        self._pending = dict(state_dict["pending"])
+        """Restores the counts of an unfinished accumulation from a checkpoint of an earlier version, which held them here."""
+        self._restored = dict(state_dict.get("pending", {}))
 
-    def _update(self, trainer: Trainer) -> None:
-        counts = torch.cat([self._pending[name] for name in self._layers])
-        counts = trainer.strategy.reduce(counts, reduce_op="sum")
-        sizes = [layer.router.n_experts for layer in self._layers.values()]
-        for layer, counts_E in zip(self._layers.values(), counts.split(sizes), strict=True):
-            update_balance_bias(layer.router.balance_bias, counts_E, layer.router.top_k, layer.bias_update_rate)
-        self._pending.clear()
+    def _remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._unhooked = [], []
+
+    def _on_step(self, trainer: Trainer, layers: list[MoEBase], *_: Any) -> None:
+        self._update(trainer, layers)
+
+    def _update(self, trainer: Trainer, layers: list[MoEBase]) -> None:
+        pending = [layer.pending_counts for layer in layers if layer.pending_counts is not None]
+        counts = trainer.strategy.reduce(torch.cat(pending), reduce_op="sum")
+        sizes = [layer.router.n_experts for layer in layers]
+        for layer, counts_E in zip(layers, counts.split(sizes), strict=True):
+            bias_E, top_k = layer.router.balance_bias, layer.router.top_k
+            update_balance_bias(bias_E, counts_E, top_k, layer.bias_update_rate, layer.bias_update)
+        for counts_E in pending:
+            counts_E.zero_()
+        if not self._warned and not all(layer.training for layer in layers):
+            self._warned = True
+            expected = "training mode: passes in evaluation mode are not counted, and the bias stays as it is"
+            do = "Call model.train() before fitting (transformers' from_pretrained returns a model in evaluation mode)."
+            rank_zero_warn(mismatch("training", found="a MoELayer in evaluation mode", expected=expected, do=do))
 
 
 def warn_of_missing_callbacks(trainer: Trainer, pl_module: LightningModule) -> None:

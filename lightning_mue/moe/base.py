@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lightning_mue.moe.experts import Experts
 from lightning_mue.moe.feed_forward import FeedForward
-from lightning_mue.moe.router import Router, RoutingInfo
+from lightning_mue.moe.router import Router
 
 
 class MoEBase(nn.Module):
@@ -20,12 +20,13 @@ class MoEBase(nn.Module):
     width: int
     route_scale: float
     output_multiplier: float
-    balance: str
+    balances: tuple[str, ...]
     balance_scope: str
     bias_update_rate: float
-    aux_loss: Tensor
-    last_routing: RoutingInfo | None
+    bias_update: str
     earlier_counts: Tensor | None
+    pending_counts: Tensor | None
+    token_masks: tuple[Tensor | None, ...]
 
     @property
     def n_experts(self) -> int:

@@ -9,7 +9,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +20,6 @@ from torch.optim import Optimizer
 
 from lightning_mue.checks import (
     mismatch,
-    require_choice,
     require_finite,
     require_non_negative,
     require_positive,
@@ -28,21 +27,22 @@ from lightning_mue.checks import (
     type_error,
     value_error,
 )
-from lightning_mue.moe.balance import SCOPES, global_load, load_balancing_loss
+from lightning_mue.moe import autocast
+from lightning_mue.moe.balance import global_load, load_balancing_loss, probability_sums
 from lightning_mue.moe.balance_callbacks import balance_callbacks
-from lightning_mue.moe.base import MoEBase
 from lightning_mue.moe.convert import pretrained, replacing, upcycling
 from lightning_mue.moe.experts import Experts
 from lightning_mue.moe.feed_forward import FeedForward
+from lightning_mue.moe.masks import fit
+from lightning_mue.moe.passes import KeepsPasses, is_training_pass
 from lightning_mue.moe.router import Router, RoutingInfo
+from lightning_mue.moe.settings import read_balance, require_consistent
 from lightning_mue.parameterizations.applying.keeps_multipliers import KeepsMultipliers
 from lightning_mue.parameterizations.reading.parameters import tag_roles
 from lightning_mue.parameterizations.rules.roles import Role
 
-BALANCES = ("none", "switch", "bias")
 
-
-class MoELayer(KeepsMultipliers, MoEBase, LightningModule):
+class MoELayer(KeepsMultipliers, KeepsPasses, LightningModule):
     """``y = output_multiplier * (route_scale * sum_i gate_i E_i(x) + shared(x))``, a drop-in for a dense FFN.
 
     With ``gate="sqrt"`` and a shared expert, both terms are also multiplied by sqrt(1/2) (arXiv:2603.28743; docs/theory.md
@@ -60,14 +60,17 @@ class MoELayer(KeepsMultipliers, MoEBase, LightningModule):
             one of their total width.
         shared_gate: Whether the shared expert's output is multiplied by ``sigmoid(x w^T)`` (Qwen2-MoE).
         route_scale: Constant multiplier of the routed sum.
-        balance: "switch" (auxiliary loss), "bias" (loss-free: needs the callback `LossFreeBalance`, which a layer
-            trained alone brings along) or "none".
+        balance: "switch" (auxiliary loss), "sequence" (DeepSeek-V3's: each sequence by itself, of the scores normalized over
+            experts, which for sigmoid scorings is no softmax: arXiv:2412.19437), "bias" (loss-free: needs the callback
+            `LossFreeBalance`, which a layer trained alone brings along), "none", or a list of "bias" and a loss.
         balance_scope: Over which tokens the switch loss takes the load: "local" (this rank's micro-batch), "global" (all
             ranks' micro-batches; all micro-batches of an optimizer step with the callback `GlobalBatchBalance`) or
-            "sequence" (each sequence by itself, then the mean over those with a token: arXiv:2412.19437).
-        aux_loss_coef: Weight of the switch loss, used when `balance` is "switch".
+            "sequence" (each sequence by itself, then the mean over those with a token).
+        aux_loss_coef: Weight of the auxiliary loss; None: 0.01 for "switch", 1e-4 for "sequence". With ``balance="bias"`` a
+            given one adds the switch loss.
         z_loss_coef: Weight of the router z-loss.
-        bias_update_rate: Step size of the balance bias, used when `balance` is "bias".
+        bias_update_rate: Step size of the balance bias; None: 0.001.
+        bias_update: "proportional" (None) or "sign", as for `update_balance_bias`.
         init_std: Standard deviation of the initial weights; None: ``fan_in^-1/2`` of each.
         router_init_std: Standard deviation of the router's initial weight; None: `init_std`.
         backend: Of the kernels: "auto", "triton", "grouped_mm" or "torch"; equal up to rounding.
@@ -79,10 +82,13 @@ class MoELayer(KeepsMultipliers, MoEBase, LightningModule):
         experts: The routed experts.
         shared: The shared expert, or None.
         shared_gate: The linear map [1, d] of its gate, or None.
-        aux_loss: 0-dim float32 of the last forward pass, with its graph; 0 in evaluation and when nothing asks for it.
-        last_routing: `RoutingInfo` of the last forward pass, detached; None before the first.
-        earlier_counts: Assignments of each expert in earlier micro-batches of this optimizer step, int64 [E], or None. This
-            and the two before it are neither in the state dict nor in a copy.
+        aux_loss: The auxiliary losses of the training passes since it was last read, in sum, 0-dim float32 with their graph;
+            read again before the next training pass it is the same. 0 in evaluation mode and when nothing asks for it. A
+            backward pass or an optimizer step drops what nobody read.
+        last_routing: `RoutingInfo` of the last training pass (in evaluation mode: of the last pass), detached; None before.
+        pending_counts: Assignments of each expert in the training passes since the last update of the bias, int64 [E], with
+            "bias" only, else None. In the state dict where it is not zero.
+        earlier_counts: The same for `GlobalBatchBalance`, else None; not in the state dict.
         output_multiplier: Constant forward multiplier, 1 unless a parameterization sets it.
 
     Raises:
@@ -112,11 +118,12 @@ class MoELayer(KeepsMultipliers, MoEBase, LightningModule):
         shared_width: int = 0,
         shared_gate: bool = False,
         route_scale: float = 1.0,
-        balance: str = "switch",
+        balance: str | tuple[str, ...] = "switch",
         balance_scope: str = "local",
-        aux_loss_coef: float = 0.01,
+        aux_loss_coef: float | None = None,
         z_loss_coef: float = 0.0,
-        bias_update_rate: float = 0.001,
+        bias_update_rate: float | None = None,
+        bias_update: str | None = None,
         init_std: float | None = 0.02,
         router_init_std: float | None = None,
         backend: str = "auto",
@@ -124,9 +131,9 @@ class MoELayer(KeepsMultipliers, MoEBase, LightningModule):
         **router: Any,
     ) -> None:
         super().__init__()
-        require_choice("balance", balance, BALANCES)
-        require_choice("balance_scope", balance_scope, SCOPES)
-        require_non_negative(aux_loss_coef=aux_loss_coef, z_loss_coef=z_loss_coef, bias_update_rate=bias_update_rate)
+        settings = read_balance(balance, balance_scope, aux_loss_coef, bias_update_rate, bias_update)
+        self.balances, self.balance_scope, self.aux_loss_coef, self.bias_update_rate, self.bias_update = settings
+        require_non_negative(z_loss_coef=z_loss_coef)
         require_finite(route_scale=route_scale)
         require_non_negative(router_init_std=0.0 if router_init_std is None else router_init_std)
         require_positive(width=width, expert_width=expert_width)
@@ -134,7 +141,7 @@ class MoELayer(KeepsMultipliers, MoEBase, LightningModule):
         self.save_hyperparameters(ignore=["optimizer"])
         router_std = init_std if router_init_std is None else router_init_std
         self.router = Router(width, n_experts, top_k, init_std=router_std, backend=backend, **router)
-        _require_consistent(self.router.choice, balance, shared_width, shared_gate=shared_gate)
+        require_consistent(self.router.choice, self.balances, shared_width, shared_gate=shared_gate)
         network: dict[str, Any] = {"activation": activation, "bias": bias, "init_std": init_std}
         self.experts = Experts(width, expert_width, n_experts, backend=backend, **network)
         self.shared = FeedForward(width, shared_width, shared=True, **network) if shared_width else None
@@ -142,10 +149,8 @@ class MoELayer(KeepsMultipliers, MoEBase, LightningModule):
         if self.shared_gate is not None:
             self.shared_gate.mue_roles = {"weight": Role.ROUTER}  # type: ignore[assignment]
         self.width, self.route_scale, self.output_multiplier = width, float(route_scale), 1.0
-        self.balance, self.balance_scope, self.bias_update_rate = balance, balance_scope, bias_update_rate
-        self.aux_loss_coef, self.z_loss_coef = (aux_loss_coef if balance == "switch" else 0.0), z_loss_coef
-        self.earlier_counts, self.last_routing, self.aux_loss = None, None, torch.zeros(())
-        self._make_optimizer = optimizer
+        self.balance, self.z_loss_coef, self._make_optimizer = balance, z_loss_coef, optimizer
+        self.start_passes()
         tag_roles(self)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -154,7 +159,8 @@ class MoELayer(KeepsMultipliers, MoEBase, LightningModule):
         Args:
             x: Tokens.
             mask: bool [...], False for padding: such a token passes no routed expert (its output is the shared expert's,
-                else zero) and does not count in the load or in `aux_loss`. None: all tokens count.
+                else zero) and does not count in the load or in `aux_loss`. None: the mask of the model's forward counts,
+                where it is followed (`follow_attention_mask`, `real_tokens`), and changes no output; else all tokens count.
 
         Raises:
             ValueError: The last dimension of x is not `width`, or the mask has another shape than x's tokens.
@@ -164,18 +170,16 @@ class MoELayer(KeepsMultipliers, MoEBase, LightningModule):
             raise value_error("x", found=f"shape {tuple(x.shape)}", expected=f"[..., width={self.width}]")
         x_Td = x.reshape(-1, self.width)
         sequences = max(math.prod(x.shape[:-2]), 1) if self.balance_scope == "sequence" else 1
-        routing = self.router(x_Td, _flat(mask, x), n_sequences=sequences)
+        followed = self.token_masks[-1] if self.token_masks and mask is None else None
+        counted_T = None if followed is None else fit(followed.to(x.device), x.shape[:-1])
+        routing = self.router(x_Td, _flat(mask, x), n_sequences=sequences, counted_T=counted_T)
         scale = self.output_multiplier
         if self.router.gate == "sqrt" and self.shared is not None:
             scale *= math.sqrt(0.5)
         # Scaling the K gates of a token is cheaper than scaling its d outputs.
         scaled = replace(routing, gates=routing.gates * (scale * self.route_scale))
         y_Td = self.experts(x_Td, scaled, None if self.shared is None else lambda: scale * self._shared_output(x_Td))
-        self.aux_loss = self._auxiliary_loss(routing)
-        has_aux_loss = bool(self.aux_loss_coef or self.z_loss_coef)
-        if self.training and x.requires_grad and not torch.is_grad_enabled() and has_aux_loss:
-            _warn_of_reentrant_checkpoint()
-        self.last_routing = routing.detach()
+        self._keep(routing, sequences, reentrant=x.requires_grad and not torch.is_grad_enabled())
         y: Tensor = y_Td.view_as(x)
         return y
 
@@ -213,26 +217,41 @@ class MoELayer(KeepsMultipliers, MoEBase, LightningModule):
         y_Td: Tensor = self.shared(x_Td)
         return y_Td if self.shared_gate is None else torch.sigmoid(self.shared_gate(x_Td)) * y_Td
 
-    def _auxiliary_loss(self, routing: RoutingInfo) -> Tensor:
+    def _keep(self, routing: RoutingInfo, sequences: int, *, reentrant: bool) -> None:
+        """Keeps what a pass leaves behind."""
+        has_loss = bool(self.aux_loss_coef or self.z_loss_coef)
+        if self.training and reentrant and has_loss:
+            _warn_of_reentrant_checkpoint()
+        if is_training_pass(self):
+            # The loss is computed when it is read: so it is not part of what activation checkpointing runs again, when the
+            # model's mask and the earlier counts are others. Compiled code hands out tensors only.
+            loss = self._auxiliary_loss(routing, sequences) if has_loss else None
+            self.keep_pass(routing, loss() if loss is not None and torch.compiler.is_compiling() else loss)
+        elif torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            self._latest = routing.detach()
+
+    def _auxiliary_loss(self, routing: RoutingInfo, sequences: int) -> Callable[[], Tensor]:
+        """Computes the load now, over all ranks where asked for, and returns what computes the loss."""
+        load = None
+        if self.aux_loss_coef:
+            counts_NE = routing.sequence_counts
+            assert counts_NE is not None
+            load = counts_NE, counts_NE.sum(-1) / self.top_k
+            if self.balance_scope == "global":
+                load = global_load(routing.counts, self.earlier_counts, self.top_k)
+        return partial(self._loss_of, routing, load, sequences)
+
+    def _loss_of(self, routing: RoutingInfo, load: tuple[Tensor, Tensor] | None, sequences: int) -> Tensor:
         loss = routing.logits.new_zeros(())
-        if self.training and self.aux_loss_coef:
-            loss = loss + self.aux_loss_coef * self._switch_loss(routing)
-        if self.training and self.z_loss_coef:
-            loss = loss + self.z_loss_coef * routing.mean_z()
-        return loss
-
-    def _switch_loss(self, routing: RoutingInfo) -> Tensor:
-        counts_NE, probability_sum_NE = routing.sequence_counts, routing.probability_sum
-        assert counts_NE is not None
-        assert probability_sum_NE is not None
-        if self.balance_scope == "global":
-            load = global_load(routing.counts, self.earlier_counts, self.top_k)
-            return load_balancing_loss(probability_sum_NE, *load)
-        return load_balancing_loss(probability_sum_NE, counts_NE, counts_NE.sum(-1) / self.top_k)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A tensor with a graph can be neither copied nor pickled, and a copy has not run anything yet.
-        return {**super().__getstate__(), "last_routing": None, "earlier_counts": None, "aux_loss": torch.zeros(())}
+        if load is not None:
+            sums_NE = routing.probability_sum
+            sigmoid = "sequence" in self.balances and self.router.scoring.startswith("sigmoid")
+            if sums_NE is None or sigmoid:
+                scoring = self.router.scoring if sigmoid else "softmax"
+                with autocast.disabled(routing.logits.device.type):
+                    sums_NE = probability_sums(routing.logits, scoring, sequences, routing.mask)
+            loss = loss + self.aux_loss_coef * load_balancing_loss(sums_NE, *load)
+        return loss + self.z_loss_coef * routing.mean_z() if self.z_loss_coef else loss
 
 
 @cache
@@ -243,15 +262,6 @@ def _warn_of_reentrant_checkpoint() -> None:
     )
     do = "Use checkpoint(..., use_reentrant=False)."
     warnings.warn(mismatch("use_reentrant", found=found, expected="False", do=do), stacklevel=2)
-
-
-def _require_consistent(choice: str, balance: str, shared_width: int, *, shared_gate: bool) -> None:
-    if choice == "expert" and balance != "none":
-        expected = "'none' with choice='expert', where every expert takes equally many tokens anyway"
-        raise value_error("balance", found=repr(balance), expected=expected, do="Set balance='none'.")
-    if shared_gate and not shared_width:
-        expected = "a shared expert for shared_gate=True to multiply"
-        raise value_error("shared_width", found=0, expected=expected, do="Give it a width.")
 
 
 def _flat(mask: Tensor | None, x: Tensor) -> Tensor | None:

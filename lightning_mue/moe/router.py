@@ -5,8 +5,9 @@ Shape legend: T tokens, d width, E experts, K experts per token (top-k), C token
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_mue.checks import (
     listed,
+    mismatch,
     require_choice,
     require_non_negative,
     require_number,
@@ -39,12 +41,14 @@ class RoutingInfo:
             In expert choice int64 [E, C]: row e holds e only.
         gates: float32 [T, K] (or [E, C]), the weight of each assignment; 0 for a masked token.
         logits: float32 [T, E], the router's raw scores.
-        counts: int64 [E], how many assignments went to each expert; masked tokens are not counted.
-        mask: bool [T], False for padding tokens; None: there are none.
+        counts: int64 [E], how many assignments of real tokens went to each expert.
+        mask: bool [T], False for padding tokens, which do not count; None: there are none.
         token_ids: In expert choice int64 [E, C], the tokens that each expert chose; else None.
         sequence_counts: int64 [N, E], `counts` by sequence; None in expert choice, as are the next two.
         probability_sum: float32 [N, E], sum of the softmax of the logits over a sequence's tokens.
         z_sum: float32 [N], sum of ``logsumexp(logits)^2`` over a sequence's tokens.
+        assigned: int64 [E], assignments of each expert, where padding tokens have some too; None: `counts`. The two sums before
+            it are None then.
     """
 
     expert_ids: Tensor
@@ -56,6 +60,7 @@ class RoutingInfo:
     sequence_counts: Tensor | None = None
     probability_sum: Tensor | None = None
     z_sum: Tensor | None = None
+    assigned: Tensor | None = None
 
     def detach(self) -> RoutingInfo:
         """The same decision without its graph."""
@@ -72,15 +77,39 @@ class RoutingInfo:
         if self.z_sum is not None:
             total = self.z_sum.sum()
         else:
-            z_T = self.logits.logsumexp(-1).square()
+            # Masked before, not after: a NaN of padding must not reach the gradient.
+            logits = self.logits if self.mask is None else self.logits.masked_fill(~self.mask[:, None], 0)
+            z_T = logits.logsumexp(-1).square()
             total = (z_T if self.mask is None else z_T.masked_fill(~self.mask, 0)).sum()
         return total / (max(len(self.logits), 1) if self.mask is None else self.mask.sum().clamp(min=1))
+
+    def counting(self, mask_T: Tensor) -> RoutingInfo:
+        """The same decision, in which only the tokens of a mask count, bool [T]; the others keep their experts."""
+        if self.token_ids is not None:
+            return replace(self, counts=mask_T[self.token_ids].sum(1), mask=mask_T)
+        assert self.sequence_counts is not None
+        sequences, n_experts = self.sequence_counts.shape
+        first_T = torch.arange(sequences, device=mask_T.device).repeat_interleave(len(mask_T) // sequences) * n_experts
+        # Padding counts for one expert more, which is cut off. Fixed shapes: nothing waits for the device.
+        places_TK = torch.where(mask_T[:, None], first_T[:, None] + self.expert_ids, sequences * n_experts)
+        places = places_TK.flatten()
+        counts = self.counts.new_zeros(sequences * n_experts + 1).scatter_add_(0, places, torch.ones_like(places))
+        counts_NE = counts[:-1].view(sequences, n_experts)
+        return replace(
+            self,
+            counts=counts_NE.sum(0),
+            sequence_counts=counts_NE,
+            mask=mask_T,
+            probability_sum=None,
+            z_sum=None,
+            assigned=self.counts,
+        )
 
     def plan(self, backend: str = "auto") -> DispatchPlan:
         """The order in which the experts' rows lie. No host synchronization."""
         if self.token_ids is not None:
             return plan_expert_choice(self.token_ids, len(self.logits))
-        return plan_dispatch(self.expert_ids, self.counts, backend=backend)
+        return plan_dispatch(self.expert_ids, self.counts if self.assigned is None else self.assigned, backend=backend)
 
     def assignment_gates(self, plan: DispatchPlan) -> Tensor:
         """The gates in the order of the plan's assignments: of `plan.inverse`'s shape."""
@@ -177,23 +206,32 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(n_experts, width))
         self.register_buffer("balance_bias", torch.empty(n_experts, dtype=torch.float32))
         self.reset_parameters()
+        warn_of_constant_gates(self)
 
     def reset_parameters(self) -> None:
         """Draws the weight anew and clears the balance bias."""
         normal_(self.weight, self.width**-0.5 if self.init_std is None else self.init_std)
         nn.init.zeros_(self.balance_bias)
 
-    def forward(self, x_Td: Tensor, mask_T: Tensor | None = None, *, n_sequences: int = 1) -> RoutingInfo:
+    def forward(
+        self, x_Td: Tensor, mask_T: Tensor | None = None, *, n_sequences: int = 1, counted_T: Tensor | None = None
+    ) -> RoutingInfo:
         """Routes each token.
 
         Args:
             x_Td: [T, d], any floating dtype; T may be zero.
             mask_T: bool [T], False for padding tokens: they are sent to no expert and do not count in the load.
             n_sequences: N; the tokens are N sequences of T / N tokens, one after the other.
+            counted_T: bool [T], False for padding tokens that are sent to experts as all others, but do not count; not
+                together with `mask_T`.
 
         Returns:
             The routing. `gates`, `logits`, `probability_sum` and `z_sum` carry gradients.
         """
+        routing = self._route(x_Td, mask_T, n_sequences)
+        return routing if counted_T is None else routing.counting(counted_T)
+
+    def _route(self, x_Td: Tensor, mask_T: Tensor | None, n_sequences: int) -> RoutingInfo:
         if mask_T is not None:  # values of padding tokens, NaN too, must not reach the weight's gradient
             x_Td = x_Td.masked_fill(~mask_T[:, None], 0)
         if self.jitter and self.training:
@@ -261,6 +299,22 @@ class Router(nn.Module):
         if self.balance_bias.dtype != torch.float32:
             self.balance_bias = bias_E.to(self.balance_bias.device)
         return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """Keeps the bias in float32 when a state of another dtype is assigned."""
+        super()._load_from_state_dict(*args)
+        self.balance_bias = self.balance_bias.float()
+
+
+def warn_of_constant_gates(router: Router) -> None:
+    """Warns of a router whose gates are constant: top-1 with gates normalized over the active set."""
+    normalized = router.choice == "token" and router.scoring in ("topk-softmax", "sigmoid-normalized")
+    if router.top_k == 1 and router.n_experts > 1 and normalized:
+        other = "softmax-topk" if router.scoring == "topk-softmax" else "sigmoid"
+        found = f"1 with scoring={router.scoring!r}: the only gate of a token is 1, and the output gives the router no gradient"
+        do = f"Use scoring={other!r}, or a larger top_k."
+        expected = "a gate that depends on the router where one expert is active"
+        warnings.warn(mismatch("top_k", found=found, expected=expected, do=do), stacklevel=3)
 
 
 def _require_active(n_experts: int, top_k: int, init_std: float | None) -> None:

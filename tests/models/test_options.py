@@ -81,9 +81,7 @@ def test_an_old_flat_config_gives_the_same_model(tmp_path):
     renamed |= {"shared_width": layer.shared.hidden_width, "shared_gate": layer.shared_gate is not None}
     for name, value in OLD.items():
         owner = next((part for part in (layer, layer.router, layer.experts) if hasattr(part, name)), None)
-        assert (renamed[name] if name in renamed else getattr(owner, name)) == (
-            0.0 if name == "aux_loss_coef" else value
-        )
+        assert (renamed[name] if name in renamed else getattr(owner, name)) == value
     assert {name: model.hparams[name] for name in OLD} == OLD
 
 

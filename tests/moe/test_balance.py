@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -63,9 +63,16 @@ def test_bias_update_is_the_published_rule():
     torch.testing.assert_close(bias, torch.tensor([0.5 - 0.1 * 0.5, -0.1 * 0.1, 0.1 * 0.1, 0.1 * 0.5]))
 
 
-def test_bias_update_without_tokens_does_nothing():
+def test_bias_update_by_sign():
+    bias = torch.tensor([0.5, 0.0, 0.0, 0.0])
+    update_balance_bias(bias, torch.tensor([10, 5, 5, 0]), top_k=2, rate=0.1, form="sign")
+    torch.testing.assert_close(bias, torch.tensor([0.4, 0.0, 0.0, 0.1]))
+
+
+@pytest.mark.parametrize("form", ["proportional", "sign"])
+def test_bias_update_without_tokens_does_nothing(form):
     bias = torch.tensor([0.5, -0.5])
-    update_balance_bias(bias, torch.tensor([0, 0]), top_k=1, rate=0.1)
+    update_balance_bias(bias, torch.tensor([0, 0]), top_k=1, rate=0.1, form=form)
     assert bias.tolist() == [0.5, -0.5]
 
 
@@ -184,28 +191,59 @@ def test_a_balance_without_its_callback_is_warned_of(tmp_path):
     assert found(LossFreeBalance(), GlobalBatchBalance(), accumulate_grad_batches=2) == []
 
 
-def test_pending_counts_survive_a_checkpoint(tmp_path):
-    """Stop in the middle of an accumulation window, save, go on in a new Trainer: nothing is lost."""
+def test_pending_counts_of_an_earlier_version_survive(tmp_path):
+    """They were in the callback's state, and the model's state dict did not name them."""
     model, callback = TwoLayers(), LossFreeBalance()
-    fit(model, tmp_path, callback, limit_train_batches=1, limit_val_batches=0, accumulate_grad_batches=2)
-    # Lightning steps on the last batch of an epoch, so make the pending counts by hand.
-    callback._pending = {"layers.0": torch.tensor([16, 0, 0, 0]), "layers.1": torch.tensor([8, 0, 0, 0, 0, 0])}
-    path = tmp_path / "state.pt"
-    torch.save(callback.state_dict(), path)
-    callback._pending["layers.0"][0] = 99
-    restored = LossFreeBalance()
-    restored.load_state_dict(torch.load(path, weights_only=True))
-    twin = copy.deepcopy(model)
-    for m, c in ((model, LossFreeBalance()), (twin, restored)):
-        torch.manual_seed(3)
-        fit(m, tmp_path, c, limit_train_batches=1, limit_val_batches=0)
-    # Layer 1 does not run in the first batch: only the restored callback has counts for it.
-    torch.testing.assert_close(model.layers[1].router.balance_bias, torch.zeros(6))
-    change = twin.layers[1].router.balance_bias
+    callback.load_state_dict({"pending": {"layers.1": torch.tensor([8, 0, 0, 0, 0, 0])}})
+    fit(
+        model, tmp_path, callback, limit_train_batches=1, limit_val_batches=0
+    )  # layer 1 does not run in the first batch
     expected = torch.zeros(6)
     update_balance_bias(expected, torch.tensor([8, 0, 0, 0, 0, 0]), 1, 0.1)
-    torch.testing.assert_close(change, expected)
-    assert restored.state_dict() == {"pending": {}}
+    torch.testing.assert_close(model.layers[1].router.balance_bias, expected)
+
+
+class Saver(Callback):
+    """A user's own, which runs before LossFreeBalance: saves the weights after every micro-batch."""
+
+    def __init__(self):
+        self.states = []
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        self.states.append(copy.deepcopy(pl_module.state_dict()))
+
+
+@pytest.mark.parametrize("saved_after", [1, 2, 3])
+def test_a_run_resumed_from_a_plain_state_dict_has_the_same_bias(tmp_path, saved_after):
+    """Saved in the middle of an accumulation or at its end: bit for bit that of the run that was not interrupted."""
+
+    def run(model, batches, *callbacks):
+        trainer = Trainer(
+            accelerator="cpu",
+            max_epochs=1,
+            accumulate_grad_batches=2,
+            callbacks=[*callbacks, LossFreeBalance()],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(model, DataLoader(batches, batch_size=None))
+
+    batches, saver = list(torch.randn(6, 1, 16, 8)), Saver()
+    whole = TwoLayers()
+    run(whole, batches, saver)
+    resumed, state = TwoLayers(), saver.states[saved_after - 1]
+    assert any("pending_counts" in name for name in state) == (saved_after % 2 == 1)
+    resumed.load_state_dict(state)
+    if saved_after % 2:  # the other half of the window alone: Lightning steps on a loader's last batch
+        run(resumed, [batches[saved_after]])
+    else:
+        run(resumed, batches[saved_after : saved_after + 2])
+    expected = saver.states[saved_after + saved_after % 2 + 1 - 2 * (saved_after % 2)]
+    bias = "layers.0.router.balance_bias"
+    assert torch.equal(resumed.state_dict()[bias], expected[bias])
+    assert expected[bias].any()
 
 
 class Recorder(LightningModule):

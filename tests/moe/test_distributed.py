@@ -45,6 +45,8 @@ def test_counts_are_summed_over_ranks(tmp_path):
 
 
 GLOBAL = """
+import os
+
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -71,7 +73,7 @@ def rank_main(rank, folder):
     dist.destroy_process_group()
 
 if __name__ == "__main__":
-    mp.spawn(rank_main, (".",), nprocs=2)
+    mp.spawn(rank_main, (os.getcwd(),), nprocs=2)  # absolute: file://./store is /store, which other runs use too
     alone = layer()
     alone(x, mask)
     alone.aux_loss.backward()

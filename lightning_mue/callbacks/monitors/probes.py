@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_mue.moe.passes import records_gradients
 from lightning_mue.names import clean_name, metric_name, split_layer
 from lightning_mue.sharded import whole
 
@@ -45,10 +46,17 @@ class Probe(ABC):
         """Return tag -> value from the merged statistics, float64 [size] on the CPU; empty if nothing was seen."""
 
     def attach(self, device: torch.device) -> RemovableHandle:
-        """Hook the module and forget the previous step. The hook keeps no graph and computes outside autocast."""
-        self.total = None
+        """Hook the module and forget the previous step. The hook keeps no graph and computes outside autocast.
 
-        def hook(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        Evaluation passes inside a training step (without gradients, or in another mode than now) are left out, and so is what
+        runs again in the backward pass.
+        """
+        self.total = None
+        mode = self.module.training
+
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            if module.training != mode or not records_gradients():
+                return
             with torch.no_grad(), torch.autocast(device.type, enabled=False):
                 found = self.measure(inputs, output)
                 if found is not None:

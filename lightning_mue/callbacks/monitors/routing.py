@@ -15,6 +15,7 @@ from lightning_mue.checks import value_error
 from lightning_mue.contract import is_router
 from lightning_mue.diagnostics import dead_experts, load_entropy, load_max_fraction, max_violation, router_entropy
 from lightning_mue.moe.balance_callbacks import warn_of_missing_callbacks
+from lightning_mue.moe.masks import follow_attention_mask
 
 
 class _RouterProbe(Probe):
@@ -56,7 +57,8 @@ class RouterMonitor(SampledMonitor):
 
     A router is a module with ``mue_router = True`` whose output has ``logits`` [T, E] and ``counts`` [E]; E is its
     ``n_experts``, or else the rows of its ``weight``. The loads are summed over ranks before anything is computed from
-    them: MaxVio is that of the global batch. Metrics for each layer ("03"):
+    them: MaxVio is that of the global batch. Only training passes of real tokens count: of `MoELayer`s, padding is read from
+    the ``attention_mask`` that the model is called with (`lightning_mue.moe.follow_attention_mask`). Metrics for each layer ("03"):
 
     - ``routing/max_violation/<layer>``: (max load - mean load) / mean load; 0 is balanced.
     - ``routing/token_entropy/<layer>``: mean entropy of a token's softmax over the experts, in nats.
@@ -86,6 +88,7 @@ class RouterMonitor(SampledMonitor):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the routers, and warn of callbacks that their balance needs and the Trainer lacks."""
         super().on_fit_start(trainer, pl_module)
+        follow_attention_mask(pl_module)
         warn_of_missing_callbacks(trainer, pl_module)
 
     def find_probes(self, pl_module: LightningModule) -> list[Probe]:

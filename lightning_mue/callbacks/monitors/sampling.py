@@ -14,8 +14,8 @@ logged.
   Trainer logs the values of ``self.log``: a monitor and ``train/loss`` share their x axis.
 - Compiled modules run their forward and backward eagerly in a sampled step, because a hook added after compilation
   does not fire inside compiled code, and one present at compilation would stay in it.
-- A module that runs again in the backward pass (activation checkpointing) is measured twice, which changes no metric:
-  all of them are ratios or extremes.
+- Only training passes are measured: a module that runs again in the backward pass (activation checkpointing), or without
+  gradients or in evaluation mode inside a training step, is not measured again.
 """
 
 from __future__ import annotations

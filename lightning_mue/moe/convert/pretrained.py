@@ -9,6 +9,7 @@ Shape legend: T tokens, d width, E experts.
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from lightning_mue.moe.base import MoEBase
 from lightning_mue.moe.convert.transformers_state import state_dict_from_transformers
 from lightning_mue.moe.convert.trial import call, places, require_module
 from lightning_mue.moe.convert.upcycling import Layer, empty_layer
+from lightning_mue.moe.router import warn_of_constant_gates
 from lightning_mue.parameterizations.applying.initial_weights import keep_weights
 
 #: Median relative error over tokens below which block and layer are taken to be equal. In half precision the block's router
@@ -50,6 +52,10 @@ def moe_from_transformers(
         ValueError: The block cannot be read, asks for what a `MoELayer` does not do, or computes something else.
     """
     require_module("block", block)
+    for name in ("init_std", "router_init_std"):
+        if name in layer_arguments:
+            expected = "none: the weights are the block's"
+            raise value_error(name, found=layer_arguments[name], expected=expected, do="Leave it out.")
     if not is_moe_block(block):
         parts = listed([name for name, _ in block.named_children()])
         found = f"{type(block).__name__} with the modules {parts}, no Mixture-of-Experts block that can be read"
@@ -60,11 +66,16 @@ def moe_from_transformers(
     state = state_dict_from_transformers(block.state_dict())
     scorings = _scorings(block)
     settings = _settings(block, state)
-    layer = empty_layer(layer_class, state["router.weight"], **{**settings, "scoring": scorings[0], **layer_arguments})
+    with warnings.catch_warnings():  # the scoring is not known for sure yet
+        warnings.filterwarnings("ignore", message="top_k: found 1")
+        layer = empty_layer(
+            layer_class, state["router.weight"], **{**settings, "scoring": scorings[0], **layer_arguments}
+        )
     layer.load_state_dict(state, assign=True)
     _copy_requires_grad(layer, block)
     if verify and not state["router.weight"].is_meta:
         _choose_scoring(block, layer, (layer_arguments["scoring"],) if "scoring" in layer_arguments else scorings)
+    warn_of_constant_gates(layer.router)
     layer.train(block.training)
     keep_weights(layer)
     return layer
@@ -189,7 +200,7 @@ def _choose_scoring(block: nn.Module, layer: MoEBase, scorings: tuple[str, ...])
         errors.append(float((difference / y.view_as(x).double().norm(dim=-1).clamp_min(1e-30)).median()))
         if errors[-1] <= _SAME.get(weight.dtype, _SAME_IN_HALF):
             layer.hparams["scoring"] = scoring  # type: ignore[index,operator,assignment]
-            layer.last_routing, layer.aux_loss = None, torch.zeros((), device=weight.device)
+            layer.last_routing = None  # type: ignore[assignment]
             return
     raise value_error(
         "block",

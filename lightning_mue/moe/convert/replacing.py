@@ -5,6 +5,8 @@ Shape legend: T tokens, d width, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,8 +14,9 @@ from torch import Tensor, nn
 from lightning_mue.checks import value_error
 from lightning_mue.moe.base import MoEBase
 from lightning_mue.moe.convert.pretrained import is_moe_block, moe_from_transformers, router_of, run_block
-from lightning_mue.moe.convert.transformers_state import state_dict_to_transformers
+from lightning_mue.moe.convert.transformers_state import layout_of, state_dict_to_transformers
 from lightning_mue.moe.convert.trial import require_module
+from lightning_mue.moe.masks import follow_attention_mask
 from lightning_mue.moe.router import RoutingInfo
 
 
@@ -38,6 +41,7 @@ class TransformersMoE(nn.Module):
         names = (name for name in block.state_dict() if name.endswith("e_score_correction_bias"))
         self.correction_name = next(names, None)  # the router has it, or the block itself
         self.router_name = "gate" if "gate" in block._modules else "router"
+        self.layout = layout_of(block.state_dict())
         self.recorder = _recorder(router_of(block))
         self._forward_hooks.update(block._forward_hooks)
         self._logits_TE: Tensor | None = None
@@ -75,7 +79,8 @@ def replace_moe_blocks(model: nn.Module, *, layer_class: type[MoEBase], **layer_
     """Replaces every Mixture-of-Experts block of a model by a layer of equal output, in place.
 
     The model runs, trains and generates as before, and ``output_router_logits=True`` gives the logits and the auxiliary loss.
-    Its state dict then has our names; `transformers_state_dict` gives it in transformers'. Make optimizers afterwards.
+    Its state dict then has our names; `transformers_state_dict` gives it in transformers', and the model's ``save_pretrained``
+    writes those. Padding in the model's ``attention_mask`` does not count (`follow_attention_mask`). Make optimizers afterwards.
 
     Args:
         model: A transformers model, or any module that holds such blocks.
@@ -90,15 +95,10 @@ def replace_moe_blocks(model: nn.Module, *, layer_class: type[MoEBase], **layer_
         ValueError: The model has no such block, or one cannot be read; those before it are replaced by then.
     """
     require_module("model", model)
-    places: dict[int, list[str]] = {}  # names, not modules, so that a replaced block's memory is freed
-    for name, module in model.named_modules(remove_duplicate=False):
-        if is_moe_block(module):
-            places.setdefault(id(module), []).append(name)
-    if not places:
-        found = f"{type(model).__name__}, which holds no Mixture-of-Experts block"
-        expected = "a module with `experts` beside a `gate` or `router`"
-        do = "For dense feed-forward networks use MoELayer.from_ffn."
-        raise value_error("model", found=found, expected=expected, do=do)
+    if "optimizer" in layer_arguments:
+        found, expected = "one for layers inside a model", "none: the model's own optimizer trains them"
+        raise value_error("optimizer", found=found, expected=expected, do="Leave it out.")
+    places = _places(model)
     for names in places.values():
         if "" in names:
             found, do = f"{type(model).__name__}, which is itself a block", "Use MoELayer.from_pretrained_block(model)."
@@ -109,6 +109,10 @@ def replace_moe_blocks(model: nn.Module, *, layer_class: type[MoEBase], **layer_
         del block
         for name in names:
             model.set_submodule(name, adapter)
+    follow_attention_mask(model)
+    for module in model.modules():
+        if callable(getattr(type(module), "save_pretrained", None)):
+            module.save_pretrained = partial(_save_pretrained, module)  # type: ignore[assignment]
     return [name for names in places.values() for name in names]
 
 
@@ -125,7 +129,32 @@ def transformers_state_dict(model: nn.Module, layout: str = "stacked") -> dict[s
     Returns:
         Names and tensors.
     """
-    state = dict(model.state_dict())
+    return _in_their_names(model, model.state_dict(), layout)
+
+
+def _save_pretrained(model: Any, directory: Any, *args: Any, state_dict: Any = None, **arguments: Any) -> Any:
+    """The model's ``save_pretrained``, with weights in the names that its class loads."""
+    state = _in_their_names(model, model.state_dict() if state_dict is None else state_dict, None)
+    return type(model).save_pretrained(model, directory, *args, state_dict=state, **arguments)
+
+
+def _places(model: nn.Module) -> dict[int, list[str]]:
+    """The names of each block: names, not modules, so that a replaced block's memory is freed."""
+    places: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if is_moe_block(module):
+            places.setdefault(id(module), []).append(name)
+    if not places:
+        found = f"{type(model).__name__}, which holds no Mixture-of-Experts block"
+        expected = "a module with `experts` beside a `gate` or `router`"
+        do = "For dense feed-forward networks use MoELayer.from_ffn."
+        raise value_error("model", found=found, expected=expected, do=do)
+    return places
+
+
+def _in_their_names(model: nn.Module, given: Mapping[str, Tensor], layout: str | None) -> dict[str, Tensor]:
+    """A state dict of the model; `layout` None: each block's own."""
+    state = dict(given)
     for name, adapter in model.named_modules(remove_duplicate=False):
         if not isinstance(adapter, TransformersMoE):
             continue
@@ -134,7 +163,7 @@ def transformers_state_dict(model: nn.Module, layout: str = "stacked") -> dict[s
         own = {key.removeprefix(inner): state.pop(key) for key in list(state) if key.startswith(inner)}
         state |= state_dict_to_transformers(
             own,
-            layout,
+            layout or adapter.layout,
             prefix=prefix,
             router=adapter.router_name,
             correction_bias=True if adapter.correction_name else None,

@@ -111,7 +111,8 @@ def state_dict_to_transformers(
         ValueError: The layout is unknown, or the experts have no gate or have biases, which no such block has.
     """
     require_choice("layout", layout, LAYOUTS)
-    unknown = [name for name in state if name not in _EXPORTED]
+    # Counts since the last optimizer step are no weights.
+    unknown = [name for name in state if name not in _EXPORTED and name != "pending_counts"]
     missing = [name for name in ("router.weight", *_STACKS) if name not in state]
     if unknown or missing:
         found = f"unknown weights: {listed(unknown)}; missing weights: {listed(missing)}"
@@ -136,6 +137,12 @@ def state_dict_to_transformers(
     if "shared_gate.weight" in state:
         theirs["shared_expert_gate.weight"] = state["shared_gate.weight"]
     return {prefix + name: tensor for name, tensor in theirs.items()}
+
+
+def layout_of(state: Mapping[str, Tensor]) -> str:
+    """Which of `LAYOUTS` a block's state dict has."""
+    parts = {match[2] for name in state if (match := _EXPERT.fullmatch(name)) is not None}
+    return next((layout for layout, names in _SEPARATE.items() if parts & set(names.values())), "stacked")
 
 
 _STACKS = ("experts.w_gate", "experts.w_up", "experts.w_down")

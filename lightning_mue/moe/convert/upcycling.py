@@ -77,7 +77,7 @@ def moe_from_ffn(
         noise_std: For "noise": its standard deviation over that of the matrix. None: 0.05.
         drop_fraction: For "drop": the fraction of each expert's units that is drawn anew, normal with each matrix's mean and
             standard deviation. None: 0.5.
-        router_init_std: Standard deviation of the router's initial weight; None: the layer's ``init_std``.
+        router_init_std: Standard deviation of the router's initial weight; None: 0.02.
         route_scale: None: the scale for which the above holds. A given scale is compensated for in the experts' `w_down` (and
             `b_down`), so that a scale which a parameterization will set can be allowed for.
         generator: For all draws; None: the global one.
@@ -158,7 +158,7 @@ def _refuse_unsupported(how: str, ffn: DenseFFN, layer_arguments: dict[str, Any]
         require_number("noise_std", own["noise_std"], above=0, do="Without noise, experts are how='copy'.")
     if own["drop_fraction"] is not None and not 0 < own["drop_fraction"] <= 1:
         raise value_error("drop_fraction", found=own["drop_fraction"], expected="a number in (0, 1]")
-    given, leave_out = layer_arguments.get, "Leave it out."
+    given, leave_out, routers = layer_arguments.get, "Leave it out.", "Use router_init_std for the router."
     has_bias = any(b is not None for b in (ffn.b_gate, ffn.b_up, ffn.b_down))
     whole = f"0 with how={how!r}: the active experts are the whole network, and nothing is left for a shared one"
     no_gate = "False: a network split over experts has no such gate to start from"
@@ -166,6 +166,7 @@ def _refuse_unsupported(how: str, ffn: DenseFFN, layer_arguments: dict[str, Any]
     refused = {
         "width": ("width" in layer_arguments, f"none: it is the network's, {ffn.w_up.shape[1]}", leave_out),
         "shared_gate": (bool(given("shared_gate")), no_gate, leave_out),
+        "init_std": ("init_std" in layer_arguments, "none: all weights but the router's are the network's", routers),
         "shared_width": (bool(given("shared_width")) and how != "split", whole, "Use how='split'."),
         "bias": (given("bias") is False and has_bias, lost, leave_out),
     }

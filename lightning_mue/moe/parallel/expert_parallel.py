@@ -132,7 +132,8 @@ class ExpertParallel:
         part = Slice.of(len(x_Td), self.mesh.get_group())
         x_cd, gates_cK = take_slice(part, x_Td, routing.gates)
         ids_cK = routing.expert_ids[part.start : part.stop]
-        mine = replace(routing, expert_ids=ids_cK, gates=gates_cK, counts=count_by_expert(ids_cK, experts.n_experts)[0])
+        counts_E = count_by_expert(ids_cK, experts.n_experts)[0]
+        mine = replace(routing, expert_ids=ids_cK, gates=gates_cK, counts=counts_E, assigned=None)
         extra: list[Tensor] = []
         y_cd = self._exchange(
             experts, x_cd, mine, None if overlap is None else lambda: extra.append(overlap()), (x_Td, routing.logits)

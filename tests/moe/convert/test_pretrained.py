@@ -474,3 +474,47 @@ def test_the_guide_runs_as_it_stands():
     blocks = re.findall(r"```python\n(.*?)```", guide.read_text(encoding="utf-8"), flags=re.DOTALL)
     assert len(blocks) == 5
     exec("\n".join(blocks), {})
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", "Qwen2Moe", "DeepseekV3"])
+def test_save_pretrained_writes_what_the_models_own_class_loads(kind, tmp_path):
+    model, ids = make_model(kind), torch.randint(VOCABULARY, (2, 9))
+    replace_moe_blocks(model)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.model.embed_tokens.weight.mul_(1.5)
+    for name, each in (("model", model), ("twin", twin)):
+        each.save_pretrained(tmp_path / name)
+        loaded, info = type(model).from_pretrained(tmp_path / name, output_loading_info=True)
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
+        assert relative(loaded(ids).logits, each(ids).logits) < 1e-5
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_the_auxiliary_loss_in_transformers_convention(layers):
+    """Theirs is K times ours for one layer, of real tokens; over layers they pool, and ours is the sum."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    model = make_model("Mixtral", num_hidden_layers=layers).train()
+    names = replace_moe_blocks(model, balance="switch", aux_loss_coef=1.0)
+    ids, mask = torch.randint(VOCABULARY, (4, 32)), torch.arange(32) < torch.tensor([[20], [4], [12], [8]])
+    logits = model(ids, attention_mask=mask.long(), output_router_logits=True).router_logits
+    theirs = [load_balancing_loss_func((each,), E, K, mask.long()) for each in logits]
+    ours = [model.get_submodule(name).moe for name in names]
+    assert [int(layer.last_routing.counts.sum()) for layer in ours] == [88] * layers  # 44 of 128 tokens are real
+    for layer, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(K * layer.aux_loss, expected)
+    pooled = load_balancing_loss_func((logits[0],) * 2, E, K, mask.long())  # two layers of one load
+    torch.testing.assert_close(pooled, theirs[0])
+
+
+def test_options_without_effect_in_a_replaced_block_are_refused():
+    for name, value in (("optimizer", torch.optim.SGD), ("init_std", 0.1), ("router_init_std", 0.1)):
+        with pytest.raises(ValueError, match=f"^{name}: found"):
+            replace_moe_blocks(make_model("Mixtral"), **{name: value})
+
+
+def test_a_block_of_one_active_expert_is_warned_of():
+    with pytest.warns(UserWarning, match="top_k: found 1 .* Use scoring='softmax-topk'"):
+        moe_from_transformers(make_block("Mixtral", num_experts_per_tok=1))
