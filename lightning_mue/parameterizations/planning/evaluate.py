@@ -24,6 +24,7 @@ class Scale:
     """Evaluates a rule's cells for single parameters; for the arguments see `plan`.
 
     ``inits`` holds how the base's parameters were drawn; empty: the weights stay as they are. ``factors`` are a preset's.
+    ``table_factor`` goes into a tied table, for what the model multiplies its rows by (`TiedHead`).
     """
 
     def __init__(
@@ -34,8 +35,9 @@ class Scale:
         pair: Pair,
         inits: Mapping[str, Init],
         factors: Mapping[str, Mapping[str, float]],
+        table_factor: float = 1.0,
     ) -> None:
-        self.rule, self.family, self.alpha = rule, family, alpha
+        self.rule, self.family, self.alpha, self.table_factor = rule, family, alpha, table_factor
         self.matched, self.inits, self.factors = pair.matched, inits, factors
         self.families = sorted({family} if isinstance(family, str) else set(family.values()))
         for name in self.families:
@@ -60,6 +62,8 @@ class Scale:
             multiplier = start * parse(cell).evaluate(ratios, self.alpha)
             self._refuse_zero_gain(info, init, name, cell, multiplier)
             cells = fold(cells, multiplier, kind)
+        if info.tied and old is not None:
+            cells = fold(cells, self.table_factor, kind)
         for pattern, columns in self.factors.items():
             if re.search(pattern, info.name):
                 cells |= {column: cells[column] * value for column, value in columns.items()}
@@ -103,7 +107,7 @@ class Scale:
     def folded_values(self, folded: Mapping[str, tuple[float, str]]) -> dict[str, float]:
         """Kind -> the multiplier over the base's that goes into weights, at the whole model's ratios."""
         return {
-            kind: parse(cell).evaluate(self.ratios, self.alpha) * (start if kind == "attention" else 1.0)
+            kind: parse(cell).evaluate(self.ratios, self.alpha) * (start if kind in ("attention", "output") else 1.0)
             for kind, (start, cell) in folded.items()
         }
 
@@ -124,9 +128,7 @@ class Scale:
                 expected=f"a rule that has one: {listed(others)}",
             )
         if info.tied:
-            # docs/theory.md section 3: tied embeddings are drawn as the unembedding and learn by the rule of vectors.
-            vector = table[Role.EMBEDDING]
-            return Row(row.init, vector.lr, vector.wd, vector.eps, row.source, row.status, page=row.page)
+            return table[Role.EMBEDDING]  # docs/theory.md section 3
         return row
 
     def _local_ratios(self, info: ParameterInfo, old: ParameterInfo | None) -> dict[str, float]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_mue.parameterizations.planning.counterparts import BaseIndex
+from lightning_mue.parameterizations.planning.tied import TiedHead
 from lightning_mue.parameterizations.reading.folding import why_not_foldable
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo, branch_ratios
 from lightning_mue.parameterizations.reading.record import ModelRecord
@@ -26,7 +27,12 @@ _REMEDY = {
 
 
 def site_values(
-    rule: Parameterization, target: ModelRecord, base: ModelRecord, ratios: Mapping[str, float], alpha: float
+    rule: Parameterization,
+    target: ModelRecord,
+    base: ModelRecord,
+    ratios: Mapping[str, float],
+    alpha: float,
+    tied: TiedHead | None = None,
 ) -> dict[str, float]:
     """The multipliers that are set, dotted path of the attribute -> value; ``ratios`` are those of the whole model."""
     counterparts = _Counterparts(target.sites, base.sites)
@@ -37,6 +43,9 @@ def site_values(
             start = old.value if old is not None else _ABSENT.get(site.kind, site.value)
             local = {**ratios, **branch_ratios(site.branch, old.branch if old is not None else None)}
             values[site.path] = start * parse(rule.multipliers[site.kind]).evaluate(local, alpha)
+        elif site.kind == "output" and tied is not None and tied.serves(site):
+            old = counterparts.find(site)
+            values[site.path] = tied.value * (old.value if old is not None else 1.0)
     return values
 
 
@@ -47,6 +56,7 @@ def folded_cells(
     infos: list[ParameterInfo],
     ratios: Mapping[str, float],
     alpha: float,
+    tied: TiedHead | None = None,
 ) -> dict[str, tuple[float, str]]:
     """The multipliers that nothing in the target exposes and that are therefore folded into weights.
 
@@ -76,6 +86,11 @@ def folded_cells(
                 f"or declare it on the module that applies it, mue_multipliers = {{'{kind}': '{kind}_multiplier'}}.",
             )
         folded[kind] = (start, cell)
+    if tied is not None and not any(site.kind == "output" and tied.serves(site) for site in target.sites):
+        value = tied.value * next((site.value for site in base.sites if site.kind == "output"), 1.0)
+        if value != 1.0:
+            tied.refuse_unless_foldable(rule, infos, value)
+            folded["output"] = (value, "1")
     return folded
 
 

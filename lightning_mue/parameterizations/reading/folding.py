@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from dataclasses import replace
 
+from lightning_mue.parameterizations.reading.head import head_norms
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo, some
 from lightning_mue.parameterizations.reading.role_names import in_attention, layer_of
 from lightning_mue.parameterizations.rules.roles import MATRIX_ROLES, Role
@@ -22,7 +23,7 @@ def mark_folds(infos: list[ParameterInfo]) -> list[ParameterInfo]:
     """Marks the parameters into which a forward multiplier can be folded.
 
     An FFN's output: its down matrices. A residual branch: its last matrix, or the norm behind it. Attention logits: the query
-    norm, or the query matrix. A layer's bias is marked like its matrix.
+    norm, or the query matrix. The logits of a tied head: the norm right before it. A layer's bias is marked like its matrix.
     """
     folds: dict[str, frozenset[str]] = {info.path: _folds_of(info) for info in infos if info.role in MATRIX_ROLES}
     query_norms = {info.path for info in infos if info.role is Role.QK_NORM and _QUERY_NORM.search(info.name)}
@@ -37,6 +38,8 @@ def mark_folds(infos: list[ParameterInfo]) -> list[ParameterInfo]:
             kinds = folds.get(info.path, frozenset())
             last = info.role is Role.NORM and _POST_NORM.search(info.name)
             folds[info.path] = kinds | {"residual"} if last else kinds - {"residual"}
+    for path in head_norms(infos):
+        folds[path] = folds.get(path, frozenset()) | {"output"}
     return [replace(info, folds=folds.get(info.path, frozenset())) for info in infos]
 
 

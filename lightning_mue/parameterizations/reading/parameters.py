@@ -42,6 +42,7 @@ class ParameterInfo:
         trainable: False if it is frozen.
         folds: Kinds of forward multipliers that can be folded into it, because it is the last factor of what they multiply (for
             ``attention``, the only one).
+        also: Its further names, where it is shared.
     """
 
     name: str
@@ -53,6 +54,7 @@ class ParameterInfo:
     tied: bool = False
     trainable: bool = True
     folds: frozenset[str] = frozenset()
+    also: tuple[str, ...] = ()
 
     @property
     def position(self) -> tuple[str, int]:
@@ -107,10 +109,14 @@ def list_parameters(module: nn.Module, roles: Mapping[str, str] | None = None) -
         form, first = module_form(owner), found.get(id(tensor))
         if first is None:
             fans = _fans(tuple(tensor.shape), owner)
-            info = ParameterInfo(name, tuple(tensor.shape), fans, form, role, branch, trainable=tensor.requires_grad)
+            # A table that is said to be the unembedding is both: its look-up is what the module does.
+            tied = form == "embedding" and role is Role.UNEMBEDDING
+            info = ParameterInfo(name, tuple(tensor.shape), fans, form, role, branch, tied, tensor.requires_grad)
             found[id(tensor)] = info
-        elif _are_tied(first, form, role):
-            found[id(tensor)] = replace(first, role=Role.UNEMBEDDING, tied=True)
+        else:
+            tied = first.tied or _are_tied(first, form, role)
+            role = Role.UNEMBEDDING if tied else first.role
+            found[id(tensor)] = replace(first, role=role, tied=tied, also=(*first.also, name))
     unused = [pattern.pattern for pattern, _ in patterns if pattern.pattern not in used]
     if unused:
         raise value_error(

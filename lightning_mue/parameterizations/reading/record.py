@@ -11,6 +11,7 @@ from torch import nn
 from lightning_mue.checks import value_error
 from lightning_mue.contract import declared_axes, is_router
 from lightning_mue.names import clean_name
+from lightning_mue.parameterizations.reading.head import own_scales
 from lightning_mue.parameterizations.reading.initializer import Init, measure_init
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo, list_parameters, named_tensors
 from lightning_mue.parameterizations.reading.role_names import name_roles
@@ -30,7 +31,8 @@ class ModelRecord:
     Attributes:
         model: Name of its class.
         sizes: The sizes that it declares, axis -> size; empty if it declares none.
-        inferred: ``head_dim``, ``attention_scale`` and ``top_k``, read from its modules' attributes.
+        inferred: ``head_dim``, ``attention_scale``, ``top_k``, ``embedding_scale`` and ``logit_scale``, read from its modules'
+            attributes.
         parameters: In order.
         sites: Forward multipliers that can be set.
         inits: Parameter name -> how it was drawn; empty if that was not measured.
@@ -72,13 +74,15 @@ class ModelRecord:
 
 def _plain_parameter(info: ParameterInfo) -> dict[str, Any]:
     plain = {**asdict(info), "shape": list(info.shape), "fans": list(info.fans), "folds": sorted(info.folds)}
+    plain["also"] = list(info.also)
     return {**plain, "role": info.role.value if info.role is not None else None}
 
 
 def _parameter(plain: Mapping[str, Any]) -> ParameterInfo:
     role = Role(plain["role"]) if plain["role"] is not None else None
     shape, fans = tuple(plain["shape"]), tuple(plain["fans"])
-    return ParameterInfo(**{**plain, "role": role, "shape": shape, "fans": fans, "folds": frozenset(plain["folds"])})
+    folds, also = frozenset(plain["folds"]), tuple(plain.get("also", ()))
+    return ParameterInfo(**{**plain, "role": role, "shape": shape, "fans": fans, "folds": folds, "also": also})
 
 
 def describe(
@@ -103,7 +107,7 @@ def describe(
         sizes=_declared_sizes(model),
         parameters=tuple(infos),
         sites=tuple(sites(model, multipliers)),
-        inferred=_attributes(model, infos),
+        inferred={**_attributes(model, infos), **own_scales(model)},
         inits={name: measure_init(whole(tensor)) for name, tensor in tensors.items() if name in known},
         routing=_routing(model),
     )
