@@ -9,6 +9,7 @@ from lightning_mue.checks import listed, value_error
 from lightning_mue.parameterizations.planning.match import Pair
 from lightning_mue.parameterizations.planning.multipliers import fold
 from lightning_mue.parameterizations.planning.scaling_plan import ParameterPlan
+from lightning_mue.parameterizations.planning.tied import HEAD_REMEDY
 from lightning_mue.parameterizations.reading.initializer import Init
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo, branch_ratios
 from lightning_mue.parameterizations.rules.kinds import Family, default_kind
@@ -97,11 +98,15 @@ class Scale:
     def _refuse_zero_gain(self, info: ParameterInfo, init: Init, kind: str, cell: str, multiplier: float) -> None:
         """Refuses to fold into a gain that starts at zero: its norm multiplies by 1 + gain."""
         gain = info.form == "norm" and not info.name.endswith("bias")
-        if multiplier != 1.0 and gain and init == Init("constant", 0.0):
+        absent = kind == "output" and init.kind == "keep" and bool(self.inits)
+        if multiplier != 1.0 and gain and (absent or init == Init("constant", 0.0)):
+            why = "which the base lacks" if absent else "which starts at zero"
             raise not_covered(
-                found=f"{self.rule.name!r}, which needs the {kind} multiplier {cell} = {multiplier:g}",
-                expected=f"a module that exposes one: it cannot be folded into {info.name}, which starts at zero",
-                do=f"Name the attribute that holds the multiplier: multipliers: {{{kind}: ...}}.",
+                found=f"{self.rule.name!r}, which needs the {kind} multiplier {'d^-1' if kind == 'output' else cell} = {multiplier:g}",
+                expected=f"a module that exposes one: it cannot be folded into {info.name}, {why}",
+                do=HEAD_REMEDY
+                if kind == "output"
+                else f"Name the attribute that holds the multiplier: multipliers: {{{kind}: ...}}.",
             )
 
     def folded_values(self, folded: Mapping[str, tuple[float, str]]) -> dict[str, float]:

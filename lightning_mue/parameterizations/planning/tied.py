@@ -13,8 +13,9 @@ from lightning_mue.parameterizations.rules.monomial import parse
 from lightning_mue.parameterizations.rules.roles import Role
 from lightning_mue.parameterizations.rules.table import Parameterization, not_covered
 
-_REMEDY = (
-    "Name the norm right before the head by pattern, roles: {'<that norm>': final_norm} (and norm for others like it). Or multiply "
+#: What to do where no norm can carry the multiplier on the logits.
+HEAD_REMEDY = (
+    "Name the norm right before the head by pattern, roles: {'<that norm>': final_norm}. Or multiply "
     "the head's input yourself, in __init__: head.logit_factor = 1.0; head.register_forward_pre_hook(lambda head, args: "
     "(head.logit_factor * args[0],)), and name that factor: multipliers: {output: 'logit_factor$'}. Or untie the weights."
 )
@@ -81,7 +82,7 @@ class TiedHead:
             raise not_covered(
                 found=f"{rule.name!r}, which multiplies the logits of tied embeddings ({some(weights)}) by {value:g}",
                 expected="a module that exposes that multiplier, or one norm with a gain right before the head to fold it into",
-                do=_REMEDY,
+                do=HEAD_REMEDY,
             )
 
 

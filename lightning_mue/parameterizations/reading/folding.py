@@ -38,8 +38,10 @@ def mark_folds(infos: list[ParameterInfo]) -> list[ParameterInfo]:
             kinds = folds.get(info.path, frozenset())
             last = info.role is Role.NORM and _POST_NORM.search(info.name)
             folds[info.path] = kinds | {"residual"} if last else kinds - {"residual"}
-    for path in head_norms(infos):
+    final = set(head_norms(infos))
+    for path in final:
         folds[path] = folds.get(path, frozenset()) | {"output"}
+    infos = [replace(i, role=Role.FINAL_NORM) if i.path in final and i.role is Role.NORM else i for i in infos]
     return [replace(info, folds=folds.get(info.path, frozenset())) for info in infos]
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo
 from lightning_mue.parameterizations.rules.roles import Role
 
+_FINAL = re.compile(r"(^|[._])(final_?(layer_?)?norm|final_ln|ln_?f|norm_?f)$", re.IGNORECASE)
 _OF_EMBEDDING = re.compile(r"(^|[._])\w*emb\w*", re.IGNORECASE)
 
 
@@ -35,7 +36,13 @@ def _candidates(infos: list[ParameterInfo], head: ParameterInfo) -> list[Paramet
     found = []
     for i, info in enumerate(infos):
         norm = info.form == "norm" and len(info.shape) == 1 and info.path != info.name
-        if not norm or info.name.endswith("bias") or info.role is Role.QK_NORM or info.position[1] >= 0:
+        if not norm or info.name.endswith("bias") or info.role is Role.QK_NORM:
+            continue
+        outside = info.position[1] < 0
+        if (outside and _FINAL.search(info.path)) or (info.role is Role.FINAL_NORM and not outside):
+            found.append(info)  # some models define it before the layers; inside them only the user gives it this role
+            continue
+        if not outside:
             continue
         if _OF_EMBEDDING.search(info.path.rpartition(".")[2]) or (layers and i < layers[0][0]):
             continue
