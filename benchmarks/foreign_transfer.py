@@ -31,21 +31,27 @@ VOCABULARY, LENGTH = 256, 32
 
 
 class SelfAttention(nn.Module):
+    """Causal attention with fused queries, keys and values."""
+
     def __init__(self, n_embd: int, n_head: int) -> None:
         super().__init__()
         self.c_attn, self.c_proj, self.n_head = nn.Linear(n_embd, 3 * n_embd), nn.Linear(n_embd, n_embd), n_head
 
     def forward(self, x: Tensor) -> Tensor:
+        """Same shape."""
         q, k, v = (t.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for t in self.c_attn(x).chunk(3, -1))
         return self.c_proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(-2))
 
 
 class Mlp(nn.Module):
+    """Two layers with GELU."""
+
     def __init__(self, n_embd: int, hidden: int) -> None:
         super().__init__()
         self.c_fc, self.c_proj = nn.Linear(n_embd, hidden), nn.Linear(hidden, n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Same shape."""
         return self.c_proj(F.gelu(self.c_fc(x)))
 
 
@@ -58,6 +64,7 @@ class Experts(nn.Module):
         self.experts = nn.ModuleList(Mlp(n_embd, hidden) for _ in range(n_experts))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Same shape."""
         values, chosen = self.router(x).topk(self.top_k)
         gates = torch.zeros_like(x[..., :1]).expand(*x.shape[:-1], len(self.experts))
         gates = gates.scatter(-1, chosen, values.softmax(-1))
@@ -65,12 +72,15 @@ class Experts(nn.Module):
 
 
 class Block(nn.Module):
+    """A pre-norm block, dense or with experts."""
+
     def __init__(self, n_embd: int, n_head: int, n_experts: int) -> None:
         super().__init__()
         self.ln_1, self.ln_2, self.attn = nn.LayerNorm(n_embd), nn.LayerNorm(n_embd), SelfAttention(n_embd, n_head)
         self.mlp = Experts(n_embd, 2 * n_embd, n_experts, 2) if n_experts else Mlp(n_embd, 4 * n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Same shape."""
         x = x + self.attn(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
 
@@ -85,11 +95,14 @@ class Gpt(nn.Module):
         self.ln_f, self.lm_head = nn.LayerNorm(n_embd), nn.Linear(n_embd, VOCABULARY, bias=False)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02 if isinstance(module, nn.Embedding) else module.weight.shape[1] ** -0.5)
+                nn.init.normal_(
+                    module.weight, std=0.02 if isinstance(module, nn.Embedding) else module.weight.shape[1] ** -0.5
+                )
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Logits [B, S, V] of token ids [B, S]."""
         x = self.wte(tokens) + self.wpe.weight[: tokens.shape[1]]
         for block in self.h:
             x = block(x)
@@ -100,6 +113,7 @@ class SizedGpt(Gpt):
     """Declares its sizes, so that layers of a list of experts are not counted as depth."""
 
     def mue_axes(self) -> dict[str, float]:
+        """Its sizes."""
         width, moe = self.wte.weight.shape[1], isinstance(self.h[0].mlp, Experts)
         sizes = {"n_experts": len(self.h[0].mlp.experts), "top_k": 2} if moe else {"n_experts": 1, "top_k": 1}  # type: ignore[union-attr,arg-type]
         hidden = 2 * width if moe else 4 * width
@@ -108,22 +122,27 @@ class SizedGpt(Gpt):
 
 
 def tied(width: int) -> MoELanguageModel:
+    """The package's own model with tied embeddings, heads of 32."""
     return MoELanguageModel(VOCABULARY, LENGTH, width, 2, width // 32, tie_embeddings=True, unembedding_std=0.1)
 
 
 def text() -> Tensor:
+    """The standard library's top-level sources as bytes, int64."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     return torch.frombuffer(bytearray(b"".join(file.read_bytes() for file in files)), dtype=torch.uint8).long()
 
 
 def batches(data: Tensor, steps: int, rows: int, seed: int) -> Iterator[Tensor]:
+    """Yields [rows, LENGTH + 1] random windows."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         starts = torch.randint(0, len(data) - LENGTH - 1, (rows,), generator=generator)
         yield torch.stack([data[i : i + LENGTH + 1] for i in starts.tolist()])
 
 
-def train(make: Callable[[], nn.Module], base: Callable[[], nn.Module], rule: str, lr: float, seed: int, steps: int) -> float:
+def train(
+    make: Callable[[], nn.Module], base: Callable[[], nn.Module], rule: str, lr: float, seed: int, steps: int
+) -> float:
     """Mean loss over the last fifth of the steps, in nats; linear warm-up over a tenth and decay to a tenth of the rate."""
     torch.manual_seed(seed)
     model = make()
@@ -164,7 +183,9 @@ def sweep(name: str, seeds: int, steps: int | None) -> list[dict[str, object]]:
         means = [statistics.mean(values) for values in found]
         best = means.index(min(means))
         noise = [
-            statistics.stdev(a - b for a, b in zip(values, found[best], strict=True)) / seeds**0.5 if seeds > 1 else math.nan
+            statistics.stdev(a - b for a, b in zip(values, found[best], strict=True)) / seeds**0.5
+            if seeds > 1
+            else math.nan
             for values in found
         ]
         rows.append(
@@ -194,6 +215,10 @@ if __name__ == "__main__":
     options = parser.parse_args()
     torch.set_num_threads(1)
     names = [options.figure] if options.figure else list(FIGURES)
-    found = [row for name in names for row in sweep(name, 1 if options.quick else options.seeds, 2 if options.quick else None)]
+    found = [
+        row
+        for name in names
+        for row in sweep(name, 1 if options.quick else options.seeds, 2 if options.quick else None)
+    ]
     if not options.quick:
         save("foreign_transfer" + (f"_{options.figure}" if options.figure else ""), found)

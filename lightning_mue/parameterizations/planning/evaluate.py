@@ -96,17 +96,17 @@ class Scale:
             )
 
     def _refuse_zero_gain(self, info: ParameterInfo, init: Init, kind: str, cell: str, multiplier: float) -> None:
-        """Refuses to fold into a gain that starts at zero: its norm multiplies by 1 + gain."""
+        """Refuses to fold into a gain that starts at zero (its norm multiplies by 1 + gain), or whose start is not known."""
         gain = info.form == "norm" and not info.name.endswith("bias")
         absent = kind == "output" and init.kind == "keep" and bool(self.inits)
         if multiplier != 1.0 and gain and (absent or init == Init("constant", 0.0)):
             why = "which the base lacks" if absent else "which starts at zero"
+            what = "output multiplier" if kind == "output" else f"{kind} multiplier {cell} ="
+            remedy = f"Name the attribute that holds the multiplier: multipliers: {{{kind}: ...}}."
             raise not_covered(
-                found=f"{self.rule.name!r}, which needs the {kind} multiplier {'d^-1' if kind == 'output' else cell} = {multiplier:g}",
+                found=f"{self.rule.name!r}, which needs the {what} {multiplier:g}",
                 expected=f"a module that exposes one: it cannot be folded into {info.name}, {why}",
-                do=HEAD_REMEDY
-                if kind == "output"
-                else f"Name the attribute that holds the multiplier: multipliers: {{{kind}: ...}}.",
+                do=HEAD_REMEDY if kind == "output" else remedy,
             )
 
     def folded_values(self, folded: Mapping[str, tuple[float, str]]) -> dict[str, float]:

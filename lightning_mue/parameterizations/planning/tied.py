@@ -71,7 +71,9 @@ class TiedHead:
     def serves(self, site: Site) -> bool:
         """Whether a site's module holds a tied head, or no head at all (a pattern named it)."""
         prefix = site.path.rpartition(".")[0]
-        tied, untied = (any(name.startswith(f"{prefix}.") or not prefix for name in n) for n in (self.tied, self.untied))
+        tied, untied = (
+            any(name.startswith(f"{prefix}.") or not prefix for name in n) for n in (self.tied, self.untied)
+        )
         return tied or not untied
 
     def refuse_unless_foldable(self, rule: Parameterization, infos: list[ParameterInfo], value: float) -> None:

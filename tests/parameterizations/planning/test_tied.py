@@ -76,7 +76,9 @@ def test_rules_that_leave_the_head_alone(rule):
 def test_folded_and_multiplied_runs_have_the_same_losses(family):
     rule = {"sphere": "hyperp"}.get(family, "mup")
     curves = []
-    settings = {"lr": 0.3 if family == "sgd" else 3e-3, "weight_decay": 0.1} | ({} if family == "sgd" else {"eps": 1e-4})
+    settings = {"lr": 0.3 if family == "sgd" else 3e-3, "weight_decay": 0.1} | (
+        {} if family == "sgd" else {"eps": 1e-4}
+    )
     for exposed in (True, False):
         torch.manual_seed(0)
         model = Tied(64, exposed)
@@ -98,7 +100,9 @@ def test_folded_and_multiplied_runs_have_the_same_losses(family):
     torch.testing.assert_close(curves[1], curves[0], rtol=1e-10, atol=0)
 
 
-@pytest.mark.parametrize("norm", [PlusOneNorm, lambda width: nn.LayerNorm(width, elementwise_affine=False), nn.Identity])
+@pytest.mark.parametrize(
+    "norm", [PlusOneNorm, lambda width: nn.LayerNorm(width, elementwise_affine=False), nn.Identity]
+)
 def test_without_a_gain_to_fold_into_it_is_refused_and_the_remedy_works(norm):
     with pytest.raises(ValueError, match=r"rule: found 'mup'.*register_forward_pre_hook"):
         plan(Tied(64, norm=norm), base={"width": BASE}, rule="mup")
@@ -122,7 +126,7 @@ def test_two_norms_that_could_be_the_last_are_refused_until_one_is_named():
 
 def test_only_one_side_tied_is_refused():
     for target, base in ((True, False), (False, True)):
-        with pytest.raises(ValueError, match="base: found embedding and unembedding tied in the .* alone"):
+        with pytest.raises(ValueError, match=r"base: found embedding and unembedding tied in the .* alone"):
             plan(Tied(64, tie=target), base={"width": BASE, "tie": base})
 
 
