@@ -197,7 +197,7 @@ def sweep(name: str, seeds: int, steps: int | None) -> list[dict[str, object]]:
                 "index": best,
                 "same as base": best == (rows[0]["index"] if rows else best),
                 "losses": [round(value, 4) for value in means],
-                "noise": [round(value, 4) for value in noise],
+                "noise": [round(value, 4) if seeds > 1 else None for value in noise],
                 "seeds": seeds,
             }
         )
