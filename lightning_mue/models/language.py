@@ -56,7 +56,7 @@ class MoELanguageModel(KeepsMultipliers, Generates, LightningModule):
         residual_multiplier: Factor on every residual branch.
         attention_multiplier: Scale of the attention logits; None: ``head_dim^-1/2``.
         ffn_multiplier: Factor on the output of every FFN or MoE.
-        output_multiplier: Factor on the logits.
+        output_multiplier: Factor on the logits; a plan sets it where embeddings are tied.
         rope_base: Base of the rotary wavelengths.
         bytes_per_token: Mean number of bytes per token, to report bits per byte.
         n_expert_groups: Groups of experts with equally many active ones; divides ``n_experts`` and ``top_k``. 1: free choice.

@@ -56,6 +56,7 @@ def _legend(rules: Iterable[Parameterization]) -> str:
 
 def _cells(rule: Parameterization) -> Iterator[str]:
     yield rule.betas
+    yield rule.tied_output or "1"
     yield from rule.multipliers.values()
     yield from rule.invariants.values()
     for table in rule.tables.values():
@@ -104,6 +105,7 @@ def _settings(rule: Parameterization) -> list[str]:
     routers = "; ".join(f"{setting} {' or '.join(sorted(values))}" for setting, values in rule.routing.items())
     lines = {
         "Forward multipliers": listed(rule.multipliers),
+        "Tied embeddings": f"the row of `embedding`; the logits times `{rule.tied_output}`" if rule.tied_output else "",
         "`1 - beta` of Adam": f"`{rule.betas}`" if rule.betas != "1" else "",
         "Axes along which transfer is claimed": ", ".join(sorted(rule.moves)),
         "Router for which transfer over experts is claimed": routers,

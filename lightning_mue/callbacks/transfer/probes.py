@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_mue.callbacks.monitors.logits import LogitsZMonitor
 from lightning_mue.callbacks.monitors.probes import Probe, find_modules, first_tensor
 from lightning_mue.callbacks.transfer.layers import OUTSIDE, Layers
-from lightning_mue.callbacks.transfer.reach import OUTSIDE_ROLES, folded_residuals, reach_factor
+from lightning_mue.callbacks.transfer.reach import OUTSIDE_ROLES, folded_residuals, reach_factor, tied_outputs
 from lightning_mue.contract import branch_kind, is_router
 from lightning_mue.diagnostics import even_sample, update_rms, update_summary, weight_rms
 from lightning_mue.diagnostics.updates import UPDATE_SIZE
@@ -145,7 +145,7 @@ def update_probes(
 ) -> list[UpdateProbe]:
     """One probe per parameter of the plan, in the plan's order."""
     weights = {clean_name(name): p for name, p in module.named_parameters()}
-    passed = folded_residuals(module, plan, layers)
+    passed = folded_residuals(module, plan, layers) | tied_outputs(module, plan, multipliers)
     probes = []
     for entry in plan.parameters:
         if entry.name in weights:

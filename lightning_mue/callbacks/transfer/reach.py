@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from math import prod
 
 from torch import nn
 
@@ -52,6 +53,25 @@ def folded_residuals(module: nn.Module, plan: ScalingPlan, layers: Layers) -> di
         and layers.place(name) != OUTSIDE
         and (name not in carriers or entry.kind in SPHERE_KINDS)
     }
+
+
+def tied_outputs(
+    module: nn.Module, plan: ScalingPlan, multipliers: Mapping[str, list[tuple[str, float]]]
+) -> dict[str, float]:
+    """Name of a tied table -> the multiplier on its logits that lies outside of the table's own modules, or in a norm's gain."""
+    found = {}
+    for info in (info for info in list_parameters(module) if info.tied):
+        own, heads = (set(_ancestors(names)) for names in ((info.name,), info.also))
+        kinds = [pair for path in heads - own for pair in multipliers.get(path, ())]
+        found[info.name] = prod(value for kind, value in kinds if kind == "output") * plan.folded.get("output", 1.0)
+    return found
+
+
+def _ancestors(names: Iterable[str]) -> Iterator[str]:
+    """Every module around the parameters of these names."""
+    for name in names:
+        parts = name.split(".")
+        yield from (".".join(parts[:end]) for end in range(len(parts)))
 
 
 def reach_factor(entry: ParameterPlan, layers: Layers, multipliers: Mapping[str, list[tuple[str, float]]]) -> float:

@@ -10,6 +10,7 @@ from lightning_mue.names import is_time_scale
 from lightning_mue.parameterizations.planning.match import Pair
 from lightning_mue.parameterizations.planning.multipliers import fold, logit_multiplier
 from lightning_mue.parameterizations.planning.parameter_plan import FoldedRows, ParameterPlan
+from lightning_mue.parameterizations.planning.tied import HEAD_REMEDY
 from lightning_mue.parameterizations.reading.initializer import Init
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo, branch_ratios
 from lightning_mue.parameterizations.rules.kinds import Family, default_kind
@@ -25,6 +26,7 @@ class Scale:
     """Evaluates a rule's cells for single parameters; for the arguments see `plan`.
 
     ``inits`` holds how the base's parameters were drawn; empty: the weights stay as they are. ``factors`` are a preset's.
+    ``table_factor`` goes into a tied table, for what the model multiplies its rows by (`TiedHead`).
     """
 
     def __init__(
@@ -35,8 +37,9 @@ class Scale:
         pair: Pair,
         inits: Mapping[str, Init],
         factors: Mapping[str, Mapping[str, float]],
+        table_factor: float = 1.0,
     ) -> None:
-        self.rule, self.family, self.alpha = rule, family, alpha
+        self.rule, self.family, self.alpha, self.table_factor = rule, family, alpha, table_factor
         self.matched, self.inits, self.factors = pair.matched, inits, factors
         self.families = sorted({family} if isinstance(family, str) else set(family.values()))
         for name in self.families:
@@ -67,6 +70,8 @@ class Scale:
                 rows = FoldedRows(*info.query.rows, multiplier) if multiplier != 1.0 else None
             else:
                 cells = fold(cells, multiplier, kind)
+        if info.tied and old is not None:
+            cells = fold(cells, self.table_factor, kind)
         for pattern, columns in self.factors.items():
             if re.search(pattern, info.name):
                 cells |= {column: cells[column] * value for column, value in columns.items()}
@@ -123,20 +128,22 @@ class Scale:
         gain = info.form == "norm" and not info.name.endswith("bias")
         kept = bool(self.inits) and init.kind == "keep" and (gain or not _is_vector(info))
         if multiplier != 1.0 and (kept or (gain and init == Init("constant", 0.0))):
-            why = "whose initial values are kept, because they were not drawn" if kept else "which starts at zero"
+            why = "whose initial values are kept, or lacking in the base" if kept else "which starts at zero"
+            what = "output multiplier" if kind == "output" else f"{kind} multiplier {cell} ="
+            remedy = f"Name the attribute that holds the multiplier: multipliers: {{{kind}: ...}}."
             raise not_covered(
-                found=f"{self.rule.name!r}, which needs the {kind} multiplier {cell} = {multiplier:g}",
+                found=f"{self.rule.name!r}, which needs the {what} {multiplier:g}",
                 expected=f"a module that exposes one: it cannot be folded into {info.name}, {why}",
-                do=f"Name the attribute that holds the multiplier: multipliers: {{{kind}: ...}}.",
+                do=HEAD_REMEDY if kind == "output" else remedy,
             )
 
     def folded_values(self, folded: Mapping[str, tuple[float, str]]) -> dict[str, float]:
         """Kind -> the multiplier over the base's that went into weights, at the whole model's ratios; only those that did."""
         values = {kind: parse(cell).evaluate(self.ratios, self.alpha) for kind, (_, cell) in folded.items()}
         return {
-            kind: self._carried[kind] if kind == "attention" else value
+            kind: self._carried[kind] if kind in ("attention", "output") else value
             for kind, value in values.items()
-            if kind in self._carried and (kind == "attention" or value != 1.0)
+            if kind in self._carried and (kind in ("attention", "output") or value != 1.0)
         }
 
     def _family(self, info: ParameterInfo) -> Family:
@@ -156,9 +163,7 @@ class Scale:
                 expected=f"a rule that has one: {listed(others)}",
             )
         if info.tied:
-            # docs/theory.md section 3: tied embeddings are drawn as the unembedding and learn by the rule of vectors.
-            vector = table[Role.EMBEDDING]
-            return Row(row.init, vector.lr, vector.wd, vector.eps, row.source, row.status, page=row.page)
+            return table[Role.EMBEDDING]  # docs/theory.md section 3
         return row
 
     def _local_ratios(self, info: ParameterInfo, old: ParameterInfo | None) -> dict[str, float]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning_mue.parameterizations.planning.counterparts import BaseIndex
 from lightning_mue.parameterizations.planning.match import Pair
+from lightning_mue.parameterizations.planning.tied import TiedHead
 from lightning_mue.parameterizations.reading.folding import why_not_foldable, without_query
 from lightning_mue.parameterizations.reading.parameters import Query, branch_ratios, some
 from lightning_mue.parameterizations.reading.record import ModelRecord
@@ -32,7 +33,12 @@ _REMEDY = {
 
 
 def site_values(
-    rule: Parameterization, target: ModelRecord, base: ModelRecord, ratios: Mapping[str, float], alpha: float
+    rule: Parameterization,
+    target: ModelRecord,
+    base: ModelRecord,
+    ratios: Mapping[str, float],
+    alpha: float,
+    tied: TiedHead | None = None,
 ) -> dict[str, float]:
     """The multipliers that are set, dotted path of the attribute -> value; ``ratios`` are those of the whole model."""
     counterparts = _Counterparts(target.sites, base.sites)
@@ -43,6 +49,9 @@ def site_values(
             start = old.value if old is not None else _ABSENT.get(site.kind, site.value)
             local = {**ratios, **branch_ratios(site.branch, old.branch if old is not None else None)}
             values[site.path] = start * parse(rule.multipliers[site.kind]).evaluate(local, alpha)
+        elif site.kind == "output" and tied is not None and tied.serves(site):
+            old = counterparts.find(site)
+            values[site.path] = tied.value * (old.value if old is not None else 1.0)
     return values
 
 
@@ -53,6 +62,7 @@ def folded_cells(
     pair: Pair,
     ratios: Mapping[str, float],
     alpha: float,
+    tied: TiedHead | None = None,
 ) -> dict[str, tuple[float, str]]:
     """The multipliers that nothing in the target exposes and that are therefore folded into weights.
 
@@ -77,6 +87,11 @@ def folded_cells(
         if reason is not None:
             raise _not_foldable(rule, target, kind, f"{cell} = {value:g}", reason)
         folded[kind] = (start, cell)
+    if tied is not None and not any(site.kind == "output" and tied.serves(site) for site in target.sites):
+        value = tied.value * next((site.value for site in base.sites if site.kind == "output"), 1.0)
+        if value != 1.0:
+            tied.refuse_unless_foldable(rule, pair.infos, value)
+            folded["output"] = (value, "1")
     return folded
 
 

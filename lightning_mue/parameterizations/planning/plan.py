@@ -15,6 +15,7 @@ from lightning_mue.parameterizations.planning.match import Pair
 from lightning_mue.parameterizations.planning.multipliers import MULTIPLIER_KINDS, folded_cells, site_values
 from lightning_mue.parameterizations.planning.notes import plan_notes
 from lightning_mue.parameterizations.planning.scaling_plan import ScalingPlan
+from lightning_mue.parameterizations.planning.tied import TiedHead
 from lightning_mue.parameterizations.reading.base import RUN_KEYS, Base, describe_base
 from lightning_mue.parameterizations.reading.record import ModelRecord, describe
 from lightning_mue.parameterizations.reading.run_sizes import resolve_run
@@ -82,8 +83,10 @@ def plan(
     if not (keeps_weights or old.inits):
         old = replace(describe_base(model, base, roles, multipliers, measure=True), run=old.run)
     # 4. Evaluate the rule's cells.
-    scale = Scale(rule, family, alpha, pair, {} if keeps_weights else old.inits, factors)
-    folded = folded_cells(rule, target, old, pair, scale.ratios, alpha)
+    tied = TiedHead.of(rule, pair, old, alpha)
+    table_factor = tied.table_factor if tied is not None else 1.0
+    scale = Scale(rule, family, alpha, pair, {} if keeps_weights else old.inits, factors, table_factor)
+    folded = folded_cells(rule, target, old, pair, scale.ratios, alpha, tied)
     parameters = tuple(scale.parameter(info, folded) for info in pair.infos)
     same_size = keeps_weights and not pair.axes.changed(pair.base_axes)
     return ScalingPlan(
@@ -94,7 +97,7 @@ def plan(
         base_axes=pair.base_axes.to_dict(),
         betas=parse(rule.betas).evaluate(scale.ratios, alpha),
         parameters=parameters,
-        multipliers={} if same_size else site_values(rule, target, old, scale.ratios, alpha),
+        multipliers={} if same_size else site_values(rule, target, old, scale.ratios, alpha, tied),
         same_size=same_size,
         notes=(*([reason] if reason else []), *pair.notes, *plan_notes(rule, pair, alpha, constants)),
         folded=scale.folded_values(folded),

@@ -10,6 +10,7 @@ from itertools import accumulate
 
 from lightning_mue.names import attention_path, in_attention
 from lightning_mue.parameterizations.reading.branches import residual_ends, undecided_branches
+from lightning_mue.parameterizations.reading.head import head_norms
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo, some
 from lightning_mue.parameterizations.reading.role_names import layer_of
 from lightning_mue.parameterizations.rules.roles import MATRIX_ROLES, Role
@@ -24,7 +25,8 @@ def mark_folds(infos: list[ParameterInfo]) -> list[ParameterInfo]:
     """Marks the parameters into which a forward multiplier can be folded.
 
     An FFN's output: its down matrices. A residual branch: its last matrix, or the norm behind it. Attention logits: the query
-    norm, the query matrix, or the rows of a fused matrix that make queries. A layer's bias is marked like its matrix.
+    norm, the query matrix, or the rows of a fused matrix that make queries. The logits of a tied head: the norm right before it. A
+    layer's bias is marked like its matrix.
     """
     folds: dict[str, frozenset[str]] = {info.path: _folds_of(info) for info in infos if info.role in MATRIX_ROLES}
     for path in residual_ends(infos):
@@ -44,6 +46,10 @@ def mark_folds(infos: list[ParameterInfo]) -> list[ParameterInfo]:
             kinds = folds.get(info.path, frozenset())
             last = info.role is Role.NORM and _POST_NORM.search(info.name)
             folds[info.path] = kinds | {"residual"} if last else kinds - {"residual"}
+    final = set(head_norms(infos))
+    for path in final:
+        folds[path] = folds.get(path, frozenset()) | {"output"}
+    infos = [replace(i, role=Role.FINAL_NORM) if i.path in final and i.role is Role.NORM else i for i in infos]
     return [replace(info, folds=folds.get(_matrix_path(info, folds), frozenset())) for info in infos]
 
 

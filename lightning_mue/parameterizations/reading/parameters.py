@@ -65,6 +65,7 @@ class ParameterInfo:
         part: What it is a part of, if a module computes its weight from several (weight norm, LoRA).
         groups: Number of groups of a convolution, each of which sees its own share of the inputs.
         query: The heads behind it, if it makes or normalizes the queries of an attention.
+        also: Its further names, where it is shared.
     """
 
     name: str
@@ -79,6 +80,7 @@ class ParameterInfo:
     part: str = ""
     groups: int = 1
     query: Query | None = None
+    also: tuple[str, ...] = ()
 
     @property
     def position(self) -> tuple[str, int]:
@@ -140,11 +142,15 @@ def list_parameters(module: nn.Module, roles: Mapping[str, str] | None = None) -
         form, first = module_form(owner), found.get(id(tensor))
         if first is None:
             fans = _fans(tuple(tensor.shape), owner)
+            # A table that is said to be the unembedding is both: its look-up is what the module does.
+            tied = form == "embedding" and role is Role.UNEMBEDDING
             groups = int(getattr(owner, "groups", 1)) if form == "conv" else 1
-            info = ParameterInfo(name, tuple(tensor.shape), fans, form, role, branch, trainable=tensor.requires_grad)
+            info = ParameterInfo(name, tuple(tensor.shape), fans, form, role, branch, tied, tensor.requires_grad)
             found[id(tensor)] = replace(info, part=parts.get(name, ""), groups=groups)
-        elif _are_tied(first, form, role):
-            found[id(tensor)] = replace(first, role=Role.UNEMBEDDING, tied=True)
+        else:
+            tied = first.tied or _are_tied(first, form, role)
+            role = Role.UNEMBEDDING if tied else first.role
+            found[id(tensor)] = replace(first, role=role, tied=tied, also=(*first.also, name))
     return list(found.values())
 
 

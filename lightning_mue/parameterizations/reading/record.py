@@ -12,6 +12,7 @@ from torch import nn
 from lightning_mue.checks import value_error
 from lightning_mue.contract import declared_axes, is_router
 from lightning_mue.names import clean_name
+from lightning_mue.parameterizations.reading.head import own_scales
 from lightning_mue.parameterizations.reading.initializer import Init
 from lightning_mue.parameterizations.reading.measuring import measure_module
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo, Query, list_parameters
@@ -33,7 +34,8 @@ class ModelRecord:
     Attributes:
         model: Name of its class.
         sizes: The sizes that it declares, axis -> size; empty if it declares none.
-        inferred: ``head_dim``, ``attention_scale`` and ``top_k``, read from its modules' attributes.
+        inferred: ``head_dim``, ``attention_scale``, ``top_k``, ``embedding_scale`` and ``logit_scale``, read from its modules'
+            attributes.
         parameters: In order.
         sites: Forward multipliers that can be set.
         inits: Parameter name -> how it was drawn; empty if that was not measured.
@@ -75,6 +77,7 @@ class ModelRecord:
 
 def _plain_parameter(info: ParameterInfo) -> dict[str, Any]:
     plain = {**asdict(info), "shape": list(info.shape), "fans": list(info.fans), "folds": sorted(info.folds)}
+    plain["also"] = list(info.also)
     if info.query is not None and info.query.rows is not None:
         plain["query"]["rows"] = list(info.query.rows)
     return {**plain, "role": info.role.value if info.role is not None else None}
@@ -86,7 +89,8 @@ def _parameter(plain: Mapping[str, Any]) -> ParameterInfo:
     query = Query(**plain["query"]) if plain.get("query") else None  # bases that older versions wrote hold none
     if query is not None and query.rows is not None:
         query = replace(query, rows=(query.rows[0], query.rows[1], query.rows[2]))
-    known = {"role": role, "shape": shape, "fans": fans, "folds": frozenset(plain["folds"]), "query": query}
+    folds, also = frozenset(plain["folds"]), tuple(plain.get("also", ()))
+    known = {"role": role, "shape": shape, "fans": fans, "folds": folds, "query": query, "also": also}
     return ParameterInfo(**{**plain, **known})
 
 
@@ -112,7 +116,7 @@ def describe(
         sizes=_declared_sizes(model),
         parameters=tuple(infos),
         sites=tuple(sites(model, multipliers)),
-        inferred=_attributes(model, infos),
+        inferred={**_attributes(model, infos), **own_scales(model)},
         inits={name: init for name, init in inits.items() if name in known},
         routing=_routing(model),
     )

@@ -40,6 +40,7 @@ def name_roles(infos: list[ParameterInfo]) -> list[ParameterInfo]:
     widths = residual_widths(infos)
     layers = [i for i, info in enumerate(infos) if info.position[1] >= 0]
     last_layer = layers[-1] if layers else len(infos)
+    named_final = any(info.role is Role.FINAL_NORM for info in infos)  # by a declaration or a pattern
     result = []
     for i, info in enumerate(infos):
         role = info.role
@@ -50,7 +51,7 @@ def name_roles(infos: list[ParameterInfo]) -> list[ParameterInfo]:
                 role = Role.UNEMBEDDING
         elif role is Role.NORM and _QK_NORM.search(info.name):
             role = Role.QK_NORM
-        elif role is Role.NORM and i > last_layer and info.form == "norm":
+        elif role is Role.NORM and i > last_layer and info.form == "norm" and not named_final:
             role = Role.FINAL_NORM  # behind the layers
         named = replace(info, role=role)
         result.append(_turned(named, _served(info.path, moes) or set()) if role is Role.ROUTER else named)

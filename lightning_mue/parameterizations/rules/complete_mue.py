@@ -42,6 +42,7 @@ COMPLETE_MUE = register(
             }
         },
         multipliers={**COMPLETE_P.multipliers, "ffn": "d A^-1", "route": "a"},
+        tied_output=COMPLETE_P.tied_output,
         betas=COMPLETE_P.betas,
         # The gates over the active set sum to 1.
         routing={"gate": frozenset({"linear"}), "scoring": frozenset({"topk-softmax", "sigmoid-normalized"})},

@@ -35,6 +35,7 @@ COMPLETE_P = register(
         page="docs/derivations/complete-p.md",
         tables={"adam": _ADAM},
         multipliers={"residual": "L^-alpha", "attention": "k^-1"},
+        tied_output="d^-1",
         # 1 - beta scales with B / T.
         betas="B T^-1",
         moves=frozenset({"width", "ffn_width", "head_dim", "active_width", "depth", "tokens", "batch_tokens"}),

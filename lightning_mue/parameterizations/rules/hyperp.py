@@ -75,6 +75,8 @@ HYPERP = register(
         # The paper's absolute value is (2L)^-1/2; give the base that value and every depth has it.
         # The code's sqrt(128)/k is k^-1 too, of its head size of 128.
         multipliers={"residual": "L^-1/2", "attention": "k^-1"},
+        # Ours: AdamW moves a tied table, too, by an amount that no width changes (docs/derivations/hyperp.md).
+        tied_output="d^-1",
         moves=frozenset({"width", "ffn_width", "active_width", "depth", "tokens", "batch_tokens"})
         | {"n_experts", "top_k", "expert_width"},
         presets={"paper": _PAPER},
@@ -82,4 +84,4 @@ HYPERP = register(
 )
 
 #: The paper's own radii of unembedding and router, right on its path of d, L and T together, not for width alone.
-HYPERP_PAPER = register(replace(HYPERP, name="hyperp-paper", tables={"sphere": _PRINTED}))
+HYPERP_PAPER = register(replace(HYPERP, name="hyperp-paper", tables={"sphere": _PRINTED}, tied_output="1"))

@@ -61,6 +61,7 @@ MOE_DMFT = register(
         page="docs/derivations/moe-dmft.md",
         tables={"adam": _ADAM},
         multipliers={**COMPLETE_P.multipliers, "route": "a^-1"},
+        tied_output=COMPLETE_P.tied_output,
         betas=COMPLETE_P.betas,
         moves=COMPLETE_P.moves | {"n_experts", "top_k", "expert_width"},
         routing={"gate": frozenset({"linear"}), "scoring": frozenset({"sigmoid"})},

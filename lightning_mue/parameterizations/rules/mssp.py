@@ -105,6 +105,7 @@ def _regime(regime: str, grows: str, moves: frozenset[str], adam: Table, sgd: Ta
             tables={"adam": {**_ADAM_DENSE, **adam}, "sgd": {**_SGD_DENSE, **sgd}},
             # (K*/K)^theta: theta is 1 where experts are added, else 0. The head size stays, so muP's k^-1 is 1.
             multipliers={"attention": "k^-1", **({"route": "a^-1"} if routed else {})},
+            tied_output="d^-1",
             moves=moves,
             routing={"gate": frozenset({"linear"}), "scoring": frozenset({"sigmoid"})},
             fixed=frozenset({"kappa"}) if routed else frozenset(),
@@ -199,6 +200,7 @@ MSSP = register(
         # The smallest claim, until sizes are known.
         tables=MSSP_I.tables,
         multipliers=MSSP_I.multipliers,
+        tied_output=MSSP_I.tied_output,
         moves=MSSP_III.moves,
         routing=MSSP_I.routing,
         resolve=choose_regime,

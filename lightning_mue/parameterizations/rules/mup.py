@@ -51,6 +51,7 @@ MUP = register(
         page="docs/derivations/mup.md",
         tables={"adam": _ADAM, "sgd": _SGD},
         multipliers={"attention": "k^-1"},
+        tied_output="d^-1",
         moves=frozenset({"width", "ffn_width", "head_dim", "active_width", "expert_width"}),
     )
 )

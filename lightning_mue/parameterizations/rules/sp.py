@@ -8,5 +8,7 @@ from lightning_mue.parameterizations.rules.table import Parameterization, Row, r
 _ROWS = {role: Row(source="standard parameterization: no factors", absent_init="d^-1/2") for role in Role}
 
 SP = register(
-    Parameterization(name="sp", source="plain PyTorch", tables={"adam": _ROWS, "sgd": _ROWS, "sphere": _ROWS})
+    Parameterization(
+        name="sp", source="plain PyTorch", tables={"adam": _ROWS, "sgd": _ROWS, "sphere": _ROWS}, tied_output="1"
+    )
 )

@@ -101,6 +101,8 @@ class Parameterization:
         multipliers: Kind of forward multiplier -> cell. Kinds: ``residual`` (a residual branch), ``attention``
             (the scale of the attention logits), ``ffn`` (the output of an FFN or MoE branch), ``route`` (the MoE's
             route scale). A kind that is missing leaves the module's own value alone.
+        tied_output: Cell of the multiplier on the logits (``output``) where the head is the embedding. The shared weight has the
+            embedding's row; ``d`` is its own width. None: the rule makes no claim for such models.
         betas: Cell that multiplies ``1 - beta`` of Adam's betas.
         moves: The axes along which the rule claims transfer.
         routing: Setting of a router -> values for which the rule claims transfer over experts and top-k.
@@ -116,6 +118,7 @@ class Parameterization:
     source: str
     tables: Mapping[Family, Table]
     multipliers: Mapping[str, str] = field(default_factory=dict)
+    tied_output: str | None = None
     betas: str = "1"
     moves: frozenset[str] = frozenset()
     routing: Mapping[str, frozenset[str]] = field(default_factory=dict)
@@ -132,7 +135,7 @@ class Parameterization:
             for family, table in self.tables.items()
         }
         object.__setattr__(self, "tables", own)
-        for cell in (*self.multipliers.values(), *self.invariants.values(), self.betas):
+        for cell in (*self.multipliers.values(), *self.invariants.values(), self.tied_output or "1", self.betas):
             parse(cell)
 
     def table(self, family: Family) -> Table:

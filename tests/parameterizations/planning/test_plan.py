@@ -98,10 +98,12 @@ def test_blocks_of_different_active_width_scale_by_their_own():
     assert scaling.multipliers["transformer.blocks.1.ffn.output_multiplier"] == pytest.approx(64 / 64)
 
 
-def test_tied_embedding_is_drawn_as_unembedding_and_learns_as_a_vector():
-    entry = plan(make_model(tie_embeddings=True), base={**BASE, "tie_embeddings": True})["transformer.embedding.weight"]
+def test_tied_embedding_is_drawn_and_learns_as_an_embedding():
+    scaling = plan(make_model(tie_embeddings=True), base={**BASE, "tie_embeddings": True})
+    entry = scaling["transformer.embedding.weight"]
     assert entry.role == "unembedding"
-    assert entry.init.value == pytest.approx(0.02 / 2, rel=0.04)
+    assert entry.init.value == pytest.approx(0.02, rel=0.04)
+    assert scaling.multipliers["transformer.unembedding.output_multiplier"] == 0.5
     assert entry.lr == 1.0
     assert "tied" in entry.source
 
@@ -268,13 +270,16 @@ def test_linear_layer_on_an_embedding_is_a_tied_unembedding():
         def __init__(self, width=32):
             super().__init__()
             self.hparams = {"width": width}
-            self.wte, self.lm_head = nn.Embedding(50, width), nn.Linear(width, 50, bias=False)
+            self.wte, self.norm = nn.Embedding(50, width), nn.LayerNorm(width)
+            self.lm_head = nn.Linear(width, 50, bias=False)
             self.lm_head.weight = self.wte.weight
 
-    entry = plan(Tied(128), base={"width": 32}, rule="mup")["wte.weight"]
+    scaling = plan(Tied(128), base={"width": 32}, rule="mup")
+    entry = scaling["wte.weight"]
     assert entry.role == "unembedding"
     assert entry.lr == 1.0
-    assert entry.init.value == pytest.approx(1 / 4, rel=0.1)
+    assert entry.init.value == pytest.approx(1, rel=0.1)
+    assert scaling["norm.weight"].init.value == 1 / 4
 
 
 def test_raw_parameter_needs_a_role():

@@ -201,7 +201,12 @@ def test_fused_and_transposed_weights():
     down, bias = scaling[layer + "mlp.c_proj.weight"], scaling[layer + "mlp.c_proj.bias"]
     assert (down.role, down.lr, bias.lr) == ("ffn_down", pytest.approx(0.5 / 2), pytest.approx(1 / 2))
     assert scaling.axes["ffn_width"] == 384
-    assert scaling["gpt.transformer.wte.weight"].source.endswith("tied")
+    table = scaling["gpt.transformer.wte.weight"]
+    assert table.source.endswith("tied")
+    assert (table.lr, table.init.value) == (1.0, pytest.approx(0.02, rel=0.04))
+    for part, value in (("weight", 0.5), ("bias", 0.0)):  # 1/2 on the logits, without a module that exposes it
+        norm = scaling[f"gpt.transformer.ln_f.{part}"]
+        assert (norm.role, norm.lr, norm.eps, norm.init.value) == ("final_norm", 0.5, 2.0, value)
     assert scaling["gpt.transformer.wpe.weight"].role == "embedding"
 
 
@@ -534,3 +539,33 @@ def test_weight_norm_is_not_scaled_by_mistake():
 def test_slips_are_told(arguments, message):
     with pytest.raises(ValueError, match=message):
         plan(CausalLM("Llama", head_dim=16), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "sizes", "norm", "factor"),
+    [
+        ("Bert", "MaskedLM", lambda d: {"hidden_size": d, "num_hidden_layers": 1, "num_attention_heads": d // 16,
+          "intermediate_size": d}, "cls.predictions.transform.LayerNorm", 1 / 2),
+        ("OPT", "CausalLM", lambda d: {"hidden_size": d, "num_hidden_layers": 1, "num_attention_heads": d // 16,
+          "ffn_dim": d, "word_embed_proj_dim": d // 2}, "model.decoder.final_layer_norm", 1 / 2),
+        # T5 multiplies the head's input by d^-1/2 itself, Pegasus the look-up by d^1/2, so that half of the power is left.
+        ("T5", "ConditionalGeneration", lambda d: {"d_model": d, "num_layers": 1, "num_heads": d // 16, "d_kv": 16,
+          "d_ff": d}, "decoder.final_layer_norm", 2**-0.5),
+        ("Pegasus", "ConditionalGeneration", lambda d: {"d_model": d, "encoder_layers": 1, "decoder_layers": 1,
+          "encoder_ffn_dim": d, "decoder_ffn_dim": d, "encoder_attention_heads": d // 16,
+          "decoder_attention_heads": d // 16, "scale_embedding": True}, "model.decoder.layer_norm", 2**-0.5),
+    ],
+    ids=["bert", "opt", "t5", "pegasus"],
+)  # fmt: skip
+def test_norm_before_a_tied_head(kind, task, sizes, norm, factor):
+    def make(width):
+        config = getattr(transformers, f"{kind}Config")(vocab_size=VOCABULARY, pad_token_id=0, **sizes(width))
+        return getattr(transformers, f"{kind}For{task}")(config)
+
+    scaling = plan(make(64), base=make(32), rule="complete-p")
+    gains = {p.name: p.init.value for p in scaling.parameters if p.name.endswith(("orm.weight", "Norm.weight"))}
+    expected = {name: factor if name == f"{norm}.weight" else 1.0 for name in gains}
+    assert gains == pytest.approx(expected)
+    assert f"{norm}.weight" in gains
+    table = next(p for p in scaling.parameters if p.source.endswith("tied"))
+    assert table.lr == pytest.approx(2**-0.5 if kind == "Pegasus" else 1.0)

@@ -7,6 +7,8 @@ design in Adam's epsilon, which the package does not scale: the training runs se
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -226,3 +228,40 @@ def test_matrices_that_grow_unequally_need_their_roles():
         found = factors(build(model.parameters(), lr=1.0), model, "lr", 1.0)
         for name in ("1.weight", "2.weight", "1.bias", "2.bias", "3.bias"):
             assert planned[name].lr == pytest.approx(found[name], rel=1e-6), (family, name)
+
+
+class SharedLM(TransformerLM):
+    """The readout is the embedding: the package's shared readout, or a linear layer with the embedding's weight."""
+
+    def __init__(self, width, shared=None):
+        super().__init__(width)
+        if shared is None:
+            self.readout = nn.Linear(width, VOCABULARY, bias=False)
+            self.readout.weight = self.embedding.weight
+        else:  # the package's own bias has the wrong size: it takes the table's sides as (in, out)
+            self.readout = shared(self.embedding.weight, bias=False)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_tied_readout_trains_like_the_packages_shared_one(kind):
+    """The package divides the readout's input by the ratio of widths; ours folds that into gain and bias of the final norm."""
+    torch.manual_seed(0)
+    base, delta, theirs = (SharedLM(width, mup.MuSharedReadout) for width in (BASE, DELTA, TARGET))
+    mup.set_base_shapes(theirs, base, delta=delta, rescale_params=False)
+    target, family = SharedLM(TARGET), "sgd" if kind == "sgd" else "adam"
+    planned = plan(target, base=SharedLM(BASE), rule="mup", family=family)
+    theirs.double(), target.double()
+    drawn = dict(theirs.named_parameters())
+    with torch.no_grad():
+        for name, q in target.named_parameters():
+            q.copy_(drawn[name] / (RATIO if name.startswith("final_norm") else 1.0))
+    settings = {"lr": 0.01, "weight_decay": 0.1} | ({"momentum": 0.9} if kind == "sgd" else {"eps": 1e-150})
+    build, plain = (mup.MuSGD, torch.optim.SGD) if kind == "sgd" else (mup.MuAdamW, torch.optim.AdamW)
+    expected = losses(theirs, build(theirs.parameters(), **settings))
+    control = copy.deepcopy(target)
+    assert losses(target, plain(param_groups(target, planned, **settings))) == pytest.approx(expected, rel=1e-9)
+    assert expected[-1] < 0.97 * expected[0]
+    groups = param_groups(control, planned, **settings)
+    for group in groups:
+        group["lr"] *= 1.01
+    assert abs(losses(control, plain(groups))[-1] / expected[-1] - 1) > 1e-6
