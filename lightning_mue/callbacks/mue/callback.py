@@ -6,7 +6,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -18,6 +18,8 @@ from lightning_mue.callbacks.mue import checks
 from lightning_mue.callbacks.mue.announcement import announce
 from lightning_mue.callbacks.mue.companions import copy_to_averages, set_process_groups
 from lightning_mue.callbacks.mue.run import known_to, run_sizes
+from lightning_mue.callbacks.mue.verifying import Verify, verify
+from lightning_mue.checks import require_choice
 from lightning_mue.parameterizations import Parameterization, ScaledStep, ScalingPlan, get_rule, plan
 from lightning_mue.parameterizations.applying.initial_weights import apply_plan, set_multipliers
 from lightning_mue.parameterizations.reading.base import Base
@@ -56,6 +58,9 @@ class MuECallback(Callback):
         multipliers: Kind of forward multiplier -> regular expression on dotted paths of attributes, for modules that declare
             none.
         preset: Name of the constants that the rule's paper reports, to be used as the tuned base.
+        verify: Run base and target for one step on the first batch, near the base's size on the CPU, and compare what a sound plan
+            keeps (:func:`lightning_mue.verify_plan`). True or ``"warn"`` warns of deviations, ``"raise"`` raises; None does it
+            where a role of the module is inferred, False never.
         seed: Seed of the initial weights.
         initialize: Draw the initial weights. Set it to False to train on from weights loaded by hand (`load_state_dict`, or
             `load_from_checkpoint` of a module other than this package's).
@@ -79,12 +84,16 @@ class MuECallback(Callback):
         verbose: bool = True,
         multipliers: dict[str, str] | None = None,
         preset: str | None = None,
+        verify: bool | Literal["warn", "raise"] | None = None,
     ) -> None:
         self.rule: Parameterization = get_rule(rule)
         self.base: Base | None = base
         self.alpha, self.tokens, self.batch_tokens = alpha, tokens, batch_tokens
         self.roles, self.multipliers, self.preset = roles, multipliers, preset
         self.seed, self.initialize, self.verbose = seed, initialize, verbose
+        require_choice("verify", verify, (None, True, False, "warn", "raise"))
+        self.verify: Verify = verify
+        self._to_verify = False
         #: The plan in force, from fit start on.
         self.plan: ScalingPlan | None = None
         self._steps: list[ScaledStep] = []
@@ -187,11 +196,19 @@ class MuECallback(Callback):
             self._steps = [ScaledStep(optimizer, plan, pl_module) for optimizer in trainer.optimizers]
             self._logged = 0
             tensorboard_page.register(trainer, "Training", {"Effective learning rate by role": ["mue/lr/.*"]})
+        self._to_verify = not (plan.same_size or has_checkpoint)
         announce(trainer, plan, drawn=drawn, verbose=self.verbose)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the TensorBoard page, unless another callback has."""
         tensorboard_page.write(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Verifies the plan on the first batch of a run."""
+        if self._to_verify:
+            self._to_verify = False
+            arguments: dict[str, Any] = {"alpha": self.alpha, "roles": self.roles, "multipliers": self.multipliers}
+            verify(self.verify, trainer, pl_module, batch, base=self.base, rule=self.rule, **arguments)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
