@@ -102,9 +102,9 @@ def verify_plan(
     make_base, make_target, sizes = two_models(model, base)
     run = _Run(get_rule(rule), loss, optimizer or _own_optimizers, alpha, seed)
     failure: Exception | None = None
+    theirs = run.prepare(_with_factory(make_base(), model), None)
+    mine = run.prepare(_with_factory(make_target(), model), _without_run(base), roles, multipliers)
     for small in small_batches(batch):
-        theirs = run.prepare(make_base(), None)
-        mine = run.prepare(make_target(), _without_run(base), roles, multipliers)
         try:
             old, new = run.measure(theirs, small), run.measure(mine, small)
         except Exception as error:  # the model's own code, on a batch that was cut
@@ -120,6 +120,14 @@ def verify_plan(
         expected="a loss that can be computed from the module and a batch alone",
         do="Give verify_plan a loss=lambda model, batch: ..., or switch it off: verify=False.",
     ) from failure
+
+
+def _with_factory(made: nn.Module, model: nn.Module) -> nn.Module:
+    """Hands on the attribute ``optimizer`` of a module (an OptimizerCallable), which need not be among its hyperparameters."""
+    factory = getattr(model, "optimizer", None)
+    if callable(factory) and not isinstance(factory, Optimizer):
+        made.optimizer = factory
+    return made
 
 
 def _without_run(base: Base) -> Base:
