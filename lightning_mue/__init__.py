@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # for type checkers and editors; tests/test_package.py compar
     from lightning_mue.parameterizations import plan as plan
     from lightning_mue.parameterizations import save_base as save_base
     from lightning_mue.parameterizations.applying.keeps_multipliers import KeepsMultipliers as KeepsMultipliers
+    from lightning_mue.parameterizations.verifying.verify import verify_plan as verify_plan
 
 # Where the application configures no logging, records go to stderr, so that users see what was done to their parameters.
 _logger = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ _PUBLIC = {
     "plan": "parameterizations",
     "replace_moe_blocks": "moe",
     "save_base": "parameterizations",
+    "verify_plan": "parameterizations.verifying.verify",
 }
 
 __all__ = sorted(_PUBLIC)

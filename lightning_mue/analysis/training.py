@@ -20,6 +20,7 @@ from lightning_mue.checks import listed, type_error, value_error
 from lightning_mue.namespaces import is_lightning, namespace_of
 from lightning_mue.parameterizations import ScalingPlan, plan
 from lightning_mue.parameterizations.applying.families import family_of
+from lightning_mue.parameterizations.verifying.verify import flatten_optimizers
 
 Loss = Callable[[Any, Any], Tensor]
 OptimizerFactory = Callable[[list[tuple[str, nn.Parameter]]], Optimizer]
@@ -172,17 +173,6 @@ def _without_mue(callbacks: Any) -> list[Callback]:
     """A module's own callbacks except for a MuECallback, found by its name, which would scale a second time."""
     own = list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
     return [callback for callback in own if type(callback).__name__ != "MuECallback"]
-
-
-def flatten_optimizers(configured: Any) -> list[Optimizer]:
-    """The optimizers in the return value of ``configure_optimizers``, in any of its forms, without the schedulers."""
-    if isinstance(configured, Optimizer):
-        return [configured]
-    if isinstance(configured, Mapping):
-        return flatten_optimizers(configured["optimizer"])
-    if isinstance(configured, (list, tuple)):
-        return [optimizer for item in configured for optimizer in flatten_optimizers(item)]
-    return []
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

@@ -44,7 +44,7 @@ def check_sizes(
         return coordinate_check(
             partial(_at_size, model),
             _parse_axes(axes),
-            _batches(trainer, model, datamodule),
+            training_batches(trainer, model, datamodule),
             rule=callback.rule if rule is None else rule,
             base=_without_run(model, callback.base if base is None else base),
             optimizer=factory if callable(factory) and not isinstance(factory, Optimizer) else None,
@@ -125,13 +125,13 @@ def _without_run(model: LightningModule, base: Any) -> Any:
     return base if base is None or isinstance(base, (str, Path)) else build_base(model, base)
 
 
-def _batches(trainer: Trainer, model: LightningModule, datamodule: LightningDataModule | None) -> Iterable[Any]:
+def training_batches(trainer: Trainer, model: LightningModule, datamodule: LightningDataModule | None) -> Iterable[Any]:
     """The training batches of the datamodule or the module itself, prepared as in ``fit``."""
     if datamodule is None and not is_overridden("train_dataloader", model):
         raise value_error(
             "data",
             found=f"none, and no train_dataloader in {type(model).__name__}",
-            expected="training batches for coord-check",
+            expected="training batches",
             do="Add `data` to the config, or train_dataloader to the module.",
         )
     source: Any = model if datamodule is None else datamodule

@@ -10,15 +10,15 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from rich.console import RenderableType
 from torch.optim import Optimizer
 
-from lightning_mue.analysis.training import flatten_optimizers
 from lightning_mue.callbacks import MuECallback
 from lightning_mue.checks import value_error
-from lightning_mue.cli.coord_check import check_sizes, report
+from lightning_mue.cli.coord_check import check_sizes, report, training_batches
 from lightning_mue.console import wide_console
 from lightning_mue.parameterizations import ScalingPlan
 from lightning_mue.parameterizations.planning.compare import compare_rules
 from lightning_mue.parameterizations.reading.base import save_base as write_base
 from lightning_mue.parameterizations.rules.kinds import Family
+from lightning_mue.parameterizations.verifying.verify import flatten_optimizers, verify_plan
 
 
 class MuETrainer(Trainer):
@@ -31,6 +31,7 @@ class MuETrainer(Trainer):
         family: Literal["adam", "sgd", "sphere", "muon"] | None = None,
         rules: str | None = None,
         save_base: str | None = None,
+        verify: bool = False,
     ) -> None:
         """Prints what the parameterization does to every parameter, without memory for the weights.
 
@@ -39,6 +40,8 @@ class MuETrainer(Trainer):
             datamodule: Its data, from which batch size and duration are inferred if the base gives its own.
             family: Optimizer family; by default that of the configured optimizer.
             rules: Rules to compare side by side, e.g. ``sp,mup,complete-p,mssp,complete-mue``.
+            verify: Also run base and target for one step, near the base's size, and compare what a sound plan keeps. The exit
+                status is 1 if it is not kept.
             save_base: File to which the base's shapes and initialization are written; its path can then be given as ``base``.
         """
         callback = self._callback("explain")
@@ -54,6 +57,8 @@ class MuETrainer(Trainer):
             wide_console().print(f"base written to {save_base}; give this path as `base` of MuECallback")
         plan = callback.make_plan(model, _stand_in_optimizers(model, family), self, datamodule)
         wide_console().print(plan if rules is None else _compare(model, callback, plan, rules, family))
+        if verify and not _verified(self, model, callback, datamodule):
+            raise SystemExit(1)
 
     def coord_check(
         self,
@@ -140,6 +145,23 @@ def _compare(
         roles=callback.roles,
         multipliers=callback.multipliers,
     )
+
+
+def _verified(
+    trainer: Trainer, model: LightningModule, callback: MuECallback, datamodule: LightningDataModule | None
+) -> bool:
+    """Verifies a callback's plan on a training batch, and prints the outcome."""
+    found = verify_plan(
+        model,
+        next(iter(training_batches(trainer, model, datamodule))),
+        base=callback.base or {},
+        rule=callback.rule,
+        alpha=callback.alpha,
+        roles=callback.roles,
+        multipliers=callback.multipliers,
+    )
+    wide_console().print(str(found), markup=False, highlight=False)
+    return found.passed
 
 
 def _save_base(model: LightningModule, callback: MuECallback, path: str) -> None:

@@ -23,6 +23,8 @@ from lightning_mue.callbacks.mue.companions import (
     set_process_groups,
 )
 from lightning_mue.callbacks.mue.run import known_to, run_sizes
+from lightning_mue.callbacks.mue.verifying import Verify, verify
+from lightning_mue.checks import require_choice
 from lightning_mue.parameterizations import Parameterization, ScaledStep, ScalingPlan, get_rule, plan
 from lightning_mue.parameterizations.applying.families import family_of
 from lightning_mue.parameterizations.applying.initial_weights import (
@@ -68,6 +70,9 @@ class MuECallback(Callback):
         multipliers: Kind of forward multiplier -> regular expression on dotted paths of attributes, for modules that declare
             none.
         preset: Name of the constants that the rule's paper reports, to be used as the tuned base.
+        verify: Run base and target for one step on the first batch, near the base's size on the CPU, and compare what a sound plan
+            keeps (:func:`lightning_mue.verify_plan`). True or ``"warn"`` warns of deviations, ``"raise"`` raises; None does it
+            where a role of the module is inferred, False never.
         seed: Seed of the initial weights.
         initialize: Which initial weights are drawn, where the plan asks for some. True: all. False: none, to train on from
             loaded weights. ``changed``: those of parameters whose shape or initial std differs from the base's, or that it lacks.
@@ -94,6 +99,7 @@ class MuECallback(Callback):
         verbose: bool = True,
         multipliers: dict[str, str] | None = None,
         preset: str | None = None,
+        verify: bool | Literal["warn", "raise"] | None = None,
     ) -> None:
         self.rule: Parameterization = get_rule(rule)
         self.base: Base | None = base
@@ -101,6 +107,9 @@ class MuECallback(Callback):
         self.roles, self.multipliers, self.preset = roles, multipliers, preset
         self.seed, self.initialize, self.verbose = seed, initialize, verbose
         check_draws(initialize)
+        require_choice("verify", verify, (None, True, False, "warn", "raise"))
+        self.verify: Verify = verify
+        self._to_verify = False
         #: The plan in force, from fit start on.
         self.plan: ScalingPlan | None = None
         self._steps: list[ScaledStep] = []
@@ -211,11 +220,19 @@ class MuECallback(Callback):
             self._steps = [ScaledStep(optimizer, plan, pl_module) for optimizer in trainer.optimizers]
             self._logged = 0
             tensorboard_page.register(trainer, "Training", {"Effective learning rate by role": ["mue/lr/.*"]})
+        self._to_verify = not (plan.same_size or has_checkpoint)
         announce(trainer, plan, drawn=drawn, verbose=self.verbose)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the TensorBoard page, unless another callback has."""
         tensorboard_page.write(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Verifies the plan on the first batch of a run."""
+        if self._to_verify:
+            self._to_verify = False
+            arguments: dict[str, Any] = {"alpha": self.alpha, "roles": self.roles, "multipliers": self.multipliers}
+            verify(self.verify, trainer, pl_module, batch, base=self.base, rule=self.rule, **arguments)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
