@@ -18,7 +18,7 @@ from lightning_mue.analysis.slopes import Record
 from lightning_mue.checks import value_error
 from lightning_mue.parameterizations import ScaledStep, ScalingPlan, initialize
 from lightning_mue.parameterizations.applying.drawing import draw_
-from lightning_mue.parameterizations.reading.initializer import measure_init
+from lightning_mue.parameterizations.reading.initial.initializer import measure_init
 from lightning_mue.parameterizations.reading.parameters import named_tensors
 
 

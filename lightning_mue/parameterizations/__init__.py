@@ -10,7 +10,7 @@ from lightning_mue.parameterizations.planning.compare import RuleComparison, com
 from lightning_mue.parameterizations.planning.plan import plan
 from lightning_mue.parameterizations.planning.scaling_plan import ParameterPlan, ScalingPlan
 from lightning_mue.parameterizations.reading.base import save_base
-from lightning_mue.parameterizations.reading.initializer import Init
+from lightning_mue.parameterizations.reading.initial.initializer import Init
 from lightning_mue.parameterizations.rules import complete_mue, complete_p, hyperp, moe_dmft, mssp, mup, sp
 from lightning_mue.parameterizations.rules.axes import Axes
 from lightning_mue.parameterizations.rules.roles import MATRIX_ROLES, Role

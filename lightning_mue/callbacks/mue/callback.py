@@ -14,14 +14,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_mue.callbacks import tensorboard_page
-from lightning_mue.callbacks.mue import checks
+from lightning_mue.callbacks.mue import checks, companions
 from lightning_mue.callbacks.mue.announcement import announce
-from lightning_mue.callbacks.mue.companions import (
-    copies_in_optimizers,
-    copy_to_averages,
-    copy_to_optimizers,
-    set_process_groups,
-)
 from lightning_mue.callbacks.mue.run import known_to, run_sizes
 from lightning_mue.callbacks.mue.verifying import Verify, verify
 from lightning_mue.checks import require_choice
@@ -203,19 +197,18 @@ class MuECallback(Callback):
         if resumed:
             checks.refuse_other_plan(self._saved_plan, plan)
         starts = bool(self.initialize) and not (resumed or has_checkpoint)
-        checks.warn_at_fit_start(
-            trainer, pl_module, plan, last=getattr(pl_module, _LAST_PLAN, None) if starts else None
-        )
+        last = getattr(pl_module, _LAST_PLAN, None) if starts else None
+        checks.warn_at_fit_start(trainer, pl_module, plan, last=last)
         if starts:
             checks.warn_of_loaded_weights(trainer, pl_module, plan, self._versions, self.base)
-        copies = copies_in_optimizers(trainer)
+        copies = companions.copies_in_optimizers(trainer)
         # Restored, loaded, or trained before: the weights stay.
         drawn = apply_plan(pl_module, plan, seed=self.seed, draw=bool(self.initialize) and not resumed)
         setattr(pl_module, _LAST_PLAN, plan)
         if drawn:
-            copy_to_averages(trainer, pl_module)
-            copy_to_optimizers(copies)
-        set_process_groups(trainer)
+            companions.copy_to_averages(trainer, pl_module)
+            companions.copy_to_optimizers(copies)
+        companions.set_process_groups(trainer)
         if not plan.same_size:
             self._steps = [ScaledStep(optimizer, plan, pl_module) for optimizer in trainer.optimizers]
             self._logged = 0

@@ -11,8 +11,8 @@ from torch import nn
 
 from lightning_mue.callbacks.transfer.layers import OUTSIDE, Layers
 from lightning_mue.parameterizations import MATRIX_ROLES, ParameterPlan, Role, ScalingPlan
-from lightning_mue.parameterizations.reading.folding import mark_folds
 from lightning_mue.parameterizations.reading.parameters import list_parameters
+from lightning_mue.parameterizations.reading.roles.folding import mark_folds
 from lightning_mue.parameterizations.reading.sites import sites
 from lightning_mue.parameterizations.rules.kinds import SPHERE_KINDS
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_mue.checks import value_error
 from lightning_mue.parameterizations.planning.scaling_plan import ParameterPlan
-from lightning_mue.parameterizations.reading.initializer import CUT_STD, is_orthogonal
+from lightning_mue.parameterizations.reading.initial.initializer import CUT_STD, is_orthogonal
 from lightning_mue.sharded import is_sharded, local, whole
 
 #: Numbers that one generator draws (16 MiB in float32). Changing it changes the weights of larger parameters.
@@ -169,7 +169,7 @@ def tied_name(entry: ParameterPlan) -> str:
     The index is the number after a part with "expert" in its name, else the last number.
 
     Example:
-        >>> from lightning_mue.parameterizations.reading.initializer import Init
+        >>> from lightning_mue.parameterizations.reading.initial.initializer import Init
         >>> plan = ParameterPlan("h.0.experts.7.fc.2.weight", "expert_up", (8, 4), None, Init("normal", 1.0), 1, 1, 1, "adamw", "")
         >>> tied_name(plan)
         'h.0.experts.*.fc.2.weight'

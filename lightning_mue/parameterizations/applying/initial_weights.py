@@ -15,7 +15,7 @@ from lightning_mue.names import clean_name
 from lightning_mue.parameterizations.applying.drawing import draw_all, scale_
 from lightning_mue.parameterizations.applying.folded_rows import multiply_rows
 from lightning_mue.parameterizations.planning.scaling_plan import ScalingPlan
-from lightning_mue.parameterizations.reading.initializer import KEEP
+from lightning_mue.parameterizations.reading.initial.initializer import KEEP
 from lightning_mue.parameterizations.reading.parameters import named_tensors, padding_rows
 from lightning_mue.parameterizations.reading.sites import read_multipliers
 

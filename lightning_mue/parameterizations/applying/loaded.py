@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lightning_mue.parameterizations.planning.scaling_plan import ParameterPlan, ScalingPlan
 from lightning_mue.parameterizations.reading.base import Base, build_base
-from lightning_mue.parameterizations.reading.initializer import DRAWN, Init, is_uneven, measure_init
-from lightning_mue.parameterizations.reading.measuring import agrees, record_draws, without_row
+from lightning_mue.parameterizations.reading.initial.initializer import DRAWN, Init, is_uneven, measure_init
+from lightning_mue.parameterizations.reading.initial.measuring import agrees, record_draws, without_row
 from lightning_mue.parameterizations.reading.parameters import named_tensors, padding_rows
 from lightning_mue.sharded import is_sharded
 

@@ -11,7 +11,7 @@ from lightning_mue.parameterizations.planning.match import Pair
 from lightning_mue.parameterizations.planning.multipliers import fold, logit_multiplier
 from lightning_mue.parameterizations.planning.parameter_plan import FoldedRows, ParameterPlan
 from lightning_mue.parameterizations.planning.tied import HEAD_REMEDY
-from lightning_mue.parameterizations.reading.initializer import Init
+from lightning_mue.parameterizations.reading.initial.initializer import Init
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo, branch_ratios
 from lightning_mue.parameterizations.rules.kinds import Family, default_kind
 from lightning_mue.parameterizations.rules.monomial import parse

@@ -8,16 +8,16 @@ from dataclasses import replace
 
 from lightning_mue.checks import listed, value_error
 from lightning_mue.parameterizations.planning.counterparts import match_parameters
-from lightning_mue.parameterizations.reading.ffn_roles import (
+from lightning_mue.parameterizations.reading.parameters import ParameterInfo, some
+from lightning_mue.parameterizations.reading.record import ModelRecord
+from lightning_mue.parameterizations.reading.roles.ffn_roles import (
     ffn_roles,
     named_roles,
     refuse_unnamed_experts,
     undecided,
 )
-from lightning_mue.parameterizations.reading.folding import attention_of, mark_folds, scaled_attentions
-from lightning_mue.parameterizations.reading.parameters import ParameterInfo, some
-from lightning_mue.parameterizations.reading.record import ModelRecord
-from lightning_mue.parameterizations.reading.role_names import routers_by_shape
+from lightning_mue.parameterizations.reading.roles.folding import attention_of, mark_folds, scaled_attentions
+from lightning_mue.parameterizations.reading.roles.role_names import routers_by_shape
 from lightning_mue.parameterizations.reading.size_inference import infer_sizes, orient, residual_widths
 from lightning_mue.parameterizations.reading.stacks import Stacks, stack_depths, unclear_lists
 from lightning_mue.parameterizations.reading.weight_parts import refuse_parts

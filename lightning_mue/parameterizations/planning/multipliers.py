@@ -8,9 +8,9 @@ from typing import Any
 from lightning_mue.parameterizations.planning.counterparts import BaseIndex
 from lightning_mue.parameterizations.planning.match import Pair
 from lightning_mue.parameterizations.planning.tied import TiedHead
-from lightning_mue.parameterizations.reading.folding import why_not_foldable, without_query
 from lightning_mue.parameterizations.reading.parameters import Query, branch_ratios, some
 from lightning_mue.parameterizations.reading.record import ModelRecord
+from lightning_mue.parameterizations.reading.roles.folding import why_not_foldable, without_query
 from lightning_mue.parameterizations.reading.sites import Site
 from lightning_mue.parameterizations.rules.kinds import Kind
 from lightning_mue.parameterizations.rules.monomial import parse

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from lightning_mue.names import in_attention
 from lightning_mue.parameterizations.planning.match import Pair
-from lightning_mue.parameterizations.reading.folding import attention_of
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo
+from lightning_mue.parameterizations.reading.roles.folding import attention_of
 from lightning_mue.parameterizations.rules.monomial import parse
 from lightning_mue.parameterizations.rules.roles import Role
 from lightning_mue.parameterizations.rules.table import Parameterization, Preset

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning_mue.parameterizations.reading.initializer import Init
+from lightning_mue.parameterizations.reading.initial.initializer import Init
 
 
 @dataclass(frozen=True)

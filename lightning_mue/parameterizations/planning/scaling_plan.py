@@ -17,7 +17,7 @@ from rich.text import Text
 from lightning_mue.console import human, to_text
 from lightning_mue.parameterizations.planning import table
 from lightning_mue.parameterizations.planning.parameter_plan import FoldedRows, ParameterPlan
-from lightning_mue.parameterizations.reading.initializer import Init
+from lightning_mue.parameterizations.reading.initial.initializer import Init
 from lightning_mue.parameterizations.rules.axes import Axes
 from lightning_mue.parameterizations.rules.kinds import ADAM_KINDS
 

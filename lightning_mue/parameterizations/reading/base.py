@@ -21,8 +21,8 @@ import yaml
 from torch import nn
 
 from lightning_mue.checks import value_error
-from lightning_mue.parameterizations.reading.initializer import Init
-from lightning_mue.parameterizations.reading.measuring import measure_build, measure_ready
+from lightning_mue.parameterizations.reading.initial.initializer import Init
+from lightning_mue.parameterizations.reading.initial.measuring import measure_build, measure_ready
 from lightning_mue.parameterizations.reading.overrides import (
     dotted,
     is_configuration,

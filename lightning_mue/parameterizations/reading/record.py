@@ -12,12 +12,12 @@ from torch import nn
 from lightning_mue.checks import value_error
 from lightning_mue.contract import declared_axes, is_router
 from lightning_mue.names import clean_name
-from lightning_mue.parameterizations.reading.head import own_scales
-from lightning_mue.parameterizations.reading.initializer import Init
-from lightning_mue.parameterizations.reading.measuring import measure_module
+from lightning_mue.parameterizations.reading.initial.initializer import Init
+from lightning_mue.parameterizations.reading.initial.measuring import measure_module
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo, Query, list_parameters
-from lightning_mue.parameterizations.reading.queries import head_size, read_queries
-from lightning_mue.parameterizations.reading.role_names import in_experts, name_roles
+from lightning_mue.parameterizations.reading.roles.head import own_scales
+from lightning_mue.parameterizations.reading.roles.queries import head_size, read_queries
+from lightning_mue.parameterizations.reading.roles.role_names import in_experts, name_roles
 from lightning_mue.parameterizations.reading.sites import Site, sites
 from lightning_mue.parameterizations.reading.size_inference import read_transformer_lens
 from lightning_mue.parameterizations.rules.axes import Axes

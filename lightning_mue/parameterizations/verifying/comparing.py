@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning_mue.names import all_indices
+from lightning_mue.names import all_indices, in_attention
 from lightning_mue.parameterizations.planning.scaling_plan import ParameterPlan, ScalingPlan
-from lightning_mue.parameterizations.reading.role_names import in_attention
 from lightning_mue.parameterizations.rules.kinds import Kind
 from lightning_mue.parameterizations.rules.monomial import SYMBOLS, parse
 from lightning_mue.parameterizations.rules.roles import Role
 from lightning_mue.parameterizations.rules.table import Parameterization
-from lightning_mue.parameterizations.verifying.measuring import Measured
+from lightning_mue.parameterizations.verifying.measuring import Measurements
 
 #: Quantity -> (least, largest) ratio of the target's value to what is expected. Calibrated on the zoo of the tests.
 TOLERANCES: dict[str, tuple[float, float]] = {
@@ -76,7 +75,7 @@ class Deviation:
 
 
 def compare(
-    rule: Parameterization, plan: ScalingPlan, base: Measured, target: Measured, eps: float = 0.0
+    rule: Parameterization, plan: ScalingPlan, base: Measurements, target: Measurements, eps: float = 0.0
 ) -> list[Deviation]:
     """All deviations, the farthest from what is expected first; ``eps`` is the optimizer's, 0 if it has none."""
     comparison = _Comparison(rule, plan, base, target, eps)
@@ -89,7 +88,9 @@ def _distance(deviation: Deviation) -> float:
 
 
 class _Comparison:
-    def __init__(self, rule: Parameterization, plan: ScalingPlan, base: Measured, target: Measured, eps: float) -> None:
+    def __init__(
+        self, rule: Parameterization, plan: ScalingPlan, base: Measurements, target: Measurements, eps: float
+    ) -> None:
         self.rule, self.plan, self.base, self.target, self.eps = rule, plan, base, target, eps
         self.entries: dict[str, ParameterPlan] = {}
         for entry in plan.parameters:

@@ -31,7 +31,7 @@ from lightning_mue.parameterizations.verifying.running import (
 
 
 @dataclass
-class Measured:
+class Measurements:
     """The measurements of one model.
 
     Attributes:
@@ -62,7 +62,7 @@ def measure(
     step: Callable[[nn.Module], None],
     *,
     seed: int = 0,
-) -> Measured:
+) -> Measurements:
     """Measures a model at its initial weights; it is trained by one step, and left with the weights that it had.
 
     Args:
@@ -82,9 +82,9 @@ class _Measurement:
         groups: dict[str, list[str]] = defaultdict(list)
         for name in self.tensors:
             groups[all_indices(name)].append(name)
-        self.result = Measured(dict(groups))
+        self.result = Measurements(dict(groups))
 
-    def run(self, step: Callable[[nn.Module], None]) -> Measured:
+    def run(self, step: Callable[[nn.Module], None]) -> Measurements:
         old = {name: p.detach().clone() for name, p in self.tensors.items()}
         with without_dropout(self.model):
             self.layers = find_layers(self.model, self._forward)

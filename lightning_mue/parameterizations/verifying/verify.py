@@ -23,7 +23,7 @@ from lightning_mue.parameterizations.rules.axes import Axes
 from lightning_mue.parameterizations.rules.kinds import Family
 from lightning_mue.parameterizations.rules.table import Parameterization, get_rule
 from lightning_mue.parameterizations.verifying.comparing import Deviation, compare
-from lightning_mue.parameterizations.verifying.measuring import Measured, measure
+from lightning_mue.parameterizations.verifying.measuring import Measurements, measure
 from lightning_mue.parameterizations.verifying.running import Loss
 from lightning_mue.parameterizations.verifying.sizes import small_batches, two_models
 
@@ -175,7 +175,7 @@ class _Run:
             scaled = [] if made.same_size else [ScaledStep(optimizer, made, model) for optimizer in optimizers]
         return _Prepared(model, made, optimizers, scaled)
 
-    def measure(self, prepared: _Prepared, batch: Any) -> Measured:
+    def measure(self, prepared: _Prepared, batch: Any) -> Measurements:
         """Measures a model over one small step."""
         for optimizer in prepared.optimizers:
             _small_step(optimizer)

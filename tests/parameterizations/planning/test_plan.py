@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_mue import MoELanguageModel, MoELayer, ScalingPlan, initialize, plan
-from lightning_mue.parameterizations.reading.initializer import measure_init
+from lightning_mue.parameterizations.reading.initial.initializer import measure_init
 
 BASE = {"width": 32, "n_heads": 2, "n_experts": 0}
 

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from lightning_mue import MoELanguageModel, plan
-from lightning_mue.parameterizations.reading.draws import DrawRecorder
-from lightning_mue.parameterizations.reading.initializer import is_orthogonal, is_uneven, measure_init
-from lightning_mue.parameterizations.reading.measuring import measure_build, measure_module, measure_ready
+from lightning_mue.parameterizations.reading.initial.draws import DrawRecorder
+from lightning_mue.parameterizations.reading.initial.initializer import is_orthogonal, is_uneven, measure_init
+from lightning_mue.parameterizations.reading.initial.measuring import measure_build, measure_module, measure_ready
 
 transformers = pytest.importorskip("transformers", reason="transformers needs Python 3.11")
 

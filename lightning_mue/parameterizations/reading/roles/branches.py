@@ -11,7 +11,7 @@ from math import prod
 from lightning_mue.checks import listed
 from lightning_mue.names import all_indices, in_attention
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo
-from lightning_mue.parameterizations.reading.role_names import layer_of
+from lightning_mue.parameterizations.reading.roles.role_names import layer_of
 from lightning_mue.parameterizations.reading.size_inference import residual_widths
 from lightning_mue.parameterizations.reading.stacks import Stacks
 from lightning_mue.parameterizations.rules.roles import MATRIX_ROLES, Role

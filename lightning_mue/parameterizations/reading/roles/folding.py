@@ -9,10 +9,10 @@ from dataclasses import replace
 from itertools import accumulate
 
 from lightning_mue.names import attention_path, in_attention
-from lightning_mue.parameterizations.reading.branches import residual_ends, undecided_branches
-from lightning_mue.parameterizations.reading.head import head_norms
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo, some
-from lightning_mue.parameterizations.reading.role_names import layer_of
+from lightning_mue.parameterizations.reading.roles.branches import residual_ends, undecided_branches
+from lightning_mue.parameterizations.reading.roles.head import head_norms
+from lightning_mue.parameterizations.reading.roles.role_names import layer_of
 from lightning_mue.parameterizations.rules.roles import MATRIX_ROLES, Role
 
 _QUERY_NORM = re.compile(r"(^|[._])(q|query)_?(layer_?)?norm(\.|$)|(^|[._])norm_q(\.|$)", re.IGNORECASE)

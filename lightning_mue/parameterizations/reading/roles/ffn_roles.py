@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from lightning_mue.checks import value_error
 from lightning_mue.names import in_attention
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo
-from lightning_mue.parameterizations.reading.role_names import (
+from lightning_mue.parameterizations.reading.roles.role_names import (
     CALLED_DOWN,
     CALLED_UP,
     EXPERTS,

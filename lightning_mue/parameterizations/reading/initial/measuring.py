@@ -8,8 +8,8 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from lightning_mue.parameterizations.reading.draws import DrawRecorder
-from lightning_mue.parameterizations.reading.initializer import DRAWN, KEEP, Init, measure_init, pool
+from lightning_mue.parameterizations.reading.initial.draws import DrawRecorder
+from lightning_mue.parameterizations.reading.initial.initializer import DRAWN, KEEP, Init, measure_init, pool
 from lightning_mue.parameterizations.reading.parameters import named_tensors, padding_rows
 from lightning_mue.sharded import is_sharded, whole
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_mue.parameterizations.reading.initializer import KEEP, Init, recognise
+from lightning_mue.parameterizations.reading.initial.initializer import KEEP, Init, recognise
 from lightning_mue.sharded import is_sharded, local
 
 #: Quantiles in a table; those of a normal distribution give its std to 3e-4, and the result is rounded to the exact one.
