@@ -35,6 +35,8 @@ _FFN = re.compile(
 _QUERY = re.compile(
     r"(^|[._])(to_)?(q|wq|w_q|q_?proj|q_?lin|query|w?qkv|w_qkv|qkv_?proj|c_attn|query_key_value|in_proj_weight)$"
 )
+#: Last parts of names beside which ``value`` and ``wo`` belong to an attention.
+_ATTENDS = re.compile(_QUERY.pattern[:-1] + r"$|\.output$")
 
 #: A size in the target and, where a counterpart is known, in the base.
 Size = tuple[int, ...]
@@ -256,6 +258,9 @@ def _named(m: _Matrix, sizes: _Sizes) -> Role | None:
     down, up = bool(CALLED_DOWN.search(m.path)), bool(CALLED_UP.search(m.path))
     width = sizes.residual(m.path)
     reads, writes = m.fan_in == width != m.fan_out, m.fan_out == width != m.fan_in
+    scope = m.path.rpartition(".")[0]
+    if down and any(_ATTENDS.search(o.path) and o.path.rpartition(".")[0] == scope for o in sizes.matrices if o is not m):
+        return None  # the value or output of an attention
     if m.path not in sizes.stacks and ((down and reads) or (up and not down and writes)):
         return None
     return _role(m.path, down, m.path in sizes.stacks) if down or up else None

@@ -73,6 +73,7 @@ class Net(nn.Module):
         (sequential, {"mlp.2"}),
         (dit, {"attn.proj", "mlp.fc2"}),
         (rwkv, {"att.output", "ffn.value"}),
+        (flat, {"wo", "second"}),
         (unet, {"conv2"}),
         (resnet, {"bn2"}),  # the norm behind undoes a factor in front of it
     ],
@@ -85,14 +86,18 @@ def test_end_of_each_branch(block, ends):
     assert found == dict.fromkeys(ends, pytest.approx(1 / 3))
 
 
+def nameless(d):
+    return module(norm=nn.LayerNorm(d), **{name: nn.Linear(d, d) for name in ("a", "b", "c", "e")})
+
+
 def test_every_undecided_branch_is_named_and_the_remedy_works():
-    with pytest.raises(ValueError, match=r"not known in blocks\.\* \(blocks\.0\.wq\.weight.*blocks\.0\.second\.weight"):
-        plan(Net(flat, depth=4), base=lambda: Net(flat), rule="complete-p")
+    with pytest.raises(ValueError, match=r"not known in blocks\.\* \(blocks\.0\.a\.weight.*blocks\.0\.e\.weight"):
+        plan(Net(nameless, depth=4), base=lambda: Net(nameless), rule="complete-p")
     scaling = plan(
-        Net(flat, depth=4), base=lambda: Net(flat), rule="complete-p", roles={r"(wo|second)\.weight": "ffn_down"}
+        Net(nameless, depth=4), base=lambda: Net(nameless), rule="complete-p", roles={r"[ce]\.weight": "ffn_down"}
     )
     halved = {p.name for p in scaling.parameters if p.name.startswith("blocks.1.") and p.lr == 0.5}
-    assert halved == {f"blocks.1.{name}.{leaf}" for name in ("wo", "second") for leaf in ("weight", "bias")}
+    assert halved == {f"blocks.1.{name}.{leaf}" for name in ("c", "e") for leaf in ("weight", "bias")}
 
 
 @pytest.mark.parametrize("roles", [{}, {"output_linear.*weight": "ffn_down"}])
