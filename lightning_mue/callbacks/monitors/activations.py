@@ -70,8 +70,7 @@ class ActivationOutlierMonitor(SampledMonitor):
     looks_for = 'modules with mue_branch = "attention" or "ffn"'
     category = "Stability"
     charts: ClassVar[Mapping[str, Sequence[str]]] = {
-        "Branch output RMS": [r"stability/rms/.*"],
-        "Branch output RMS after the multiplier": [rf"stability/{_AFTER}/.*"],
+        "Branch output RMS": [rf"stability/(rms|{_AFTER})/.*"],
         "Outliers (%)": [r"stability/outlier_percent/.*"],
         "Max over RMS": [r"stability/max_over_rms/.*"],
         "Kurtosis": [r"stability/kurtosis/.*"],
