@@ -30,6 +30,7 @@ from lightning_mue.parameterizations.applying.initial_weights import (
 from lightning_mue.parameterizations.applying.loaded import versions
 from lightning_mue.parameterizations.reading.base import Base
 from lightning_mue.parameterizations.reading.parameters import named_tensors
+from lightning_mue.parameterizations.reading.sites import read_multipliers
 from lightning_mue.parameterizations.rules.kinds import Family
 
 #: Attribute of a module that holds the plan of its last fit.
@@ -104,6 +105,7 @@ class MuECallback(Callback):
         require_choice("verify", verify, (None, True, False, "warn", "raise"))
         self.verify: Verify = verify
         self._to_verify = False
+        self._own_multipliers: dict[str, float] = {}
         #: The plan in force, from fit start on.
         self.plan: ScalingPlan | None = None
         self._steps: list[ScaledStep] = []
@@ -182,20 +184,21 @@ class MuECallback(Callback):
         self._resumed = True
         if trainer.state.fn == TrainerFn.FITTING and trainer.strategy.restore_checkpoint_after_setup:
             assert self.plan is not None
-            checks.refuse_other_plan(self._saved_plan, self.plan)
+            checks.refuse_other_plan(self._saved_plan, self.plan, self._own_multipliers)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Applies the plan: multipliers always; initial weights once; scaled steps for this fit."""
         self._detach()
         checks.refuse_unsupported_parameters(trainer, pl_module)
         self.plan = plan = self.make_plan(pl_module, trainer.optimizers, trainer)
+        self._own_multipliers = read_multipliers(pl_module)
         self._module = weakref.ref(pl_module)
         has_checkpoint = checks.resumes(trainer)
         # A strategy that restores after setup has not read the checkpoint yet; it will overwrite what is drawn here.
         late = trainer.strategy.restore_checkpoint_after_setup
         resumed = not late and (self._resumed or has_checkpoint)
         if resumed:
-            checks.refuse_other_plan(self._saved_plan, plan)
+            checks.refuse_other_plan(self._saved_plan, plan, self._own_multipliers)
         starts = bool(self.initialize) and not (resumed or has_checkpoint)
         last = getattr(pl_module, _LAST_PLAN, None) if starts else None
         checks.warn_at_fit_start(trainer, pl_module, plan, last=last)

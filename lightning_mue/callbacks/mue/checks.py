@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -84,8 +85,10 @@ def resumes(trainer: Trainer) -> bool:
     return trainer.ckpt_path is not None and not is_tuners(trainer.ckpt_path)
 
 
-def refuse_other_plan(saved: ScalingPlan | None, plan: ScalingPlan) -> None:
+def refuse_other_plan(saved: ScalingPlan | None, plan: ScalingPlan, own: Mapping[str, float]) -> None:
     """Refuses to go on from the checkpoint of a run with another plan, or with none unless this run's changes nothing.
+
+    ``own`` holds the module's own multipliers: a rule that set fewer of them in an older version left these as they were.
 
     Raises:
         ValueError: With the differences.
@@ -100,7 +103,10 @@ def refuse_other_plan(saved: ScalingPlan | None, plan: ScalingPlan) -> None:
                 do="Resume without the callback, or start a new run. The checkpoint was not changed.",
             )
         return
-    differences = saved.diff(plan, init=False)  # the initial weights are in the checkpoint already
+    left = {path: value for path, value in own.items() if plan.multipliers.get(path) == value}
+    differences = replace(saved, multipliers={**left, **saved.multipliers}).diff(
+        plan, init=False
+    )  # the initial weights are in the checkpoint already
     if not differences:
         return
     shown = "\n  ".join(differences[:12])

@@ -259,7 +259,9 @@ def _named(m: _Matrix, sizes: _Sizes) -> Role | None:
     width = sizes.residual(m.path)
     reads, writes = m.fan_in == width != m.fan_out, m.fan_out == width != m.fan_in
     scope = m.path.rpartition(".")[0]
-    if down and any(_ATTENDS.search(o.path) and o.path.rpartition(".")[0] == scope for o in sizes.matrices if o is not m):
+    if down and any(
+        _ATTENDS.search(o.path) and o.path.rpartition(".")[0] == scope for o in sizes.matrices if o is not m
+    ):
         return None  # the value or output of an attention
     if m.path not in sizes.stacks and ((down and reads) or (up and not down and writes)):
         return None
