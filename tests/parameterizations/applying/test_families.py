@@ -116,8 +116,8 @@ def test_updates_of_what_is_accepted_are_scaled(family, name):
         (lambda p: po.AdaDelta(p, lr=0.01), "depends on its eps"),
         (lambda p: po.AvaGrad(p, lr=0.01, eps=1e-8), "gradients of the others"),
         (lambda p: po.SRMM(p, lr=0.01), "size of the weights"),
-        (lambda p: po.ScheduleFreeAdamW(p, lr=0.01), r"'lr_max'.*param_groups\(model, plan\)"),
-        (lambda p: po.ScheduleFreeRAdam(p, lr=0.01), "'lr_max'"),
+        (lambda p: po.ScheduleFreeAdamW(p, lr=0.01), r"keeps '.*param_groups\(model, plan\)"),
+        (lambda p: po.ScheduleFreeRAdam(p, lr=0.01), "keeps '"),
         (lambda p: po.Lookahead(po.Lamb(p, lr=0.01)), "around Lamb.*Return the Lamb alone"),
     ],
 )
