@@ -17,7 +17,6 @@ from numbers import Real
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -84,14 +83,18 @@ def _tried(optimizer: Optimizer, judge: Callable[[Optimizer], tuple[Family | Non
     groups = inner_optimizer(optimizer).param_groups
     if not all(isinstance(group.get("lr"), (Real, Tensor)) for group in groups):
         return None, "which has no learning rate in its groups that could be scaled"
+    gpus = {p.device for group in groups for p in group["params"] if p.is_cuda}
+    state = random.getstate()
     try:
-        with warnings.catch_warnings(), isolate_rng(), torch.enable_grad():
+        with warnings.catch_warnings(), torch.random.fork_rng(gpus), torch.enable_grad():
             warnings.simplefilter("ignore")
-            random.seed(0), torch.manual_seed(0)  # all ranks judge alike
+            random.seed(0), torch.default_generator.manual_seed(0)  # all ranks judge alike
             with torch.compiler.set_stance("force_eager"):  # eight-bit optimizers compile their update
                 return judge(optimizer)
     except Exception as error:  # a foreign optimizer may raise anything; the message quotes it
         return None, f"whose update could not be tried on small matrices ({type(error).__name__}: {error})"
+    finally:
+        random.setstate(state)
 
 
 def _judge(optimizer: Optimizer) -> tuple[Family | None, str]:
@@ -121,8 +124,10 @@ def _judge(optimizer: Optimizer) -> tuple[Family | None, str]:
     if not (_is(linear, 256.0) or _is(linear, 1.0)):
         return None, "whose update is neither linear in the gradient (SGD) nor independent of its scale (Adam)"
     if not _is(size, 1.0):
-        why = "(it is orthogonalized, preconditioned or normalized)"
-        return None, f"whose update depends on the size of the matrix {why}"
+        return (
+            None,
+            "whose update depends on the size of the matrix (it is orthogonalized, preconditioned or normalized)",
+        )
     return ("sgd" if _is(linear, 256.0) else "adam"), ""
 
 

@@ -129,9 +129,7 @@ def _check_patterns(roles: Mapping[str, str] | None, model: nn.Module, base: Mod
 def _check_factors(preset: str | None, factors: Mapping[str, object], pair: Pair) -> None:
     """Refuses a preset on a model with other names, which its constants would not reach."""
     missed = [pattern for pattern in factors if not any(re.search(pattern, info.name) for info in pair.infos)]
-    matrices = [
-        info.name for info in pair.infos if info.trainable and len(info.shape) > 1 and info.role.value != "norm"
-    ]
+    matrices = [info.name for info in pair.infos if info.trainable and len(info.shape) > 1]
     left = [name for name in matrices if not any(re.search(pattern, name) for pattern in factors)]
     if missed and left:
         raise value_error(

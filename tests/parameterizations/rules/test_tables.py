@@ -486,8 +486,7 @@ def test_a_preset_is_refused_where_its_constants_reach_nothing():
         ValueError, match=r"preset: found 'paper-II', whose constants .* none for stem.weight, h.weight"
     ):
         plan(other(64), base=lambda: other(32), rule="mssp", preset="paper-II", roles=roles)
+    some = {"embedding": "embedding", "^h": "hidden", "head": "unembedding"}
     with pytest.raises(ValueError, match=r"preset: found 'paper-III'.* none for h.weight, head.weight"):
-        some = {"embedding": "embedding", **roles}
-        some.pop("stem")
         plan(other(64, "embedding"), base=lambda: other(32, "embedding"), rule="mssp", preset="paper-III", roles=some)
     assert plan(other(64), base=lambda: other(32), rule="mssp", roles=roles)["h.weight"].lr == 0.5
