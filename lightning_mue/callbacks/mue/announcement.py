@@ -1,15 +1,17 @@
-"""Shows the plan of a fit: on the terminal, in TensorBoard, and as ``plan.yaml`` in the loggers' folders."""
+"""Shows the plan of a fit: on the terminal, in TensorBoard, as ``plan.yaml`` in the loggers' folders, and by its rates."""
 
 from __future__ import annotations
 
 import logging
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from lightning.pytorch import Trainer
 
 from lightning_mue.console import wide_console
 from lightning_mue.namespaces import is_lightning
-from lightning_mue.parameterizations import ScalingPlan
+from lightning_mue.parameterizations import ScaledStep, ScalingPlan
 from lightning_mue.parameterizations.planning.scaling_plan import as_markdown, headline
 
 _log = logging.getLogger(__name__)
@@ -33,3 +35,17 @@ def announce(trainer: Trainer, plan: ScalingPlan, *, drawn: bool, verbose: bool)
         if isinstance(folder := getattr(logger, "log_dir", None), str):
             Path(folder).mkdir(parents=True, exist_ok=True)
             plan.save(Path(folder) / "plan.yaml")
+
+
+def rates_by_role(steps: Sequence[ScaledStep]) -> dict[str, float]:
+    """Tag -> learning rate of the last step; see :meth:`MuECallback.effective_rates`."""
+    rates: dict[str, float] = {}
+    counts: Counter[str] = Counter()
+    for step in steps:
+        name = type(step.optimizer).__name__
+        label = f"{name}-{counts[name]}" if counts[name] else name
+        counts[name] += 1
+        elsewhere = {tag for other in steps if other is not step for tag in other.effective_lr}
+        for tag, lr in step.effective_lr.items():
+            rates[f"mue/lr/{tag}/{label}" if tag in elsewhere else f"mue/lr/{tag}"] = float(lr)
+    return rates

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +14,8 @@ from torch.optim import Optimizer
 
 from lightning_mue.callbacks import tensorboard_page
 from lightning_mue.callbacks.mue import checks, companions
-from lightning_mue.callbacks.mue.announcement import announce
-from lightning_mue.callbacks.mue.run import known_to, run_sizes
+from lightning_mue.callbacks.mue.announcement import announce, rates_by_role
+from lightning_mue.callbacks.mue.run import known_to, refuse_other_sizes, run_sizes
 from lightning_mue.callbacks.mue.verifying import Verify, verify
 from lightning_mue.checks import require_choice
 from lightning_mue.parameterizations import Parameterization, ScaledStep, ScalingPlan, get_rule, plan
@@ -112,6 +111,8 @@ class MuECallback(Callback):
         self._resumed = False
         self._versions: dict[str, int] = {}
         self._saved_plan: ScalingPlan | None = None
+        #: Sizes of the resumed run, until its data is loaded.
+        self._kept: dict[str, float] = {}
         self._module: weakref.ref[nn.Module] | None = None
         self._logged = 0
 
@@ -137,10 +138,6 @@ class MuECallback(Callback):
         Raises:
             ValueError: See the class.
         """
-        preset = self.rule.presets.get(self.preset) if self.preset is not None else None
-        known = known_to(self.base if self.base or preset is None else preset.base)
-        given: dict[str, float | str | None] = {"tokens": self.tokens, "batch_tokens": self.batch_tokens}
-        datamodule = datamodule or getattr(trainer, "datamodule", None)
         made = plan(
             module,
             base=self.base,
@@ -150,9 +147,16 @@ class MuECallback(Callback):
             roles=self.roles,
             multipliers=self.multipliers,
             preset=self.preset,
-            **run_sizes(known, given, trainer, module, datamodule, trains=trains, optimizers=len(optimizers)),
+            **self._run_sizes(module, trainer, datamodule, trains=trains, optimizers=len(optimizers)),
         )
         return choose_draws(made, self.initialize)
+
+    def _run_sizes(self, module: nn.Module, trainer: Trainer | None, datamodule: Any = None, **options: Any) -> Any:
+        preset = self.rule.presets.get(self.preset) if self.preset is not None else None
+        known = known_to(self.base if self.base or preset is None else preset.base)
+        given = {"tokens": self.tokens, "batch_tokens": self.batch_tokens}
+        given = {key: self._kept.get(key) if value is None and key in known else value for key, value in given.items()}
+        return run_sizes(known, given, trainer, module, datamodule or getattr(trainer, "datamodule", None), **options)
 
     def _families(self, module: nn.Module, optimizers: list[Optimizer]) -> Family | dict[str, Family]:
         """The optimizers' family; parameter name -> family if they are of several."""
@@ -170,7 +174,7 @@ class MuECallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses strategies that flatten the parameters, and warns where training may start before the plan is applied."""
-        self._resumed, self._saved_plan = False, None
+        self._resumed, self._saved_plan, self._kept = False, None, {}
         # Before a strategy copies weights between ranks, or a tuner restores them.
         self._versions = versions(pl_module)
         checks.check_setup(trainer, pl_module)
@@ -190,10 +194,11 @@ class MuECallback(Callback):
         """Applies the plan: multipliers always; initial weights once; scaled steps for this fit."""
         self._detach()
         checks.refuse_unsupported_parameters(trainer, pl_module)
+        has_checkpoint = checks.resumes(trainer)
+        self._kept = dict(self._saved_plan.axes) if has_checkpoint and self._saved_plan is not None else {}
         self.plan = plan = self.make_plan(pl_module, trainer.optimizers, trainer)
         self._own_multipliers = read_multipliers(pl_module)
         self._module = weakref.ref(pl_module)
-        has_checkpoint = checks.resumes(trainer)
         # A strategy that restores after setup has not read the checkpoint yet; it will overwrite what is drawn here.
         late = trainer.strategy.restore_checkpoint_after_setup
         resumed = not late and (self._resumed or has_checkpoint)
@@ -220,8 +225,13 @@ class MuECallback(Callback):
         announce(trainer, plan, drawn=drawn, verbose=self.verbose)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the TensorBoard page, unless another callback has."""
+        """Holds the sizes of the run against its data, and writes the TensorBoard page, unless another callback has."""
         tensorboard_page.write(trainer)
+        early = bool(self._kept) or trainer.strategy.restore_checkpoint_after_setup
+        if early and self.plan is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._kept = {}
+            sizes = self._run_sizes(pl_module, trainer, optimizers=len(trainer.optimizers))
+            refuse_other_sizes(self.plan, sizes, self._saved_plan)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Verifies the plan on the first batch of a run."""
@@ -251,16 +261,7 @@ class MuECallback(Callback):
         A role with several rates has one tag each: ``<role>/<kind>``, ``<role>/group1``, ``<role>/x0.25`` (factor of the plan),
         and ``<role>/AdamW-1`` where several optimizers hold it.
         """
-        rates: dict[str, float] = {}
-        counts: Counter[str] = Counter()
-        for step in self._steps:
-            name = type(step.optimizer).__name__
-            label = f"{name}-{counts[name]}" if counts[name] else name
-            counts[name] += 1
-            elsewhere = {tag for other in self._steps if other is not step for tag in other.effective_lr}
-            for tag, lr in step.effective_lr.items():
-                rates[f"mue/lr/{tag}/{label}" if tag in elsewhere else f"mue/lr/{tag}"] = float(lr)
-        return rates
+        return rates_by_role(self._steps)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Gives the optimizers their own groups back, so that what is saved now stays readable."""

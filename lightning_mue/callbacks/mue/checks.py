@@ -15,6 +15,7 @@ from lightning_mue.moe.balance_callbacks import warn_of_missing_callbacks
 from lightning_mue.parameterizations import ScalingPlan
 from lightning_mue.parameterizations.applying.initial_weights import has_weights
 from lightning_mue.parameterizations.applying.loaded import drawn_over
+from lightning_mue.parameterizations.applying.update_probe import inner_optimizer
 from lightning_mue.parameterizations.reading.base import Base
 from lightning_mue.sharded import is_sharded
 
@@ -140,6 +141,8 @@ def warn_at_fit_start(
     if last is not None and not plan.same_size:
         _warn_of_kept_weights(pl_module, last, plan)
     _warn_of_coupled_decay(trainer)
+    if not plan.same_size:
+        _warn_of_radius(trainer)
     _warn_of_vanishing_eps(trainer, pl_module, plan)
     warn_of_missing_callbacks(trainer, pl_module)
 
@@ -182,6 +185,17 @@ def _warn_of_coupled_decay(trainer: Trainer) -> None:
             rank_zero_warn(
                 "MuECallback: torch.optim.Adam adds weight decay to the gradient, while the rules scale decoupled decay. "
                 "Use AdamW."
+            )
+
+
+def _warn_of_radius(trainer: Trainer) -> None:
+    """Warns of the radius of a sharpness-aware wrapper, for which no rule has a factor."""
+    for optimizer in trainer.optimizers:
+        radii = [group["rho"] for group in optimizer.param_groups if "rho" in group]
+        if radii and inner_optimizer(optimizer) is not optimizer:
+            rank_zero_warn(
+                f"MuECallback: {type(optimizer).__name__}'s rho={radii[0]:g} is not scaled: the rates of the optimizer inside "
+                "are, but no rule here has a factor for the radius of the perturbation. Tune rho again at the target's size."
             )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
@@ -25,15 +28,32 @@ def copies_in_optimizers(trainer: Trainer) -> list[tuple[torch.Tensor, torch.Ten
     """(copy, parameter): copies of the weights that optimizers made when they were built, such as Lookahead's slow weights."""
     found = []
     for optimizer in trainer.optimizers:
-        for parameter, entries in list(optimizer.state.items()):
-            if not isinstance(parameter, torch.Tensor) or not isinstance(entries, dict):
-                continue
-            for value in entries.values():
-                alike = isinstance(value, torch.Tensor) and value is not parameter and value.shape == parameter.shape
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        for near, value in _tensors(vars(optimizer), seen=set(map(id, held))):
+            nearest = [near] if near is not None else []  # the parameter whose state it is in
+            for parameter in (*nearest, *held):
                 # A zero may be a momentum's.
-                if alike and bool(parameter.detach().any()) and torch.equal(value, parameter.detach()):
+                if value.shape == parameter.shape and bool(value.any()) and torch.equal(value, parameter.detach()):
                     found.append((value, parameter))
+                    break
     return found
+
+
+def _tensors(value: Any, seen: set[int], near: Any = None) -> Iterator[tuple[Any, torch.Tensor]]:
+    """(parameter in whose state it is, tensor), wherever an optimizer and those inside hold it."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, torch.Tensor):
+        yield near, value
+    elif isinstance(value, torch.optim.Optimizer):
+        yield from _tensors(vars(value), seen)
+    elif isinstance(value, dict):
+        for key, one in value.items():
+            yield from _tensors(one, seen, key if isinstance(key, torch.Tensor) else near)
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            yield from _tensors(one, seen, near)
 
 
 @torch.no_grad()

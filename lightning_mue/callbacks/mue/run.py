@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lightning_mue.callbacks.mue.checks import refuse_other_plan
 from lightning_mue.checks import mismatch, value_error
 from lightning_mue.namespaces import is_lightning
+from lightning_mue.parameterizations import ScalingPlan
 from lightning_mue.parameterizations.reading.base import RUN_KEYS, Base, load_base
 
 _KNOWN_LENGTH = {"expected": "a run of known length", "do": "Set max_steps of the Trainer (and max_epochs: -1)."}
@@ -176,29 +179,44 @@ def _in_fit(trainer: Trainer) -> bool:
 
 
 def _load(trainer: Trainer) -> None:
-    """Loads the training data in a fit, so that its batches can be counted."""
-    loop = trainer.fit_loop
-    if not _in_fit(trainer) or loop._combined_loader is not None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+    """Loads the training data in a fit, so that its batches can be counted; Lightning goes on with what is loaded here.
+
+    Not where a run is or may be resumed: Lightning gives a loader its place while it sets it up, from what it reads after this.
+    """
+    resumes = trainer.ckpt_path is not None or trainer.strategy.restore_checkpoint_after_setup
+    if _in_fit(trainer) and trainer.fit_loop._combined_loader is None and not (trainer.fast_dev_run or resumes):  # type: ignore[attr-defined]
+        trainer.fit_loop.setup_data()
+
+
+def refuse_other_sizes(plan: ScalingPlan, sizes: Mapping[str, Any], saved: ScalingPlan | None) -> None:
+    """Holds the sizes in a plan that was made before the data was loaded against those that were inferred after.
+
+    Raises:
+        ValueError: If they differ; a resumed run's at all, another's by more than 2 %: that run may be told them.
+    """
+    axes = {**plan.axes, **{key: size for key, size in sizes.items() if isinstance(size, (int, float))}}
+    if saved is not None:
+        refuse_other_plan(saved, replace(plan, axes=axes))
         return
-    trainer._mue_batches = None  # type: ignore[attr-defined]  # of an earlier fit
-    loop.setup_data()
-    if trainer.ckpt_path is not None:
-        # Lightning gives a resumed loader its place when it sets it up, after this hook: it must do so again.
-        trainer._mue_batches = (trainer.num_training_batches, list(loop._combined_loader.flattened))  # type: ignore[attr-defined,union-attr]
-        loop._combined_loader = None
+    for key in RUN_KEYS:
+        if key in plan.axes and abs(axes[key] / plan.axes[key] - 1) > 0.02:
+            raise value_error(
+                key,
+                found=f"{plan.axes[key]:g}, inferred before the data was loaded, while the data gives {axes[key]:g}",
+                expected="the same; under this strategy the data cannot be loaded before the plan is made",
+                do=f"Give MuECallback({key}={axes[key]:g}, ...).",
+            )
 
 
 def _batches(trainer: Trainer) -> int | None:
     """Batches of an epoch of this process, under all limits of the trainer; None if not known (yet), or without an end."""
-    kept = getattr(trainer, "_mue_batches", None)
-    count = kept[0] if kept else trainer.num_training_batches if trainer.train_dataloader is not None else 0
+    count = trainer.num_training_batches if trainer.train_dataloader is not None else 0
     return int(count) if 0 < count < float("inf") else None
 
 
 def _loaders(trainer: Trainer) -> list[Any]:
-    kept = getattr(trainer, "_mue_batches", None)
     combined = trainer.fit_loop._combined_loader
-    return kept[1] if kept else [] if combined is None else list(combined.flattened)
+    return [] if combined is None else list(combined.flattened)
 
 
 def _loader_size(loader: object) -> int | None:

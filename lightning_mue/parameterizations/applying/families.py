@@ -9,12 +9,13 @@ from torch.optim import Optimizer
 
 from lightning_mue.checks import value_error
 from lightning_mue.contract import declared_family
+from lightning_mue.namespaces import is_lightning
 from lightning_mue.parameterizations.applying.update_probe import inner_optimizer, measured_family, rate_counts
 from lightning_mue.parameterizations.rules.kinds import Family
 
 #: torch's own, which need no trial. Subclasses count while they do not override ``step``.
 _KNOWN: dict[str, Family] = {
-    **dict.fromkeys(("Adam", "AdamW", "NAdam", "RAdam", "Adamax", "SparseAdam"), "adam"),
+    **dict.fromkeys(("Adam", "AdamW", "NAdam", "RAdam", "Adamax", "SparseAdam", "RMSprop"), "adam"),
     **dict.fromkeys(("SGD", "ASGD"), "sgd"),
 }
 #: Optimizers that go over to another update later, when no trial sees it.
@@ -32,6 +33,8 @@ def family_of(optimizer: Optimizer) -> Family:
     Raises:
         ValueError: For an optimizer that no table covers, or a wrapper whose updates the rate of the inner one does not scale.
     """
+    if is_lightning(optimizer, "LightningOptimizer"):  # what module.optimizers() gives
+        optimizer = optimizer.optimizer  # type: ignore[attr-defined]
     inner = inner_optimizer(optimizer)
     declared: Family | None = declared_family(optimizer) or (declared_family(inner) if inner is not optimizer else None)
     if declared is not None:
@@ -57,13 +60,15 @@ def family_of(optimizer: Optimizer) -> Family:
 
 def _no_table(optimizer: Optimizer, inner: Optimizer, why: str) -> ValueError:
     wrapped = f" (around {type(inner).__name__})" if inner is not optimizer else ""
+    use = f"Return the {type(inner).__name__} alone from configure_optimizers. " if wrapped else "Use one of them. "
+    if why.endswith("in its parameter groups"):
+        use = "Build it from param_groups(model, plan) and leave MuECallback out, or use a wrapper (ScheduleFreeWrapper). "
     return value_error(
         "optimizer",
         found=f"{type(optimizer).__name__}{wrapped}, {why}",
         expected="an Adam-like optimizer (Adam, AdamW, Lion), SGD, Muon or HyperSphereOptimizer, for which there are tables",
-        do=(f"Return the {type(inner).__name__} alone from configure_optimizers. " if wrapped else "Use one of them. ")
-        + "If you know that the updates scale like those of one of them, set the optimizer's attribute mue_family to 'adam', "
-        "'sgd', 'muon' or 'sphere'.",
+        do=f"{use}If you know that the updates scale like those of one of them, set the optimizer's attribute mue_family "
+        "to 'adam', 'sgd', 'muon' or 'sphere'.",
     )
 
 

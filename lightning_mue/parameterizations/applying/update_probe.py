@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import random
 import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -66,7 +67,12 @@ def measured_family(optimizer: Optimizer) -> tuple[Family | None, str]:
 
 def rate_counts(optimizer: Optimizer) -> tuple[bool, str]:
     """Whether a factor on the rate of the (inner) optimizer is one on the update, and what speaks against it."""
-    right, why = _tried(optimizer, lambda one: ("sgd", "") if _is_linear(one, _moved(one)[1]) else (None, _NOT_LINEAR))
+
+    def judge(one: Optimizer) -> tuple[Family | None, str]:
+        linear = _is(_moved(one, rate=3.0)[2] / _moved(one)[2], 3.0)
+        return ("sgd" if linear else None), _NOT_LINEAR
+
+    right, why = _tried(optimizer, judge)
     return right is not None, why
 
 
@@ -74,34 +80,47 @@ _NOT_LINEAR = "whose update is not proportional to the learning rate of its grou
 
 
 def _tried(optimizer: Optimizer, judge: Callable[[Optimizer], tuple[Family | None, str]]) -> tuple[Family | None, str]:
-    if not all(isinstance(group.get("lr"), (Real, Tensor)) for group in inner_optimizer(optimizer).param_groups):
+    groups = inner_optimizer(optimizer).param_groups
+    if not all(isinstance(group.get("lr"), (Real, Tensor)) for group in groups):
         return None, "which has no learning rate in its groups that could be scaled"
+    gpus = {p.device for group in groups for p in group["params"] if p.is_cuda}
+    state = random.getstate()
     try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.enable_grad():
+        with warnings.catch_warnings(), torch.random.fork_rng(gpus), torch.enable_grad():
             warnings.simplefilter("ignore")
-            return judge(optimizer)
+            random.seed(0), torch.default_generator.manual_seed(0)  # all ranks judge alike
+            with torch.compiler.set_stance("force_eager"):  # eight-bit optimizers compile their update
+                return judge(optimizer)
     except Exception as error:  # a foreign optimizer may raise anything; the message quotes it
         return None, f"whose update could not be tried on small matrices ({type(error).__name__}: {error})"
+    finally:
+        random.setstate(state)
 
 
 def _judge(optimizer: Optimizer) -> tuple[Family | None, str]:
-    before, moved = _moved(optimizer)
+    stored: list[list[dict[str, Any]]] = []
+    start, before, moved = _moved(optimizer, stored=stored)
     if not bool((moved > 0).all() and moved.isfinite().all()):
         return None, "whose update of a small matrix is 0 or not finite"
     growth = moved / before
     if not bool(((growth >= _GROWTH[0]) & (growth <= _GROWTH[1])).all()):
-        return (
-            None,
-            f"whose update changes by itself, at a constant rate and gradient (x {float(growth[0]):.3g} in {_PART} steps)",
-        )
-    if not _is_linear(optimizer, moved):
+        changes = f"(x {float(growth[0]):.3g} in {_PART} steps)"
+        return None, f"whose update changes by itself, at a constant rate and gradient {changes}"
+    if not _is(_moved(optimizer, rate=3.0, stored=stored)[2] / moved, 3.0):
         return None, _NOT_LINEAR
-    if not _is(_moved(optimizer, weights=32.0)[1] / moved, 1.0):
+    if kept := _noted(*stored):
+        return None, f"which keeps {kept!r}, which follows from the learning rate, in its parameter groups"
+    first, _, heavy = _moved(optimizer, weights=32.0)
+    if not (_is(heavy / moved, 1.0) and _is((first + moved) / (start + moved), 1.0)):
         return None, (
             "whose update depends on the size of the weights (a trust ratio, a rate relative to them, or a decay that is not in "
             "its groups)"
         )
-    linear, size = _moved(optimizer, gradients=256.0)[1] / moved, _moved(optimizer, side=32)[1] / moved
+    if not _is(_moved(optimizer, eps=0.1)[2] / moved, 1.0):
+        return None, "whose update depends on its eps, which is more than a guard against a division by 0"
+    if not _is(_moved(optimizer, others=256.0)[2] / moved, 1.0):
+        return None, "whose update of a matrix depends on the gradients of the others"
+    linear, size = _moved(optimizer, gradients=256.0)[2] / moved, _moved(optimizer, side=32)[2] / moved
     if not (_is(linear, 256.0) or _is(linear, 1.0)):
         return None, "whose update is neither linear in the gradient (SGD) nor independent of its scale (Adam)"
     if not _is(size, 1.0):
@@ -112,46 +131,75 @@ def _judge(optimizer: Optimizer) -> tuple[Family | None, str]:
     return ("sgd" if _is(linear, 256.0) else "adam"), ""
 
 
-def _is_linear(optimizer: Optimizer, moved: Tensor) -> bool:
-    return _is(_moved(optimizer, rate=3.0)[1] / moved, 3.0)
-
-
 def _is(values: Tensor, expected: float) -> bool:
     return bool(((values / expected - 1).abs() < _TOLERANCE).all())
 
 
 def _moved(
-    optimizer: Optimizer, *, rate: float = 1.0, gradients: float = 1.0, weights: float = 1.0, side: int = 8
-) -> tuple[Tensor, Tensor]:
-    """RMS of the way that each group's small matrix [side, side] goes in the second and in the third part of the steps.
+    optimizer: Optimizer,
+    *,
+    rate: float = 1.0,
+    gradients: float = 1.0,
+    others: float = 1.0,
+    weights: float = 1.0,
+    side: int = 8,
+    eps: float = 1.0,
+    stored: list[list[dict[str, Any]]] | None = None,
+) -> tuple[Tensor, ...]:
+    """RMS of the way that each group's first matrix [side, side] goes in each of the three parts of the steps.
 
     The gradient is of rank one, always in the same direction: a preconditioner or an orthogonalization then changes its size.
+    That of the second matrix of each group is ``others`` times as large. The groups at the end are added to ``stored``.
     """
-    groups = inner_optimizer(optimizer).param_groups
-    start = weights * torch.randn(side, side, generator=torch.Generator().manual_seed(0))
-    firsts = [next((p for p in group["params"] if not p.is_meta), start) for group in groups]
-    probes = [torch.nn.Parameter(start.clone().to(first.device)) for first in firsts]
-    clone = _clone(optimizer, {id(p): probe for g, probe in zip(groups, probes, strict=True) for p in g["params"]}, {})
+    clone, probes = _with_probes(optimizer, weights, side, eps)
     if callable(train := getattr(clone, "train", None)):
         train()  # a schedule-free one
-    sign = torch.where(torch.arange(side) % 3 == 0, -1.0, 1.0)
+    sign = torch.where(torch.arange(side, device="cpu") % 3 == 0, -1.0, 1.0)
     direction = gradients * torch.outer(sign, sign.flip(0))
-    sizes = 0.75 + 0.5 * torch.rand(3 * _PART, generator=torch.Generator().manual_seed(1))
-    places = []
+    sizes = 0.75 + 0.5 * torch.rand(3 * _PART, generator=torch.Generator().manual_seed(1), device="cpu")
+    places = [[first.detach().cpu().float().clone() for first, *_ in probes]]
     with _scaled(inner_optimizer(clone), rate):
         for step, size in enumerate(sizes.tolist(), 1):
-            _step(clone, probes, size * direction)
+            sized = size * direction
+            _step(clone, [(p, others * sized if place else sized) for pair in probes for place, p in enumerate(pair)])
             if step % _PART == 0:
-                places.append([probe.detach().cpu().clone() for probe in probes])
-    ways = [
+                places.append([first.detach().cpu().float().clone() for first, *_ in probes])
+    if stored is not None:
+        stored.append(inner_optimizer(clone).param_groups)
+    return tuple(
         torch.stack([(b - a).square().mean().sqrt() for a, b in zip(*ends, strict=True)]) for ends in pairwise(places)
-    ]
-    return ways[0], ways[1]
+    )
 
 
-def _step(optimizer: Optimizer, probes: list[torch.nn.Parameter], gradient: Tensor) -> None:
+def _with_probes(optimizer: Optimizer, weights: float, side: int, eps: float) -> tuple[Optimizer, list[Any]]:
+    """(a copy of an optimizer that holds small matrices, those of each group that holds any parameters: one or two)."""
+    groups = inner_optimizer(optimizer).param_groups
+    start = weights * torch.randn(side, side, generator=torch.Generator().manual_seed(0), device="cpu")
+    replaced, probes = {}, []
+    for group in (group for group in groups if group["params"]):
+        first = next((p for p in group["params"] if not p.is_meta), start)
+        pair = [torch.nn.Parameter(start.clone().to(first.device)) for _ in group["params"][:2]]
+        replaced.update({id(p): pair[min(place, 1)] for place, p in enumerate(group["params"])})
+        probes.append(pair)
+    clone = _clone(optimizer, replaced, {})
+    for group in inner_optimizer(clone).param_groups:
+        if isinstance(group.get("eps"), float):
+            group["eps"] *= eps
+    return clone, probes
+
+
+def _noted(groups: list[dict[str, Any]], at_other_rate: list[dict[str, Any]]) -> str | None:
+    """The name of a number that an optimizer stores in a group and that another rate changes; ScaledStep cannot keep it."""
+    for one, other in zip(groups, at_other_rate, strict=True):
+        for key, value in one.items():
+            if key not in ("lr", "initial_lr") and isinstance(value, (Real, Tensor)) and bool(value != other[key]):
+                return key
+    return None
+
+
+def _step(optimizer: Optimizer, gradients: list[tuple[torch.nn.Parameter, Tensor]]) -> None:
     def closure() -> Tensor:
-        for probe in probes:
+        for probe, gradient in gradients:
             probe.grad = gradient.to(probe.device, copy=True)
         return torch.ones((), requires_grad=True)
 
@@ -203,6 +251,8 @@ def _clone(optimizer: Optimizer, replaced: Mapping[int, Any], memo: dict[int, An
             vars(clone)[name] = memo.setdefault(id(value), _state(value, replaced))
         elif name != "step":  # a scheduler has replaced the method by its own
             vars(clone)[name] = _copied(value, replaced, memo)
+    if "differentiable" in vars(clone).get("defaults", {}):
+        clone.defaults["differentiable"] = False
     return clone
 
 
@@ -223,17 +273,19 @@ def _copied(value: Any, replaced: Mapping[int, Any], memo: Mapping[int, Any]) ->
 
 
 def _group(group: dict[str, Any], replaced: Mapping[int, Any], memo: dict[int, Any]) -> dict[str, Any]:
-    """A group with one small matrix, at a fixed rate (a warm-up starts at 0) and without decay."""
+    """A group with one or two small matrices, at a fixed rate (a warm-up starts at 0) and without decay."""
     if id(group) not in memo:
         copied = {key: _copied(value, replaced, memo) for key, value in group.items() if key != "params"}
         copied.update({key: 0.0 for key in copied if "weight_decay" in key and isinstance(copied[key], float)})
-        probes = [replaced[id(p)] for p in list(group["params"])[:1]]
-        memo[id(group)] = {
-            **copied,
-            "lr": _LR,
-            "params": probes,
-            **({"param_names": None} if "param_names" in copied else {}),
-        }
+        lr, names = group.get("lr"), copied.get("param_names")
+        copied["lr"] = torch.full_like(lr, _LR, device="cpu" if lr.is_meta else None) if isinstance(lr, Tensor) else _LR
+        copied["params"] = [replaced[id(p)] for p in list(group["params"])[:2]]
+        if names:
+            copied["param_names"] = names[:2]
+        # The matrices are leaves, and on the CPU where the parameters are on meta.
+        on_cpu = all(p.device.type == "cpu" for p in copied["params"])
+        copied.update({key: False for key in ("differentiable", *(["capturable"] if on_cpu else [])) if key in copied})
+        memo[id(group)] = copied
     return memo[id(group)]
 
 

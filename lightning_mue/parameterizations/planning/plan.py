@@ -79,6 +79,7 @@ def plan(
     rule, reason = rule.resolve(pair.axes, pair.base_axes) if rule.resolve is not None else (rule, None)
     # 3. Measure the base's weights. A plan that changes no size keeps the model's, unless constants are to multiply them.
     factors = constants.factors if constants is not None else {}
+    _check_factors(preset, factors, pair)
     keeps_weights = pair.same_shapes and not factors
     if not (keeps_weights or old.inits):
         old = replace(describe_base(model, base, roles, multipliers, measure=True), run=old.run)
@@ -122,6 +123,20 @@ def _check_patterns(roles: Mapping[str, str] | None, model: nn.Module, base: Mod
             found=f"pattern(s) {unused}, which match no parameter",
             expected=f"patterns on names of parameters of the model or its base: {listed(names, limit=8)}",
             do="Correct or remove them.",
+        )
+
+
+def _check_factors(preset: str | None, factors: Mapping[str, object], pair: Pair) -> None:
+    """Refuses a preset on a model with other names, which its constants would not reach."""
+    missed = [pattern for pattern in factors if not any(re.search(pattern, info.name) for info in pair.infos)]
+    matrices = [info.name for info in pair.infos if info.trainable and len(info.shape) > 1]
+    left = [name for name in matrices if not any(re.search(pattern, name) for pattern in factors)]
+    if missed and left:
+        raise value_error(
+            "preset",
+            found=f"{preset!r}, whose constants for {listed(missed)} reach no parameter, and which has none for {listed(left)}",
+            expected="a model with the names of MoELanguageModel, for which a preset's constants are given",
+            do="Name the parameters so, or leave `preset` out and give the base's constants by your own parameter groups.",
         )
 
 

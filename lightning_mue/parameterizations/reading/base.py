@@ -25,10 +25,12 @@ from lightning_mue.parameterizations.reading.initial.initializer import Init
 from lightning_mue.parameterizations.reading.initial.measuring import measure_build, measure_ready
 from lightning_mue.parameterizations.reading.overrides import (
     dotted,
+    flattened,
     is_configuration,
     override,
     own_copy,
     unknown_override,
+    value_at,
 )
 from lightning_mue.parameterizations.reading.parameters import role_patterns
 from lightning_mue.parameterizations.reading.record import VERSION, ModelRecord, describe
@@ -120,6 +122,14 @@ def _rebuild(model: nn.Module, overrides: Mapping[str, Any]) -> nn.Module:
     return _construct(cls, arguments, instantiator, overrides, names)
 
 
+def paired_values(model: nn.Module, overrides: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Path -> (the target's value, the base's) of overrides, also inside configurations; None is a value that is not known."""
+    signature = inspect.signature(type(model)).parameters
+    hparams, whole, _ = _hyperparameters(model, signature)
+    placed = {_placed(key, [*signature, *hparams], hparams, whole): value for key, value in overrides.items()}
+    return {path: (value_at(hparams, path), value) for path, value in flattened(placed, hparams).items()}
+
+
 def _hyperparameters(model: nn.Module, signature: Mapping[str, Any]) -> tuple[dict[str, Any], str | None, str | None]:
     """(hyperparameters, the one argument that holds them all if there is one, what makes the module from them)."""
     hparams = dict(getattr(model, "hparams", {}))
@@ -155,7 +165,10 @@ def _construct(
         if instantiator is not None:
             # LightningCLI stores the parsed configuration (nested classes as dicts) and the function that reads it.
             path, name = str(instantiator).rsplit(".", 1)
-            return getattr(importlib.import_module(path), name)(cls, arguments)
+            made = getattr(importlib.import_module(path), name)(cls, own_copy(arguments))
+            if callable(keep := getattr(made, "_set_hparams", None)):  # so that it can be rebuilt in its turn
+                keep({**arguments, "_instantiator": instantiator})
+            return made
         return cls(**arguments)
     except (TypeError, ValueError, KeyError, AttributeError, ArgumentError, SystemExit) as error:
         # A constructor that forwards **kwargs says only now what it does not take.

@@ -73,6 +73,33 @@ def dotted(values: Mapping[str, Any], prefix: str = "", depth: int = 4) -> list[
     return [*here, *inside]
 
 
+def value_at(values: Any, path: str) -> Any:
+    """The value at a dotted path, between a class and its ``init_args`` also without the latter; None if there is none."""
+    name, dot, rest = path.partition(".")
+    known = _names(values)
+    if path in known:
+        return _get(values, path)
+    if dot and name in known:
+        return value_at(_get(values, name), rest)
+    if isinstance(values, Mapping):
+        return value_at(values["init_args"], path) if values.get("init_args") else None
+    return getattr(values, path, None) if known else None  # transformers' other names of the same value
+
+
+def flattened(overrides: Mapping[str, Any], values: Any) -> dict[str, Any]:
+    """Overrides with a dotted path for each value inside a mapping that overrides a part of the target's configuration."""
+    flat: dict[str, Any] = {}
+    for key, new in overrides.items():
+        old = value_at(values, key)
+        same_class = not isinstance(new, Mapping) or new.get("class_path") in (None, value_at(old, "class_path"))
+        if isinstance(new, Mapping) and is_configuration(old) and same_class:
+            inside = flattened({name: one for name, one in new.items() if name != "class_path"}, old)
+            flat.update({f"{key}.{name}": one for name, one in inside.items()})
+        else:
+            flat[key] = new
+    return flat
+
+
 def is_configuration(value: object) -> bool:
     """Whether a value holds named values that can be overridden one by one."""
     return bool(_names(value))

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from lightning_mue.checks import value_error
-from lightning_mue.parameterizations.reading.base import RUN_KEYS, Base, build_base
+from lightning_mue.parameterizations.reading.base import RUN_KEYS, Base, build_base, paired_values
 
 #: How far a size lies from the base's in a verification: far enough that a wrong power of it shows, and cheap.
 _RATIOS = (4, 3, 2)
@@ -73,9 +73,9 @@ def _require_real(model: nn.Module, key: str) -> None:
 
 def _near(model: nn.Module, small: Mapping[str, Any]) -> dict[str, Any]:
     """Overrides that make the target near the base, the farthest that can be built and is small enough."""
-    own = dict(getattr(model, "hparams", {}))
+    pairs = paired_values(model, small)
     error: Exception | None = None
-    for sizes in _candidates(own, small):
+    for sizes in _candidates(pairs):
         try:
             made = build_base(model, sizes, device="meta")
             if sum(p.numel() for p in made.parameters()) <= _LARGEST:
@@ -91,9 +91,10 @@ def _near(model: nn.Module, small: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def _candidates(own: Mapping[str, Any], small: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _candidates(pairs: Mapping[str, tuple[Any, Any]]) -> Iterator[dict[str, Any]]:
+    known = {key: pair for key, pair in pairs.items() if pair[0] is not None}
     for ratio in _RATIOS:
-        yield {key: _scaled(key, own.get(key), value, ratio) for key, value in small.items()}
+        yield {key: _scaled(key, *pair, ratio) for key, pair in known.items()}
     yield {}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import pytorch_optimizer as po
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import (
@@ -227,3 +228,45 @@ def test_flattening_strategies_are_refused(strategy):
     trainer.strategy.__class__ = type("FSDP", (strategy,), {})
     with pytest.raises(ValueError, match=r"strategy: found FSDP, which flattens.*ModelParallelStrategy"):
         mue().setup(trainer, Net(), "fit")
+
+
+class ListedSlow(torch.optim.AdamW):
+    """Keeps slow weights in a list of its own, as several public Lookaheads do."""
+
+    def __init__(self, params, **settings):
+        super().__init__(params, **settings)
+        self.slow = [[p.detach().clone() for p in group["params"]] for group in self.param_groups]
+
+
+@pytest.mark.parametrize("make", [lambda p: po.Lookahead(torch.optim.AdamW(p)), ListedSlow], ids=["Lookahead", "list"])
+def test_slow_weights_start_from_what_is_drawn(make):
+    seen = {}
+
+    class Sees(Callback):
+        def on_train_start(self, trainer, pl_module):
+            (optimizer,) = trainer.optimizers
+            parameters = list(pl_module.parameters())
+            slow = optimizer.slow[0] if isinstance(optimizer, ListedSlow) else None
+            seen["slow"] = slow or [optimizer.state[p]["slow_params"].clone() for p in parameters]
+            seen["weights"] = [p.detach().clone() for p in parameters]
+
+    class Slow(Net):
+        def configure_optimizers(self):
+            return make(list(self.parameters()))
+
+    net = Slow()
+    old = weights(net)
+    make_trainer([mue(), Sees()], max_steps=1).fit(net)
+    assert any(not torch.equal(a, b) for a, b in zip(old.values(), seen["weights"], strict=True))
+    assert all(map(torch.equal, seen["slow"], seen["weights"]))
+
+
+def test_the_radius_of_sam_is_told():
+    class Sharp(Net):
+        automatic_optimization = False
+
+        def configure_optimizers(self):
+            return po.SAM(self.parameters(), base_optimizer=torch.optim.AdamW, lr=0.01, rho=0.05)
+
+    with pytest.warns(UserWarning, match=r"SAM's rho=0.05 is not scaled"):
+        make_trainer([mue()], max_steps=1, limit_train_batches=0).fit(Sharp())

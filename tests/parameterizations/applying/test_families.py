@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import random
 
 import pytest
 import pytorch_optimizer as po
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import nn
 
 from lightning_mue.parameterizations import ScaledStep, plan
@@ -45,6 +47,7 @@ ACCEPTED = {
     "adam": {
         "Adam": lambda p: torch.optim.Adam(p, lr=0.01),
         "RAdam": lambda p: torch.optim.RAdam(p, lr=0.01),
+        "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01),
         "Lion": lambda p: po.Lion(p, lr=0.01),
         "AdaBelief": lambda p: po.AdaBelief(p, lr=0.01),
         "Adan": lambda p: po.Adan(p, lr=0.01),
@@ -110,6 +113,11 @@ def test_updates_of_what_is_accepted_are_scaled(family, name):
         (lambda p: torch.optim.LBFGS(p), "0 or not finite"),
         (lambda p: po.PAdam(p, lr=0.01), "neither linear"),
         (lambda p: po.SWATS(p, lr=0.01), "in the middle"),
+        (lambda p: po.AdaDelta(p, lr=0.01), "depends on its eps"),
+        (lambda p: po.AvaGrad(p, lr=0.01, eps=1e-8), "gradients of the others"),
+        (lambda p: po.SRMM(p, lr=0.01), "size of the weights"),
+        (lambda p: po.ScheduleFreeAdamW(p, lr=0.01), r"keeps '.*param_groups\(model, plan\)"),
+        (lambda p: po.ScheduleFreeRAdam(p, lr=0.01), "keeps '"),
         (lambda p: po.Lookahead(po.Lamb(p, lr=0.01)), "around Lamb.*Return the Lamb alone"),
     ],
 )
@@ -123,6 +131,62 @@ def test_an_update_of_another_kind_is_refused_whatever_its_name(make, why):
     optimizer.mue_family = "adam"
     if "Lookahead" not in type(optimizer).__name__:
         assert family_of(optimizer) == "adam"
+
+
+class TensorRate(torch.optim.AdamW):
+    """Insists on a tensor, as eight-bit optimizers do, and draws random numbers (a stochastic rounding)."""
+
+    def __init__(self, params, lr=1e-3, **settings):
+        super().__init__(params, torch.tensor(lr), foreach=False, **settings)
+
+    def step(self, closure=None):
+        assert all(isinstance(group["lr"], torch.Tensor) for group in self.param_groups)
+        random.random(), torch.rand(1)
+        return super().step(closure)
+
+
+class AsksForAClosure(torch.optim.AdamW):
+    def step(self, closure):
+        with torch.enable_grad():
+            closure()
+        return super().step()
+
+
+class Own(torch.optim.AdamW):
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: TensorRate(p),
+        lambda p: AsksForAClosure(p),
+        lambda p: Own(p, amsgrad=True, maximize=True, weight_decay=0.5, lr=0.0),
+        lambda p: Own(p, differentiable=True),
+        lambda p: Own(p, fused=True),
+        lambda p: Own([{"params": p}, {"params": [], "lr": 1.0}]),
+        lambda p: Own([(f"p{i}", one) for i, one in enumerate(p)]),
+        lambda p: Own([p[0].detach().bfloat16().requires_grad_()]),
+        lambda p: Own([torch.empty(4, 4, device="meta", requires_grad=True)], capturable=True),
+        lambda p: LightningOptimizer(adamw(p)),
+    ],
+    ids=["tensor", "closure", "options", "differentiable", "fused", "empty", "named", "bf16", "meta", "Lightning"],
+)
+def test_a_sound_subclass_is_accepted_and_left_alone(make):
+    optimizer = make(list(Net(8).parameters()))
+    weights = [p.detach().clone() for group in optimizer.param_groups for p in group["params"] if not p.is_meta]
+    before = str(optimizer.state_dict()), str(optimizer.defaults), random.getstate(), torch.get_rng_state().tolist()
+    assert family_of(optimizer) == "adam"
+    assert before == (
+        str(optimizer.state_dict()),
+        str(optimizer.defaults),
+        random.getstate(),
+        torch.get_rng_state().tolist(),
+    )
+    held = [p for group in optimizer.param_groups for p in group["params"] if not p.is_meta]
+    assert all(map(torch.equal, weights, held))
+    assert all(p.grad is None for p in held)
 
 
 def test_a_declared_wrapper_must_be_scaled_by_the_one_inside():

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from lightning_mue.parameterizations.reading.base import build_base
+from lightning_mue.parameterizations.reading.base import build_base, paired_values
 
 
 @dataclass
@@ -105,3 +105,38 @@ def test_modules_that_replace_blocks_are_planned_on_meta():
         target = Replaced()
     scaling = plan(target, base={"width": 16})
     assert scaling["model.model.layers.0.mlp.moe.experts.w_up"].lr == 0.5
+
+
+class Inner(nn.Module):
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+
+class Outer(LightningModule):
+    def __init__(self, net: Inner, depth: int = 2) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = net
+
+
+@pytest.mark.parametrize("base", [{"net.init_args.width": 8}, {"net": {"init_args": {"width": 8}}}, {"net.width": 8}])
+def test_a_base_of_lightning_cli_can_be_rebuilt_in_its_turn(base):
+    """A verification makes the target near the base, and rebuilds it for its plan."""
+    outer = Outer(Inner())
+    inner = {"class_path": f"{__name__}.Inner", "init_args": {"width": 32}}
+    outer._set_hparams({"net": inner, "depth": 2, "_instantiator": "lightning.pytorch.cli.instantiate_module"})
+    assert list(paired_values(outer, base).values()) == [(32, 8)]
+    made = build_base(outer, base)
+    assert made.net.linear.in_features == 8
+    assert build_base(made, {"net.init_args.width": 16}).net.linear.in_features == 16
+    assert build_base(made, {}).net.linear.in_features == 8
+
+
+def test_values_are_paired_at_any_depth():
+    keeps = Flat.__new__(Flat)
+    nn.Module.__init__(keeps)
+    keeps._hparams_initial = None
+    keeps._set_hparams({"a": {"b": {"c": 3}, "d": 4}, "e": 5})
+    base = {"a": {"b": {"c": 1}}, "a.d": 2, "e": 1, "f": 7}
+    assert paired_values(keeps, base) == {"a.b.c": (3, 1), "a.d": (4, 2), "e": (5, 1), "f": (None, 7)}

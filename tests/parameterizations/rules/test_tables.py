@@ -468,3 +468,25 @@ def test_the_tuned_constants_of_mssp(preset, regime, E, a, h):
     assert down.init.value == pytest.approx(expected, rel=0.02)
     assert down.lr == pytest.approx(256 if regime == "II" else 128)
     assert MSSP.presets[preset].base["route_scale"] == pytest.approx(1 / a)
+
+
+def test_a_preset_is_refused_where_its_constants_reach_nothing():
+    """Its patterns are the names of our model; on another, some or all constants would be left out without a word."""
+    roles = {"stem": "embedding", "^h": "hidden", "head": "unembedding"}
+
+    def other(width, stem="stem"):
+        made = {
+            stem: torch.nn.Embedding(8, width),
+            "h": torch.nn.Linear(width, width),
+            "head": torch.nn.Linear(width, 8),
+        }
+        return torch.nn.ModuleDict(made)
+
+    with pytest.raises(
+        ValueError, match=r"preset: found 'paper-II', whose constants .* none for stem.weight, h.weight"
+    ):
+        plan(other(64), base=lambda: other(32), rule="mssp", preset="paper-II", roles=roles)
+    some = {"embedding": "embedding", "^h": "hidden", "head": "unembedding"}
+    with pytest.raises(ValueError, match=r"preset: found 'paper-III'.* none for h.weight, head.weight"):
+        plan(other(64, "embedding"), base=lambda: other(32, "embedding"), rule="mssp", preset="paper-III", roles=some)
+    assert plan(other(64), base=lambda: other(32), rule="mssp", roles=roles)["h.weight"].lr == 0.5
