@@ -179,8 +179,8 @@ class MoELayer(KeepsMultipliers, KeepsPasses, LightningModule):
         # Scaling the K gates of a token is cheaper than scaling its d outputs.
         scaled = replace(routing, gates=routing.gates * (scale * self.route_scale))
         y_Td = self.experts(x_Td, scaled, None if self.shared is None else lambda: scale * self._shared_output(x_Td))
-        self._keep(routing, sequences, reentrant=x.requires_grad and not torch.is_grad_enabled())
         y: Tensor = y_Td.view_as(x)
+        self._keep(routing, sequences, y, reentrant=x.requires_grad and not torch.is_grad_enabled())
         return y
 
     @classmethod
@@ -217,7 +217,7 @@ class MoELayer(KeepsMultipliers, KeepsPasses, LightningModule):
         y_Td: Tensor = self.shared(x_Td)
         return y_Td if self.shared_gate is None else torch.sigmoid(self.shared_gate(x_Td)) * y_Td
 
-    def _keep(self, routing: RoutingInfo, sequences: int, *, reentrant: bool) -> None:
+    def _keep(self, routing: RoutingInfo, sequences: int, y: Tensor, *, reentrant: bool) -> None:
         """Keeps what a pass leaves behind."""
         has_loss = bool(self.aux_loss_coef or self.z_loss_coef)
         if self.training and reentrant and has_loss:
@@ -226,7 +226,7 @@ class MoELayer(KeepsMultipliers, KeepsPasses, LightningModule):
             # The loss is computed when it is read: so it is not part of what activation checkpointing runs again, when the
             # model's mask and the earlier counts are others. Compiled code hands out tensors only.
             loss = self._auxiliary_loss(routing, sequences) if has_loss else None
-            self.keep_pass(routing, loss() if loss is not None and torch.compiler.is_compiling() else loss)
+            self.keep_pass(routing, loss() if loss is not None and torch.compiler.is_compiling() else loss, y)
         elif torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
             self._latest = routing.detach()
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_mue.moe import MoELayer, follow_attention_mask, real_tokens
+from lightning_mue.moe.passes import _warn_of_unused_loss
 
 E, K = 6, 2
 
@@ -50,6 +51,50 @@ def test_passes_before_one_loss_add_up():
     torch.testing.assert_close(found, expected)
     layer(other)  # read: it starts anew
     torch.testing.assert_close(layer.aux_loss, switch(layer, other)[0], check_dtype=False)
+
+
+def test_what_was_only_looked_at_stays_in_the_sum():
+    """Logged after each pass, as a number, and read for the loss at the end; in no order does a pass count twice or not at all."""
+    layer, (a, b) = make(), torch.randn(2, 10, 8).double()
+    y = layer(a)
+    seen = float(layer.aux_loss)
+    y = y + layer(b)
+    seen += float(layer.aux_loss)
+    total = layer.aux_loss
+    expected = switch(layer, a)[0] + switch(layer, b)[0]
+    assert seen == pytest.approx(float(switch(layer, a)[0] + expected))
+    torch.testing.assert_close(total, expected, check_dtype=False)
+    (y.sum() + total).backward()
+    assert layer.aux_loss == total  # to log it after the backward pass
+    layer(a)
+    torch.testing.assert_close(layer.aux_loss, switch(layer, a)[0], check_dtype=False)
+    layer.forget_losses()
+    parts = [layer(x).sum() + layer.aux_loss for x in (a, b)]
+    parts[1] = parts[1] + 0 * layer.aux_loss
+    (found,) = torch.autograd.grad(sum(parts), layer.router.weight)
+    y = [layer(x).sum() for x in (a, b)]
+    (wanted,) = torch.autograd.grad(y[0] + y[1] + layer.aux_loss, layer.router.weight)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_a_batch_that_is_thrown_away_takes_its_loss_along():
+    layer, (a, b) = make(), torch.randn(2, 10, 8).double()
+    loss = layer(a * float("nan")).sum() + layer.aux_loss
+    del loss  # not finite: the step is left out
+    layer(b)
+    torch.testing.assert_close(layer.aux_loss, switch(layer, b)[0], check_dtype=False)
+
+
+@pytest.mark.parametrize("added", [True, False])
+def test_a_loss_that_was_read_and_not_added_is_warned_of(added):
+    _warn_of_unused_loss.cache_clear()
+    layer = make()
+    y = layer(torch.randn(10, 8).double()).sum()
+    logged = layer.aux_loss
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        (y + logged if added else y).backward()
+    assert ["aux_loss: found one that was read" in str(w.message) for w in caught] == [True] * (not added)
 
 
 @pytest.mark.parametrize("how", ["backward", "step"])
@@ -124,9 +169,8 @@ def masks():
 def test_padding_that_the_model_is_told_of_does_not_count(kind):
     mask, real = masks()[kind]
     model, x = Decoder(), torch.randn(2, 7, 8).double()
-    expected_y = model(x)
-    assert model.layer.aux_loss is not None
-    model.layer.pending_counts.zero_()
+    with torch.no_grad():
+        expected_y = model(x)
     assert follow_attention_mask(model) == follow_attention_mask(model) == [""]
     y = model(x, mask)
     loss, counts = switch(model.layer, x[real])
