@@ -27,6 +27,7 @@ class MoEBase(nn.Module):
     earlier_counts: Tensor | None
     pending_counts: Tensor | None
     token_masks: tuple[Tensor | None, ...]
+    has_followed: bool
 
     @property
     def n_experts(self) -> int:

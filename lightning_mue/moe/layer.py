@@ -224,22 +224,21 @@ class MoELayer(KeepsMultipliers, KeepsPasses, LightningModule):
             _warn_of_reentrant_checkpoint()
         if is_training_pass(self):
             # The loss is computed when it is read: so it is not part of what activation checkpointing runs again, when the
-            # model's mask and the earlier counts are others. Compiled code hands out tensors only.
-            loss = self._auxiliary_loss(routing, sequences) if has_loss else None
-            self.keep_pass(routing, loss() if loss is not None and torch.compiler.is_compiling() else loss, y)
+            # model's mask and the earlier counts are others. Compiled code computes it where there is no mask to differ.
+            load = self._load(routing) if has_loss and self.aux_loss_coef else None
+            loss = partial(self._loss_of, routing, load, sequences) if has_loss else None
+            now = loss is not None and torch.compiler.is_compiling() and not self.has_followed
+            self.keep_pass(routing, loss() if now else loss, y)
         elif torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
             self._latest = routing.detach()
 
-    def _auxiliary_loss(self, routing: RoutingInfo, sequences: int) -> Callable[[], Tensor]:
-        """Computes the load now, over all ranks where asked for, and returns what computes the loss."""
-        load = None
-        if self.aux_loss_coef:
-            counts_NE = routing.sequence_counts
-            assert counts_NE is not None
-            load = counts_NE, counts_NE.sum(-1) / self.top_k
-            if self.balance_scope == "global":
-                load = global_load(routing.counts, self.earlier_counts, self.top_k)
-        return partial(self._loss_of, routing, load, sequences)
+    def _load(self, routing: RoutingInfo) -> tuple[Tensor, Tensor]:
+        """The load, over all ranks where asked for, that `load_balancing_loss` takes."""
+        if self.balance_scope == "global":
+            return global_load(routing.counts, self.earlier_counts, self.top_k)
+        counts_NE = routing.sequence_counts
+        assert counts_NE is not None
+        return counts_NE, counts_NE.sum(-1) / self.top_k
 
     def _loss_of(self, routing: RoutingInfo, load: tuple[Tensor, Tensor] | None, sequences: int) -> Tensor:
         loss = routing.logits.new_zeros(())

@@ -107,6 +107,7 @@ class KeepsPasses(MoEBase):
     def start_passes(self) -> None:
         """Forgets all passes."""
         self.token_masks: tuple[Tensor | None, ...] = ()
+        self.has_followed = False
         self.earlier_counts: Tensor | None = None
         self.pending_counts = torch.zeros(self.n_experts, dtype=torch.int64) if "bias" in self.balances else None
         self._trained: RoutingInfo | None = None
@@ -167,12 +168,16 @@ class KeepsPasses(MoEBase):
     def keep_pass(self, routing: RoutingInfo, loss: Tensor | Callable[[], Tensor] | None, y: Tensor) -> None:
         """Keeps a training pass with output `y`; `loss` is its auxiliary loss, or computes it."""
         compiling = torch.compiler.is_compiling()
-        for counted in (self.pending_counts, self.earlier_counts):
-            if counted is not None:
-                if compiling:
-                    _count_pass(counted, routing.counts)
-                else:
-                    counted += routing.counts
+        for name in ("pending_counts", "earlier_counts"):
+            counted = getattr(self, name)
+            if counted is None:
+                continue
+            if compiling:
+                _count_pass(counted, routing.counts)
+            elif counted.is_meta:  # made there, and given weights one by one
+                setattr(self, name, routing.counts.clone())
+            else:
+                counted += routing.counts
         self._trained = self._latest = routing.detach()
         if loss is None:
             return
@@ -198,12 +203,14 @@ class KeepsPasses(MoEBase):
         name = f"{prefix}pending_counts"
         rest = {key: value for key, value in state_dict.items() if key != name} if name in state_dict else state_dict
         super()._load_from_state_dict(rest, prefix, *args)
-        counts_E = self.pending_counts
+        counts_E, bias_E = self.pending_counts, state_dict.get(f"{prefix}router.balance_bias")
+        if counts_E is not None and counts_E.is_meta and bias_E is not None and not bias_E.is_meta:  # it is assigned
+            self.pending_counts = counts_E = torch.zeros_like(counts_E, device=bias_E.device)
         if counts_E is None or counts_E.is_meta:
             return
         if name in state_dict:
             counts_E.copy_(state_dict[name])
-        elif f"{prefix}router.balance_bias" in state_dict:  # all of the layer, saved after a step
+        elif bias_E is not None:  # all of the layer, saved after a step
             counts_E.zero_()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

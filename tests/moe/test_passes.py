@@ -270,3 +270,19 @@ def test_a_half_precision_state_leaves_the_bias_in_float32():
     layer.load_state_dict({name: t.bfloat16() for name, t in layer.state_dict().items()}, assign=True)
     assert layer.router.balance_bias.dtype == torch.float32
     assert layer.router.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("assign", [True, False])
+def test_a_layer_made_on_meta_counts(assign):
+    with torch.device("meta"):
+        layer = MoELayer(8, 16, E, K, balance="bias")
+    source = MoELayer(8, 16, E, K, balance="bias")
+    source(torch.randn(5, 8))
+    if assign:
+        layer.load_state_dict(source.state_dict(), assign=True)
+    else:  # as transformers does
+        for name, tensor in [*source.named_parameters(), *source.named_buffers()]:
+            owner, _, last = name.rpartition(".")
+            setattr(layer.get_submodule(owner), last, tensor)
+    layer(torch.randn(5, 8))
+    assert layer.pending_counts.sum() == K * (10 if assign else 5)
