@@ -134,6 +134,17 @@ class Decoder(nn.Module):
         return checkpoint(self.layer, input_ids, use_reentrant=False)
 
 
+class Chunks(Decoder):
+    """Gives its layer one half of each sequence after the other, or all tokens in a row."""
+
+    flat = False
+
+    def forward(self, input_ids, attention_mask=None):
+        if self.flat:
+            return self.layer(input_ids.flatten(0, 1)).view_as(input_ids)
+        return torch.cat([self.layer(part) for part in input_ids.chunk(2, 1)], 1)
+
+
 class Pair(nn.Module):
     """Encoder and decoder, each with a mask of its own."""
 
@@ -196,6 +207,59 @@ def test_encoder_and_decoder_follow_their_own_masks():
     assert not model.encoder.layer.pending_counts.any()
 
 
+def test_a_part_of_a_sequence_does_not_get_the_masks_last_entries():
+    model, x = Chunks(), torch.randn(2, 6, 8).double()
+    mask = torch.arange(9) < torch.tensor([[9], [5]])
+    follow_attention_mask(model)
+    with pytest.warns(UserWarning, match=r"attention_mask: found shape \[2, 6\], .* \[2, 3\]"):
+        model(x, mask)
+    assert model.layer.pending_counts.sum() == 12 * K
+    model.layer.pending_counts.zero_()
+    model.flat = True
+    model(x, mask)  # with a cache of three keys before
+    assert model.layer.pending_counts.sum() == 8 * K
+
+
+def test_a_hook_that_raises_leaves_the_mask_around_it():
+    model, x = Decoder(), torch.randn(1, 4, 8).double()
+    follow_attention_mask(model)
+
+    def fail(*_):
+        raise RuntimeError
+
+    hook = model.register_forward_pre_hook(fail)
+    with real_tokens(model, torch.tensor([[1, 1, 1, 0]])):
+        with pytest.raises(RuntimeError):
+            model(x)
+        hook.remove()
+        model.layer(x)
+    assert model.layer.pending_counts.sum() == 3 * K
+    assert not model.layer.token_masks
+
+
+@pytest.mark.slow
+def test_a_compiled_layer_under_checkpointing_follows_the_mask():
+    class Compiled(Decoder):
+        def forward(self, input_ids, attention_mask=None):
+            return checkpoint(self.run, input_ids, use_reentrant=False)
+
+    model, x, mask = Compiled(), torch.randn(2, 7, 8).double(), torch.arange(7) < torch.tensor([[7], [3]])
+    follow_attention_mask(model)
+    grads = []
+    for run in (model.layer, torch.compile(model.layer, backend="aot_eager")):
+        object.__setattr__(model, "run", run)
+        model.zero_grad()
+        total = model(x, mask).square().sum() + model.layer.aux_loss
+        total.backward()
+        grads.append(model.layer.router.weight.grad.clone())
+        assert model.layer.last_routing.counts.sum() == 10 * K
+    assert model.layer.pending_counts.sum() == 2 * 10 * K
+    torch.testing.assert_close(grads[1], grads[0])
+    assert not torch.allclose(
+        grads[0], torch.autograd.grad(model(x).square().sum() + model.layer.aux_loss, model.layer.router.weight)[0]
+    )
+
+
 def test_a_mask_by_hand_and_one_that_does_not_fit():
     layer, x = make(balance_scope="sequence", z_loss_coef=0.5), torch.randn(2, 5, 8).double()
     real = torch.arange(5) < torch.tensor([[5], [2]])
@@ -250,8 +314,13 @@ def test_arguments_without_effect_are_refused(settings, match):
 def test_a_coefficient_beside_the_bias_adds_the_switch_loss():
     assert MoELayer(8, 16, E, balance="bias", aux_loss_coef=0.5).balances == ("bias", "switch")
     old = {"aux_loss_coef": 0.01, "bias_update_rate": 0.001}  # every config of an earlier version holds both
-    assert MoELayer(8, 16, E, balance="none", **old).balances == ()
-    assert MoELayer(8, 16, E, balance="bias", **old).balances == ("bias",)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert MoELayer(8, 16, E, balance="none", **old).balances == ()
+        for loss in ("switch", "sequence"):
+            assert MoELayer(8, 16, E, balance=["bias", loss], **old).aux_loss_coef == 0.01
+    with pytest.warns(UserWarning, match=r"aux_loss_coef: found 0.01 beside .* set balance=\['bias', 'switch'\]"):
+        assert MoELayer(8, 16, E, balance="bias", **old).balances == ("bias",)
 
 
 @pytest.mark.parametrize("scoring", ["topk-softmax", "softmax-topk", "sigmoid", "sigmoid-normalized"])
