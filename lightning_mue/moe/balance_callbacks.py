@@ -21,7 +21,6 @@ from lightning_mue.moe.base import MoEBase
 from lightning_mue.moe.masks import follow_attention_mask
 from lightning_mue.names import clean_name
 
-
 _KEY = "lightning_mue_pending_counts"  # in a checkpoint of the Trainer
 
 

@@ -11,7 +11,7 @@ from lightning_mue.moe.router import Router
 
 
 class MoEBase(nn.Module):
-    """An MoE layer without its forward pass. `MoELayer` describes the attributes."""
+    """An MoE layer without its forward pass. `MoELayer` describes the attributes; `has_followed`: whether it ever had a mask."""
 
     router: Router
     experts: Experts

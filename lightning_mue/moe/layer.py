@@ -82,9 +82,9 @@ class MoELayer(KeepsMultipliers, KeepsPasses, LightningModule):
         experts: The routed experts.
         shared: The shared expert, or None.
         shared_gate: The linear map [1, d] of its gate, or None.
-        aux_loss: The auxiliary losses of the training passes since it was last read, in sum, 0-dim float32 with their graph;
+        aux_loss: The auxiliary losses of the training passes that are in no loss yet, in sum, 0-dim float32 with their graph;
             read again before the next training pass it is the same. 0 in evaluation mode and when nothing asks for it. A
-            backward pass or an optimizer step drops what nobody read.
+            backward pass or an optimizer step drops those before it.
         last_routing: `RoutingInfo` of the last training pass (in evaluation mode: of the last pass), detached; None before.
         pending_counts: Assignments of each expert in the training passes since the last update of the bias, int64 [E], with
             "bias" only, else None. In the state dict where it is not zero.
@@ -227,8 +227,8 @@ class MoELayer(KeepsMultipliers, KeepsPasses, LightningModule):
             # model's mask and the earlier counts are others. Compiled code computes it where there is no mask to differ.
             load = self._load(routing) if has_loss and self.aux_loss_coef else None
             loss = partial(self._loss_of, routing, load, sequences) if has_loss else None
-            now = loss is not None and torch.compiler.is_compiling() and not self.has_followed
-            self.keep_pass(routing, loss() if now else loss, y)
+            now = torch.compiler.is_compiling() and not self.has_followed
+            self.keep_pass(routing, loss() if loss is not None and now else loss, y)
         elif torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
             self._latest = routing.detach()
 
