@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from lightning_mue.checks import (
+    mismatch,
     require_non_negative,
     require_number,
     require_positive,
@@ -37,10 +39,17 @@ def check_sizes(given: Mapping[str, Any]) -> None:
 
 
 def check_effects(given: Mapping[str, Any]) -> None:
-    """Refuses arguments that have no effect; not those of experts in a model without, which may be a base."""
+    """Refuses or warns of arguments that have no effect; not those of experts in a model without, which may be a base."""
     if given["tie_embeddings"] and given["embedding_std"] != 1.0:
         expected = "its default with tie_embeddings=True, where unembedding_std is the standard deviation of both"
         raise value_error("embedding_std", found=given["embedding_std"], expected=expected, do="Give unembedding_std.")
+    if given["n_experts"] and given["moe_every"] > given["depth"]:  # warned of only: it may be a dense base
+        found = (
+            f"{given['moe_every']} with depth={given['depth']} and n_experts={given['n_experts']}: no block has experts"
+        )
+        do = "Lower moe_every, or set n_experts=0."
+        expected = "at most the depth"
+        warnings.warn(mismatch("moe_every", found=found, expected=expected, do=do), stacklevel=3)
 
 
 def check_options(n_experts: int, top_k: int, n_groups: int, options: Mapping[str, Any]) -> None:

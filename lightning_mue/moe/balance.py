@@ -117,6 +117,7 @@ def update_balance_bias(bias_E: Tensor, counts_E: Tensor, top_k: int, rate: floa
     | "proportional" | ``b_i -= rate * (load_i - K / E)``      | arXiv:2601.20205; sums to 0 over experts |
     | "sign"         | ``b_i -= rate * sign(load_i - K / E)``  | arXiv:2408.15664, DeepSeek-V3            |
 
+    The sign form's sum drifts, which changes no choice: what all experts share does not (some codes subtract it).
     Without tokens it does nothing.
 
     Args:

@@ -19,6 +19,9 @@ from lightning_mue.checks import mismatch
 from lightning_mue.moe.balance import update_balance_bias
 from lightning_mue.moe.base import MoEBase
 from lightning_mue.moe.masks import follow_attention_mask
+from lightning_mue.names import clean_name
+
+_KEY = "lightning_mue_pending_counts"  # in a checkpoint of the Trainer
 
 
 class _PerStep(Callback):
@@ -103,7 +106,8 @@ class LossFreeBalance(_PerStep):
 
     The layers count the assignments of all their training passes since the last step (`MoELayer.pending_counts`); they are
     summed over ranks, with one collective a step for all layers together. A layer whose weights another optimizer holds waits
-    for that one. Counts of an unfinished accumulation are in the layers' state dict, those of the saving rank only.
+    for that one. Counts of an unfinished accumulation are in the layers' state dict; a checkpoint of the Trainer has the sum over
+    ranks, which rank 0 goes on with, so that a resumed run is exact on any number of ranks.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -164,6 +168,21 @@ class LossFreeBalance(_PerStep):
         """Restores the counts of an unfinished accumulation from a checkpoint of an earlier version, which held them here."""
         self._restored = dict(state_dict.get("pending", {}))
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Adds the counts of all ranks, which also distributed checkpoints then hold."""
+        layers = {clean_name(n): m for n, m in pl_module.named_modules() if isinstance(m, MoEBase) and self.wants(m)}
+        counts = self._counts_of_all_ranks(trainer, layers.values()) if layers else ()
+        checkpoint[_KEY] = dict(zip(layers, counts, strict=True))
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Gives the counts of all ranks to rank 0, after the model's own state is loaded."""
+        for name, layer in pl_module.named_modules() if _KEY in checkpoint else ():
+            if isinstance(layer, MoEBase) and layer.pending_counts is not None:
+                layer.pending_counts.zero_()
+                counts_E = checkpoint[_KEY].get(clean_name(name))
+                if trainer.global_rank == 0 and counts_E is not None:
+                    layer.pending_counts += counts_E.to(layer.pending_counts.device)
+
     def _remove(self) -> None:
         for hook in self._hooks:
             hook.remove()
@@ -173,19 +192,22 @@ class LossFreeBalance(_PerStep):
         self._update(trainer, layers)
 
     def _update(self, trainer: Trainer, layers: list[MoEBase]) -> None:
-        pending = [layer.pending_counts for layer in layers if layer.pending_counts is not None]
-        counts = trainer.strategy.reduce(torch.cat(pending), reduce_op="sum")
-        sizes = [layer.router.n_experts for layer in layers]
-        for layer, counts_E in zip(layers, counts.split(sizes), strict=True):
+        counts = self._counts_of_all_ranks(trainer, layers)
+        for layer, counts_E in zip(layers, counts, strict=True):
             bias_E, top_k = layer.router.balance_bias, layer.router.top_k
             update_balance_bias(bias_E, counts_E, top_k, layer.bias_update_rate, layer.bias_update)
-        for counts_E in pending:
-            counts_E.zero_()
+            if layer.pending_counts is not None:
+                layer.pending_counts.zero_()
         if not self._warned and not all(layer.training for layer in layers):
             self._warned = True
             expected = "training mode: passes in evaluation mode are not counted, and the bias stays as it is"
             do = "Call model.train() before fitting (transformers' from_pretrained returns a model in evaluation mode)."
             rank_zero_warn(mismatch("training", found="a MoELayer in evaluation mode", expected=expected, do=do))
+
+    @staticmethod
+    def _counts_of_all_ranks(trainer: Trainer, layers: Iterable[MoEBase]) -> tuple[Tensor, ...]:
+        pending = [layer.pending_counts for layer in layers if layer.pending_counts is not None]
+        return trainer.strategy.reduce(torch.cat(pending), reduce_op="sum").split([len(each) for each in pending])
 
 
 def warn_of_missing_callbacks(trainer: Trainer, pl_module: LightningModule) -> None:

@@ -11,7 +11,7 @@ from lightning_mue.moe.router import Router
 
 
 class MoEBase(nn.Module):
-    """An MoE layer without its forward pass. `MoELayer` describes the attributes."""
+    """An MoE layer without its forward pass. `MoELayer` describes the attributes; `has_followed`: whether it ever had a mask."""
 
     router: Router
     experts: Experts
@@ -27,6 +27,7 @@ class MoEBase(nn.Module):
     earlier_counts: Tensor | None
     pending_counts: Tensor | None
     token_masks: tuple[Tensor | None, ...]
+    has_followed: bool
 
     @property
     def n_experts(self) -> int:

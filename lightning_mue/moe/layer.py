@@ -82,9 +82,9 @@ class MoELayer(KeepsMultipliers, KeepsPasses, LightningModule):
         experts: The routed experts.
         shared: The shared expert, or None.
         shared_gate: The linear map [1, d] of its gate, or None.
-        aux_loss: The auxiliary losses of the training passes since it was last read, in sum, 0-dim float32 with their graph;
+        aux_loss: The auxiliary losses of the training passes that are in no loss yet, in sum, 0-dim float32 with their graph;
             read again before the next training pass it is the same. 0 in evaluation mode and when nothing asks for it. A
-            backward pass or an optimizer step drops what nobody read.
+            backward pass or an optimizer step drops those before it.
         last_routing: `RoutingInfo` of the last training pass (in evaluation mode: of the last pass), detached; None before.
         pending_counts: Assignments of each expert in the training passes since the last update of the bias, int64 [E], with
             "bias" only, else None. In the state dict where it is not zero.
@@ -179,8 +179,8 @@ class MoELayer(KeepsMultipliers, KeepsPasses, LightningModule):
         # Scaling the K gates of a token is cheaper than scaling its d outputs.
         scaled = replace(routing, gates=routing.gates * (scale * self.route_scale))
         y_Td = self.experts(x_Td, scaled, None if self.shared is None else lambda: scale * self._shared_output(x_Td))
-        self._keep(routing, sequences, reentrant=x.requires_grad and not torch.is_grad_enabled())
         y: Tensor = y_Td.view_as(x)
+        self._keep(routing, sequences, y, reentrant=x.requires_grad and not torch.is_grad_enabled())
         return y
 
     @classmethod
@@ -217,29 +217,28 @@ class MoELayer(KeepsMultipliers, KeepsPasses, LightningModule):
         y_Td: Tensor = self.shared(x_Td)
         return y_Td if self.shared_gate is None else torch.sigmoid(self.shared_gate(x_Td)) * y_Td
 
-    def _keep(self, routing: RoutingInfo, sequences: int, *, reentrant: bool) -> None:
+    def _keep(self, routing: RoutingInfo, sequences: int, y: Tensor, *, reentrant: bool) -> None:
         """Keeps what a pass leaves behind."""
         has_loss = bool(self.aux_loss_coef or self.z_loss_coef)
         if self.training and reentrant and has_loss:
             _warn_of_reentrant_checkpoint()
         if is_training_pass(self):
             # The loss is computed when it is read: so it is not part of what activation checkpointing runs again, when the
-            # model's mask and the earlier counts are others. Compiled code hands out tensors only.
-            loss = self._auxiliary_loss(routing, sequences) if has_loss else None
-            self.keep_pass(routing, loss() if loss is not None and torch.compiler.is_compiling() else loss)
+            # model's mask and the earlier counts are others. Compiled code computes it where there is no mask to differ.
+            load = self._load(routing) if has_loss and self.aux_loss_coef else None
+            loss = partial(self._loss_of, routing, load, sequences) if has_loss else None
+            now = torch.compiler.is_compiling() and not self.has_followed
+            self.keep_pass(routing, loss() if loss is not None and now else loss, y)
         elif torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
             self._latest = routing.detach()
 
-    def _auxiliary_loss(self, routing: RoutingInfo, sequences: int) -> Callable[[], Tensor]:
-        """Computes the load now, over all ranks where asked for, and returns what computes the loss."""
-        load = None
-        if self.aux_loss_coef:
-            counts_NE = routing.sequence_counts
-            assert counts_NE is not None
-            load = counts_NE, counts_NE.sum(-1) / self.top_k
-            if self.balance_scope == "global":
-                load = global_load(routing.counts, self.earlier_counts, self.top_k)
-        return partial(self._loss_of, routing, load, sequences)
+    def _load(self, routing: RoutingInfo) -> tuple[Tensor, Tensor]:
+        """The load, over all ranks where asked for, that `load_balancing_loss` takes."""
+        if self.balance_scope == "global":
+            return global_load(routing.counts, self.earlier_counts, self.top_k)
+        counts_NE = routing.sequence_counts
+        assert counts_NE is not None
+        return counts_NE, counts_NE.sum(-1) / self.top_k
 
     def _loss_of(self, routing: RoutingInfo, load: tuple[Tensor, Tensor] | None, sequences: int) -> Tensor:
         loss = routing.logits.new_zeros(())

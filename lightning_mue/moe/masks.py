@@ -73,8 +73,9 @@ def follow_attention_mask(model: nn.Module) -> list[str]:
             continue
         watched.append(name)
         if not any(getattr(hook, "func", None) is _read for hook in module._forward_pre_hooks.values()):
-            place = _place(_forward_of(module))[0]  # found once: compiled code cannot look at signatures
-            module.register_forward_pre_hook(partial(_read, place), with_kwargs=True)
+            names = _places(_forward_of(module))[0]  # found once: compiled code cannot look at signatures
+            # First of all: where a later one raises, `_done` runs too.
+            module.register_forward_pre_hook(partial(_read, names), with_kwargs=True, prepend=True)
             module.register_forward_hook(_done, always_call=True)
     return watched
 
@@ -100,16 +101,13 @@ def mask_of(mask: Tensor) -> Tensor:
 def fit(mask: Tensor, shape: torch.Size) -> Tensor | None:
     """The entries of a mask for tokens of a shape, flat: bool [T]; None, with a warning, if it does not fit them.
 
-    With a cache of keys the mask is longer than the tokens, which are then its last ones. Never waits for the device.
+    Of tokens in a row [T], as of those of [B, S]. Never waits for the device.
     """
     if mask.ndim in (2, 3, 4):
         real_BM = mask_of(mask)
-        batch, entries = real_BM.shape
-        if len(shape) == 2 and shape[0] == batch and shape[1] <= entries:
-            return real_BM[:, entries - shape[1] :].reshape(-1)
-        if len(shape) == 2 and batch == 1 and shape[1] == entries:
+        if len(shape) == 2 and real_BM.shape in (shape, (1, shape[1])):
             return real_BM.expand(shape).reshape(-1)
-        if len(shape) == 1 and shape[0] == batch * entries:
+        if len(shape) == 1 and shape[0] == real_BM.numel():
             return real_BM.reshape(-1)
     _warn_of_misfit(tuple(mask.shape), tuple(shape))
     return None
@@ -118,6 +116,7 @@ def fit(mask: Tensor, shape: torch.Size) -> Tensor | None:
 def _enter(model: nn.Module, mask: Tensor | None) -> None:
     for layer in _layers(model):
         layer.token_masks = (*layer.token_masks, mask)
+        layer.has_followed = True
 
 
 def _leave(model: nn.Module) -> None:
@@ -129,14 +128,13 @@ def _layers(model: nn.Module) -> list[MoEBase]:
     return [module for module in model.modules() if isinstance(module, MoEBase)]
 
 
-def _place(forward: Any) -> tuple[int | None, bool, bool]:
-    """Where a forward function takes the mask: its position, whether also as further keyword, and whether it takes tokens."""
+def _places(forward: Any) -> tuple[dict[str, int], bool]:
+    """The positions at which a forward function takes the mask and tokens, and whether it takes further keywords."""
     parameters = list(inspect.signature(forward).parameters.values())
-    names = [p.name for p in parameters]
-    further = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    names = [p.name for p in parameters if p.kind is not p.VAR_POSITIONAL]
     # -1: `self`, of the plain function.
-    place = names.index(_NAME) - (names[:1] == ["self"]) if _NAME in names else None
-    return place, further, any(name in names for name in _INPUTS)
+    found = {name: names.index(name) - (names[0] == "self") for name in (_NAME, *_INPUTS) if name in names}
+    return found, any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def _forward_of(module: nn.Module) -> Any:
@@ -145,15 +143,25 @@ def _forward_of(module: nn.Module) -> Any:
 
 
 def _takes_mask(module: nn.Module, *, is_root: bool) -> bool:
-    place, further, has_tokens = _place(_forward_of(module))
-    return (place is not None and (has_tokens or is_root)) or (is_root and further)
+    found, further = _places(_forward_of(module))
+    return (_NAME in found and (len(found) > 1 or is_root)) or (is_root and further)
 
 
-def _read(place: int | None, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    given = kwargs.get(_NAME, args[place] if place is not None and place < len(args) else None)
+def _read(names: dict[str, int], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    given = _argument(_NAME, names, args, kwargs)
     if isinstance(given, dict):  # one mask for each kind of attention
         given = given.get("full_attention")
-    _enter(module, given if isinstance(given, Tensor) else None)
+    mask = given if isinstance(given, Tensor) else None
+    tokens = [_argument(name, names, args, kwargs) for name in _INPUTS]
+    sizes = [each.shape[1] for each in tokens if isinstance(each, Tensor) and each.ndim > 1]
+    if mask is not None and sizes and mask.ndim in (2, 3, 4):
+        mask = mask_of(mask)[:, -sizes[0] :]  # with a cache of keys, the mask is longer than the tokens
+    _enter(module, mask)
+
+
+def _argument(name: str, names: dict[str, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    place = names.get(name)
+    return kwargs.get(name, args[place] if place is not None and place < len(args) else None)
 
 
 def _done(module: nn.Module, args: Any, output: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -46,8 +47,10 @@ def read_balance(
     require_non_negative(aux_loss_coef=coef or 0.0, bias_update_rate=_RATE if rate is None else rate)
     if update is not None:
         require_choice("bias_update", update, BIAS_UPDATES)
-    elif (coef, rate) == (LOSSES["switch"], _RATE):  # configs of earlier versions hold both, whatever the balance
-        coef = rate = None
+    elif (coef, rate) == (LOSSES["switch"], _RATE) and kinds in ((), ("switch",), ("bias",)):
+        coef = rate = None  # configs of earlier versions hold both, whatever the balance
+        if kinds == ("bias",):
+            _warn_of_earlier_config()
     if kinds == ("bias",) and coef:
         kinds = ("bias", "switch")
     losses = [kind for kind in kinds if kind in LOSSES]
@@ -81,6 +84,13 @@ def _kinds(balance: str | Sequence[str]) -> tuple[str, ...]:
         expected = "one of 'none', 'switch', 'sequence', 'bias', or 'bias' with one of 'switch' and 'sequence'"
         raise value_error("balance", found=repr(balance), expected=expected)
     return tuple(sorted(kinds))
+
+
+def _warn_of_earlier_config() -> None:
+    found = f"{LOSSES['switch']} beside bias_update_rate={_RATE} with balance='bias', as configs of earlier versions hold them"
+    expected = "neither for the bias alone, which is what these meant: no loss is added"
+    do = "Leave aux_loss_coef out, or set balance=['bias', 'switch'] for the loss too."
+    warnings.warn(mismatch("aux_loss_coef", found=found, expected=expected, do=do), stacklevel=4)
 
 
 def _refuse(name: str, value: object, needs: str, example: str, balance: object) -> None:

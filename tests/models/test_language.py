@@ -104,6 +104,11 @@ def test_batch_rows_do_not_mix():
     torch.testing.assert_close(model(ids)[1:2], model(ids[1:2]), rtol=1e-4, atol=1e-5)
 
 
+def test_experts_that_no_block_has_are_warned_of():
+    with pytest.warns(UserWarning, match=r"moe_every: found 5 with depth=4 .*no block has experts.* Lower moe_every"):
+        make_model(depth=4, n_experts=4, moe_every=5)
+
+
 @pytest.mark.parametrize(
     ("n_experts", "moe_every", "kinds"), [(0, 1, "dddd"), (4, 1, "mmmm"), (4, 2, "dmdm"), (4, 4, "dddm")]
 )

@@ -9,35 +9,50 @@ import pytest
 
 SCRIPT = """
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning_mue.moe import MoELayer
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 class Data(LightningDataModule):
     def train_dataloader(self):
-        data = TensorDataset(*torch.randn(2, 64, 8, generator=torch.Generator().manual_seed(0)))
+        data = torch.randn(2, 64, 8, generator=torch.Generator().manual_seed(0))
+        data = TensorDataset(*data.roll(-24 if self.trainer.ckpt_path else 0, 1))  # a resumed run begins its loader anew
         ranks = self.trainer.world_size
         sampler = DistributedSampler(data, ranks, self.trainer.global_rank, shuffle=False)
         return DataLoader(data, batch_size=8 // ranks, sampler=sampler)
 
-def bias_after_fit(ranks):
+class Save(Callback):
+    # In the middle of the second optimizer step's micro-batches.
+
+    def on_train_batch_end(self, trainer, *args):
+        if args[-1] == 2:
+            trainer.save_checkpoint("middle.ckpt")
+
+def bias_after_fit(ranks, *callbacks, ckpt_path=None):
     torch.manual_seed(1)
     layer = MoELayer(8, 4, 6, 2, balance="bias", bias_update_rate=0.1, router_init_std=1.0,
                      optimizer=lambda params: torch.optim.SGD(params, lr=0.0))
     Trainer(accelerator="cpu", devices=ranks, strategy="auto" if ranks == 1 else "ddp_fork", max_epochs=1,
             accumulate_grad_batches=2, logger=False, enable_progress_bar=False, enable_checkpointing=False,
-            use_distributed_sampler=False).fit(layer, datamodule=Data())
+            use_distributed_sampler=False, callbacks=list(callbacks)).fit(layer, datamodule=Data(), ckpt_path=ckpt_path)
     return layer.router.balance_bias
 
 torch.set_num_threads(1)
-alone, together = bias_after_fit(1), bias_after_fit(2)
+alone, together = bias_after_fit(1), bias_after_fit(2, Save())
 assert alone.abs().max() > 0.01, alone
 assert torch.equal(alone, together), (alone, together)
+saved = torch.load("middle.ckpt", weights_only=False)
+(counts,) = saved["lightning_mue_pending_counts"].values()
+assert counts.sum() == 16  # one micro-batch of both ranks, two experts a token
+assert torch.equal(alone, bias_after_fit(2, ckpt_path="middle.ckpt"))
+counts.zero_()  # negative control
+torch.save(saved, "without.ckpt")
+assert not torch.equal(alone, bias_after_fit(2, ckpt_path="without.ckpt"))
 """
 
 
 @pytest.mark.slow
-def test_counts_are_summed_over_ranks(tmp_path):
+def test_counts_are_summed_over_ranks_and_a_resumed_run_is_exact(tmp_path):
     done = subprocess.run(  # a fresh process: forking one whose OpenMP threads run is not safe
         [sys.executable, "-c", SCRIPT], cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False
     )

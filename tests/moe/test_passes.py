@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_mue.moe import MoELayer, follow_attention_mask, real_tokens
+from lightning_mue.moe.passes import _warn_of_unused_loss
 
 E, K = 6, 2
 
@@ -52,6 +53,50 @@ def test_passes_before_one_loss_add_up():
     torch.testing.assert_close(layer.aux_loss, switch(layer, other)[0], check_dtype=False)
 
 
+def test_what_was_only_looked_at_stays_in_the_sum():
+    """Logged after each pass, as a number, and read for the loss at the end; in no order does a pass count twice or not at all."""
+    layer, (a, b) = make(), torch.randn(2, 10, 8).double()
+    y = layer(a)
+    seen = float(layer.aux_loss)
+    y = y + layer(b)
+    seen += float(layer.aux_loss)
+    total = layer.aux_loss
+    expected = switch(layer, a)[0] + switch(layer, b)[0]
+    assert seen == pytest.approx(float(switch(layer, a)[0] + expected))
+    torch.testing.assert_close(total, expected, check_dtype=False)
+    (y.sum() + total).backward()
+    assert layer.aux_loss == total  # to log it after the backward pass
+    layer(a)
+    torch.testing.assert_close(layer.aux_loss, switch(layer, a)[0], check_dtype=False)
+    layer.forget_losses()
+    parts = [layer(x).sum() + layer.aux_loss for x in (a, b)]
+    parts[1] = parts[1] + 0 * layer.aux_loss
+    (found,) = torch.autograd.grad(sum(parts), layer.router.weight)
+    y = [layer(x).sum() for x in (a, b)]
+    (wanted,) = torch.autograd.grad(y[0] + y[1] + layer.aux_loss, layer.router.weight)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_a_batch_that_is_thrown_away_takes_its_loss_along():
+    layer, (a, b) = make(), torch.randn(2, 10, 8).double()
+    loss = layer(a * float("nan")).sum() + layer.aux_loss
+    del loss  # not finite: the step is left out
+    layer(b)
+    torch.testing.assert_close(layer.aux_loss, switch(layer, b)[0], check_dtype=False)
+
+
+@pytest.mark.parametrize("added", [True, False])
+def test_a_loss_that_was_read_and_not_added_is_warned_of(added):
+    _warn_of_unused_loss.cache_clear()
+    layer = make()
+    y = layer(torch.randn(10, 8).double()).sum()
+    logged = layer.aux_loss
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        (y + logged if added else y).backward()
+    assert ["aux_loss: found one that was read" in str(w.message) for w in caught] == [True] * (not added)
+
+
 @pytest.mark.parametrize("how", ["backward", "step"])
 def test_a_backward_pass_or_a_step_drops_what_nobody_read(how):
     layer, (a, b) = make(), torch.randn(2, 10, 8).double()
@@ -89,6 +134,17 @@ class Decoder(nn.Module):
         return checkpoint(self.layer, input_ids, use_reentrant=False)
 
 
+class Chunks(Decoder):
+    """Gives its layer one half of each sequence after the other, or all tokens in a row."""
+
+    flat = False
+
+    def forward(self, input_ids, attention_mask=None):
+        if self.flat:
+            return self.layer(input_ids.flatten(0, 1)).view_as(input_ids)
+        return torch.cat([self.layer(part) for part in input_ids.chunk(2, 1)], 1)
+
+
 class Pair(nn.Module):
     """Encoder and decoder, each with a mask of its own."""
 
@@ -124,9 +180,8 @@ def masks():
 def test_padding_that_the_model_is_told_of_does_not_count(kind):
     mask, real = masks()[kind]
     model, x = Decoder(), torch.randn(2, 7, 8).double()
-    expected_y = model(x)
-    assert model.layer.aux_loss is not None
-    model.layer.pending_counts.zero_()
+    with torch.no_grad():
+        expected_y = model(x)
     assert follow_attention_mask(model) == follow_attention_mask(model) == [""]
     y = model(x, mask)
     loss, counts = switch(model.layer, x[real])
@@ -150,6 +205,59 @@ def test_encoder_and_decoder_follow_their_own_masks():
     twin(torch.randn(1, 4, 8).double(), attention_mask=mask)
     assert [int(m.layer.pending_counts.sum()) for m in (twin.encoder, twin.decoder)] == [4, 8]
     assert not model.encoder.layer.pending_counts.any()
+
+
+def test_a_part_of_a_sequence_does_not_get_the_masks_last_entries():
+    model, x = Chunks(), torch.randn(2, 6, 8).double()
+    mask = torch.arange(9) < torch.tensor([[9], [5]])
+    follow_attention_mask(model)
+    with pytest.warns(UserWarning, match=r"attention_mask: found shape \[2, 6\], .* \[2, 3\]"):
+        model(x, mask)
+    assert model.layer.pending_counts.sum() == 12 * K
+    model.layer.pending_counts.zero_()
+    model.flat = True
+    model(x, mask)  # with a cache of three keys before
+    assert model.layer.pending_counts.sum() == 8 * K
+
+
+def test_a_hook_that_raises_leaves_the_mask_around_it():
+    model, x = Decoder(), torch.randn(1, 4, 8).double()
+    follow_attention_mask(model)
+
+    def fail(*_):
+        raise RuntimeError
+
+    hook = model.register_forward_pre_hook(fail)
+    with real_tokens(model, torch.tensor([[1, 1, 1, 0]])):
+        with pytest.raises(RuntimeError):
+            model(x)
+        hook.remove()
+        model.layer(x)
+    assert model.layer.pending_counts.sum() == 3 * K
+    assert not model.layer.token_masks
+
+
+@pytest.mark.slow
+def test_a_compiled_layer_under_checkpointing_follows_the_mask():
+    class Compiled(Decoder):
+        def forward(self, input_ids, attention_mask=None):
+            return checkpoint(self.run, input_ids, use_reentrant=False)
+
+    model, x, mask = Compiled(), torch.randn(2, 7, 8).double(), torch.arange(7) < torch.tensor([[7], [3]])
+    follow_attention_mask(model)
+    grads = []
+    for run in (model.layer, torch.compile(model.layer, backend="aot_eager")):
+        object.__setattr__(model, "run", run)
+        model.zero_grad()
+        total = model(x, mask).square().sum() + model.layer.aux_loss
+        total.backward()
+        grads.append(model.layer.router.weight.grad.clone())
+        assert model.layer.last_routing.counts.sum() == 10 * K
+    assert model.layer.pending_counts.sum() == 2 * 10 * K
+    torch.testing.assert_close(grads[1], grads[0])
+    assert not torch.allclose(
+        grads[0], torch.autograd.grad(model(x).square().sum() + model.layer.aux_loss, model.layer.router.weight)[0]
+    )
 
 
 def test_a_mask_by_hand_and_one_that_does_not_fit():
@@ -206,8 +314,13 @@ def test_arguments_without_effect_are_refused(settings, match):
 def test_a_coefficient_beside_the_bias_adds_the_switch_loss():
     assert MoELayer(8, 16, E, balance="bias", aux_loss_coef=0.5).balances == ("bias", "switch")
     old = {"aux_loss_coef": 0.01, "bias_update_rate": 0.001}  # every config of an earlier version holds both
-    assert MoELayer(8, 16, E, balance="none", **old).balances == ()
-    assert MoELayer(8, 16, E, balance="bias", **old).balances == ("bias",)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert MoELayer(8, 16, E, balance="none", **old).balances == ()
+        for loss in ("switch", "sequence"):
+            assert MoELayer(8, 16, E, balance=["bias", loss], **old).aux_loss_coef == 0.01
+    with pytest.warns(UserWarning, match=r"aux_loss_coef: found 0.01 beside .* set balance=\['bias', 'switch'\]"):
+        assert MoELayer(8, 16, E, balance="bias", **old).balances == ("bias",)
 
 
 @pytest.mark.parametrize("scoring", ["topk-softmax", "softmax-topk", "sigmoid", "sigmoid-normalized"])
@@ -226,3 +339,19 @@ def test_a_half_precision_state_leaves_the_bias_in_float32():
     layer.load_state_dict({name: t.bfloat16() for name, t in layer.state_dict().items()}, assign=True)
     assert layer.router.balance_bias.dtype == torch.float32
     assert layer.router.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("assign", [True, False])
+def test_a_layer_made_on_meta_counts(assign):
+    with torch.device("meta"):
+        layer = MoELayer(8, 16, E, K, balance="bias")
+    source = MoELayer(8, 16, E, K, balance="bias")
+    source(torch.randn(5, 8))
+    if assign:
+        layer.load_state_dict(source.state_dict(), assign=True)
+    else:  # as transformers does
+        for name, tensor in [*source.named_parameters(), *source.named_buffers()]:
+            owner, _, last = name.rpartition(".")
+            setattr(layer.get_submodule(owner), last, tensor)
+    layer(torch.randn(5, 8))
+    assert layer.pending_counts.sum() == K * (10 if assign else 5)

@@ -56,6 +56,14 @@ def moe_from_transformers(
         if name in layer_arguments:
             expected = "none: the weights are the block's"
             raise value_error(name, found=layer_arguments[name], expected=expected, do="Leave it out.")
+    if (
+        verify and layer_arguments.get("n_groups", 1) != 1
+    ):  # too few tokens differ for the comparison to be sure to see it
+        expected, do = (
+            "none: the block chooses experts freely",
+            "Leave it out; verify=False changes what the block computes.",
+        )
+        raise value_error("n_groups", found=layer_arguments["n_groups"], expected=expected, do=do)
     if not is_moe_block(block):
         parts = listed([name for name, _ in block.named_children()])
         found = f"{type(block).__name__} with the modules {parts}, no Mixture-of-Experts block that can be read"

@@ -449,6 +449,11 @@ def test_what_cannot_be_read_is_said():
         moe_from_transformers(doubled)
 
 
+def test_groups_are_refused_though_most_tokens_get_the_same_experts():
+    with pytest.raises(ValueError, match=r"n_groups: found 2, expected none"):
+        moe_from_transformers(make_block("Olmoe"), n_groups=2)
+
+
 def test_models_and_state_dicts_without_blocks():
     with pytest.raises(ValueError, match="model: found Sequential, which holds no Mixture-of-Experts block"):
         replace_moe_blocks(nn.Sequential(nn.Linear(4, 4)))
