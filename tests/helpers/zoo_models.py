@@ -130,8 +130,16 @@ def wav2vec2(width: int, depth: int, experts: int) -> torch.nn.Module:
     sizes = {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": width // 8}
     sizes |= {"intermediate_size": 2 * width, "conv_dim": (16, 16), "conv_stride": (4, 2), "conv_kernel": (8, 3)}
     own = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "mask_time_prob": 0.0, "layerdrop": 0.0}
-    config = transformers.Wav2Vec2Config(**{**TOKENS, **sizes, **own, "ctc_zero_infinity": True, "do_stable_layer_norm": True})
-    return transformers.Wav2Vec2ForCTC(config)
+    own |= {"ctc_zero_infinity": True, "do_stable_layer_norm": True}
+    return build("Wav2Vec2", "ForCTC", **{**TOKENS, **sizes, **own})
+
+
+def plain_wav2vec2(width: int, depth: int, experts: int) -> torch.nn.Module:
+    """Without the weight norm of its position convolution."""
+    model = wav2vec2(width, depth, experts)
+    convolution = model.wav2vec2.encoder.pos_conv_embed.conv  # type: ignore[union-attr]
+    torch.nn.utils.parametrize.remove_parametrizations(convolution, "weight")
+    return model
 
 
 def experts_of(kind: str, top: str = "num_experts_per_tok", **own: Any) -> Callable[[int, int], dict[str, Any]]:
@@ -139,10 +147,15 @@ def experts_of(kind: str, top: str = "num_experts_per_tok", **own: Any) -> Calla
     return lambda width, experts: {kind: experts, top: 2, "moe_intermediate_size": width, **own}
 
 
+def qwen2_moe(width: int, experts: int) -> dict[str, Any]:
+    sizes = experts_of("num_experts")(width, experts)
+    return {**sizes, "shared_expert_intermediate_size": width, "norm_topk_prob": True}
+
+
 def deepseek(width: int, experts: int) -> dict[str, Any]:
     ranks = {"q_lora_rank": width // 2, "kv_lora_rank": width // 2, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4}
     moe = {"n_routed_experts": experts, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
-    return {**ranks, "v_head_dim": 8, **moe, "moe_intermediate_size": width, "first_k_dense_replace": 1,
+    return {**ranks, "v_head_dim": 8, "head_dim": 4, **moe, "moe_intermediate_size": width, "first_k_dense_replace": 1,
             "num_key_value_heads": width // 8}  # fmt: skip
 
 
@@ -160,15 +173,16 @@ DENSE = {
     "Phi": named("Phi", "ForCausalLM", BERT_NAMES),
     "Llama": causal("Llama"),
     "Qwen3": causal("Qwen3"),
-    "Olmo2": causal("Olmo2"),
+    "Olmo2": causal("Olmo2", initializer_range=0.2),  # at 0.02 its branches would lie below the eps of the norms behind them
     "Gemma2": causal("Gemma2"),
     "StableLm": causal("StableLm"),
 }
 MOE = {
     "Mixtral": causal("Mixtral", experts_of("num_local_experts")),
-    "Qwen2Moe": causal("Qwen2Moe", experts_of("num_experts", shared_expert_intermediate_size=16)),
-    "Qwen3Moe": causal("Qwen3Moe", experts_of("num_experts")),
-    "Olmoe": causal("Olmoe", experts_of("num_experts")),
+    "Qwen2Moe": causal("Qwen2Moe", qwen2_moe),
+    "Qwen3Moe": causal("Qwen3Moe", experts_of("num_experts", norm_topk_prob=True)),
+    "Olmoe": causal("Olmoe", experts_of("num_experts", norm_topk_prob=True)),
+    "not normalized": causal("Qwen3Moe", experts_of("num_experts", norm_topk_prob=False)),
     "GptOss": causal("GptOss", experts_of("num_local_experts")),
     "DeepseekV3": causal("DeepseekV3", deepseek),
     "GraniteMoe": causal("GraniteMoe", experts_of("num_local_experts")),
@@ -178,12 +192,13 @@ MOE = {
 OTHERS = {
     "T5": ZooModel(t5, lambda: (tokens(), tokens(1)), lambda model, b: model(input_ids=b[0], labels=b[1]).loss),
     "Bart": seq2seq("Bart"),
+    "MBart": seq2seq("MBart"),
     "Bert": named("Bert", "ForMaskedLM", BERT_NAMES),
     "Whisper": ZooModel(
         whisper, lambda: (noise(2, 8, 16), tokens()), lambda model, b: model(input_features=b[0], labels=b[1]).loss
     ),
     "Wav2Vec2": ZooModel(
-        wav2vec2, lambda: (noise(2, 400), tokens()[:, :4]), lambda model, b: model(b[0], labels=b[1]).loss
+        plain_wav2vec2, lambda: (noise(2, 400), tokens()[:, :4]), lambda model, b: model(b[0], labels=b[1]).loss
     ),
     "ViT": vision("ViT"),
     "Dinov2": vision("Dinov2"),

@@ -93,6 +93,7 @@ class _Comparison:
     ) -> None:
         self.rule, self.plan, self.base, self.target, self.eps = rule, plan, base, target, eps
         self.entries: dict[str, ParameterPlan] = {}
+        self.routers = {e.name.rpartition(".")[0] for e in plan.parameters if e.role == Role.ROUTER}
         for entry in plan.parameters:
             self.entries.setdefault(all_indices(entry.name), entry)
 
@@ -129,7 +130,9 @@ class _Comparison:
 
     def _check(self, quantity: str, entry: ParameterPlan | None, ratio: float, expected: float) -> list[Deviation]:
         least, largest = TOLERANCES[quantity]
-        if quantity == "attention update" and self.base.head_dim:
+        if quantity == "output":  # the RMS of n random outputs errs by (2 n)^-1/2; the ratio of two may by three times n^-1/2
+            largest = max(largest, 1 + 3 * self.target.output_width**-0.5)
+        if quantity == "attention update" and 0 < self.base.head_dim != self.target.head_dim:
             # With the right factor it falls a little with the head dimension, as long as that is small; without, it grows.
             largest = min(largest, 1.2 * max(1.0, self.target.head_dim / self.base.head_dim) ** -0.25)
         if least <= ratio / expected <= largest:
@@ -141,14 +144,17 @@ class _Comparison:
 
     def _leaves_out(self, quantity: str, entry: ParameterPlan) -> bool:
         role = Role(entry.role)
-        if role is Role.ROUTER or len(entry.shape) == 0:
-            return True  # its effect comes by jumps, from expert to expert
+        if len(entry.shape) == 0 or entry.name.rpartition(".")[0] in self.routers:
+            return True  # a router's effect comes by jumps, from expert to expert
         if quantity == "output update":  # embeddings are judged at the first layer's input
             return role is Role.EMBEDDING and "tied" not in entry.source
         if quantity == "gradient":  # of a final norm the rules' eps does not scale with the width, its gradient does
-            return role is Role.FINAL_NORM or not entry.kind.startswith("adam")
+            plain = role is Role.FINAL_NORM or not entry.kind.startswith("adam")
+            return plain or (in_attention(entry.name) and not self._carries_attention(entry))
         if quantity != "share":
             return False
+        if entry.init.kind == "keep":
+            return True  # such values are set by a formula (A_log); zeros in their place are not nothing
         if role in _EXPERTS and self.rule.name.startswith(_SUMS_SHRINK):
             return True
         return in_attention(entry.name) and not self._carries_attention(entry)
@@ -207,8 +213,30 @@ class _Comparison:
             return "The head's initial std or an output multiplier does not fall with the width as it should."
         if quantity == "gradient":
             return "The plan's factor on eps does not follow it; a smaller eps of the optimizer makes it not matter."
+        if (special := self._special_cause(quantity, entry, factor)) is not None:
+            return special
         what = "initial std or multiplier" if quantity in ("share", "input") else "learning rate or multiplier"
         return (
             f"Its {what} is {'too large' if factor > 1 else 'too small'} by about {max(factor, 1 / factor):.2g}: the role "
             f"{entry.role!r} probably does not fit. Give another by pattern, e.g. roles={{'{entry.name}': ...}}."
         )
+
+    def _special_cause(self, quantity: str, entry: ParameterPlan, factor: float) -> str | None:
+        """What a module's own code does against the rules, where no role can help."""
+        experts = self.plan.axes.get("n_experts", 1) / self.plan.base_axes.get("n_experts", 1)
+        if entry.role == Role.EMBEDDING and quantity.startswith("input"):
+            return (
+                "The module's code probably multiplies embeddings by a factor of its width (its square root, as in Gemma). Keep "
+                "that factor at the base's value."
+            )
+        if entry.role in (Role.EXPERT_UP, Role.EXPERT_DOWN) and experts > 1 > factor:
+            return (
+                "The gates of the active experts probably do not sum to 1, and shrink as experts are added. Normalize them (in "
+                "transformers: norm_topk_prob=True)."
+            )
+        if entry.role == Role.NORM and factor > 1 and quantity in ("share", "update") and self._depth(entry) > 1:
+            return (
+                "If it normalizes the residual stream itself (post-norm layers), the rules do not cover this module in depth. Keep "
+                "the depth, or put the norms into the branches."
+            )
+        return None
