@@ -93,6 +93,7 @@ class _Comparison:
     ) -> None:
         self.rule, self.plan, self.base, self.target, self.eps = rule, plan, base, target, eps
         self.entries: dict[str, ParameterPlan] = {}
+        self.referenced = {all_indices(entry.base) for entry in plan.parameters if entry.base is not None}
         self.routers = {e.name.rpartition(".")[0] for e in plan.parameters if e.role == Role.ROUTER}
         for entry in plan.parameters:
             self.entries.setdefault(all_indices(entry.name), entry)
@@ -104,11 +105,22 @@ class _Comparison:
             entry = self.entries.get(group)
             if quantity not in TOLERANCES or entry is None or entry.base is None:
                 continue
-            old = self.base.values.get((quantity, all_indices(entry.base)), 0.0)
+            old = self._base_value(quantity, entry)
             counts = 0 < old < self.eps / _EPS_COUNTS if quantity == "gradient" else old > _NOTHING
             if counts and not self._leaves_out(quantity, entry):
                 found += self._check(quantity, entry, value / old, self._expected(quantity, entry))
         return found
+
+    def _base_value(self, quantity: str, entry: ParameterPlan) -> float:
+        """Of a matrix that fuses several of the base (gate and up), their steps add up."""
+        assert entry.base is not None
+        group = all_indices(entry.base)
+        module = group.removesuffix(".weight").rpartition(".")[0]
+        others = []
+        if quantity == "update" and Role(entry.role) in (Role.FFN_UP, Role.EXPERT_UP, Role.SHARED_UP):
+            beside = [name for name in self.base.groups if name.removesuffix(".weight").rpartition(".")[0] == module]
+            others = [name for name in beside if name not in self.referenced and name.endswith("weight")]
+        return sum(self.base.values.get((quantity, name), 0.0) for name in [group, *others])
 
     def whole(self) -> list[Deviation]:
         """Deviations of the attention logits and the output."""
@@ -135,12 +147,19 @@ class _Comparison:
         if quantity == "attention update" and 0 < self.base.head_dim != self.target.head_dim:
             # With the right factor it falls a little with the head dimension, as long as that is small; without, it grows.
             largest = min(largest, 1.2 * max(1.0, self.target.head_dim / self.base.head_dim) ** -0.25)
+        if quantity == "update" and entry is not None and entry.role in (Role.EXPERT_UP, Role.EXPERT_DOWN):
+            largest *= self._coherence()
         if least <= ratio / expected <= largest:
             return []
         name, role, source = (entry.name, entry.role, entry.source) if entry is not None else ("the model", "", "")
         return [
             Deviation(quantity, name, role, source, ratio, expected, self._cause(quantity, entry, ratio / expected))
         ]
+
+    def _coherence(self) -> float:
+        """An expert sees a/E of the tokens; a step made of fewer of them is the more coherent with each, up to the square root."""
+        rare = [axes.get("n_experts", 1) / axes.get("top_k", 1) for axes in (self.plan.axes, self.plan.base_axes)]
+        return max(1.0, rare[0] / rare[1]) ** 0.5
 
     def _leaves_out(self, quantity: str, entry: ParameterPlan) -> bool:
         role = Role(entry.role)
