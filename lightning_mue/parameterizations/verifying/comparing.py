@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 from lightning_mue.names import all_indices, in_attention
 from lightning_mue.parameterizations.planning.scaling_plan import ParameterPlan, ScalingPlan
@@ -20,7 +21,7 @@ TOLERANCES: dict[str, tuple[float, float]] = {
     "input update": (0.5, 1.75),
     "output update": (0.3, 1.75),
     "attention update": (0.4, 1.45),
-    "output": (0.0, 1.6),
+    "output": (0.4, 1.6),
     "gradient": (1 / 3, 3.0),
 }
 #: Smaller values are rounding: of a branch that starts at zero, or a key's bias, which attention cancels.
@@ -147,8 +148,9 @@ class _Comparison:
         if quantity == "attention update" and 0 < self.base.head_dim != self.target.head_dim:
             # With the right factor it falls a little with the head dimension, as long as that is small; without, it grows.
             largest = min(largest, 1.2 * max(1.0, self.target.head_dim / self.base.head_dim) ** -0.25)
-        if quantity == "update" and entry is not None and entry.role in (Role.EXPERT_UP, Role.EXPERT_DOWN):
-            largest *= self._coherence()
+        if quantity == "update" and entry is not None:
+            low, high = self._coherence(Role(entry.role))
+            least, largest = least * low, largest * high
         if least <= ratio / expected <= largest:
             return []
         name, role, source = (entry.name, entry.role, entry.source) if entry is not None else ("the model", "", "")
@@ -156,17 +158,30 @@ class _Comparison:
             Deviation(quantity, name, role, source, ratio, expected, self._cause(quantity, entry, ratio / expected))
         ]
 
-    def _coherence(self) -> float:
-        """An expert sees a/E of the tokens; a step made of fewer of them is the more coherent with each, up to the square root."""
-        rare = [axes.get("n_experts", 1) / axes.get("top_k", 1) for axes in (self.plan.axes, self.plan.base_axes)]
-        return max(1.0, rare[0] / rare[1]) ** 0.5
+    def _coherence(self, role: Role) -> tuple[float, float]:
+        """How far a step's effect may lie (below, above) what the rule expects, in steps that are more coherent than the base's.
+
+        An expert sees a/E of the tokens, and a step made of fewer of them is the more coherent with each, up to the square root. A
+        step of an up matrix goes through a down matrix whose std falls as A^-1/2, while its gradient makes the A terms alike: where
+        the aspect ratio A/d moves, it grows up to its square root (the drift of ``complete-mue``, whose paper keeps the ratio).
+        """
+        axes = self.plan.axes, self.plan.base_axes
+        rare = [sizes.get("n_experts", 1) / sizes.get("top_k", 1) for sizes in axes]
+        aspect = [sizes.get("active_width", 1) / sizes.get("width", 1) for sizes in axes]
+        factors = [1.0]
+        if role in (Role.EXPERT_UP, Role.EXPERT_DOWN):
+            factors.append((rare[0] / rare[1]) ** 0.5)
+        if role in (Role.FFN_UP, Role.EXPERT_UP, Role.SHARED_UP):
+            factors.append((aspect[0] / aspect[1]) ** 0.5)
+        return prod(min(factor, 1.0) for factor in factors), prod(max(factor, 1.0) for factor in factors)
 
     def _leaves_out(self, quantity: str, entry: ParameterPlan) -> bool:
         role = Role(entry.role)
         if len(entry.shape) == 0 or entry.name.rpartition(".")[0] in self.routers:
             return True  # a router's effect comes by jumps, from expert to expert
         if quantity == "output update":  # embeddings are judged at the first layer's input
-            return role is Role.EMBEDDING and "tied" not in entry.source
+            reaches = ("input update", all_indices(entry.name)) in self.target.values
+            return role is Role.EMBEDDING and reaches and "tied" not in entry.source
         if quantity == "gradient":  # of a final norm the rules' eps does not scale with the width, its gradient does
             plain = role is Role.FINAL_NORM or not entry.kind.startswith("adam")
             return plain or (in_attention(entry.name) and not self._carries_attention(entry))

@@ -14,8 +14,8 @@ from torch import nn
 from torch.optim import AdamW
 
 from helpers.zoo_layouts import LAYOUTS
-from helpers.zoo_models import DENSE, MOE, OTHERS, build, images, named, noise, tokens
-from lightning_mue import verify_plan
+from helpers.zoo_models import DENSE, MOE, OTHERS, build, causal, experts_of, images, named, noise, tokens
+from lightning_mue import plan, verify_plan
 from lightning_mue.parameterizations.applying import scaled_step
 from lightning_mue.parameterizations.planning import evaluate, match, multipliers, tied
 from lightning_mue.parameterizations.reading.roles import folding
@@ -88,16 +88,37 @@ def test_tied_logits_without_their_multiplier():
     assert "the model's output at initialization" in str(result) or named_by(result, "wte")
 
 
+@pytest.mark.parametrize("undo", [False, True])
+def test_down_matrices_of_swiglu_experts_read_as_up(undo):
+    """4 active experts from a dense base: A grows by 4, and the down matrices' std by 2."""
+    case = causal("Mixtral", experts_of("num_local_experts", num_experts_per_tok=4))
+    original = folding._folds_of
+    places = [
+        (evaluate.Scale, "parameter", as_up(evaluate.Scale.parameter)),
+        (folding, "_folds_of", lambda info: frozenset() if info.role is match.Role.EXPERT_DOWN else original(info)),
+    ]
+    with replaced(*(places if undo else [])):
+        result = check(lambda: case.make(32, 2, 8), lambda: ZOO["Llama"].make(32, 2, 0), case)
+    assert bool(named_by(result, "experts.down_proj")) is undo, str(result)
+
+
+def as_up(original):
+    def parameter(self, info, folded):
+        if info.role is match.Role.EXPERT_DOWN:
+            info = dataclasses.replace(info, role=match.Role.EXPERT_UP)
+        return original(self, info, folded)
+
+    return parameter
+
+
 def llama(width, ffn):
     sizes = {"hidden_size": width, "intermediate_size": ffn, "num_hidden_layers": 2, "num_attention_heads": width // 8}
     return build("Llama", "ForCausalLM", **sizes, num_key_value_heads=2, vocab_size=48, tie_word_embeddings=False)
 
 
-@pytest.mark.parametrize(("read_as", "caught"), [("ffn_down", False), ("ffn_up", True)])
-def test_down_matrix_of_a_swiglu_read_as_up(read_as, caught):
-    with replaced(misread("down_proj", role=match.Role(read_as))):
-        result = check(lambda: llama(32, 512), lambda: llama(32, 64), ZOO["Llama"])
-    assert bool(named_by(result, "down_proj")) is caught, str(result)
+def test_wider_ffn_at_the_same_width_is_no_fault():
+    result = check(lambda: llama(32, 512), lambda: llama(32, 64), ZOO["Llama"])
+    assert result.passed, str(result)
 
 
 def test_end_of_a_branch_not_found():
@@ -152,10 +173,14 @@ def test_fans_of_a_depthwise_transposed_convolution(undo):
     assert bool(named_by(result, "up.weight")) is undo, str(result)
 
 
-def test_time_constants_read_as_a_hidden_matrix():
-    with replaced(misread("A_log", role=match.Role.HIDDEN, fans=(256, 256))):
-        result = of("Mamba", (128, 8, 0), (32, 2, 0))
-    assert named_by(result, "A_log")
+def test_time_constants_read_as_a_hidden_matrix_are_scaled_and_drawn_as_before():
+    """Their fan-in does not grow and their values are kept, so that reading leaves the plan as it is."""
+    scalings = []
+    for places in ([], [misread("A_log", role=match.Role.HIDDEN)]):
+        with replaced(*places):
+            scalings.append(plan(ZOO["Mamba"].make(128, 2, 0), base=lambda: ZOO["Mamba"].make(32, 2, 0)))
+    right, wrong = (scaling["backbone.layers.0.mixer.A_log"] for scaling in scalings)
+    assert (wrong.role, wrong.lr, wrong.init.kind) == ("hidden", right.lr, right.init.kind) == ("hidden", 1.0, "keep")
 
 
 class Wrapper(torch.optim.Optimizer):
