@@ -163,6 +163,13 @@ unembedding  lm_head
     "litgpt moe": LIT + "router mlp\\.gate\nexpert_up \\d\\.fc_[12]\nexpert_down! experts\\.\\d+\\.proj",
     "nanoMoE": LIT.replace("qkv", "c_attn").replace(".proj", ".c_proj")
     + "router w_g\nexpert_up experts\\.c_fc\nexpert_down! experts\\.c_proj",
+    "U-Net": r"""
+embedding    conv_in|time_embedding\.0
+hidden       blocks\.\d+\.(conv1|time_emb_proj)|time_embedding\.2|downsample|upsample|merge
+hidden!      blocks\.\d+\.conv2
+unembedding  conv_out
+""",
+    "conv net": "embedding stem\nhidden conv1\nhidden! conv2\nunembedding head",
     "DiT": r"""
 embedding    x_embedder|pos_embed|t_embedder\.mlp\.0
 hidden       attn\.qkv|adaLN_modulation|t_embedder\.mlp\.2
