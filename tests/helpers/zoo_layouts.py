@@ -114,7 +114,9 @@ class Head(nn.Module):
         self.key, self.query, self.value = (nn.Linear(width, HEAD, bias=False) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(*(m(x)[:, None] for m in (self.query, self.key, self.value)), is_causal=True)[:, 0]
+        return F.scaled_dot_product_attention(
+            *(m(x)[:, None] for m in (self.query, self.key, self.value)), is_causal=True
+        )[:, 0]
 
 
 class ListedHeads(nn.Module):
@@ -152,7 +154,10 @@ class LectureBlock(nn.Module):
 class LectureGPT(nn.Module):
     def __init__(self, width: int, depth: int) -> None:
         super().__init__()
-        self.token_embedding_table, self.position_embedding_table = nn.Embedding(VOCABULARY, width), nn.Embedding(16, width)
+        self.token_embedding_table, self.position_embedding_table = (
+            nn.Embedding(VOCABULARY, width),
+            nn.Embedding(16, width),
+        )
         self.blocks = nn.Sequential(*(LectureBlock(width) for _ in range(depth)))
         self.ln_f, self.lm_head = nn.LayerNorm(width), nn.Linear(width, VOCABULARY)
 

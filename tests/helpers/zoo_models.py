@@ -32,7 +32,9 @@ class ZooModel:
 
     make: Callable[[int, int, int], torch.nn.Module]
     batch: Callable[[], Any] = tokens
-    loss: Callable[[Any, Any], torch.Tensor] = field(default=lambda model, batch: model(input_ids=batch, labels=batch).loss)
+    loss: Callable[[Any, Any], torch.Tensor] = field(
+        default=lambda model, batch: model(input_ids=batch, labels=batch).loss
+    )
 
 
 def build(kind: str, head: str, **sizes: Any) -> torch.nn.Module:
@@ -72,7 +74,9 @@ def seq2seq(kind: str, **own: Any) -> ZooModel:
             sizes |= {f"{stack}_layers": depth, f"{stack}_attention_heads": width // 8, f"{stack}_ffn_dim": 2 * width}
         return build(kind, "ForConditionalGeneration", **{**sizes, **own})
 
-    return ZooModel(make, lambda: (tokens(), tokens(1)), lambda model, batch: model(input_ids=batch[0], labels=batch[1]).loss)
+    return ZooModel(
+        make, lambda: (tokens(), tokens(1)), lambda model, batch: model(input_ids=batch[0], labels=batch[1]).loss
+    )
 
 
 def t5(width: int, depth: int, experts: int) -> torch.nn.Module:
@@ -120,7 +124,12 @@ def stages(kind: str) -> ZooModel:
         if kind == "Swin":
             sizes |= {"embed_dim": width, "num_heads": [width // 8, width // 4], "image_size": 8, "window_size": 2}
         else:
-            sizes |= {"hidden_sizes": [width, 2 * width], "num_stages": 2, "image_size": 8, "layer_scale_init_value": 1.0}
+            sizes |= {
+                "hidden_sizes": [width, 2 * width],
+                "num_stages": 2,
+                "image_size": 8,
+                "layer_scale_init_value": 1.0,
+            }
         return build(kind, "ForImageClassification", **sizes)
 
     return ZooModel(make, images, image_loss)
@@ -169,11 +178,15 @@ BERT_NAMES = "hidden_size num_hidden_layers num_attention_heads intermediate_siz
 DENSE = {
     "GPT2": named("GPT2", "LMHeadModel", GPT_NAMES),
     "GPTNeoX": named("GPTNeoX", "ForCausalLM", BERT_NAMES),
-    "OPT": named("OPT", "ForCausalLM", "hidden_size num_hidden_layers num_attention_heads ffn_dim", tie_word_embeddings=False),
+    "OPT": named(
+        "OPT", "ForCausalLM", "hidden_size num_hidden_layers num_attention_heads ffn_dim", tie_word_embeddings=False
+    ),
     "Phi": named("Phi", "ForCausalLM", BERT_NAMES),
     "Llama": causal("Llama"),
     "Qwen3": causal("Qwen3"),
-    "Olmo2": causal("Olmo2", initializer_range=0.2),  # at 0.02 its branches would lie below the eps of the norms behind them
+    "Olmo2": causal(
+        "Olmo2", initializer_range=0.2
+    ),  # at 0.02 its branches would lie below the eps of the norms behind them
     "Gemma2": causal("Gemma2"),
     "StableLm": causal("StableLm"),
 }

@@ -107,7 +107,9 @@ unembedding  lm_head
     "GraniteMoe": LLAMA_ATTENTION + STACKED,
     "Jamba": LLAMA_ATTENTION
     + STACKED
-    + MAMBA.replace("mixer", "mamba").replace("embedding    backbone\\.embeddings\n", "").replace("unembedding  ^lm_head\n", "")
+    + MAMBA.replace("mixer", "mamba")
+    .replace("embedding    backbone\\.embeddings\n", "")
+    .replace("unembedding  ^lm_head\n", "")
     + "ffn_up feed_forward\\.(gate|up)_proj\nffn_down! feed_forward\\.down_proj",
     "T5": r"""
 tied         shared
@@ -181,7 +183,9 @@ unembedding  final_layer\.linear
 }
 #: Role -> factors on (learning rate, initial std) when the width grows by d; a tied table has the rule of an embedding.
 WIDTH = {
-    **dict.fromkeys(("hidden", "ffn_up", "ffn_down", "expert_up", "expert_down", "shared_up", "shared_down"), (-1.0, -0.5)),
+    **dict.fromkeys(
+        ("hidden", "ffn_up", "ffn_down", "expert_up", "expert_down", "shared_up", "shared_down"), (-1.0, -0.5)
+    ),
     **dict.fromkeys(("router", "unembedding"), (-1.0, -1.0)),
     **dict.fromkeys(("embedding", "tied", "norm", "bias", "scalar", "fixed"), (0.0, 0.0)),
 }

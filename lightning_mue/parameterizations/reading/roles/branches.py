@@ -129,7 +129,8 @@ def _chains(infos: list[ParameterInfo]) -> set[str]:
         members = [info for inside in found.values() for info in inside]
         single = len(members) == len(found) > 1 and all(info.form == "conv" for info in members)
         direct = all(info.path == layer for layer, inside in found.items() for info in inside)
-        if (single and any(i.shape[0] != i.shape[1] for i in members)) or (
+        unlike = len({info.shape for info in members}) > 1
+        if (single and unlike and any(i.shape[0] != i.shape[1] for i in members)) or (
             direct and element.removesuffix("*") not in depths
         ):
             chains.add(element)

@@ -275,7 +275,11 @@ def refuse_unnamed_experts(infos: list[ParameterInfo]) -> None:
     Raises:
         ValueError: Naming the list and the matrix, or the experts that are attributes of their own.
     """
-    loose = {m[0] for info in infos if (m := re.search(r"^(.*\.)?expert_?\d+(?=\.)", info.path)) and not in_experts(m[1] or "")}
+    loose = {
+        m[0]
+        for info in infos
+        if (m := re.search(r"^(.*\.)?expert_?\d+(?=\.)", info.path)) and not in_experts(m[1] or "")
+    }
     if len(loose) > 1:
         raise value_error(
             "model",
