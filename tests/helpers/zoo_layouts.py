@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
 from helpers.zoo_models import VOCABULARY, ZooModel, images, noise
+from torch import Tensor, nn
 
 HEAD = 8
 

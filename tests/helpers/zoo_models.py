@@ -9,9 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
-import transformers
 
+transformers = pytest.importorskip("transformers", reason="transformers needs Python 3.11")
 transformers.logging.set_verbosity_error()
 VOCABULARY = 48
 TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -10,11 +10,11 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from helpers.zoo_layouts import LAYOUTS
+from helpers.zoo_models import DENSE, MOE, OTHERS, build, causal, experts_of, images, named, noise, tokens
 from torch import nn
 from torch.optim import AdamW
 
-from helpers.zoo_layouts import LAYOUTS
-from helpers.zoo_models import DENSE, MOE, OTHERS, build, causal, experts_of, images, named, noise, tokens
 from lightning_mue import plan, verify_plan
 from lightning_mue.parameterizations.applying import scaled_step
 from lightning_mue.parameterizations.planning import evaluate, match, multipliers, tied

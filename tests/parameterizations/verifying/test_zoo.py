@@ -6,10 +6,10 @@ import re
 
 import pytest
 import torch
-
 from helpers.zoo_layouts import LAYOUTS
 from helpers.zoo_models import DENSE, MOE, OTHERS, ZooModel, wav2vec2
 from helpers.zoo_tables import FOUND, REFUSED, TABLES, WIDTH
+
 from lightning_mue import plan, verify_plan
 
 ZOO = {**DENSE, **MOE, **OTHERS, **LAYOUTS}
