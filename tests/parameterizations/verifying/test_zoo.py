@@ -6,13 +6,14 @@ import re
 
 import pytest
 import torch
+from helpers.zoo_convolutions import CONVOLUTIONS
 from helpers.zoo_layouts import LAYOUTS
 from helpers.zoo_models import DENSE, MOE, OTHERS, ZooModel, wav2vec2
 from helpers.zoo_tables import FOUND, REFUSED, TABLES, WIDTH
 
 from lightning_mue import plan, verify_plan
 
-ZOO = {**DENSE, **MOE, **OTHERS, **LAYOUTS}
+ZOO = {**DENSE, **MOE, **OTHERS, **LAYOUTS, **CONVOLUTIONS}
 BASE = (32, 2, 4)
 TARGETS = {"width": (128, 2, 4), "depth": (32, 8, 4), "experts": (32, 2, 8)}
 EXPERTS = {*MOE, "litgpt moe", "nanoMoE"}
