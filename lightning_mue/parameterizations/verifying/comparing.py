@@ -84,7 +84,11 @@ def compare(
 
 
 def _distance(deviation: Deviation) -> float:
-    return max(deviation.ratio / deviation.expected, deviation.expected / max(deviation.ratio, _NOTHING))
+    return _off(deviation.ratio, deviation.expected)
+
+
+def _off(ratio: float, expected: float) -> float:
+    return max(ratio / expected, expected / max(ratio, _NOTHING))
 
 
 class _Comparison:
@@ -106,8 +110,17 @@ class _Comparison:
             old = self.base.values.get((quantity, all_indices(entry.base)), 0.0)
             counts = 0 < old < self.eps / _EPS_COUNTS if quantity == "gradient" else old > _NOTHING
             if counts and not self._leaves_out(quantity, entry):
-                found += self._check(quantity, entry, value / old, self._expected(quantity, entry))
+                expected = self._expected(quantity, entry)
+                ratios = [value / old, *self._in_first_layer(quantity, group, entry)]
+                found += self._check(quantity, entry, min(ratios, key=lambda r: _off(r, expected)), expected)
         return found
+
+    def _in_first_layer(self, quantity: str, group: str, entry: ParameterPlan) -> list[float]:
+        """The ratio in the first layers, whose inputs are alike; the more layers, the more the stream may hold of biases."""
+        assert entry.base is not None
+        value = self.target.first.get((quantity, group), 0.0)
+        old = self.base.first.get((quantity, all_indices(entry.base)), 0.0)
+        return [value / old] if min(value, old) > _NOTHING else []
 
     def whole(self) -> list[Deviation]:
         """Deviations of the attention logits and the output."""

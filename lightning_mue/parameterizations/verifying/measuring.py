@@ -45,6 +45,7 @@ class Measurements:
             ``input update``, the same at the entry of the first layer; ``output update``, RMS of the change of the model's
             output; ``gradient``, RMS of the gradient. Without a group: ``stream``, RMS at the entry of the first layer;
             ``output``, RMS of the model's output; ``attention update``, RMS of the change of attention logits.
+        first: The same ``share`` and ``update`` in the first layer alone.
     """
 
     groups: dict[str, list[str]]
@@ -53,6 +54,7 @@ class Measurements:
     width: int = 1
     head_dim: int = 0
     values: dict[tuple[str, str], float] = field(default_factory=dict)
+    first: dict[tuple[str, str], float] = field(default_factory=dict)
 
 
 def measure(
@@ -149,7 +151,9 @@ class _Measurement:
                         with replaced(values):
                             changed, _ = call_again(child, args, kwargs, self.seed)
                         assert changed is not None
-                        sums[quantity, group] += rms([(changed, y)]) / max(stream, 1e-30)
+                        effect = rms([(changed, y)]) / max(stream, 1e-30)
+                        self.result.first.setdefault((quantity, group), effect)
+                        sums[quantity, group] += effect
                         calls[quantity, group] += 1
                 with replaced(everything):
                     _, moved = call_again(child, args, kwargs, self.seed)
