@@ -26,6 +26,7 @@ from lightning_mue.parameterizations.reading.initial.measuring import measure_bu
 from lightning_mue.parameterizations.reading.overrides import (
     dotted,
     is_configuration,
+    leaves,
     override,
     own_copy,
     unknown_override,
@@ -118,6 +119,15 @@ def _rebuild(model: nn.Module, overrides: Mapping[str, Any]) -> nn.Module:
     if not open_ended and instantiator is None:
         arguments = {key: value for key, value in arguments.items() if key in signature}
     return _construct(cls, arguments, instantiator, overrides, names)
+
+
+def changes(model: nn.Module, overrides: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """What overrides of a module's hyperparameters change, leaf by leaf: (dotted path, the module's value, the other one)."""
+    signature = inspect.signature(type(model)).parameters
+    hparams, whole, _ = _hyperparameters(model, signature)
+    own = {**{name: p.default for name, p in signature.items() if p.default is not p.empty}, **hparams}
+    names = list(own)
+    return list(leaves(own, {_placed(key, names, hparams, whole): value for key, value in overrides.items()}))
 
 
 def _hyperparameters(model: nn.Module, signature: Mapping[str, Any]) -> tuple[dict[str, Any], str | None, str | None]:

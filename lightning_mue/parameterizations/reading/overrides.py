@@ -8,7 +8,7 @@ import difflib
 import importlib
 import inspect
 from argparse import Namespace
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -76,6 +76,31 @@ def dotted(values: Mapping[str, Any], prefix: str = "", depth: int = 4) -> list[
 def is_configuration(value: object) -> bool:
     """Whether a value holds named values that can be overridden one by one."""
     return bool(_names(value))
+
+
+def leaves(values: Any, overrides: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """What overrides change, leaf by leaf: (dotted path, value now, value in its place).
+
+    ``values`` is a mapping or a configuration, ``overrides`` as for `override` or a configuration of the same class. Paths at which
+    there is nothing now are left out.
+    """
+    given = overrides if isinstance(overrides, Mapping) else {name: _get(overrides, name) for name in _names(overrides)}
+    for key, new in given.items():
+        name, dot, rest = (key, "", "") if _at(values, key) is not None else key.partition(".")
+        own = _at(values, name)
+        nested = is_configuration(own) and (isinstance(new, Mapping) or (is_configuration(new) and type(new) is type(own)))
+        if dot or nested:
+            yield from leaves(own, {rest: new} if dot else new, f"{prefix}{name}.")
+        elif own is not None:
+            yield f"{prefix}{name}", own, new
+
+
+def _at(values: Any, name: str) -> Any:
+    """The value of a name, or None; in a class as LightningCLI writes it, also that of an argument."""
+    if not isinstance(values, Mapping):
+        return getattr(values, name, None)
+    arguments = values.get("init_args") if "class_path" in values else None
+    return values.get(name, arguments.get(name) if isinstance(arguments, Mapping) else None)
 
 
 def own_copy(value: Any) -> Any:
