@@ -66,7 +66,10 @@ def verify(
     if asked is None and not infers_roles(pl_module):
         return
     if (why := _why_not(base, pl_module)) is not None:
-        _tell(asked, f"verify: the plan is not verified, because {why}. Verify it with `lightning-mue explain --verify true`.")
+        _tell(
+            asked,
+            f"verify: the plan is not verified, because {why}. Verify it with `lightning-mue explain --verify true`.",
+        )
         return
     assert base is not None
     stage = _Stage(trainer)

@@ -88,7 +88,9 @@ def leaves(values: Any, overrides: Any, prefix: str = "") -> Iterator[tuple[str,
     for key, new in given.items():
         name, dot, rest = (key, "", "") if _at(values, key) is not None else key.partition(".")
         own = _at(values, name)
-        nested = is_configuration(own) and (isinstance(new, Mapping) or (is_configuration(new) and type(new) is type(own)))
+        nested = is_configuration(own) and (
+            isinstance(new, Mapping) or (is_configuration(new) and type(new) is type(own))
+        )
         if dot or nested:
             yield from leaves(own, {rest: new} if dot else new, f"{prefix}{name}.")
         elif own is not None:
