@@ -94,7 +94,7 @@ def build_base(model: nn.Module, base: Base, *, device: str | None = None, seed:
 
 def _rebuild(model: nn.Module, overrides: Mapping[str, Any]) -> nn.Module:
     """Makes another instance of a module's class, from its hyperparameters and overrides of them."""
-    cls = type(model)
+    cls = _own_class(model)
     signature = inspect.signature(cls).parameters
     hparams, whole, instantiator = _hyperparameters(model, signature)
     open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.values())
@@ -121,9 +121,14 @@ def _rebuild(model: nn.Module, overrides: Mapping[str, Any]) -> nn.Module:
     return _construct(cls, arguments, instantiator, overrides, names)
 
 
+def _own_class(model: nn.Module) -> type[nn.Module]:
+    """A module's class; of one that fully_shard was called on, which gave it a subclass, the class before."""
+    return next(cls for cls in type(model).__mro__ if all(base.__name__ != "FSDPModule" for base in cls.__mro__))
+
+
 def changes(model: nn.Module, overrides: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """What overrides of a module's hyperparameters change, leaf by leaf: (dotted path, the module's value, the other one)."""
-    signature = inspect.signature(type(model)).parameters
+    signature = inspect.signature(_own_class(model)).parameters
     hparams, whole, _ = _hyperparameters(model, signature)
     own = {**{name: p.default for name, p in signature.items() if p.default is not p.empty}, **hparams}
     names = list(own)
