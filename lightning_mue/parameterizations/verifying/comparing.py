@@ -23,6 +23,8 @@ TOLERANCES: dict[str, tuple[float, float]] = {
     "output": (0.0, 1.6),
     "gradient": (1 / 3, 3.0),
 }
+#: Largest ratio of the attention logits' updates where the head dimension grows much.
+_SHARPER = 1.15
 #: Smaller values are rounding: of a branch that starts at zero, or a key's bias, which attention cancels.
 _NOTHING = 1e-6
 #: Adam's eps counts from this part of a gradient on.
@@ -143,8 +145,10 @@ class _Comparison:
     def _check(self, quantity: str, entry: ParameterPlan | None, ratio: float, expected: float) -> list[Deviation]:
         least, largest = TOLERANCES[quantity]
         if quantity == "attention update" and self.base.head_dim:
-            # With the right factor it falls a little with the head dimension, as long as that is small; without, it grows.
-            largest = min(largest, 1.2 * max(1.0, self.target.head_dim / self.base.head_dim) ** -0.25)
+            # With the right factor it falls a little with the head dimension k, as long as that is small; without, it is k^1/2
+            # times as large.
+            growth = max(1.0, self.target.head_dim / self.base.head_dim)
+            least, largest = least * growth**-0.25, _SHARPER if growth >= 3 else largest
         if least <= ratio / expected <= largest:
             return []
         name, role, source = (entry.name, entry.role, entry.source) if entry is not None else ("the model", "", "")
