@@ -34,7 +34,8 @@ _ELEMENTWISE = frozenset(
 #: Those of S4's kernels, whose names mean other things elsewhere.
 _KERNEL = frozenset({"b", "c", "p"})
 #: A part of a path that names an attention layer.
-_ATTENTION = re.compile(r"(^|\.)\w*(attn|attention)\w*(\.|$)", re.IGNORECASE)
+_ATTENTION = re.compile(r"(^|\.)(\w*(attn|attention)\w*|(self_|cross_)?att)(\.|$)", re.IGNORECASE)
+_EXPERT_NAME = re.compile(r"expert_?\d+$")
 
 
 @lru_cache(maxsize=1 << 17)
@@ -109,10 +110,13 @@ def all_indices(name: str) -> str:
     Example:
         >>> all_indices("layers.1.blocks.0.experts.3.w1")
         'layers.*.blocks.*.experts.each.w1'
+        >>> all_indices("block.1.mlp.experts.expert_3.wi")
+        'block.*.mlp.experts.each.wi'
     """
     parts = name.split(".")
     replaced = ["each" if _is_expert_index(parts, i) else "*" for i in range(len(parts))]
-    return ".".join(new if part.isdigit() else part for part, new in zip(parts, replaced, strict=True))
+    named = ("each" if _EXPERT_NAME.match(part) else part for part in parts)
+    return ".".join(new if part.isdigit() else part for part, new in zip(named, replaced, strict=True))
 
 
 def is_numbered_layer(name: str) -> bool:

@@ -72,7 +72,9 @@ def choose_draws(plan: ScalingPlan, draws: Draws) -> ScalingPlan:
     """
     if isinstance(draws, bool):
         return plan
-    chosen = {e.name for e in plan.parameters if _changes(e)} if draws == "changed" else _matching(plan, check_draws(draws))
+    chosen = (
+        {e.name for e in plan.parameters if _changes(e)} if draws == "changed" else _matching(plan, check_draws(draws))
+    )
     parameters = (entry if entry.name in chosen else replace(entry, init=KEEP) for entry in plan.parameters)
     return replace(plan, parameters=tuple(parameters))
 

@@ -182,6 +182,8 @@ class Scale:
         if not local and info.role in _DENSE and old.role is info.role:
             # A dense FFN that declares nothing: its active width is the hidden side of this very matrix.
             hidden = ratios["fan_in" if info.role is Role.FFN_DOWN else "fan_out"]
+            if hidden in (2 * ratios["A"], ratios["A"] / 2):  # gate and up as one matrix, on one side alone
+                hidden = ratios["A"]
             local = {"A": hidden, "H": hidden, "h": hidden, "E": 1.0, "a": 1.0, "kappa": 1.0}
         return {**ratios, **local}
 

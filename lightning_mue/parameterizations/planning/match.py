@@ -204,9 +204,11 @@ def _infer_roles(infos: list[ParameterInfo], base: Mapping[str, ParameterInfo]) 
         ValueError: If a trainable parameter of another form has no role, listing all of them. (Frozen ones are left out.)
     """
     result, unknown = [], []
-    inner = _before_growing(infos, base)
+    inner, width = _before_growing(infos, base), residual_widths(infos).get("norms")
     for info in infos:
         role = info.role or _role_by_growth(info, base.get(info.name))
+        if info.role is None and role is Role.HIDDEN and _enters(info, width):
+            role = Role.EMBEDDING
         if info.role is None and role is Role.UNEMBEDDING and info.name in inner:
             role = Role.HIDDEN  # as many outputs as at the base, which a later matrix of the same layer reads
         if role is not None:
@@ -222,6 +224,12 @@ def _infer_roles(infos: list[ParameterInfo], base: Mapping[str, ParameterInfo]) 
             "holds the parameter.",
         )
     return result
+
+
+def _enters(info: ParameterInfo, width: int | None) -> bool:
+    """True for a matrix outside the layers that leads from another number of channels to the residual width."""
+    inputs = info.shape[1] * info.groups if info.form == "conv" else info.fans[0]
+    return info.position[1] < 0 and inputs != width == info.fans[1] and info.form in ("linear", "conv")
 
 
 def _before_growing(infos: list[ParameterInfo], base: Mapping[str, ParameterInfo]) -> set[str]:

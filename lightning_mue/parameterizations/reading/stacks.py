@@ -38,7 +38,7 @@ class Stacks:
     def _judge(self, element: str) -> bool:
         """Whether the elements of a list are layers."""
         *around, name, last = ["", *element.split(".")]
-        if last == "each" or "each" in around:
+        if last == "each" or "each" in around or name == "heads":
             return False
         outer = _outer(element)
         if not outer:

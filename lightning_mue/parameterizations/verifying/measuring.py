@@ -26,6 +26,7 @@ from lightning_mue.parameterizations.verifying.running import (
     replaced,
     rms,
     same_draws,
+    steady_rms,
     without_dropout,
 )
 
@@ -40,8 +41,10 @@ class Measurements:
         stack_of: Group -> the stack of layers it is in; the groups outside the layers are left out.
         width: Width of the residual stream; 1 without layers.
         head_dim: Dimension of an attention head; 0 if none was seen.
+        output_width: Number of outputs of a sample.
         values: (quantity, group) -> mean over the layers. Quantities: ``share``, RMS of what the group adds to the residual stream
-            relative to it (what is lost if it is zero); ``update``, of what one step of it changes there; ``input`` and
+            relative to it (what is lost if it is zero; both summed over the layers, as a stream that starts small would weigh
+            the first ones too much); ``update``, of what one step of it changes there; ``input`` and
             ``input update``, the same at the entry of the first layer; ``output update``, RMS of the change of the model's
             output; ``gradient``, RMS of the gradient. Without a group: ``stream``, RMS at the entry of the first layer;
             ``output``, RMS of the model's output; ``attention update``, RMS of the change of attention logits.
@@ -53,6 +56,7 @@ class Measurements:
     stack_of: dict[str, str] = field(default_factory=dict)
     width: int = 1
     head_dim: int = 0
+    output_width: int = 1
     values: dict[tuple[str, str], float] = field(default_factory=dict)
     first: dict[tuple[str, str], float] = field(default_factory=dict)
 
@@ -126,8 +130,8 @@ class _Measurement:
     def _layers(self) -> None:
         """Runs the model once; each layer runs again with each of its groups changed."""
         sums: dict[tuple[str, str], float] = defaultdict(float)
+        streams: dict[tuple[str, str], float] = defaultdict(float)
         attention: list[tuple[Tensor, Tensor | None]] = []
-        calls: dict[tuple[str, str], int] = defaultdict(int)
         again = False
 
         def hook(name: str) -> Callable[..., None]:
@@ -141,7 +145,8 @@ class _Measurement:
                 assert x is not None
                 assert y is not None
                 self.result.head_dim = watch.head_dim or self.result.head_dim
-                stream = rms([(x, None)])
+                size = steady_rms if watch.chooses else lambda new, old=None: rms([(new, old)])
+                stream = size(x)
                 everything: dict[Tensor, Tensor] = {}
                 for group, names in self._inside(name).items():
                     self.result.stack_of[group] = all_indices(name)
@@ -151,10 +156,10 @@ class _Measurement:
                         with replaced(values):
                             changed, _ = call_again(child, args, kwargs, self.seed)
                         assert changed is not None
-                        effect = rms([(changed, y)]) / max(stream, 1e-30)
-                        self.result.first.setdefault((quantity, group), effect)
+                        effect = size(changed, y)
+                        self.result.first.setdefault((quantity, group), effect / max(stream, 1e-30))
                         sums[quantity, group] += effect
-                        calls[quantity, group] += 1
+                        streams[quantity, group] += stream
                 with replaced(everything):
                     _, moved = call_again(child, args, kwargs, self.seed)
                 attention.extend(differences(moved.attention, watch.attention))
@@ -168,7 +173,7 @@ class _Measurement:
         finally:
             for handle in handles:
                 handle.remove()
-        self.result.values |= {key: value / calls[key] for key, value in sums.items()}
+        self.result.values |= {key: value / max(streams[key], 1e-30) for key, value in sums.items()}
         if attention:
             self.result.values["attention update", ""] = rms(attention)
 
@@ -194,6 +199,7 @@ class _Measurement:
             values["stream", ""] = rms([(tensor, None) for tensor in entry])
             self.result.width = entry[0].shape[-1]
         values["output", ""] = rms([(tensor, None) for tensor in start.outputs])
+        self.result.output_width = max((tensor.shape[-1] for tensor in start.outputs if tensor.ndim), default=1)
         for group, names in self.result.groups.items():
             if group in self.result.stack_of:
                 continue

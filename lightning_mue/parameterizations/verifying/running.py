@@ -20,6 +20,7 @@ from lightning_mue.names import clean_name
 Loss = Callable[[Any, Any], Any]
 _LOSSES = ("loss", "cross_entropy", "kl_div")
 _PRODUCTS = frozenset({"matmul", "bmm", "baddbmm"})
+_CHOICES = frozenset({"topk", "argmax"})
 #: What masks put into attention logits lies beyond it.
 _MASKED = 1e4
 
@@ -34,6 +35,8 @@ class Watch(TorchFunctionMode):
         #: Dimension of an attention head, as seen in the last product of queries and keys.
         self.head_dim = 0
         self._product = 0
+        #: Whether something chose among experts.
+        self.chooses = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -47,7 +50,10 @@ class Watch(TorchFunctionMode):
             self.head_dim = self._product or self.head_dim
             self.attention.append(first.detach())
         elif name.endswith(_LOSSES) and isinstance(first, Tensor) and first.is_floating_point():
-            self.outputs.append(first.detach())
+            # Log-probabilities are logits but for a constant.
+            logs = any(kind in name for kind in ("nll", "ctc", "kl_div"))
+            self.outputs.append((first - first.mean(-1, keepdim=True) if logs else first).detach())
+        self.chooses = self.chooses or name in _CHOICES
         result = func(*args, **kwargs)
         if name.strip("_") in _PRODUCTS and isinstance(result, Tensor) and _is_attention(result):
             self._product = args[-2].shape[-1]
@@ -81,6 +87,18 @@ def rms(pairs: list[tuple[Tensor, Tensor | None]]) -> float:
         difference = torch.where(seen, new if old is None else new - old, 0.0).double()
         total, count = total + float(difference.square().sum()), count + int(seen.sum())
     return (total / count) ** 0.5 if count else 0.0
+
+
+def steady_rms(new: Tensor, old: Tensor | None = None) -> float:
+    """RMS of a difference (of the first, without a second) at the four fifths of the positions where it is least.
+
+    For layers with a router: a few tokens change their experts, by jumps that are no measure of a step.
+    """
+    if old is not None and old.shape != new.shape:
+        return 0.0
+    difference = (new if old is None else new - old).double()
+    squares = difference.square().mean(-1).flatten().sort().values if difference.ndim else difference.square()[None]
+    return float(squares[: max(1, len(squares) * 4 // 5)].mean().sqrt())
 
 
 def differences(new: list[Tensor], old: list[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
@@ -143,16 +161,20 @@ def call_again(child: nn.Module, args: Any, kwargs: Any, seed: int) -> tuple[Ten
 def find_layers(model: nn.Module, run: Callable[[], object]) -> dict[str, nn.Module]:
     """The layers of the residual stream: the outermost called elements of lists whose output is shaped like their input.
 
+    A stage, which only calls layers one after another, is none.
+
     Returns:
         Clean name -> module, in the order of their calls. A layer has parts; a linear layer in a Sequential is none.
     """
     found: dict[str, nn.Module] = {}
+    ends: dict[str, tuple[Tensor, Tensor]] = {}
 
     def hook(name: str) -> Callable[..., None]:
         def note(child: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             x, y = first_tensor((args, kwargs)), first_tensor(output)
             if x is not None and y is not None and x.shape == y.shape:
                 found[name] = child
+                ends[name] = x, y
 
         return note
 
@@ -167,5 +189,16 @@ def find_layers(model: nn.Module, run: Callable[[], object]) -> dict[str, nn.Mod
     finally:
         for handle in handles:
             handle.remove()
+    for name in list(found):
+        if _is_stage(name, ends):
+            del found[name]
     inner = {name for name in found if any(name.startswith(f"{other}.") for other in found)}
     return {name: child for name, child in found.items() if name not in inner}
+
+
+def _is_stage(name: str, ends: Mapping[str, tuple[Tensor, Tensor]]) -> bool:
+    """True for a module that hands its input to the first of the layers in it, and returns the output of the last."""
+    inside = [pair for other, pair in ends.items() if other.startswith(f"{name}.")]
+    x, y = ends[name]
+    same = lambda a, b: a.data_ptr() == b.data_ptr()  # noqa: E731
+    return any(same(x, pair[0]) for pair in inside) and any(same(y, pair[1]) for pair in inside)

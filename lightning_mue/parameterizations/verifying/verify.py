@@ -23,7 +23,8 @@ from lightning_mue.parameterizations.reading.base import RUN_KEYS, Base
 from lightning_mue.parameterizations.rules.axes import Axes
 from lightning_mue.parameterizations.rules.kinds import Family
 from lightning_mue.parameterizations.rules.table import Parameterization, get_rule
-from lightning_mue.parameterizations.verifying.comparing import Deviation, compare
+from lightning_mue.parameterizations.verifying.comparing import compare
+from lightning_mue.parameterizations.verifying.deviation import Deviation
 from lightning_mue.parameterizations.verifying.measuring import Measurements, measure
 from lightning_mue.parameterizations.verifying.running import Loss, same_draws
 from lightning_mue.parameterizations.verifying.sizes import small_batches, two_models

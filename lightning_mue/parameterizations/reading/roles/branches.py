@@ -78,7 +78,10 @@ def _decide(infos: list[ParameterInfo]) -> dict[tuple[str, str], set[str] | None
     for branch in branches:
         parts[branch.layer] += 1
     result: dict[tuple[str, str], set[str] | None] = {}
+    chains = _chains(infos)
     for branch in branches:
+        if all_indices(branch.layer) in chains:
+            continue
         widths = norms.get(branch.layer, set()) | stream
         down = [info for info in branch.members if info.role in _DOWN]
         ends = {info.path for info in down if not _is_gated(info, widths)}
@@ -101,13 +104,36 @@ def _branches(infos: list[ParameterInfo]) -> list[_Branch]:
             continue
         inside = info.path[len(layer) + 1 :]
         attention, ffn = in_attention(inside) and "." in inside, info.role in (*_UP, *_DOWN)
-        if not (attention or ffn) and (_ASIDE.search(inside) or stacks.is_stage(layer)):
+        aside = _ASIDE.search(inside) or _ASIDE.search(layer.rpartition(".")[0])
+        if not (attention or ffn) and (aside or stacks.is_stage(layer)):
             continue
         part = _attention_part(inside) if attention else inside.partition(".")[0] if "." in inside else ""
         if ffn and not part:
             part = "(FFN)"
         found.setdefault((layer, part), _Branch(layer, part)).members.append(info)
     return _merged(infos, list(found.values()))
+
+
+def _chains(infos: list[ParameterInfo]) -> set[str]:
+    """Lists of layers in which nothing is added: linear layers between activations, and convolutions one behind the other.
+
+    Of the latter (a feature extractor) each element has a single one, and at least one changes the width.
+    """
+    stacks = Stacks(infos)
+    depths, layers = stacks.depths(), defaultdict[str, dict[str, list[ParameterInfo]]](lambda: defaultdict(list))
+    for info in infos:
+        if len(info.shape) >= 2 and (layer := stacks.layer(info.name)):
+            layers[all_indices(layer)][layer].append(info)
+    chains = set()
+    for element, found in layers.items():
+        members = [info for inside in found.values() for info in inside]
+        single = len(members) == len(found) > 1 and all(info.form == "conv" for info in members)
+        direct = all(info.path == layer for layer, inside in found.items() for info in inside)
+        if (single and any(i.shape[0] != i.shape[1] for i in members)) or (
+            direct and element.removesuffix("*") not in depths
+        ):
+            chains.add(element)
+    return chains
 
 
 def _merged(infos: list[ParameterInfo], branches: list[_Branch]) -> list[_Branch]:

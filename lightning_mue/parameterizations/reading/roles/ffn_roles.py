@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from lightning_mue.checks import value_error
+from lightning_mue.checks import listed, value_error
 from lightning_mue.names import in_attention
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo
 from lightning_mue.parameterizations.reading.roles.role_names import (
@@ -273,8 +273,20 @@ def refuse_unnamed_experts(infos: list[ParameterInfo]) -> None:
     """Refuses a list of equal FFNs beside a matrix with one output for each: a Mixture of Experts that is not called so.
 
     Raises:
-        ValueError: Naming the list and the matrix.
+        ValueError: Naming the list and the matrix, or the experts that are attributes of their own.
     """
+    loose = {
+        m[0]
+        for info in infos
+        if (m := re.search(r"^(.*\.)?expert_?\d+(?=\.)", info.path)) and not in_experts(m[1] or "")
+    }
+    if len(loose) > 1:
+        raise value_error(
+            "model",
+            found=f"experts that are numbered attributes: {listed(sorted(loose), limit=4)}",
+            expected="experts in one list, whose length is their number",
+            do="Hold them in an nn.ModuleList called experts.",
+        )
     lists: dict[str, set[str]] = {}
     for info in infos:
         layer = layer_of(info.path)

@@ -30,7 +30,7 @@ CALLED_DOWN = re.compile(
 )
 _QK_NORM = re.compile(r"(^|[._])(q|k|query|key)_?(layer_?)?norm(\.|$)|(^|[._])norm_[qk](\.|$)", re.IGNORECASE)
 _POSITIONS = re.compile(
-    r"(^|[._])(pos(ition(al)?)?(_?emb\w*|_encoding|itions)?|cls(_token)?|reg(ister)?_tokens?|dist_token)$"
+    r"(^|[._])(pos(ition(al)?)?(_?emb\w*|_encoding|itions|_bias(_table)?)?|cls(_token)?|reg(ister)?_tokens?|dist_token)$"
 )
 
 
