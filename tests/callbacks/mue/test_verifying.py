@@ -95,7 +95,7 @@ def test_a_wrong_depth_is_told_by_default_and_raised_if_asked():
     _, told, _ = fit(Net(deeper=8), None)
     assert len(told) == 1
     assert "the number of layers that run grows by" in told[0]
-    with pytest.raises(ValueError, match="the plan|plan takes the depth"):
+    with pytest.raises(ValueError, match="takes the depth"):
         fit(Net(deeper=8), "raise")
 
 

@@ -203,7 +203,9 @@ class Wrapper(torch.optim.Optimizer):
 def test_inner_optimizer_that_stays_unscaled(undo):
     places = [(scaled_step, "inner_optimizer", lambda optimizer: optimizer)] if undo else []
     with replaced(*places):
-        result = of("Llama", (128, 2, 0), (32, 2, 0), optimizer=lambda model: Wrapper(AdamW(model.parameters(), lr=1e-2)))
+        result = of(
+            "Llama", (128, 2, 0), (32, 2, 0), optimizer=lambda model: Wrapper(AdamW(model.parameters(), lr=1e-2))
+        )
     found = named_by(result, "mlp.up_proj")
     assert bool(found) is undo, str(result)
     assert all("learning rate or multiplier is too large" in text for text in found)

@@ -49,7 +49,11 @@ def expected(name: str, axis: str, parameter: str) -> tuple[str, float, float]:
 def test_plan_is_as_the_table_says(name, axis):
     scaling = plan(make(name, TARGETS[axis]), base=lambda: make(name, BASE))
     ratio = {key: value / scaling.base_axes[key] for key, value in scaling.axes.items()}
-    grown = {"width": {"width", "ffn_width", "expert_width", "active_width"}, "depth": {"depth"}, "experts": {"n_experts"}}
+    grown = {
+        "width": {"width", "ffn_width", "expert_width", "active_width"},
+        "depth": {"depth"},
+        "experts": {"n_experts"},
+    }
     factor = 2 if axis == "experts" else 4
     assert ratio == {key: factor if key in grown[axis] else 1 for key in ratio}
     assert axis == "experts" or axis in ratio
@@ -89,7 +93,9 @@ def test_what_it_does_is_what_the_rule_keeps(name, axis):
 @pytest.mark.parametrize("name", ["GPT2", "Llama", "ViT", "Mamba", "minGPT", "DiT"])
 def test_dense_models_under_other_rules(name, rule):
     case = ZOO[name]
-    result = verify_plan(make(name, TARGETS["width"]), case.batch(), base=lambda: make(name, BASE), rule=rule, loss=case.loss)
+    result = verify_plan(
+        make(name, TARGETS["width"]), case.batch(), base=lambda: make(name, BASE), rule=rule, loss=case.loss
+    )
     assert result.passed, str(result)
 
 
