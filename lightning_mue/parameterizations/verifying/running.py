@@ -147,16 +147,16 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def same_draws(seed: int) -> Iterator[None]:
     """The same random numbers in every run, of torch on the CPU, NumPy and Python; the generators are left as they were."""
-    plain, numpy = random.getstate(), np.random.get_state()
+    plain, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            np.random.seed(seed)
+            np.random.seed(seed)  # noqa: NPY002
             random.seed(seed)
             yield
     finally:
         random.setstate(plain)
-        np.random.set_state(numpy)
+        np.random.set_state(numpy)  # noqa: NPY002
 
 
 def call_again(child: nn.Module, args: Any, kwargs: Any, seed: int) -> tuple[Tensor | None, Watch]:

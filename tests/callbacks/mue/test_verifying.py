@@ -43,7 +43,7 @@ class Net(L.LightningModule):
         return {"depth": self.hparams.depth * (self.hparams.deeper if self.hparams.depth > 1 else 1)}
 
     def training_step(self, batch, batch_idx):
-        x = self.stem(batch + 1e-3 * (random.random() + np.random.rand()))
+        x = self.stem(batch + 1e-3 * (random.random() + np.random.rand()))  # noqa: NPY002
         for block in self.blocks:
             x = block(x)
         loss = F.mse_loss(self.head(self.norm(x)), torch.ones(len(batch), 4, dtype=batch.dtype))
