@@ -123,7 +123,9 @@ def test_plan_optimizer_and_monitor_read_a_name_alike(path, make, expected):
 
     arguments = {"base": lambda: Model(path, make, 16), "rule": "hyperp", "family": "sphere"}
     if role is REFUSED:
-        with pytest.raises(ValueError, match=r"model: found 2 parameter.s. that are parts of a weight .*original0.*original1"):
+        with pytest.raises(
+            ValueError, match=r"model: found 2 parameter.s. that are parts of a weight .*original0.*original1"
+        ):
             plan(model, **arguments)
     else:
         made = plan(model, **arguments)

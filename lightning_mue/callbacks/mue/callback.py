@@ -209,6 +209,7 @@ class MuECallback(Callback):
         checks.warn_at_fit_start(trainer, pl_module, plan, last=last)
         if starts:
             checks.warn_of_loaded_weights(trainer, pl_module, plan, self._versions, self.base)
+            checks.warn_of_missing_multipliers(pl_module, plan)
         copies = companions.copies_in_optimizers(trainer)
         # Restored, loaded, or trained before: the weights stay.
         drawn = apply_plan(pl_module, plan, seed=self.seed, draw=bool(self.initialize) and not resumed)

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_mue.checks import listed, mismatch, value_error
 from lightning_mue.moe.balance_callbacks import warn_of_missing_callbacks
 from lightning_mue.parameterizations import ScalingPlan
-from lightning_mue.parameterizations.applying.initial_weights import has_weights
+from lightning_mue.parameterizations.applying.initial_weights import has_weights, without_multiplier
 from lightning_mue.parameterizations.applying.loaded import drawn_over
 from lightning_mue.parameterizations.applying.update_probe import inner_optimizer
 from lightning_mue.parameterizations.reading.base import Base
@@ -164,6 +164,21 @@ def warn_of_loaded_weights(
             expected="weights as the constructor draws them",
             do="To keep them, give MuECallback(initialize='changed'), which draws only what differs from the base in shape or "
             "initial std, or a list of regular expressions, which draws only what they match, or False, which draws nothing.",
+        )
+        rank_zero_warn(f"MuECallback: {message}")
+
+
+def warn_of_missing_multipliers(pl_module: LightningModule, plan: ScalingPlan) -> None:
+    """Warns of weights that are kept while the plan folds a forward multiplier into them."""
+    kept = {} if has_weights(pl_module) else without_multiplier(plan)
+    if kept:
+        message = mismatch(
+            "initialize",
+            found=f"{len(kept)} weight(s) to be kept, into which the plan folds a forward multiplier: "
+            + listed([f"{name} x {factor:.4g}" for name, factor in kept.items()], limit=8),
+            expected="weights that hold it, as those of a run under this plan do",
+            do="Others keep their function; the multiplier is then missing in it. If it is to count, multiply them before the fit, "
+            "or let initialize draw them.",
         )
         rank_zero_warn(f"MuECallback: {message}")
 

@@ -196,7 +196,7 @@ def refuse_other_sizes(plan: ScalingPlan, sizes: Mapping[str, Any], saved: Scali
     """
     axes = {**plan.axes, **{key: size for key, size in sizes.items() if isinstance(size, (int, float))}}
     if saved is not None:
-        refuse_other_plan(saved, replace(plan, axes=axes))
+        refuse_other_plan(saved, replace(plan, axes=axes), plan.multipliers)
         return
     for key in RUN_KEYS:
         if key in plan.axes and abs(axes[key] / plan.axes[key] - 1) > 0.02:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from lightning_mue.callbacks.transfer.fingerprint import Fingerprint
 from lightning_mue.callbacks.transfer.probes import UpdateProbe
+from lightning_mue.callbacks.transfer.reach import row_factor
 from lightning_mue.parameterizations import Parameterization, ParameterPlan, Role, Row, ScalingPlan
 from lightning_mue.parameterizations.planning.counterparts import RELATED
 from lightning_mue.parameterizations.rules.kinds import SPHERE_KINDS
@@ -158,9 +159,11 @@ def classes_of(entries: Iterable[ParameterPlan]) -> dict[str, int]:
 def _averaged(found: list[tuple[ParameterPlan, float]], drawn: bool) -> _Factors:
     entries = [entry for entry, _ in found]
     known = drawn and all(entry.init.kind in _DRAWN for entry in entries)
+    rows = [1.0 if entry.kind in SPHERE_KINDS else row_factor(entry) for entry in entries]
+    stds = [entry.init.value * r for entry, r in zip(entries, rows, strict=True)]
     return _Factors(
-        lr=math.exp(sum(math.log(entry.lr) for entry in entries) / len(entries)),
-        init=math.sqrt(sum(entry.init.value**2 for entry in entries) / len(entries)) if known else None,
+        lr=math.exp(sum(math.log(entry.lr * r) for entry, r in zip(entries, rows, strict=True)) / len(entries)),
+        init=math.sqrt(sum(std**2 for std in stds) / len(stds)) if known else None,
         reach=math.sqrt(sum(reach**2 for _, reach in found) / len(found)),
         kind=entries[0].kind,
     )

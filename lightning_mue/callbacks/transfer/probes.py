@@ -18,7 +18,13 @@ from torch.utils.hooks import RemovableHandle
 from lightning_mue.callbacks.monitors.logits import LogitsZMonitor
 from lightning_mue.callbacks.monitors.probes import Probe, find_modules, first_tensor
 from lightning_mue.callbacks.transfer.layers import OUTSIDE, Layers
-from lightning_mue.callbacks.transfer.reach import OUTSIDE_ROLES, folded_residuals, reach_factor, tied_outputs
+from lightning_mue.callbacks.transfer.reach import (
+    OUTSIDE_ROLES,
+    folded_queries,
+    folded_residuals,
+    reach_factor,
+    tied_outputs,
+)
 from lightning_mue.contract import branch_kind, is_router
 from lightning_mue.diagnostics import even_sample, update_rms, update_summary, weight_rms
 from lightning_mue.diagnostics.updates import UPDATE_SIZE
@@ -146,11 +152,14 @@ def update_probes(
     """One probe per parameter of the plan, in the plan's order."""
     weights = {clean_name(name): p for name, p in module.named_parameters()}
     passed = folded_residuals(module, plan, layers) | tied_outputs(module, plan, multipliers)
+    queries = folded_queries(module, plan)
     probes = []
     for entry in plan.parameters:
         if entry.name in weights:
             place = OUTSIDE if Role(entry.role) in OUTSIDE_ROLES else layers.place(entry.name)
-            reach = reach_factor(entry, layers, multipliers) * passed.get(entry.name, 1.0)
+            reach = (
+                reach_factor(entry, layers, multipliers) * passed.get(entry.name, 1.0) * queries.get(entry.name, 1.0)
+            )
             label, relative = f"{entry.role}/{place}/{entry.name}", entry.kind in SPHERE_KINDS
             probes.append(UpdateProbe(label, weights[entry.name], reach, relative, max_elements))
     return probes

@@ -13,6 +13,7 @@ from lightning_mue.callbacks.transfer.layers import OUTSIDE, Layers
 from lightning_mue.parameterizations import MATRIX_ROLES, ParameterPlan, Role, ScalingPlan
 from lightning_mue.parameterizations.reading.parameters import list_parameters
 from lightning_mue.parameterizations.reading.roles.folding import mark_folds
+from lightning_mue.parameterizations.reading.roles.queries import read_queries
 from lightning_mue.parameterizations.reading.sites import sites
 from lightning_mue.parameterizations.rules.kinds import SPHERE_KINDS
 
@@ -43,9 +44,7 @@ def folded_residuals(module: nn.Module, plan: ScalingPlan, layers: Layers) -> di
     m, entries = plan.folded.get("residual", 1.0), {entry.name: entry for entry in plan.parameters}
     if m == 1.0:
         return {}
-    known = [info for info in list_parameters(module, None) if info.name in entries]
-    infos = mark_folds([replace(info, role=Role(entries[info.name].role)) for info in known])
-    carriers = {info.name for info in infos if "residual" in info.folds}
+    carriers = _carriers(module, plan, "residual")
     return {
         name: m
         for name, entry in entries.items()
@@ -53,6 +52,35 @@ def folded_residuals(module: nn.Module, plan: ScalingPlan, layers: Layers) -> di
         and layers.place(name) != OUTSIDE
         and (name not in carriers or entry.kind in SPHERE_KINDS)
     }
+
+
+def folded_queries(module: nn.Module, plan: ScalingPlan) -> dict[str, float]:
+    """Name of a parameter that carries an attention multiplier -> what undoes it in the RMS of its change.
+
+    Queries that are multiplied behind their matrix move the stream no less; the change of one that holds the multiplier contains
+    it. A change relative to the weight does not.
+    """
+    if plan.folded.get("attention", 1.0) == 1.0 and all(entry.rows is None for entry in plan.parameters):
+        return {}
+    carriers = _carriers(module, plan, "attention")
+    entries = [e for e in plan.parameters if e.name in carriers and e.kind not in SPHERE_KINDS]
+    return {entry.name: 1 / (entry.carried * row_factor(entry)) for entry in entries}
+
+
+def row_factor(entry: ParameterPlan) -> float:
+    """What the multiplier in some of its rows makes of the RMS of a whole matrix whose other values are alike."""
+    if entry.rows is None:
+        return 1.0
+    part = entry.rows.count / entry.rows.period
+    return (1 - part + part * entry.rows.factor**2) ** 0.5
+
+
+def _carriers(module: nn.Module, plan: ScalingPlan, kind: str) -> set[str]:
+    """Names of the parameters into which the plan folds a kind of multiplier, if it folds it."""
+    entries = {entry.name: entry for entry in plan.parameters}
+    known = [info for info in list_parameters(module, None) if info.name in entries]
+    infos = mark_folds(read_queries(module, [replace(info, role=Role(entries[info.name].role)) for info in known]))
+    return {info.name for info in infos if kind in info.folds}
 
 
 def tied_outputs(

@@ -14,7 +14,7 @@ from lightning_mue.checks import listed, value_error
 from lightning_mue.names import clean_name
 from lightning_mue.parameterizations.applying.drawing import draw_all, scale_
 from lightning_mue.parameterizations.applying.folded_rows import multiply_rows
-from lightning_mue.parameterizations.planning.scaling_plan import ScalingPlan
+from lightning_mue.parameterizations.planning.scaling_plan import ParameterPlan, ScalingPlan
 from lightning_mue.parameterizations.reading.initial.initializer import KEEP
 from lightning_mue.parameterizations.reading.parameters import named_tensors, padding_rows
 from lightning_mue.parameterizations.reading.sites import read_multipliers
@@ -65,19 +65,33 @@ def choose_draws(plan: ScalingPlan, draws: Draws) -> ScalingPlan:
     Args:
         plan: The plan.
         draws: True or False: the plan as it is. ``"changed"``: only parameters that the base lacks, has in another shape, or draws
-            with another std. Regular expressions: only parameters in whose qualified name one of them is found.
+            with another std (in some rows). Regular expressions: only parameters in whose qualified name one of them is found.
 
     Raises:
         ValueError: For an expression that is unreadable or matches no parameter.
     """
     if isinstance(draws, bool):
         return plan
-    if draws == "changed":
-        chosen = {e.name for e in plan.parameters if e.base is None or e.base_shape != e.shape or e.init_factor != 1.0}
-    else:
-        chosen = _matching(plan, check_draws(draws))
+    chosen = (
+        {e.name for e in plan.parameters if _changes(e)} if draws == "changed" else _matching(plan, check_draws(draws))
+    )
     parameters = (entry if entry.name in chosen else replace(entry, init=KEEP) for entry in plan.parameters)
     return replace(plan, parameters=tuple(parameters))
+
+
+def _changes(entry: ParameterPlan) -> bool:
+    """Whether a plan draws a parameter otherwise than its base."""
+    return entry.base is None or entry.base_shape != entry.shape or entry.init_factor != 1.0 or entry.rows is not None
+
+
+def without_multiplier(plan: ScalingPlan) -> dict[str, float]:
+    """Weights that keep their initial values although they should carry a forward multiplier: name -> multiplier.
+
+    Weights from a run under the same plan carry it already.
+    """
+    kept = [e for e in plan.parameters if e.trainable and e.base is not None and e.init.kind == "keep"]
+    factors = {e.name: e.carried if e.rows is None else e.rows.factor for e in kept}
+    return {name: factor for name, factor in factors.items() if factor != 1.0}
 
 
 def check_draws(draws: Draws) -> list[str]:

@@ -62,14 +62,14 @@ class Scale:
         kind = default_kind(Role.EMBEDDING if info.tied else info.role, family)
         ratios = self._local_ratios(info, old)
         cells = {name: parse(getattr(row, name)).evaluate(ratios, self.alpha) for name in ("init", "lr", "wd", "eps")}
-        rows = None
+        rows, carried = None, 1.0
         for name in sorted(info.folds & set(folded)):
             multiplier = self._multiplier(name, folded[name], ratios, info, old)
             self._refuse_fixed_values(info, init, name, folded[name][1], multiplier)
             if name == "attention" and info.query is not None and info.query.rows is not None:
                 rows = FoldedRows(*info.query.rows, multiplier) if multiplier != 1.0 else None
             else:
-                cells = fold(cells, multiplier, kind)
+                cells, carried = fold(cells, multiplier, kind), carried * multiplier
         if info.tied and old is not None:
             cells = fold(cells, self.table_factor, kind)
         for pattern, columns in self.factors.items():
@@ -91,6 +91,7 @@ class Scale:
             tied=tied,
             init_factor=cells["init"],
             rows=rows,
+            carried=carried,
             trainable=info.trainable,
         )
 

@@ -45,6 +45,7 @@ class ParameterPlan:
         tied: Every expert of the layer starts from the same draw.
         init_factor: The std (or constant) that is planned over the base's.
         rows: Some of its rows carry a forward multiplier. The other fields hold for the parameter without it.
+        carried: The forward multiplier that the whole of it carries; the other fields are with it.
         trainable: False if it is frozen: then nothing of this is applied.
     """
 
@@ -62,4 +63,5 @@ class ParameterPlan:
     tied: bool = False
     init_factor: float = 1.0
     rows: FoldedRows | None = None
+    carried: float = 1.0
     trainable: bool = True

@@ -25,12 +25,11 @@ from lightning_mue.parameterizations.reading.initial.initializer import Init
 from lightning_mue.parameterizations.reading.initial.measuring import measure_build, measure_ready
 from lightning_mue.parameterizations.reading.overrides import (
     dotted,
-    flattened,
     is_configuration,
+    leaves,
     override,
     own_copy,
     unknown_override,
-    value_at,
 )
 from lightning_mue.parameterizations.reading.parameters import role_patterns
 from lightning_mue.parameterizations.reading.record import VERSION, ModelRecord, describe
@@ -95,7 +94,7 @@ def build_base(model: nn.Module, base: Base, *, device: str | None = None, seed:
 
 def _rebuild(model: nn.Module, overrides: Mapping[str, Any]) -> nn.Module:
     """Makes another instance of a module's class, from its hyperparameters and overrides of them."""
-    cls = type(model)
+    cls = _own_class(model)
     signature = inspect.signature(cls).parameters
     hparams, whole, instantiator = _hyperparameters(model, signature)
     open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.values())
@@ -122,12 +121,18 @@ def _rebuild(model: nn.Module, overrides: Mapping[str, Any]) -> nn.Module:
     return _construct(cls, arguments, instantiator, overrides, names)
 
 
-def paired_values(model: nn.Module, overrides: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Path -> (the target's value, the base's) of overrides, also inside configurations; None is a value that is not known."""
-    signature = inspect.signature(type(model)).parameters
+def _own_class(model: nn.Module) -> type[nn.Module]:
+    """A module's class; of one that fully_shard was called on, which gave it a subclass, the class before."""
+    return next(cls for cls in type(model).__mro__ if all(base.__name__ != "FSDPModule" for base in cls.__mro__))
+
+
+def changes(model: nn.Module, overrides: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """What overrides of a module's hyperparameters change, leaf by leaf: (dotted path, the module's value, the other one)."""
+    signature = inspect.signature(_own_class(model)).parameters
     hparams, whole, _ = _hyperparameters(model, signature)
-    placed = {_placed(key, [*signature, *hparams], hparams, whole): value for key, value in overrides.items()}
-    return {path: (value_at(hparams, path), value) for path, value in flattened(placed, hparams).items()}
+    own = {**{name: p.default for name, p in signature.items() if p.default is not p.empty}, **hparams}
+    names = list(own)
+    return list(leaves(own, {_placed(key, names, hparams, whole): value for key, value in overrides.items()}))
 
 
 def _hyperparameters(model: nn.Module, signature: Mapping[str, Any]) -> tuple[dict[str, Any], str | None, str | None]:

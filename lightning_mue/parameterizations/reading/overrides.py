@@ -8,7 +8,7 @@ import difflib
 import importlib
 import inspect
 from argparse import Namespace
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -73,36 +73,36 @@ def dotted(values: Mapping[str, Any], prefix: str = "", depth: int = 4) -> list[
     return [*here, *inside]
 
 
-def value_at(values: Any, path: str) -> Any:
-    """The value at a dotted path, between a class and its ``init_args`` also without the latter; None if there is none."""
-    name, dot, rest = path.partition(".")
-    known = _names(values)
-    if path in known:
-        return _get(values, path)
-    if dot and name in known:
-        return value_at(_get(values, name), rest)
-    if isinstance(values, Mapping):
-        return value_at(values["init_args"], path) if values.get("init_args") else None
-    return getattr(values, path, None) if known else None  # transformers' other names of the same value
-
-
-def flattened(overrides: Mapping[str, Any], values: Any) -> dict[str, Any]:
-    """Overrides with a dotted path for each value inside a mapping that overrides a part of the target's configuration."""
-    flat: dict[str, Any] = {}
-    for key, new in overrides.items():
-        old = value_at(values, key)
-        same_class = not isinstance(new, Mapping) or new.get("class_path") in (None, value_at(old, "class_path"))
-        if isinstance(new, Mapping) and is_configuration(old) and same_class:
-            inside = flattened({name: one for name, one in new.items() if name != "class_path"}, old)
-            flat.update({f"{key}.{name}": one for name, one in inside.items()})
-        else:
-            flat[key] = new
-    return flat
-
-
 def is_configuration(value: object) -> bool:
     """Whether a value holds named values that can be overridden one by one."""
     return bool(_names(value))
+
+
+def leaves(values: Any, overrides: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """What overrides change, leaf by leaf: (dotted path, value now, value in its place).
+
+    ``values`` is a mapping or a configuration, ``overrides`` as for `override` or a configuration of the same class. Paths at which
+    there is nothing now are left out.
+    """
+    given = overrides if isinstance(overrides, Mapping) else {name: _get(overrides, name) for name in _names(overrides)}
+    for key, new in given.items():
+        name, dot, rest = (key, "", "") if _at(values, key) is not None else key.partition(".")
+        own = _at(values, name)
+        nested = is_configuration(own) and (
+            isinstance(new, Mapping) or (is_configuration(new) and type(new) is type(own))
+        )
+        if dot or nested:
+            yield from leaves(own, {rest: new} if dot else new, f"{prefix}{name}.")
+        elif own is not None:
+            yield f"{prefix}{name}", own, new
+
+
+def _at(values: Any, name: str) -> Any:
+    """The value of a name, or None; in a class as LightningCLI writes it, also that of an argument."""
+    if not isinstance(values, Mapping):
+        return getattr(values, name, None)
+    arguments = values.get("init_args") if "class_path" in values else None
+    return values.get(name, arguments.get(name) if isinstance(arguments, Mapping) else None)
 
 
 def own_copy(value: Any) -> Any:

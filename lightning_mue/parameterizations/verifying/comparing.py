@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import prod
 
 from lightning_mue.names import all_indices, in_attention
@@ -11,6 +10,7 @@ from lightning_mue.parameterizations.rules.kinds import Kind
 from lightning_mue.parameterizations.rules.monomial import SYMBOLS, parse
 from lightning_mue.parameterizations.rules.roles import Role
 from lightning_mue.parameterizations.rules.table import Parameterization
+from lightning_mue.parameterizations.verifying.deviation import Deviation
 from lightning_mue.parameterizations.verifying.measuring import Measurements
 
 #: Quantity -> (least, largest) ratio of the target's value to what is expected. Calibrated on the zoo of the tests.
@@ -24,6 +24,8 @@ TOLERANCES: dict[str, tuple[float, float]] = {
     "output": (0.4, 1.6),
     "gradient": (1 / 3, 3.0),
 }
+#: Largest ratio of the attention logits' updates where the head dimension grows much.
+_SHARPER = 1.15
 #: Smaller values are rounding: of a branch that starts at zero, or a key's bias, which attention cancels.
 _NOTHING = 1e-6
 #: Adam's eps counts from this part of a gradient on.
@@ -32,47 +34,6 @@ _EXPERTS = frozenset({Role.EXPERT_UP, Role.EXPERT_DOWN, Role.SHARED_UP, Role.SHA
 #: Rules under which the experts' sum at initialization depends on their number by design; their updates do not.
 _SUMS_SHRINK = ("moe-dmft", "mssp")
 _FAMILY: dict[Kind, str] = {"sgd": "sgd", "sphere": "sphere", "adam_sphere": "sphere", "muon": "muon", "adamw": "adam"}
-_WHAT = {
-    "share": "what it adds to the residual stream at initialization, relative to the stream and summed over the layers as the rule "
-    "does",
-    "update": "what one optimizer step of it changes in the residual stream",
-    "input": "what it adds to the input of the first layer",
-    "input update": "what one optimizer step of it changes in the input of the first layer",
-    "output update": "what one optimizer step of it changes in the model's output",
-    "attention update": "what one optimizer step changes in the attention logits",
-    "output": "the model's output at initialization",
-    "gradient": "its gradient, against which Adam's eps counts here,",
-}
-
-
-@dataclass(frozen=True)
-class Deviation:
-    """A measured value that a sound plan would have kept.
-
-    Attributes:
-        quantity: ``share``, ``update``, ``input``, ``input update``, ``output update``, ``attention update`` or ``output``.
-        parameter: Name of one parameter, or of the model.
-        role: Its role, empty for a quantity of the whole model.
-        source: The row of the table that was applied.
-        ratio: Target's value over the base's.
-        expected: What the rule makes of it.
-        cause: The likely cause, and what to do.
-    """
-
-    quantity: str
-    parameter: str
-    role: str
-    source: str
-    ratio: float
-    expected: float
-    cause: str
-
-    def __str__(self) -> str:
-        of = f"{self.parameter} ({self.role}; {self.source})" if self.role else self.parameter
-        return (
-            f"{of}: {_WHAT[self.quantity]} is {self.ratio:.3g} times the base's, expected about {self.expected:.3g} times. "
-            f"{self.cause}"
-        )
 
 
 def compare(
@@ -85,7 +46,11 @@ def compare(
 
 
 def _distance(deviation: Deviation) -> float:
-    return max(deviation.ratio / deviation.expected, deviation.expected / max(deviation.ratio, _NOTHING))
+    return _off(deviation.ratio, deviation.expected)
+
+
+def _off(ratio: float, expected: float) -> float:
+    return max(ratio / expected, expected / max(ratio, _NOTHING))
 
 
 class _Comparison:
@@ -113,8 +78,17 @@ class _Comparison:
                 continue
             counts = 0 < old < self.eps / _EPS_COUNTS if quantity == "gradient" else old > _NOTHING
             if counts and not self._leaves_out(quantity, entry):
-                found += self._check(quantity, entry, value / old, self._expected(quantity, entry))
+                expected = self._expected(quantity, entry)
+                ratios = [value / old, *self._in_first_layer(quantity, group, entry)]
+                found += self._check(quantity, entry, min(ratios, key=lambda r: _off(r, expected)), expected)
         return found
+
+    def _in_first_layer(self, quantity: str, group: str, entry: ParameterPlan) -> list[float]:
+        """The ratio in the first layers, whose inputs are alike; the more layers, the more the stream may hold of biases."""
+        assert entry.base is not None
+        value = self.target.first.get((quantity, group), 0.0)
+        old = self.base.first.get((quantity, all_indices(entry.base)), 0.0)
+        return [value / old] if min(value, old) > _NOTHING else []
 
     def _is_rounding(self, entry: ParameterPlan) -> bool:
         """True for a gradient of rounding errors: of a bias that a norm behind it takes away."""
@@ -160,8 +134,10 @@ class _Comparison:
         ):  # the RMS of n random outputs errs by (2 n)^-1/2; the ratio of two may by three times n^-1/2
             largest = max(largest, 1 + 3 * self.target.output_width**-0.5)
         if quantity == "attention update" and 0 < self.base.head_dim != self.target.head_dim:
-            # With the right factor it falls a little with the head dimension, as long as that is small; without, it grows.
-            largest = min(largest, 1.2 * max(1.0, self.target.head_dim / self.base.head_dim) ** -0.25)
+            # With the right factor it falls a little with the head dimension k, as long as that is small; without, it is k^1/2
+            # times as large.
+            growth = max(1.0, self.target.head_dim / self.base.head_dim)
+            least, largest = least * growth**-0.25, _SHARPER if growth >= 3 else largest
         if quantity == "update" and entry is not None:
             low, high = self._coherence(Role(entry.role))
             least, largest = least * low, largest * high

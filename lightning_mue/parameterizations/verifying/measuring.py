@@ -48,6 +48,7 @@ class Measurements:
             ``input update``, the same at the entry of the first layer; ``output update``, RMS of the change of the model's
             output; ``gradient``, RMS of the gradient. Without a group: ``stream``, RMS at the entry of the first layer;
             ``output``, RMS of the model's output; ``attention update``, RMS of the change of attention logits.
+        first: The same ``share`` and ``update`` in the first layer alone.
     """
 
     groups: dict[str, list[str]]
@@ -57,6 +58,7 @@ class Measurements:
     head_dim: int = 0
     output_width: int = 1
     values: dict[tuple[str, str], float] = field(default_factory=dict)
+    first: dict[tuple[str, str], float] = field(default_factory=dict)
 
 
 def measure(
@@ -154,7 +156,9 @@ class _Measurement:
                         with replaced(values):
                             changed, _ = call_again(child, args, kwargs, self.seed)
                         assert changed is not None
-                        sums[quantity, group] += size(changed, y)
+                        effect = size(changed, y)
+                        self.result.first.setdefault((quantity, group), effect / max(stream, 1e-30))
+                        sums[quantity, group] += effect
                         streams[quantity, group] += stream
                 with replaced(everything):
                     _, moved = call_again(child, args, kwargs, self.seed)

@@ -6,10 +6,12 @@ Shape legend: B batch, H heads, Q queries, K keys, k head dimension.
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -144,10 +146,17 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def same_draws(seed: int) -> Iterator[None]:
-    """The same random numbers in every run; the global generator is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
+    """The same random numbers in every run, of torch on the CPU, NumPy and Python; the generators are left as they were."""
+    plain, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            np.random.seed(seed)  # noqa: NPY002
+            random.seed(seed)
+            yield
+    finally:
+        random.setstate(plain)
+        np.random.set_state(numpy)  # noqa: NPY002
 
 
 def call_again(child: nn.Module, args: Any, kwargs: Any, seed: int) -> tuple[Tensor | None, Watch]:

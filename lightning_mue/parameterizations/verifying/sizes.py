@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import nn
-from torch.utils._pytree import tree_map
 
 from lightning_mue.checks import value_error
-from lightning_mue.parameterizations.reading.base import RUN_KEYS, Base, build_base, paired_values
+from lightning_mue.parameterizations.reading.base import RUN_KEYS, Base, build_base, changes
 
 #: How far a size lies from the base's in a verification: far enough that a wrong power of it shows, and cheap.
 _RATIOS = (4, 3, 2)
-#: Largest target of a verification, in parameters.
-_LARGEST = 30_000_000
+#: Largest model of a verification, in parameters.
+_LARGEST = 64_000_000
 #: Samples of the batch, and tokens of each: with more tokens than the width, updates add up incoherently.
 _SAMPLES, _TOKENS = 2, 16
 
@@ -45,23 +45,25 @@ def two_models(model: nn.Module, base: Base) -> tuple[Callable[[], nn.Module], C
             do="Give the base as overrides of the module's hyperparameters, e.g. base: {width: 64}.",
         )
     return (
-        lambda: copy.deepcopy(base) if isinstance(base, nn.Module) else build_base(model, base),
+        lambda: _copy(base) if isinstance(base, nn.Module) else build_base(model, base),
         lambda: _copy(model),
         {},
     )
 
 
 def _copy(model: nn.Module) -> nn.Module:
-    """A copy on the CPU, without the trainer that a LightningModule refers to."""
-    trainer = vars(model).pop("_trainer", None)
+    """A copy on the CPU in at least single precision, without the trainer that LightningModules refer to."""
+    holders = [child for child in model.modules() if vars(child).get("_trainer") is not None]
+    trainers = [vars(child).pop("_trainer") for child in holders]
     try:
+        for child in holders:
+            vars(child)["_trainer"] = None
         copied = copy.deepcopy(model).cpu()
     finally:
-        if trainer is not None:
-            vars(model)["_trainer"] = trainer
-    if trainer is not None:
-        vars(copied)["_trainer"] = None
-    return copied
+        for child, trainer in zip(holders, trainers, strict=True):
+            vars(child)["_trainer"] = trainer
+    low = any(p.dtype in (torch.float16, torch.bfloat16) for p in copied.parameters())
+    return copied.float() if low else copied
 
 
 def _require_real(model: nn.Module, key: str) -> None:
@@ -73,12 +75,12 @@ def _require_real(model: nn.Module, key: str) -> None:
 
 def _near(model: nn.Module, small: Mapping[str, Any]) -> dict[str, Any]:
     """Overrides that make the target near the base, the farthest that can be built and is small enough."""
-    pairs = paired_values(model, small)
+    smallest = sum(p.numel() for p in build_base(model, small, device="meta").parameters())
     error: Exception | None = None
-    for sizes in _candidates(pairs):
+    for sizes in _candidates(changes(model, small)):
         try:
             made = build_base(model, sizes, device="meta")
-            if sum(p.numel() for p in made.parameters()) <= _LARGEST:
+            if max(smallest, sum(p.numel() for p in made.parameters())) <= _LARGEST:
                 return sizes
         except Exception as caught:  # a size that the module refuses, e.g. a width that its heads do not divide
             error = caught
@@ -86,15 +88,14 @@ def _near(model: nn.Module, small: Mapping[str, Any]) -> dict[str, Any]:
         "verify",
         found=f"no target near the base {dict(small)} that can be built with at most {_LARGEST:,} parameters"
         + (f" ({error})" if error else ""),
-        expected="a module that can be built at other sizes",
-        do="Verify at a smaller size, or without: verify=False.",
+        expected="base and target that can be built at such sizes",
+        do="Verify with a smaller base, or without: verify=False.",
     )
 
 
-def _candidates(pairs: Mapping[str, tuple[Any, Any]]) -> Iterator[dict[str, Any]]:
-    known = {key: pair for key, pair in pairs.items() if pair[0] is not None}
+def _candidates(changed: list[tuple[str, Any, Any]]) -> Iterator[dict[str, Any]]:
     for ratio in _RATIOS:
-        yield {key: _scaled(key, *pair, ratio) for key, pair in known.items()}
+        yield {path: _scaled(path.rpartition(".")[2], own, value, ratio) for path, own, value in changed}
     yield {}
 
 
@@ -106,15 +107,21 @@ def _scaled(key: str, target: Any, base: Any, ratio: int) -> Any:
     return base * ratio if target > base else max(1, base // ratio)
 
 
-def small_batches(batch: Any) -> Iterator[Any]:
-    """The batch on the CPU, cut to few samples and tokens; then cut less, for models that do not take it."""
-    yield tree_map(lambda leaf: _cut(leaf, _TOKENS), batch)
-    yield tree_map(lambda leaf: _cut(leaf, None), batch)
-    yield tree_map(lambda leaf: leaf.detach().cpu() if isinstance(leaf, torch.Tensor) else leaf, batch)
+def small_batches(batch: Any, dtype: torch.dtype) -> Iterator[Any]:
+    """The batch on the CPU, cut to few samples and tokens; then cut less, for models that do not take it.
+
+    Floating-point entries get the weights' dtype: a precision plugin may have cast the batch for the run's.
+    """
+    for cut in (lambda leaf: _cut(leaf, _TOKENS), lambda leaf: _cut(leaf, None), lambda leaf: leaf):
+        yield apply_to_collection(batch, torch.Tensor, lambda leaf, cut=cut: cut(_plain(leaf, dtype)))
 
 
-def _cut(leaf: Any, tokens: int | None) -> Any:
-    if not isinstance(leaf, torch.Tensor) or leaf.ndim == 0:
+def _plain(leaf: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return leaf.detach().to("cpu", dtype if leaf.is_floating_point() else None)
+
+
+def _cut(leaf: torch.Tensor, tokens: int | None) -> torch.Tensor:
+    if leaf.ndim == 0:
         return leaf
-    leaf = leaf.detach().cpu()[:_SAMPLES]
+    leaf = leaf[:_SAMPLES]
     return leaf[:, :tokens] if leaf.ndim == 2 and not leaf.is_floating_point() else leaf

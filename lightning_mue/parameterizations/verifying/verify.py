@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_mue.checks import type_error, value_error
+from lightning_mue.namespaces import is_lightning
 from lightning_mue.parameterizations.applying.families import family_of
 from lightning_mue.parameterizations.applying.initial_weights import initialize
 from lightning_mue.parameterizations.applying.scaled_step import ScaledStep
@@ -22,9 +23,10 @@ from lightning_mue.parameterizations.reading.base import RUN_KEYS, Base
 from lightning_mue.parameterizations.rules.axes import Axes
 from lightning_mue.parameterizations.rules.kinds import Family
 from lightning_mue.parameterizations.rules.table import Parameterization, get_rule
-from lightning_mue.parameterizations.verifying.comparing import Deviation, compare
+from lightning_mue.parameterizations.verifying.comparing import compare
+from lightning_mue.parameterizations.verifying.deviation import Deviation
 from lightning_mue.parameterizations.verifying.measuring import Measurements, measure
-from lightning_mue.parameterizations.verifying.running import Loss
+from lightning_mue.parameterizations.verifying.running import Loss, same_draws
 from lightning_mue.parameterizations.verifying.sizes import small_batches, two_models
 
 #: A step is this part of the tuned learning rate, so that what it changes is in proportion to it.
@@ -102,27 +104,17 @@ def verify_plan(
         ValueError: If the models cannot be built or run, or the plan cannot be made.
     """
     began = time.perf_counter()
-    make_base, make_target, sizes = two_models(model, base)
     run = _Run(get_rule(rule), loss, optimizer or _own_optimizers, alpha, seed)
-    failure: Exception | None = None
-    theirs = run.prepare(_with_factory(make_base(), model), None)
-    mine = run.prepare(_with_factory(make_target(), model), _without_run(base), roles, multipliers)
-    for small in small_batches(batch):
-        try:
-            old, new = run.measure(theirs, small), run.measure(mine, small)
-        except Exception as error:  # the model's own code, on a batch that was cut
-            failure = error
-            continue
-        groups = [group for optimizer in theirs.optimizers for group in optimizer.param_groups]
-        eps = max((float(group["eps"]) for group in groups if isinstance(group.get("eps"), float)), default=0.0)
-        found = compare(run.resolved(mine.plan), mine.plan, old, new, eps)
-        return Verification(tuple(found), sizes, len(new.values), time.perf_counter() - began)
-    raise value_error(
-        "verify",
-        found=f"a {type(model).__name__} that cannot run one step on the CPU outside its Trainer ({failure!r})",
-        expected="a loss that can be computed from the module and a batch alone",
-        do="Give verify_plan a loss=lambda model, batch: ..., or switch it off: verify=False.",
-    ) from failure
+    with torch.compiler.set_stance("force_eager"):  # few passes, which are not worth compiling for
+        make_base, make_target, sizes = two_models(model, base)
+        theirs = run.prepare(_with_factory(make_base(), model), None)
+        mine = run.prepare(_with_factory(make_target(), model), _without_run(base), roles, multipliers)
+        small = run.fitting(theirs, mine, batch)
+        old, new = run.measure(theirs, small), run.measure(mine, small)
+    groups = [group for optimizer in theirs.optimizers for group in optimizer.param_groups]
+    eps = max((float(group["eps"]) for group in groups if isinstance(group.get("eps"), float)), default=0.0)
+    found = compare(run.resolved(mine.plan), mine.plan, old, new, eps)
+    return Verification(tuple(found), sizes, len(new.values), time.perf_counter() - began)
 
 
 def _with_factory(made: nn.Module, model: nn.Module) -> nn.Module:
@@ -177,6 +169,28 @@ class _Run:
             scaled = [] if made.same_size else [ScaledStep(optimizer, made, model) for optimizer in optimizers]
         return _Prepared(model, made, optimizers, scaled)
 
+    def fitting(self, theirs: _Prepared, mine: _Prepared, batch: Any) -> Any:
+        """The smallest part of a batch that both models take."""
+        dtype = next((p.dtype for p in mine.model.parameters() if p.is_floating_point()), torch.float32)
+        losses = [self._loss(one.model) for one in (theirs, mine)]
+        failure: Exception | None = None
+        for small in small_batches(batch, dtype):
+            try:
+                for one, loss in zip((theirs, mine), losses, strict=True):
+                    with warnings.catch_warnings(), same_draws(self.seed):
+                        warnings.simplefilter("ignore")
+                        loss(one.model, small)
+            except Exception as error:  # the models' own code, on a batch that was cut
+                failure = error
+                continue
+            return small
+        raise value_error(
+            "verify",
+            found=f"a {type(mine.model).__name__} that cannot run one step on the CPU outside its Trainer ({failure!r})",
+            expected="a loss that can be computed from the module and a batch alone",
+            do="Give verify_plan a loss=lambda model, batch: ..., or switch it off: verify=False.",
+        ) from failure
+
     def measure(self, prepared: _Prepared, batch: Any) -> Measurements:
         """Measures a model over one small step."""
         for optimizer in prepared.optimizers:
@@ -198,8 +212,8 @@ class _Run:
                 "verify", found=found, expected="a loss", do="Give verify_plan loss=lambda model, batch: ... ."
             )
         for child in model.modules():
-            for name in ("log", "log_dict"):  # a LightningModule's; its passes here are not those of a run
-                if hasattr(child, name):
+            if is_lightning(child, "LightningModule"):  # its passes here are not those of a run
+                for name in ("log", "log_dict", "print"):
                     object.__setattr__(child, name, lambda *args, **kwargs: None)
         return lambda module, batch: module.training_step(batch, 0)
 
@@ -212,7 +226,9 @@ class _Run:
 
 def _own_optimizers(model: nn.Module) -> Any:
     configure = getattr(model, "configure_optimizers", None)
-    return configure() if callable(configure) else torch.optim.AdamW(model.parameters(), lr=1e-3)
+    made = configure() if callable(configure) else None
+    # LightningCLI gives the target's instance alone a configure_optimizers.
+    return made if flatten_optimizers(made) else torch.optim.AdamW(model.parameters(), lr=1e-3)
 
 
 def _small_step(optimizer: Optimizer) -> None:

@@ -148,3 +148,48 @@ def test_a_second_fit_is_not_told():
     model = Net(64)
     assert fit(model, base={"width": 32})[1] == set()
     assert fit(model, base={"width": 32}) == (ALL, set())
+
+
+class Attention(nn.Module):
+    def __init__(self, width, n_head):
+        super().__init__()
+        self.n_head, self.c_attn, self.c_proj = n_head, nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+
+class Heads(Net):
+    """A fused attention whose heads grow while no shape changes."""
+
+    def __init__(self, n_head: int = 2):
+        L.LightningModule.__init__(self)
+        self.save_hyperparameters()
+        self.stem, self.head = nn.Linear(8, 16), nn.Linear(16, 4)
+        self.attn = Attention(16, n_head)
+
+    def training_step(self, batch, batch_idx):
+        q, k, v = self.attn.c_attn(self.stem(batch)).chunk(3, -1)
+        return self.head(self.attn.c_proj(q * k + v)).square().mean()
+
+
+def test_changed_draws_the_rows_that_carry_another_multiplier():
+    kept, _ = fit(Heads(2), base={"n_head": 8}, initialize="changed", verify=False)
+    assert {"attn.c_attn.weight", "attn.c_attn.bias"}.isdisjoint(kept)
+    assert {"stem.weight", "attn.c_proj.weight", "head.weight"} <= kept
+    same, _ = fit(Heads(8), base={"n_head": 8}, initialize="changed", verify=False)
+    assert "attn.c_attn.weight" in same
+
+
+def test_kept_weights_that_should_carry_a_multiplier_are_warned_of():
+    def told(patterns):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model = Heads(2)
+            callback = MuECallback("mup", base={"n_head": 8}, verify=False, verbose=False, initialize=patterns)
+            quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+            trainer = Trainer(accelerator="cpu", max_steps=1, callbacks=[callback], logger=False, **quiet)
+            trainer.fit(model, DataLoader(torch.randn(4, 8), batch_size=4))
+        return [str(w.message) for w in caught if "folds a forward multiplier" in str(w.message)]
+
+    (message,) = told(["head"])
+    assert "attn.c_attn.weight x 0.5" in message  # 8 heads of 2 become 2 of 8: k grows by 4, and the module has k^-1/2
+    assert "c_proj" not in message
+    assert told(["c_attn", "head"]) == []

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_mue.callbacks.transfer.expectation import _averaged
 from lightning_mue.callbacks.transfer.layers import Layers
 from lightning_mue.callbacks.transfer.probes import update_probes
 from lightning_mue.callbacks.transfer.reach import forward_multipliers
-from lightning_mue.parameterizations import ScalingPlan, plan
+from lightning_mue.parameterizations import ScaledStep, ScalingPlan, initialize, plan
 
 transformers = pytest.importorskip("transformers", reason="transformers needs Python 3.11")
 transformers.logging.set_verbosity_error()
@@ -98,3 +99,62 @@ def test_the_effect_on_the_residual_stream_is_as_the_reach_says():
         a, b = f"model.model.layers.1.{name}", f"model.model.layers.7.{name}"
         # Depth itself changes the stream a little; a missing m = 1/4 would be 2 octaves.
         assert abs(math.log2(effect(8, name) / effect(2, name) / (new[b] / old[a]))) < 0.5, name
+
+
+class Attention(nn.Module):
+    """Queries, keys and values in one matrix, or in three."""
+
+    def __init__(self, width, n_head, fused):
+        super().__init__()
+        self.n_head, self.fused = n_head, fused
+        for name in ("c_attn",) if fused else ("q_proj", "k_proj", "v_proj"):
+            setattr(self, name, nn.Linear(width, width * (3 if fused else 1), bias=False))
+        self.c_proj = nn.Linear(width, width, bias=False)
+
+
+class Fused(nn.Module):
+    def __init__(self, width, fused=True, n_head=2):
+        super().__init__()
+        self.wte = nn.Embedding(11, width)
+        self.h = nn.ModuleList([nn.ModuleDict({"ln_1": nn.LayerNorm(width), "attn": Attention(width, n_head, fused)})])
+        self.ln_f, self.lm_head = nn.LayerNorm(width), nn.Linear(width, 11, bias=False)
+        for p in self.parameters():
+            if p.ndim > 1:
+                nn.init.normal_(p, std=0.1)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+def test_queries_that_carry_the_attention_multiplier_are_expected_to(fused, optimizer):
+    """What the monitor sees of one step: the same relative update as expected, and the base's reach."""
+    base, target = Fused(16, fused), Fused(128, fused)
+    family = "adam" if optimizer is torch.optim.AdamW else "sgd"
+    scaling = plan(target, base=lambda: Fused(16, fused), rule="mup", family=family)
+    m = 8**-0.5  # the heads grow by 8, and the module divides their product by k^1/2
+    assert scaling.folded["attention"] == pytest.approx(m)
+    initialize(target, scaling)
+    old, new = reaches(base, plan(base, rule="mup", family=family)), reaches(target, scaling)
+    step = optimizer(target.parameters(), lr=1e-3, **({"weight_decay": 0.0} if family == "adam" else {}))
+    scaled = ScaledStep(step, scaling, target)
+    # SGD's rows move by m^2 times their gradient, and the gradient of a multiplied row is 1/m times that of one behind.
+    names = ["c_attn"] if fused else ["q_proj", "k_proj", "v_proj"]
+    for name in names:
+        weight = target.get_parameter(f"h.0.attn.{name}.weight")
+        weight.grad = torch.ones_like(weight)
+        rows = slice(0, 128) if name in ("c_attn", "q_proj") else slice(0, 0)
+        if family == "sgd":
+            weight.grad[rows] /= m
+    before = {name: target.get_parameter(f"h.0.attn.{name}.weight").detach().clone() for name in names}
+    step.step()
+    for name in names:
+        full = f"h.0.attn.{name}.weight"
+        weight, entry = target.get_parameter(full).detach(), scaling[full]
+        change = float((weight - before[name]).square().mean().sqrt())
+        # Of the same factor for all three, 1/8 of the rate under Adam; under SGD the rate itself.
+        wanted = {"adam": 1e-3 / 8, "sgd": 1e-3 * scaling["h.0.attn.c_proj.weight"].lr}[family]
+        assert new[full] / old[full] * change == pytest.approx(8 * wanted, rel=1e-3), name
+        expected = _averaged([(entry, 1.0)], drawn=True)
+        assert float(before[name].square().mean().sqrt()) == pytest.approx(expected.init, rel=0.03), name
+        if family == "adam":
+            assert change == pytest.approx(1e-3 * expected.lr, rel=1e-3), name
+    scaled.remove()
