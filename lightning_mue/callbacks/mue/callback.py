@@ -208,8 +208,7 @@ class MuECallback(Callback):
         last = getattr(pl_module, _LAST_PLAN, None) if starts else None
         checks.warn_at_fit_start(trainer, pl_module, plan, last=last)
         if starts:
-            checks.warn_of_loaded_weights(trainer, pl_module, plan, self._versions, self.base)
-            checks.warn_of_missing_multipliers(pl_module, plan)
+            checks.warn_of_weights(trainer, pl_module, plan, self._versions, self.base)
         copies = companions.copies_in_optimizers(trainer)
         # Restored, loaded, or trained before: the weights stay.
         drawn = apply_plan(pl_module, plan, seed=self.seed, draw=bool(self.initialize) and not resumed)
@@ -238,8 +237,8 @@ class MuECallback(Callback):
         """Verifies the plan on the first batch of a run."""
         if self._to_verify:
             self._to_verify = False
-            arguments: dict[str, Any] = {"alpha": self.alpha, "roles": self.roles, "multipliers": self.multipliers}
-            verify(self.verify, trainer, pl_module, batch, base=self.base, rule=self.rule, **arguments)
+            names = ("base", "rule", "alpha", "roles", "multipliers")
+            verify(self.verify, trainer, pl_module, batch, **{name: getattr(self, name) for name in names})
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

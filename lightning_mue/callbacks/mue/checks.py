@@ -147,7 +147,15 @@ def warn_at_fit_start(
     warn_of_missing_callbacks(trainer, pl_module)
 
 
-def warn_of_loaded_weights(
+def warn_of_weights(
+    trainer: Trainer, pl_module: LightningModule, plan: ScalingPlan, versions: Mapping[str, int], base: Base | None
+) -> None:
+    """Warns of weights that will be drawn over or kept, where the other may be meant."""
+    _warn_of_loaded_weights(trainer, pl_module, plan, versions, base)
+    _warn_of_missing_multipliers(pl_module, plan)
+
+
+def _warn_of_loaded_weights(
     trainer: Trainer, pl_module: LightningModule, plan: ScalingPlan, versions: Mapping[str, int], base: Base | None
 ) -> None:
     """Warns of weights that will be drawn over although they are not what the module's constructor drew.
@@ -168,7 +176,7 @@ def warn_of_loaded_weights(
         rank_zero_warn(f"MuECallback: {message}")
 
 
-def warn_of_missing_multipliers(pl_module: LightningModule, plan: ScalingPlan) -> None:
+def _warn_of_missing_multipliers(pl_module: LightningModule, plan: ScalingPlan) -> None:
     """Warns of weights that are kept while the plan folds a forward multiplier into them."""
     kept = {} if has_weights(pl_module) else without_multiplier(plan)
     if kept:
