@@ -73,7 +73,9 @@ class Block(nn.Module):
 
 
 class GPT(L.LightningModule):
-    """Weights of std 0.02, those of branches' last layers of 0.02/sqrt(2 n_layer); AdamW with weight decay on matrices of layers.
+    """Weights of std 0.02, the head's of `head_std`, those of branches' last layers of 0.02/sqrt(2 n_layer).
+
+    AdamW with weight decay on the matrices of linear layers.
 
     The rate rises linearly over a part `warmup` of the steps and falls along a cosine to a tenth.
     """
@@ -89,6 +91,7 @@ class GPT(L.LightningModule):
         block_size: int = 64,
         learning_rate: float = 1e-3,
         warmup: float = 0.1,
+        head_std: float = 0.02,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -105,6 +108,8 @@ class GPT(L.LightningModule):
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * n_layer))
+        if head_std != 0.02:
+            nn.init.normal_(self.lm_head.weight, mean=0.0, std=head_std)
         if tied:
             self.lm_head.weight = self.transformer["wte"].weight
 
