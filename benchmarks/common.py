@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -42,6 +43,7 @@ def machine() -> dict[str, str]:
         "cpu": cpu,
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
+        "lightning": version("lightning"),
         "python": platform.python_version(),
     }
 

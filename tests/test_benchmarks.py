@@ -44,3 +44,21 @@ def test_gpu_optimizer_refuses_to_time_a_cpu(tmp_path):
     assert done.returncode == 2
     assert "no CUDA device" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_foreign_transfer_runs_all_figures_at_the_rates_that_the_base_chose():
+    command = [sys.executable, str(BENCHMARKS / "foreign_transfer.py"), "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    rows = [line.removeprefix("row ") for line in done.stdout.splitlines() if line.startswith("row ")]
+    found = [json.loads(row) for row in rows]
+    labels = ["base", "target, callback", "target, no callback"]
+    assert [(row["figure"], row["model"]) for row in found] == [
+        (name, label) for name in ("mingpt", "experts", "tied") for label in labels
+    ]
+    for base, scaled, control in zip(*[iter(found)] * 3, strict=True):
+        best = base["rates"][base["best index"]]
+        assert scaled["rates"] == control["rates"] == pytest.approx([best, 2 * best], rel=1e-3)
+        assert scaled["losses"] != control["losses"]
+        assert scaled["rule"] != "sp" == control["rule"]
