@@ -16,7 +16,7 @@ from lightning_mue.callbacks import tensorboard_page
 from lightning_mue.callbacks.mue import checks, companions
 from lightning_mue.callbacks.mue.announcement import announce, rates_by_role
 from lightning_mue.callbacks.mue.run import known_to, refuse_other_sizes, run_sizes
-from lightning_mue.callbacks.mue.verifying import Verify, verify
+from lightning_mue.callbacks.mue.verifying import verify
 from lightning_mue.checks import require_choice
 from lightning_mue.parameterizations import Parameterization, ScaledStep, ScalingPlan, get_rule, plan
 from lightning_mue.parameterizations.applying.families import family_of
@@ -102,8 +102,7 @@ class MuECallback(Callback):
         self.seed, self.initialize, self.verbose = seed, initialize, verbose
         check_draws(initialize)
         require_choice("verify", verify, (None, True, False, "warn", "raise"))
-        self.verify: Verify = verify
-        self._to_verify = False
+        self.verify, self._to_verify = verify, False
         self._own_multipliers: dict[str, float] = {}
         #: The plan in force, from fit start on.
         self.plan: ScalingPlan | None = None

@@ -72,9 +72,7 @@ class Scale:
                 cells, carried = fold(cells, multiplier, kind), carried * multiplier
         if info.tied and old is not None:
             cells = fold(cells, self.table_factor, kind)
-        for pattern, columns in self.factors.items():
-            if re.search(pattern, info.name):
-                cells |= {column: cells[column] * value for column, value in columns.items()}
+        cells = self._with_constants(info.name, cells)
         return ParameterPlan(
             name=info.name,
             role=info.role.value,
@@ -94,6 +92,13 @@ class Scale:
             carried=carried,
             trainable=info.trainable,
         )
+
+    def _with_constants(self, name: str, cells: dict[str, float]) -> dict[str, float]:
+        """The cells of a parameter times the constants of a preset."""
+        for pattern, columns in self.factors.items():
+            if re.search(pattern, name):
+                cells = cells | {column: cells[column] * value for column, value in columns.items()}
+        return cells
 
     def _multiplier(
         self,
