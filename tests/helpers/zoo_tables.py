@@ -139,7 +139,7 @@ ffn_down!    output_dense
 unembedding  lm_head
 """,
     "ViT": VIT + r"ffn_down! mlp\.fc2",
-    "Dinov2": VIT.replace("hidden!", "hidden ") + r"ffn_down mlp\.fc2" + "\nscalar! layer_scale",
+    "Dinov2": VIT + r"ffn_down! mlp\.fc2" + "\nscalar layer_scale",
     "Swin": VIT + r"ffn_down! mlp\.fc2" + "\nembedding position_bias_table\nhidden downsample",
     "ConvNext": r"""
 embedding    patch_embeddings

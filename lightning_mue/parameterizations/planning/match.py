@@ -17,7 +17,7 @@ from lightning_mue.parameterizations.reading.roles.ffn_roles import (
     undecided,
 )
 from lightning_mue.parameterizations.reading.roles.folding import attention_of, mark_folds, scaled_attentions
-from lightning_mue.parameterizations.reading.roles.role_names import routers_by_shape
+from lightning_mue.parameterizations.reading.roles.role_names import output_layer, routers_by_shape
 from lightning_mue.parameterizations.reading.size_inference import infer_sizes, orient, residual_widths
 from lightning_mue.parameterizations.reading.stacks import Stacks, stack_depths, unclear_lists
 from lightning_mue.parameterizations.reading.weight_parts import refuse_parts
@@ -205,10 +205,13 @@ def _infer_roles(infos: list[ParameterInfo], base: Mapping[str, ParameterInfo]) 
     """
     result, unknown = [], []
     inner, width = _before_growing(infos, base), residual_widths(infos).get("norms")
+    output = output_layer(infos, base)
     for info in infos:
         role = info.role or _role_by_growth(info, base.get(info.name))
         if info.role is None and role is Role.HIDDEN and _enters(info, base.get(info.name), width):
             role = Role.EMBEDDING
+        if info.role is None and role is Role.HIDDEN and info.name == output:
+            role = Role.UNEMBEDDING
         if info.role is None and role is Role.UNEMBEDDING and info.name in inner:
             role = Role.HIDDEN  # as many outputs as at the base, which a later matrix of the same layer reads
         if role is not None:

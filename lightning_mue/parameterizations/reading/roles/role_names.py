@@ -7,10 +7,19 @@ experts are left to ffn_roles.py, which compares their shapes with each other an
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
-from lightning_mue.names import in_attention, is_elementwise, is_embedding, is_head, is_shared_head, split_layer
+from lightning_mue.names import (
+    all_indices,
+    in_attention,
+    is_elementwise,
+    is_embedding,
+    is_head,
+    is_shared_head,
+    split_layer,
+)
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo
 from lightning_mue.parameterizations.reading.size_inference import residual_widths
 from lightning_mue.parameterizations.rules.roles import Role
@@ -67,6 +76,18 @@ def _is_head(info: ParameterInfo, width: int | None) -> bool:
 def in_experts(path: str) -> bool:
     """Whether a path leads through routed experts, judged by its name."""
     return bool(EXPERTS.search(path)) and not SHARED.search(path)
+
+
+def output_layer(infos: list[ParameterInfo], base: Mapping[str, ParameterInfo]) -> str | None:
+    """The last matrix behind the layers with fewer outputs than inputs, if no matrix has changed: the output layer."""
+    matrices = [info for info in infos if len(info.shape) > 1 and info.role is not Role.ROUTER]
+    if any(base[info.name].fans != info.fans for info in matrices if info.name in base):
+        return None  # what has grown shows it
+    lists = [all_indices(info.name).partition("*")[0] for info in matrices if "*" in all_indices(info.name)]
+    layers = Counter(lists).most_common(1)[0][0] if lists else ""
+    inside = [i for i, info in enumerate(matrices) if layers and info.name.startswith(layers)]
+    behind = matrices[inside[-1] + 1 :] if inside else []
+    return next((m.name for m in reversed(behind) if m.fans[1] < m.fans[0] and m.form in ("linear", "conv")), None)
 
 
 def layer_of(path: str) -> str:
