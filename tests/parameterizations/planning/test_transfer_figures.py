@@ -14,6 +14,8 @@ STEPS, LR = 5, 8e-3
 SEEDS_INITIAL, SEEDS_CHANGE = 16, 3
 BASE = {"width": 64, "n_heads": 2, "n_experts": 0}
 
+pytestmark = pytest.mark.slow
+
 
 def make_model(**sizes):
     return MoELanguageModel(
