@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_mue.checks import require_choice, require_number, require_type, value_error
-from lightning_mue.optim.coefficients import PRESETS
+from lightning_mue.optim.orthogonal.coefficients import PRESETS
 from lightning_mue.parameterizations.rules.kinds import CONVENTIONS, KINDS
 
 #: Types of the Newton-Schulz products, under the names that a YAML file or a state dict can hold.

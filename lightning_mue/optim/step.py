@@ -14,10 +14,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_mue.optim.coefficients import PRESETS
 from lightning_mue.optim.matrices import Matrix, Pool, as_matrices, chunks, has_gradient, write_back
-from lightning_mue.optim.newton_schulz import orthogonalize_chunk
 from lightning_mue.optim.options import StepOptions, is_zero
+from lightning_mue.optim.orthogonal.coefficients import PRESETS
+from lightning_mue.optim.orthogonal.newton_schulz import orthogonalize_chunk
 from lightning_mue.optim.precision import default_dtype, math_dtype
 from lightning_mue.optim.retraction import MatrixBatch, apply_directions
 

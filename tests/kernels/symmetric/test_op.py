@@ -268,7 +268,9 @@ def test_orthogonalize_through_the_kernel(with_kernel, monkeypatch, shape):
     ours = orthogonalize(g, dtype=torch.float32)
     assert len(launches) >= 10
     monkeypatch.setattr(symmetric, "kernel_fits", lambda a: False)
-    assert (ours - orthogonalize(g, dtype=torch.float32)).abs().max() < 5e-5  # as in tests/optim/test_newton_schulz.py
+    assert (
+        ours - orthogonalize(g, dtype=torch.float32)
+    ).abs().max() < 5e-5  # as in tests/optim/orthogonal/test_newton_schulz.py
 
 
 def test_works_without_triton():

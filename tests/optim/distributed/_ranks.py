@@ -16,7 +16,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from lightning_mue.optim.distributed.agreement import check_replicas
 from lightning_mue.optim.distributed.layout import layout_of
 from lightning_mue.optim.distributed.sharding import orthogonalize_sharded, reduce_sums
-from lightning_mue.optim.newton_schulz import orthogonalize
+from lightning_mue.optim.orthogonal.newton_schulz import orthogonalize
 
 GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 R, S = Replicate(), Shard

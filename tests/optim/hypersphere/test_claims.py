@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from lightning_mue.optim import HyperSphereOptimizer, orthogonalize
-from lightning_mue.optim.coefficients import PRESETS
-from lightning_mue.optim.newton_schulz import flops
+from lightning_mue.optim.orthogonal.coefficients import PRESETS
+from lightning_mue.optim.orthogonal.newton_schulz import flops
 from lightning_mue.parameterizations.rules.kinds import CONVENTIONS
 
 GUIDE = (Path(__file__).parents[3] / "docs" / "from-torch-muon.md").read_text(encoding="utf-8")

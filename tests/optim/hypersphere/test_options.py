@@ -12,7 +12,7 @@ from helpers.hypersphere_steps import build, furthest, matrices, normal, orth, p
 from torch import nn
 
 import lightning_mue.optim.matrices as matrices_module
-import lightning_mue.optim.newton_schulz as newton_schulz
+import lightning_mue.optim.orthogonal.newton_schulz as newton_schulz
 from lightning_mue.optim import HyperSphereOptimizer
 from lightning_mue.parameterizations.rules.kinds import CONVENTIONS
 

@@ -30,13 +30,13 @@ from torch import Tensor
 
 from lightning_mue.checks import require_choice, type_error, value_error
 from lightning_mue.kernels.symmetric.op import kernel_fits, symmetric_matmul
-from lightning_mue.optim.coefficients import PRESETS, Coefficients
 from lightning_mue.optim.matrices import Pool, chunk_count, peak
+from lightning_mue.optim.orthogonal.coefficients import PRESETS, Coefficients
 from lightning_mue.optim.precision import default_dtype, math_dtype, product_precision, tf32_products
 
 #: Steps in a segment of the Gram form: of the first segment, and of the later ones, where rounding has less to grow by.
 #: With these the largest singular value stays under 1.17 and the error under 1.2 times the standard form's, which
-#: `tests/optim/test_orthogonality_gate.py` checks for every type. They are not options: (2, 3) in bfloat16 reaches 1.25,
+#: `tests/optim/orthogonal/test_orthogonality_gate.py` checks for every type. They are not options: (2, 3) in bfloat16 reaches 1.25,
 #: and all five steps in float32 are off by 1% on a matrix of rank one.
 _SEGMENTS = {"bfloat16": (2, 2)}
 _SEGMENTS_ELSEWHERE = (2, 3)

@@ -38,7 +38,7 @@ class Coefficients:
 
 
 #: The named schedules. The bands are the extrema of the composed polynomial on [floor, 1.01], rounded outwards; the
-#: 1% of headroom covers a norm that was rounded down. `tests/optim/test_newton_schulz.py` recomputes them.
+#: 1% of headroom covers a norm that was rounded down. `tests/optim/orthogonal/test_newton_schulz.py` recomputes them.
 PRESETS: dict[str, Coefficients] = {
     "classic": Coefficients(
         steps=((3.4445, -4.7750, 2.0315),) * 5,

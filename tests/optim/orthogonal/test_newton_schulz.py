@@ -8,9 +8,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import lightning_mue.optim.matrices as matrices
-import lightning_mue.optim.newton_schulz as newton_schulz
+import lightning_mue.optim.orthogonal.newton_schulz as newton_schulz
 from lightning_mue.optim import PRESETS, orthogonalize
-from lightning_mue.optim.coefficients import Coefficients
+from lightning_mue.optim.orthogonal.coefficients import Coefficients
 
 # The polynomials have slope up to 493 (the product of the a) at zero, so float32's 6e-8 of rounding can grow to 3e-5 in the
 # directions that hold nothing; the worst over the matrices below is 8e-6.

@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import lightning_mue.optim.newton_schulz as newton_schulz
+import lightning_mue.optim.orthogonal.newton_schulz as newton_schulz
 from lightning_mue.optim import PRESETS, orthogonalize
-from lightning_mue.optim.coefficients import Coefficients
+from lightning_mue.optim.orthogonal.coefficients import Coefficients
 
 SHAPES = [(48, 48), (48, 132), (132, 48), (48, 192)]  # square, aspect 2.75 lying and standing, 4
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]

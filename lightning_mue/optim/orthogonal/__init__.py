@@ -1,0 +1,1 @@
+"""Orthogonalization of batches of matrices: the schedules and the iteration."""
