@@ -13,7 +13,7 @@ import os
 import time
 
 import torch
-from common import alternate, ratio, save
+from common import Claim, alternate, parse, ratio, result_name, save
 from torch.optim import AdamW
 
 from lightning_mue import MoELanguageModel, param_groups, plan
@@ -49,10 +49,18 @@ def swap(rounds: int) -> list[dict[str, object]]:
     tensors, groups = len(list(model.parameters())), len(scaled._parts)
     what = f"{tensors} parameters in {groups} groups: "
     return [
-        {"what": what + "swapping alone / plain step", "ratio": ratio(seconds, "swap only", "plain")},
-        {"what": "splitting anew and swapping / plain step", "ratio": ratio(seconds, "split anew", "plain")},
-        {"what": "step with swapped groups / plain step", "ratio": ratio(seconds, "swapped", "plain")},
-        {"what": "step with explicit groups / plain step", "ratio": ratio(seconds, "explicit", "plain")},
+        {"part": "swap", "what": what + "swapping alone / plain step", "ratio": ratio(seconds, "swap only", "plain")},
+        {
+            "part": "swap",
+            "what": "splitting anew and swapping / plain step",
+            "ratio": ratio(seconds, "split anew", "plain"),
+        },
+        {"part": "swap", "what": "step with swapped groups / plain step", "ratio": ratio(seconds, "swapped", "plain")},
+        {
+            "part": "swap",
+            "what": "step with explicit groups / plain step",
+            "ratio": ratio(seconds, "explicit", "plain"),
+        },
     ]
 
 
@@ -70,8 +78,20 @@ def draw() -> list[dict[str, object]]:
         draw_all(pairs, 0, threads=threads)
         seconds = time.perf_counter() - start
         count = sum(t.numel() for t in tensors)
-        rows.append({"what": f"seconds to draw {count:.3g} weights, threads: {threads}", "ratio": seconds})
+        rows.append(
+            {"part": "draw", "what": f"seconds to draw {count:.3g} weights, threads: {threads}", "ratio": seconds}
+        )
     return rows
+
+
+def claims(rows: list[dict[str, object]]) -> list[Claim]:
+    """A step of scaled groups costs what a plain step costs, and swapping by itself is next to nothing."""
+    by_name = {str(row["what"]).split(": ")[-1]: float(str(row["ratio"])) for row in rows}
+    alone, swapped = "swapping alone / plain step", "step with swapped groups / plain step"
+    return [
+        Claim("time of swapping groups over an AdamW step", "at most", 0.01, by_name[alone]),
+        Claim("time of an AdamW step with swapped groups over a plain one", "at most", 1.05, by_name[swapped]),
+    ]
 
 
 def main() -> None:
@@ -79,8 +99,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--no-draw", action="store_true", help="leave out what takes 4 GB")
-    args = parser.parse_args()
-    save("callback", swap(args.rounds) + ([] if args.no_draw else draw()))
+    args = parse(parser)
+    rows = swap(args.rounds) + ([] if args.no_draw else draw())
+    save(result_name("callback"), rows, claims, part=["part"], strict=args.strict)
 
 
 if __name__ == "__main__":
