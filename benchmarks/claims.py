@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 _SIGNS = {"at least": ">=", "at most": "<="}
@@ -66,7 +67,7 @@ class Claim:
     @classmethod
     def from_json(cls, stored: dict[str, object]) -> Claim:
         """What `to_json` stored; whether it holds is computed again."""
-        fields = {key: value for key, value in stored.items() if key != "holds"}
+        fields: dict[str, Any] = {key: value for key, value in stored.items() if key not in ("holds", "date")}
         return cls(**{**fields, "measured": math.nan if fields["measured"] is None else fields["measured"]})
 
 
@@ -85,12 +86,13 @@ def summary(folder: Path, names: Sequence[str] = ()) -> tuple[list[list[str]], b
             continue
         machine = result.get("machine", {})
         where = f"{machine.get('device') or machine.get('cpu', '')} ({machine.get('isa', 'not recorded')})"
-        for claim in map(Claim.from_json, result.get("claims", [])):
+        for stored in result.get("claims", []):
+            claim = Claim.from_json(stored)
             held &= claim.holds
             measured = "-" if math.isnan(claim.measured) else f"{claim.measured:.4g}"
             target = f"{_SIGNS[claim.direction]} {claim.target:g}"
             cells = [path.stem, where, str(claim.threads or ""), claim.what, measured, target, claim.verdict]
-            rows.append([*cells, machine.get("date", "")])
+            rows.append([*cells, str(stored.get("date", machine.get("date", "")))])
     return rows, held
 
 

@@ -83,13 +83,14 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
-    """Short hash of the checkout, with a + where files differ from it."""
-    here = Path(__file__).parent
+    """Short hash of the checkout, with a + where files other than results differ from it."""
+    git = ["git", "-C", str(Path(__file__).parents[1])]
     try:
-        command = ["git", "-C", str(here), "describe", "--always", "--abbrev=9", "--exclude=*", "--dirty=+"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        head = subprocess.run([*git, "rev-parse", "--short=9", "HEAD"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", ":(exclude)benchmarks/results"], check=False)
+    return head.stdout.strip() + ("+" if changed.returncode else "")
 
 
 def result_name(stem: str, folder: Path = RESULTS) -> str:
@@ -157,7 +158,12 @@ def save(
     for threads in dict.fromkeys(row["threads"] for row in [*kept, *new]):
         of_threads = [row for row in [*kept, *new] if row["threads"] == threads]
         made[threads] = list(claims(of_threads)) if claims else []
-    stored = [{**claim.to_json(), "threads": threads} for threads, group in made.items() for claim in group]
+    oldest = {threads: min(str(r["date"]) for r in [*kept, *new] if r["threads"] == threads) for threads in made}
+    stored = [
+        {**claim.to_json(), "threads": threads, "date": oldest[threads]}
+        for threads, group in made.items()
+        for claim in group
+    ]
     folder.mkdir(exist_ok=True)
     result = {"machine": here, "claims": stored, "rows": [*kept, *new]}
     (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
