@@ -66,7 +66,7 @@ def swap(rounds: int) -> list[dict[str, object]]:
 
 def draw() -> list[dict[str, object]]:
     """Seconds to draw 1e9 float32 weights in place (4 GB)."""
-    tensors = [torch.empty(2**12, 2**12) for _ in range(60)]
+    tensors = [torch.empty(2**12, 2**12).fill_(1.0) for _ in range(60)]  # touched: the first pass would pay for pages
     init = Init("normal", 0.02)
     pairs = [
         (t, ParameterPlan(f"w{i}", "hidden", tuple(t.shape), None, init, 1, 1, 1, "adamw", ""))
