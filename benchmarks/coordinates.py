@@ -1,7 +1,7 @@
 """Coordinate checks of every rule: the slope of each layer's update against size, 4 sizes x 3 seeds each.
 
-Writes results/coordinates_<processor>: .md (verdicts and what they mean), .csv (every slope) and .json (the claims). Real text: the standard
-library's sources. One experiment a line of EXPERIMENTS; run some of them with ``--only NAME ...``, which prints only.
+Writes results/coordinates_<processor>: .md (verdicts and what they mean), .csv (every slope) and .json (the claims). Real text: the
+standard library's sources. One experiment a line of EXPERIMENTS; run some of them with ``--only NAME ...``, which prints only.
 """
 
 from __future__ import annotations

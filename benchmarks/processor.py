@@ -106,7 +106,8 @@ def detect(cpuinfo: Path | None = None, environment: Mapping[str, str] | None = 
 
 def limited(native: str, switches: Mapping[str, str]) -> str:
     """What is left of the instructions under switches: "avx2-emulated"; "onednn-avx2" if only that library obeys; or ""."""
-    limits = {SWITCHES[key]: level for key, value in switches.items() if _below(level := _level(value), native)}
+    levels_of = {key: _level(value) for key, value in switches.items()}
+    limits = {SWITCHES[key]: level for key, level in levels_of.items() if _below(level, native, SWITCHES[key])}
     levels = set(limits.values())
     if len(levels) == 1:
         (level,) = levels
@@ -122,13 +123,14 @@ def _level(value: str) -> str:
     return level.removeprefix("avx512") if level.startswith("avx512amx") else level
 
 
-def _below(level: str, native: str) -> bool:
+def _below(level: str, native: str, library: str) -> bool:
     """Whether a switch takes something away; of what it is not known, it is assumed."""
     if level in ("all", "") or level == native:
         return False
     if native not in _LEVELS or level not in _LEVELS:
         return True
-    # avx512 in ATen means all that begins with it.
+    if library != "onednn" and level == "avx512":  # their highest, on processors with AMX as well
+        return False
     return _LEVELS.index(level) < _LEVELS.index(native)
 
 
