@@ -34,7 +34,7 @@ def losses(folder, tag="train/loss"):
     return [event.value for event in events.Scalars(tag)]
 
 
-def test_fit_validate_test_predict(run, corpus, tmp_path):
+def test_fit_validate_test_predict(run, corpus, tmp_path, every_command):
     status, out = run("fit", *debug(corpus))
     assert status == 0
     for expected in (
