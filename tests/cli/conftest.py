@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from lightning_mue import MoELanguageModel
 from lightning_mue.cli import main
 from lightning_mue.cli.lightning_cli import MuECLI
 
@@ -21,7 +22,7 @@ def corpus(tmp_path, monkeypatch):
 
 @pytest.fixture
 def every_command():
-    """For tests of the whole parser: see `_one_command`."""
+    """For tests of the whole command line: see `_one_command` and `_short_sample`."""
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +38,15 @@ def _one_command(request, monkeypatch):
         init(self, args, run)
 
     monkeypatch.setattr(MuECLI, "__init__", with_one)
+
+
+@pytest.fixture(autouse=True)
+def _short_sample(request, monkeypatch):
+    """The text sample at the end of a fit is 8 tokens, not 240, which take longer than the fit itself."""
+    if "every_command" in request.fixturenames:
+        return
+    generate = MoELanguageModel.generate
+    monkeypatch.setattr(MoELanguageModel, "generate", lambda self, prompt, count, **more: generate(self, prompt, 8, **more))
 
 
 @pytest.fixture
