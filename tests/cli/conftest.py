@@ -46,7 +46,9 @@ def _short_sample(request, monkeypatch):
     if "every_command" in request.fixturenames:
         return
     generate = MoELanguageModel.generate
-    monkeypatch.setattr(MoELanguageModel, "generate", lambda self, prompt, count, **more: generate(self, prompt, 8, **more))
+    monkeypatch.setattr(
+        MoELanguageModel, "generate", lambda self, prompt, count, **more: generate(self, prompt, 8, **more)
+    )
 
 
 @pytest.fixture

@@ -237,7 +237,7 @@ BAD = {
 
 #: Refused by the same constructors in test_groups.py, test_step.py, test_op.py, test_layer.py, test_language.py, test_tokens.py
 #: and test_callback.py; what the command line adds, the other cases of the same class show.
-TWINS = ("preset", "momentum", "retraction", "convention", "compute type", "state type", "process group", "scoring", "gate")
+TWINS = ("preset", "momentum", "retraction", "compute type", "process group", "scoring", "gate")
 TWINS += ("balance", "kv heads", "batch size", "role", "pattern", "rule", "alpha")
 
 
