@@ -82,9 +82,9 @@ def test_at_base_size_losses_are_the_same_bit_for_bit(rule, optimizer):
     for callbacks in ([], [MuECallback(rule=rule, base={"width": 64}, verbose=False)]):
         torch.manual_seed(5)
         losses = Losses()
-        fit(make_model(optimizer), [*callbacks, losses], max_steps=20)
+        fit(make_model(optimizer), [*callbacks, losses], max_steps=50)
         traces.append(losses.values)
-    assert len(traces[0]) == 20
+    assert len(traces[0]) == 50
     assert traces[0] == traces[1]
 
 
