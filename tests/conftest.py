@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import random
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,29 +17,46 @@ collect_ignore_glob = ["*/_[a-z]*.py", "helpers/*"]
 # `pythonpath` of the pytest settings, for the processes that tests start.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 
+_LOGGERS = [
+    logging.getLogger(name) for name in ("", "lightning_mue", "lightning.pytorch", "lightning.fabric", "transformers")
+]
+#: Settings of the whole process, each with what puts it back.
+_STATE = [
+    (torch.get_num_threads, torch.set_num_threads),
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
+    *((lambda log=log: log.level, log.setLevel) for log in _LOGGERS),
+]
+
 
 @pytest.fixture(autouse=True)
 def _seeded(request):
     """What a test draws does not depend on the tests before it. LIGHTNING_MUE_TEST_SEED=1, 2, ... gives other draws."""
-    seed = int(os.environ.get("LIGHTNING_MUE_TEST_SEED", "0"))
-    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()) + seed)
+    seed = zlib.crc32(request.node.nodeid.encode()) + int(os.environ.get("LIGHTNING_MUE_TEST_SEED", "0"))
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - the global generator is what `seed_everything` sets
 
 
 @pytest.fixture(autouse=True)
-def _seed_of_no_other_test():
-    """`seed_everything` leaves its seed in the environment; Trainers of later tests, and of their processes, would take it."""
-    yield
-    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
-        os.environ.pop(name, None)
+def _as_found():
+    """The state of the process that a test changes is as before for the next one.
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """The tensors of the tests are too small to share out, and spinning workers slow a loaded machine down."""
-    threads = torch.get_num_threads()
+    The environment: `seed_everything` leaves its seed there, for Trainers of later tests and of their processes. One thread:
+    the tensors of the tests are too small to share out, and spinning workers slow a loaded machine down.
+    """
+    environment = dict(os.environ)
+    restore = [(put, get()) for get, put in _STATE]
     torch.set_num_threads(1)
     yield
-    torch.set_num_threads(threads)
+    for put, value in restore:
+        put(value)
+    if dict(os.environ) != environment:
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        os.environ.update(environment)
 
 
 @pytest.fixture(autouse=True)

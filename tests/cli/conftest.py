@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from lightning_mue import MoELanguageModel
 from lightning_mue.cli import main
+from lightning_mue.cli.lightning_cli import MuECLI
 
 
 @pytest.fixture
@@ -16,6 +18,37 @@ def corpus(tmp_path, monkeypatch):
     for i in range(40):
         (folder / f"{i}.txt").write_text(f"file {i}: " + "the quick brown fox jumps over the lazy dog. " * 8)
     return folder
+
+
+@pytest.fixture
+def every_command():
+    """For tests of the whole command line: see `_one_command` and `_short_sample`."""
+
+
+@pytest.fixture(autouse=True)
+def _one_command(request, monkeypatch):
+    """A command line has the parser of its own command only: building all six takes a third of a short test's time."""
+    if "every_command" in request.fixturenames:
+        return
+    init, every = MuECLI.__init__, MuECLI.subcommands()
+
+    def with_one(self, args=None, run=True):
+        if run and args:
+            monkeypatch.setattr(MuECLI, "subcommands", staticmethod(lambda: {args[0]: every[args[0]]}))
+        init(self, args, run)
+
+    monkeypatch.setattr(MuECLI, "__init__", with_one)
+
+
+@pytest.fixture(autouse=True)
+def _short_sample(request, monkeypatch):
+    """The text sample at the end of a fit is 8 tokens, not 240, which take longer than the fit itself."""
+    if "every_command" in request.fixturenames:
+        return
+    generate = MoELanguageModel.generate
+    monkeypatch.setattr(
+        MoELanguageModel, "generate", lambda self, prompt, count, **more: generate(self, prompt, 8, **more)
+    )
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ def losses(folder, tag="train/loss"):
     return [event.value for event in events.Scalars(tag)]
 
 
-def test_fit_validate_test_predict(run, corpus, tmp_path):
+def test_fit_validate_test_predict(run, corpus, tmp_path, every_command):
     status, out = run("fit", *debug(corpus))
     assert status == 0
     for expected in (
@@ -75,7 +75,7 @@ def test_fit_validate_test_predict(run, corpus, tmp_path):
         pytest.param(None, marks=pytest.mark.slow),
         pytest.param({"class_path": "lightning_mue.callbacks.RouterMonitor"}, marks=pytest.mark.slow),
         "list",
-        "named",
+        pytest.param("named", marks=pytest.mark.slow),  # faster: "added" of test_throughput_monitor_under_options
         pytest.param("named alone", marks=pytest.mark.slow),
     ],
     ids=["none", "one", "list", "named", "named alone"],
@@ -235,7 +235,15 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("case", BAD)
+#: Refused by the same constructors in test_groups.py, test_step.py, test_op.py, test_layer.py, test_language.py, test_tokens.py
+#: and test_callback.py; what the command line adds, the other cases of the same class show.
+TWINS = ("preset", "momentum", "retraction", "compute type", "process group", "scoring", "gate")
+TWINS += ("balance", "kv heads", "batch size", "role", "pattern", "rule", "alpha")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] if case in TWINS else []) for case in BAD]
+)
 def test_bad_input_is_reported_in_a_paragraph_before_step_0(run, corpus, tmp_path, case):
     edit, message = BAD[case]
     status, out = run("fit", "--config", change(corpus, tmp_path, edit))

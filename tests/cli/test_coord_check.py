@@ -18,7 +18,7 @@ def coord_check(corpus, *args):
 MODEL = ("--data.context_length", 32, "--model.init_args.context_length", 32, "--model.init_args.depth", 2)
 
 
-def test_coord_check_passes_and_writes(run, corpus, tmp_path):
+def test_coord_check_passes_and_writes(run, corpus, tmp_path, every_command):
     """The config's own base, data and optimizer; loose tolerance, since one seed and two steps are noisy."""
     args = ("--axis", "width=32,64,128", "--axis=n_heads=1,2,4", "--tolerance", 0.5, "--output", tmp_path / "out")
     status, out = run(*coord_check(corpus, *args))
@@ -32,6 +32,7 @@ def test_coord_check_passes_and_writes(run, corpus, tmp_path):
     assert (tmp_path / "out" / "coordinates.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow  # faster: "sp" of test_coord_check_of_a_foreign_module
 def test_coord_check_fails_with_status_1(run, corpus):
     args = ("--axis", "width=32,64,128", "--axis", "n_heads=1,2,4", "--rule", "sp", "--tolerance", 0.5, "--lr", 3e-3)
     status, out = run(*coord_check(corpus, *args))
@@ -130,5 +131,6 @@ def test_coord_check_of_a_foreign_module(run, tmp_path, monkeypatch, rule, statu
     )
     found, out = run("coord-check", *args, "--trainer.logger", "false", "--trainer.accelerator", "cpu")
     assert found == status, out
-    assert f"{rule} along hidden = 64, 256, 1024" in out
+    assert f"{['PASSED', 'FAILED'][status]}: {rule} along hidden = 64, 256, 1024" in out
+    assert Path("coordinates.csv").exists()
     assert "non-finite" not in out

@@ -55,7 +55,7 @@ def test_explain_without_the_callback(run, tmp_path):
     assert "trainer.callbacks: found no MuECallback, expected one" in out
 
 
-def test_explain_compares_rules(run):
+def test_explain_compares_rules(run, every_command):
     config = CONFIGS / "dense_to_moe.yaml"
     status, out = run("explain", "--config", config, "--rules", "sp,mup,complete-p,mssp,complete-mue")
     assert status == 0

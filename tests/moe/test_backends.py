@@ -91,6 +91,7 @@ def test_values_in_bfloat16(reference, seed, backend):
     assert max(found.values()) <= TOLERANCE[torch.bfloat16], found
 
 
+@pytest.mark.slow  # faster: test_values_in_float32 holds each of them against the same loop
 @settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(min_value=1000, max_value=10**6))
 def test_backends_agree(seed):

@@ -12,7 +12,6 @@ from lightning_mue.kernels.activations import ACTIVATIONS
 from lightning_mue.kernels.dispatch.op import plan_dispatch
 from lightning_mue.kernels.grouped_ffn.op import grouped_ffn
 from lightning_mue.moe import FeedForward, MoELayer, switch_loss
-from lightning_mue.moe.layer import _warn_of_reentrant_checkpoint
 
 BACKENDS = ("torch", "grouped_mm")
 
@@ -255,7 +254,6 @@ def test_reentrant_checkpointing_is_warned_of():
     checkpoint(layer, x, use_reentrant=False)
     (found,) = torch.autograd.grad(layer.aux_loss, layer.router.weight)
     torch.testing.assert_close(found, expected)
-    _warn_of_reentrant_checkpoint.cache_clear()
     with pytest.warns(UserWarning, match="use_reentrant=False"):
         checkpoint(layer, x, use_reentrant=True)
 

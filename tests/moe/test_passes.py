@@ -11,7 +11,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_mue.moe import MoELayer, follow_attention_mask, real_tokens
-from lightning_mue.moe.passes import _warn_of_unused_loss
 
 E, K = 6, 2
 
@@ -87,7 +86,6 @@ def test_a_batch_that_is_thrown_away_takes_its_loss_along():
 
 @pytest.mark.parametrize("added", [True, False])
 def test_a_loss_that_was_read_and_not_added_is_warned_of(added):
-    _warn_of_unused_loss.cache_clear()
     layer = make()
     y = layer(torch.randn(10, 8).double()).sum()
     logged = layer.aux_loss
