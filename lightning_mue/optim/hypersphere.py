@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -72,6 +72,12 @@ class HyperSphereOptimizer(Optimizer):
             first step that moves them.
         lr_convention: For `muon`, the factor on `lr` for a matrix [out, in]: "spectral" sqrt(out/in), "rms"
             0.2 sqrt(max(out, in)), "original" sqrt(max(1, out/in)) as torch.optim.Muon has it, "unit" 1.
+        normalize: "neuron" divides each row of an orthogonalized direction by the root of its second moment (decay
+            `betas[1]`) and keeps the direction's norm (NorMuon, arXiv:2510.05491); None does not.
+        split: Parts of fused matrices, of which each is orthogonalized and has a radius of its own, for `sphere` and
+            `muon`: a number of equal row blocks, a list of their sizes ([q, k, v]), {"heads": n} or {"columns": ...}. In
+            a group it holds for all of its matrices. "auto" splits those whose names and shapes say how, in groups of
+            their own, and warns of those that look fused but do not say it. None splits nothing.
         maximize: Ascend.
         capturable: Keep Adam's step counts on the device and never read a tensor's value, so that the step can be
             captured in a CUDA graph (after one step outside of it, which creates the state).
@@ -82,7 +88,7 @@ class HyperSphereOptimizer(Optimizer):
             which is right in every setup, and redundant under DDP. "auto", of older configurations, means None.
 
     State of a parameter: `momentum` (`state_dtype`) and `radius` (float32, or float64 with float64 parameters; `[]`, or
-    `[E]` for a stack) on the sphere; `exp_avg`, `exp_avg_sq`, `step` for Adam's kinds, and `radius` for `adam_sphere`.
+    `[E]` for a stack, with a last dimension of parts if it is split) on the sphere; `exp_avg`, `exp_avg_sq`, `step` for Adam's kinds, and `radius` for `adam_sphere`.
     It is created at the first step with a gradient, so weights may be reinitialized until then: the radius is the norm at
     that step. Options and kinds are read from `param_groups` at every step, except `radius`, `state_dtype` and (for the
     device of Adam's step counts) `capturable`, which are read when the state is created.
@@ -115,6 +121,8 @@ class HyperSphereOptimizer(Optimizer):
         retraction: str = "project",
         radius: float | None = None,
         lr_convention: str = "spectral",
+        normalize: str | None = None,
+        split: int | Sequence[int] | Mapping[str, Any] | str | None = None,
         maximize: bool = False,
         capturable: bool = False,
         compile: bool = False,
@@ -134,6 +142,8 @@ class HyperSphereOptimizer(Optimizer):
             "retraction": retraction,
             "radius": radius,
             "lr_convention": lr_convention,
+            "normalize": normalize,
+            "split": split,
             "maximize": maximize,
             "capturable": capturable,
             "compile": compile,
@@ -194,7 +204,9 @@ class HyperSphereOptimizer(Optimizer):
         sphere, start = self.defaults["sphere"], sum(len(group["params"]) for group in self.param_groups)
         check_new_group(param_group, self.param_groups, start=start, sphere=sphere)
         options = {key: value for key, value in self.defaults.items() if key not in _OWN}
-        for group in split_group(param_group, self.defaults["adamw_lr"], sphere=sphere):
+        for group in split_group(
+            param_group, self.defaults["adamw_lr"], sphere=sphere, split=self.defaults["split"]
+        ):
             group = checked({**options, **group})
             group["name"] = unique_name(group["name"], (other["name"] for other in self.param_groups))
             super().add_param_group(group)
@@ -287,6 +299,7 @@ class HyperSphereOptimizer(Optimizer):
             if option.kind is option.KEYWORD_ONLY and key != "process_group":
                 self.defaults.setdefault(key, option.default)
         for group in self.param_groups:
+            group.setdefault("split", None)  # radii of an older version are those of whole matrices
             for key, value in self.defaults.items():
                 if key not in (*_OWN, "differentiable"):
                     group.setdefault(key, value)
