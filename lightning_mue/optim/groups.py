@@ -165,7 +165,9 @@ def split_group(
             new["lr"] = adamw_lr
         for each, members in by_split(pairs, split if kind in MUON_KINDS else None, shapes):
             params = [param if name is None else (name, param) for name, param in members]
-            label_of_split = f"{new['name']}/{describe_split(each)}" if split == "auto" and each is not None else new["name"]
+            label_of_split = (
+                f"{new['name']}/{describe_split(each)}" if split == "auto" and each is not None else new["name"]
+            )
             groups.append({**new, "name": label_of_split, "split": each, "params": params})
     return groups
 

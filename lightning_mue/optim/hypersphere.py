@@ -17,6 +17,7 @@ from lightning_mue.optim.distributed.agreement import check_replicas
 from lightning_mue.optim.distributed.layout import Layout, layout_of
 from lightning_mue.optim.groups import announce, describe, named, split_group, to_groups, unique_name, warn_of_guesses
 from lightning_mue.optim.options import checked, is_zero
+from lightning_mue.optim.split import warn_of_other_splits
 from lightning_mue.optim.state import check_loadable, check_new_group, prepare, restore_dtypes
 from lightning_mue.optim.updates import update
 from lightning_mue.parameterizations.rules.kinds import KINDS, SPHERE_KINDS
@@ -204,9 +205,7 @@ class HyperSphereOptimizer(Optimizer):
         sphere, start = self.defaults["sphere"], sum(len(group["params"]) for group in self.param_groups)
         check_new_group(param_group, self.param_groups, start=start, sphere=sphere)
         options = {key: value for key, value in self.defaults.items() if key not in _OWN}
-        for group in split_group(
-            param_group, self.defaults["adamw_lr"], sphere=sphere, split=self.defaults["split"]
-        ):
+        for group in split_group(param_group, self.defaults["adamw_lr"], sphere=sphere, split=self.defaults["split"]):
             group = checked({**options, **group})
             group["name"] = unique_name(group["name"], (other["name"] for other in self.param_groups))
             super().add_param_group(group)
@@ -284,6 +283,7 @@ class HyperSphereOptimizer(Optimizer):
         pairs = [pair for group in self.param_groups for pair in named(group)]
         saved = [state_dict["state"].get(i, {}) for group in state_dict["param_groups"] for i in group["params"]]
         check_loadable(state_dict["param_groups"], saved, pairs)
+        warn_of_other_splits(self.param_groups, state_dict["param_groups"])
         super().load_state_dict(state_dict)
         for state, (_, param) in zip(saved, pairs, strict=True):
             if state:

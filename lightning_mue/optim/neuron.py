@@ -78,16 +78,11 @@ def normalize_rows(directions: Sequence[Tensor], rows: Sequence[Sequence[Tensor 
 def normalize_sharded_rows(
     directions: Sequence[Tensor], rows: Sequence[Tensor | None], layouts: Sequence[Layout], decay: float
 ) -> None:
-    """Update second moments and normalize the rows of this rank's pieces, in place; a collective where they are sharded.
-
-    Raises:
-        ValueError: If matrices are sharded over more than one dimension of the mesh.
-    """
+    """Update second moments and normalize the rows of this rank's pieces, in place; a collective where they are sharded."""
     chosen = [index for index, v in enumerate(rows) if v is not None]
     if not chosen:
         return
     where = [layouts[index] for index in chosen]
-    _refuse_gathered(where)
     wide = [as_matrices(directions[index]) for index in chosen]
     # Columns on other ranks belong to the same rows; rows on other ranks count in the norm of the whole only.
     squares = _add([_row_squares(u_Eoi) for u_Eoi in wide], where, side=1)
@@ -128,14 +123,3 @@ def _update(held: Sequence[Tensor], mean_Bo: Tensor, decay: float) -> Tensor:
 def _ratio(before_B: Tensor, after_B: Tensor) -> Tensor:
     """Return what restores the norm, from sums of squares before and after; a zero matrix stays zero."""
     return torch.where(after_B > 0, before_B / after_B, torch.zeros_like(after_B)).sqrt()
-
-
-def _refuse_gathered(layouts: Sequence[Layout]) -> None:
-    for layout in layouts:
-        if layout.gather:
-            raise value_error(
-                f"normalize of a parameter of shape {list(layout.shape)}",
-                found=f"it sharded as {list(layout.gather[1])}",
-                expected="matrices that are sharded over one dimension of the mesh, by rows or by columns",
-                do="Leave `normalize` out, or shard it by fully_shard alone.",
-            )

@@ -31,7 +31,9 @@ from lightning_mue.parameterizations.reading.roles.role_names import name_roles
 _GATE_UP = re.compile(r"(gate_?up(_proj)?|gate_and_up(_proj)?|w_?13|w12|up_?gate(_proj)?)", re.IGNORECASE)
 #: Names under which some models keep q, k and v of one head after the other, or group by group.
 _OF_SEVERAL_ORDERS = re.compile(r"query_key_value", re.IGNORECASE)
-_FORMS = '"auto", a number of equal parts, a list of sizes, or one of {"rows": ...}, {"columns": ...}, {"heads": number}'
+_FORMS = (
+    '"auto", a number of equal parts, a list of sizes, or one of {"rows": ...}, {"columns": ...}, {"heads": number}'
+)
 
 
 class Cut(NamedTuple):
@@ -161,20 +163,11 @@ def local_cut(layout: Layout, cut: Cut) -> Cut:
     return Cut(cut.side, tuple(inside))
 
 
-def part_layouts(layout: Layout, cut: Cut, what: str = "parameter") -> list[Layout]:
-    """How each part of a parameter lies over the ranks.
-
-    Raises:
-        ValueError: If the matrices are sharded in a way that only DTensor can undo.
-    """
-    if layout.gather:
-        raise value_error(
-            f"split of {what} of shape {list(layout.shape)}",
-            found=f"it sharded as {list(layout.gather[1])}",
-            expected="matrices that are sharded over one dimension of the mesh, by rows or by columns",
-            do="Leave `split` out, or shard it by fully_shard alone.",
-        )
-    return [_part_layout(layout, cut, *bounds) for bounds in zip(cut.bounds, local_cut(layout, cut).bounds, strict=True)]
+def part_layouts(layout: Layout, cut: Cut) -> list[Layout]:
+    """How each part of a parameter lies over the ranks; not for what only DTensor can gather."""
+    return [
+        _part_layout(layout, cut, *bounds) for bounds in zip(cut.bounds, local_cut(layout, cut).bounds, strict=True)
+    ]
 
 
 def _part_layout(layout: Layout, cut: Cut, bounds: tuple[int, int], mine: tuple[int, int]) -> Layout:
@@ -238,9 +231,12 @@ def _split_gate_up(layer: str, shape: tuple[int, ...], shapes: Mapping[str, Sequ
     if len(shape) == 2:
         return (2, None) if shape[0] % 2 == 0 else (None, "its number of rows is odd")
     down = next((tuple(shapes[key]) for key in _down_names(layer) if key in shapes), None)
-    if len(shape) == 3 and down is not None and shape[1:] == (2 * down[2], down[1]) and down[1] != down[2]:
+    if len(shape) == 3 and down is not None and shape[1:] == (2 * down[2], down[1]):
         return 2, None  # [E, 2 h, d] beside [E, d, h]
-    return None, "a stack [E, d, 2 h] may hold gate and up in turns, and no layer down beside it shows that it is [E, 2 h, d]"
+    return (
+        None,
+        "a stack [E, d, 2 h] may hold gate and up in turns, and no layer down beside it shows that it is [E, 2 h, d]",
+    )
 
 
 def _down_names(layer: str) -> list[str]:
@@ -276,6 +272,18 @@ def by_split(
             stacklevel=5,
         )
     return sorted(found.values(), key=lambda item: item[0] is not None)
+
+
+def warn_of_other_splits(groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> None:
+    """Warn where a checkpoint's groups are split otherwise: its radii fit its own splits only, with which training goes on."""
+    for own, other in zip(groups, saved, strict=False):
+        if own.get("split") != other.get("split"):
+            warnings.warn(
+                f"split: found {other.get('split')!r} in the checkpoint, expected {own.get('split')!r} in group "
+                f"{own.get('name')!r}. Training goes on as in the checkpoint, whose radii are for its own parts. For the other "
+                "split load the model's weights only.",
+                stacklevel=3,
+            )
 
 
 def note_splits(model: nn.Module) -> dict[str, Any]:

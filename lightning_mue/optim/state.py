@@ -45,12 +45,24 @@ def prepare(group: Mapping[str, Any], states: States, layout: LayoutOf) -> list[
             do = "Build its embedding with sparse=False, or give it to torch.optim.SparseAdam."
             key = f"gradient of {label_in(group, index)}"
             raise RuntimeError(mismatch(key, found="a sparse tensor", expected="a dense one", do=do))
+        if group["kind"] in MUON_KINDS and (group.get("split") is not None or group["normalize"]):
+            _check_parts(layout(param), label_in(group, index))
         if group["kind"] in SPHERE_KINDS and "radius" not in states[param]:
             new.append((param, label_in(group, index)))
         _add_buffers(states[param], param, group)
         params.append(param)
     _add_radii(new, group, states, layout)
     return params
+
+
+def _check_parts(layout: Layout, what: str) -> None:
+    if layout.gather:
+        raise value_error(
+            what,
+            found=f"it sharded as {list(layout.gather[1])}",
+            expected="its matrices sharded over one dimension of the mesh, by rows or columns, to split or normalize them",
+            do="Leave `split` and `normalize` out of its group, or shard it by fully_shard alone.",
+        )
 
 
 def _add_buffers(state: dict[str, Any], param: Tensor, group: Mapping[str, Any]) -> None:
@@ -91,7 +103,7 @@ def _norms(
     parts, where = [], []
     for param, layout, cut in zip(params, layouts, cuts, strict=True):
         parts += [local(param)] if cut is None else pieces(local(param), local_cut(layout, cut))
-        where += [layout] if cut is None else part_layouts(layout, cut, label(None, param))
+        where += [layout] if cut is None else part_layouts(layout, cut)
     squares = [sum_squares(as_matrices(part).to(math_dtype(part.dtype))) for part in parts]
     sums = iter(reduce_sums(where, squares))
     norms = []
