@@ -73,12 +73,9 @@ class HyperSphereOptimizer(Optimizer):
             first step that moves them.
         lr_convention: For `muon`, the factor on `lr` for a matrix [out, in]: "spectral" sqrt(out/in), "rms"
             0.2 sqrt(max(out, in)), "original" sqrt(max(1, out/in)) as torch.optim.Muon has it, "unit" 1.
-        normalize: "neuron" divides each row of an orthogonalized direction by the root of its second moment (decay
-            `betas[1]`) and keeps the direction's norm (NorMuon, arXiv:2510.05491); None does not.
-        split: Parts of fused matrices, of which each is orthogonalized and has a radius of its own, for `sphere` and
-            `muon`: a number of equal row blocks, a list of their sizes ([q, k, v]), {"heads": n} or {"columns": ...}. In
-            a group it holds for all of its matrices. "auto" splits those whose names and shapes say how, in groups of
-            their own, and warns of those that look fused but do not say it. None splits nothing.
+        normalize: "neuron" scales rows of a direction by their second moments (decay `betas[1]`; arXiv:2510.05491).
+        split: Parts of fused matrices that are matrices of their own: a number, a list of row sizes, "auto", and other
+            forms in docs/optimizer.md.
         maximize: Ascend.
         capturable: Keep Adam's step counts on the device and never read a tensor's value, so that the step can be
             captured in a CUDA graph (after one step outside of it, which creates the state).
@@ -88,8 +85,8 @@ class HyperSphereOptimizer(Optimizer):
             then share the orthogonalization of their matrices. None: every rank orthogonalizes all of its plain matrices,
             which is right in every setup, and redundant under DDP. "auto", of older configurations, means None.
 
-    State of a parameter: `momentum` (`state_dtype`) and `radius` (float32, or float64 with float64 parameters; `[]`, or
-    `[E]` for a stack, with a last dimension of parts if it is split) on the sphere; `exp_avg`, `exp_avg_sq`, `step` for Adam's kinds, and `radius` for `adam_sphere`.
+    State of a parameter: `momentum` (`state_dtype`), `radius` (float32, or the parameter's float64; `[]`, `[E]`, with parts
+    last) on the sphere, `row_square` with `normalize`; `exp_avg`, `exp_avg_sq`, `step` for Adam's kinds.
     It is created at the first step with a gradient, so weights may be reinitialized until then: the radius is the norm at
     that step. Options and kinds are read from `param_groups` at every step, except `radius`, `state_dtype` and (for the
     device of Adam's step counts) `capturable`, which are read when the state is created.
@@ -162,11 +159,12 @@ class HyperSphereOptimizer(Optimizer):
             raise value_error("process_group", found=repr(process_group), expected="a process group or None")
         groups = to_groups(params)
         if not any(group["params"] for group in groups):
-            do = "Build the model's layers before the optimizer."
-            raise value_error("params", found="no parameters", expected="at least one", do=do)
+            raise value_error(
+                "params", found="no parameters", expected="one", do="Build the layers before the optimizer."
+            )
         self.process_group = process_group
         self._scratch_bytes = 0
-        # The last two are among the defaults because a pickle keeps only these beside groups and state.
+        # The last two are among the defaults: a pickle keeps only these.
         super().__init__(groups, {**checked(defaults), "adamw_lr": adamw_lr, "sphere": sphere})
         warn_of_guesses(groups)
         announce(self.param_groups, sphere=sphere)
@@ -188,7 +186,7 @@ class HyperSphereOptimizer(Optimizer):
 
     @property
     def mue_family(self) -> str:
-        """Which table of a parameterization has this optimizer's factors: "sphere", or "muon" off the sphere."""
+        """Which table of a parameterization has its factors: "sphere", or "muon" off the sphere."""
         kinds = {group["kind"] for group in self.param_groups}
         return "muon" if "muon" in kinds and not kinds & set(SPHERE_KINDS) else "sphere"
 

@@ -22,9 +22,6 @@ import torch
 from torch import Tensor
 
 from lightning_mue.checks import value_error
-from lightning_mue.optim.distributed.layout import Layout
-from lightning_mue.optim.distributed.sharding import reduce_sums
-from lightning_mue.optim.matrices import as_matrices
 from lightning_mue.optim.precision import math_dtype
 from lightning_mue.sharded import is_sharded, local
 
@@ -69,49 +66,18 @@ def normalize_rows(directions: Sequence[Tensor], rows: Sequence[Sequence[Tensor 
     for u_Boi, held in zip(directions, rows, strict=True):
         kept = [v if v.ndim == 2 else v.unsqueeze(0) for v in held if v is not None]
         if kept:
-            square_Bo = _row_squares(u_Boi)
-            scale_Bo = _update(kept, square_Bo / u_Boi.shape[-1], decay)
-            ratio_B = _ratio(square_Bo.sum(-1), (square_Bo * scale_Bo.square()).sum(-1))
+            square_Bo = row_squares(u_Boi)
+            scale_Bo = update_rows(kept, square_Bo / u_Boi.shape[-1], decay)
+            ratio_B = norm_ratio(square_Bo.sum(-1), (square_Bo * scale_Bo.square()).sum(-1))
             u_Boi.mul_((scale_Bo * ratio_B[:, None])[..., None])
 
 
-def normalize_sharded_rows(
-    directions: Sequence[Tensor], rows: Sequence[Tensor | None], layouts: Sequence[Layout], decay: float
-) -> None:
-    """Update second moments and normalize the rows of this rank's pieces, in place; a collective where they are sharded."""
-    chosen = [index for index, v in enumerate(rows) if v is not None]
-    if not chosen:
-        return
-    where = [layouts[index] for index in chosen]
-    wide = [as_matrices(directions[index]) for index in chosen]
-    # Columns on other ranks belong to the same rows; rows on other ranks count in the norm of the whole only.
-    squares = _add([_row_squares(u_Eoi) for u_Eoi in wide], where, side=1)
-    sums, scales = [], []
-    for index, square_Eo, layout in zip(chosen, squares, where, strict=True):
-        held = rows[index]
-        assert held is not None
-        scale_Eo = _update([held if held.ndim == 2 else held.unsqueeze(0)], square_Eo / layout.matrix[1], decay)
-        scales.append(scale_Eo)
-        sums.append(torch.stack([square_Eo.sum(-1), (square_Eo * scale_Eo.square()).sum(-1)], dim=-1))
-    for u_Eoi, scale_Eo, sum_E2 in zip(wide, scales, _add(sums, where, side=0), strict=True):
-        u_Eoi.mul_((scale_Eo * _ratio(sum_E2[:, 0], sum_E2[:, 1])[:, None])[..., None])
-
-
-def _row_squares(u_Boi: Tensor) -> Tensor:
+def row_squares(u_Boi: Tensor) -> Tensor:
+    """Return the sum of squares of each row, `[B, out]`."""
     return torch.linalg.vector_norm(u_Boi, dim=-1).square_()
 
 
-def _add(sums: Sequence[Tensor], layouts: Sequence[Layout], *, side: int) -> list[Tensor]:
-    """Add what the ranks hold that each have a piece along this side of the same matrices."""
-    result = list(sums)
-    sharded = [index for index, layout in enumerate(layouts) if layout.split_dim == side]
-    added = reduce_sums([layouts[index] for index in sharded], [sums[index] for index in sharded])
-    for index, total in zip(sharded, added, strict=True):
-        result[index] = total
-    return result
-
-
-def _update(held: Sequence[Tensor], mean_Bo: Tensor, decay: float) -> Tensor:
+def update_rows(held: Sequence[Tensor], mean_Bo: Tensor, decay: float) -> Tensor:
     """Update second moments and return what rows are to be multiplied by, `[B, out]`."""
     parts = mean_Bo.split([len(v_Eo) for v_Eo in held])
     for v_Eo, part_Eo in zip(held, parts, strict=True):
@@ -120,6 +86,6 @@ def _update(held: Sequence[Tensor], mean_Bo: Tensor, decay: float) -> Tensor:
     return torch.where(v_Bo > 0, v_Bo.rsqrt(), torch.zeros_like(v_Bo))
 
 
-def _ratio(before_B: Tensor, after_B: Tensor) -> Tensor:
+def norm_ratio(before_B: Tensor, after_B: Tensor) -> Tensor:
     """Return what restores the norm, from sums of squares before and after; a zero matrix stays zero."""
     return torch.where(after_B > 0, before_B / after_B, torch.zeros_like(after_B)).sqrt()

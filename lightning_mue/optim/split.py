@@ -13,7 +13,6 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
@@ -22,7 +21,6 @@ from torch import Tensor, nn
 
 from lightning_mue.checks import listed, type_error, value_error
 from lightning_mue.names import plain_name
-from lightning_mue.optim.distributed.layout import Layout
 from lightning_mue.optim.matrices import Matrix
 from lightning_mue.parameterizations.reading.parameters import list_parameters, named_tensors
 from lightning_mue.parameterizations.reading.roles.queries import FUSED_QUERIES, read_queries
@@ -36,7 +34,7 @@ _FORMS = (
 )
 
 
-class Cut(NamedTuple):
+class PartBounds(NamedTuple):
     """Where a matrix is cut: the side (0 rows, 1 columns), and where each part starts and ends."""
 
     side: int
@@ -71,7 +69,7 @@ def checked_split(split: Any) -> Any:
     return {"columns": plain} if side == "columns" else plain
 
 
-def cut_of(split: Any, shape: Sequence[int], what: str = "parameter") -> Cut | None:
+def cut_of(split: Any, shape: Sequence[int], what: str = "parameter") -> PartBounds | None:
     """Return where a `split` (checked, not "auto") cuts the matrices of a parameter; None if it leaves them whole.
 
     Raises:
@@ -84,8 +82,8 @@ def cut_of(split: Any, shape: Sequence[int], what: str = "parameter") -> Cut | N
 
 
 @lru_cache(maxsize=4096)
-def _cut(side: int, parts: int | tuple[int, ...], shape: tuple[int, ...], what: str) -> Cut:
-    size = shape[_dim(side, len(shape))]
+def _cut(side: int, parts: int | tuple[int, ...], shape: tuple[int, ...], what: str) -> PartBounds:
+    size = shape[part_dim(side, len(shape))]
     sides = ("rows", "columns")[side]
     if side == 1 and len(shape) > 3:
         raise value_error(f"split of {what}", found="columns of a convolution", expected="rows, its output channels")
@@ -95,99 +93,53 @@ def _cut(side: int, parts: int | tuple[int, ...], shape: tuple[int, ...], what: 
         found = f"{parts} for {size} {sides} of shape {list(shape)}"
         expected = f"equal parts of the {sides}, or sizes that add up to them"
         raise value_error(f"split of {what}", found=found, expected=expected, do=do)
-    return Cut(side, tuple(pairwise(accumulate(sizes, initial=0))))
+    return PartBounds(side, tuple(pairwise(accumulate(sizes, initial=0))))
 
 
-def _dim(side: int, ndim: int) -> int:
+def part_dim(side: int, ndim: int) -> int:
+    """The dimension of a parameter that is the rows (side 0) or columns (1) of its matrices."""
     return side + 1 if ndim == 3 else side
 
 
-def pieces(x: Tensor, cut: Cut) -> list[Tensor]:
+def pieces(x: Tensor, cut: PartBounds) -> list[Tensor]:
     """Views of the parts of a parameter, or of a tensor of its shape."""
-    dim = _dim(cut.side, x.ndim)
+    dim = part_dim(cut.side, x.ndim)
     return [x.narrow(dim, start, stop - start) for start, stop in cut.bounds]
 
 
-def whole_parts(item: Matrix, cut: Cut | None) -> list[Matrix]:
+def whole_parts(item: Matrix, cut: PartBounds | None) -> list[Matrix]:
     """The parts of a parameter that is whole here, as views; equal ones as one stack, which is worked on in a batch."""
     if cut is None:
         return [item]
     tensors = (item.weight, item.grad, item.momentum)
     if not cut.equal or not all(_can_stack(x, cut) for x in tensors):
-        return _slices(item, cut)
+        return part_views(item, cut)
     weight, grad, momentum = (_stack(x, cut) for x in tensors)
     radius = None if item.radius is None else item.radius.reshape(-1)
     rows = None if item.rows is None else item.rows.reshape(-1, item.rows.shape[-1] // len(cut.bounds))
     return [Matrix(weight, grad, momentum, radius, rows)]
 
 
-def _can_stack(x: Tensor, cut: Cut) -> bool:
+def _can_stack(x: Tensor, cut: PartBounds) -> bool:
     # Two dimensions of a stack, experts and parts, are one in a view only if they follow each other in memory.
     if x.ndim == 3:
         return cut.side == 0 and x.is_contiguous()
     return x.ndim == 2
 
 
-def _stack(x: Tensor, cut: Cut) -> Tensor:
+def _stack(x: Tensor, cut: PartBounds) -> Tensor:
     parts = len(cut.bounds)
     if x.ndim == 3:
         return x.view(-1, x.shape[1] // parts, x.shape[2])
     return x.unflatten(cut.side, (parts, -1)).movedim(cut.side, 0)
 
 
-def _slices(item: Matrix, cut: Cut) -> list[Matrix]:
+def part_views(item: Matrix, cut: PartBounds) -> list[Matrix]:
+    """The parts of a parameter, or of this rank's piece of one, as views."""
     radii = [None] * len(cut.bounds) if item.radius is None else item.radius.unbind(-1)
     rows = [None] * len(cut.bounds) if item.rows is None else [item.rows[..., a:b] for a, b in cut.bounds]
     columns = (pieces(x, cut) for x in (item.weight, item.grad, item.momentum))
     return [Matrix(*each) for each in zip(*columns, radii, rows, strict=True)]
-
-
-def sharded_parts(item: Matrix, layout: Layout, cut: Cut | None) -> list[tuple[Matrix, Layout]]:
-    """This rank's pieces of the parts of a parameter, and how each part lies over the ranks.
-
-    Shards need not end where parts do: a rank may hold nothing of a part.
-    """
-    if cut is None:
-        return [(item, layout)]
-    mine = local_cut(layout, cut)
-    return list(zip(_slices(item, mine), part_layouts(layout, cut), strict=True))
-
-
-def local_cut(layout: Layout, cut: Cut) -> Cut:
-    """Where the parts start and end in this rank's piece of the matrices."""
-    if layout.split_dim != cut.side:
-        return cut
-    start = sum(layout.split_sizes[: layout.split_rank])
-    stop = start + layout.split_sizes[layout.split_rank]
-    inside = [(min(max(a, start), stop) - start, min(max(b, start), stop) - start) for a, b in cut.bounds]
-    return Cut(cut.side, tuple(inside))
-
-
-def part_layouts(layout: Layout, cut: Cut) -> list[Layout]:
-    """How each part of a parameter lies over the ranks; not for what only DTensor can gather."""
-    return [
-        _part_layout(layout, cut, *bounds) for bounds in zip(cut.bounds, local_cut(layout, cut).bounds, strict=True)
-    ]
-
-
-def _part_layout(layout: Layout, cut: Cut, bounds: tuple[int, int], mine: tuple[int, int]) -> Layout:
-    dim = _dim(cut.side, len(layout.shape))
-    start, stop = bounds
-    sizes = layout.split_sizes
-    if layout.split_dim == cut.side:
-        ends = list(accumulate(sizes, initial=0))
-        sizes = tuple(max(0, min(stop, b) - max(start, a)) for a, b in pairwise(ends))
-    return replace(
-        layout,
-        shape=_with_size(layout.shape, dim, stop - start),
-        local_shape=_with_size(layout.local_shape, dim, mine[1] - mine[0]),
-        matrix=_with_size(layout.matrix, cut.side, stop - start),
-        split_sizes=sizes,
-    )
-
-
-def _with_size(shape: tuple[int, ...], dim: int, size: int) -> Any:
-    return (*shape[:dim], size, *shape[dim + 1 :])
 
 
 def infer_split(name: str | None, param: Tensor, shapes: Mapping[str, Sequence[int]]) -> tuple[Any, str | None]:

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from lightning_mue.checks import listed, mismatch, value_error
 from lightning_mue.optim.distributed.layout import Layout, by_expert, layout_of
+from lightning_mue.optim.distributed.parts import local_cut, part_layouts
 from lightning_mue.optim.distributed.sharding import reduce_sums
 from lightning_mue.optim.groups import classify, label, label_in, named
 from lightning_mue.optim.matrices import as_matrices, sum_squares
 from lightning_mue.optim.neuron import check_rows, row_shape, zero_rows
 from lightning_mue.optim.options import STATE_DTYPES
 from lightning_mue.optim.precision import math_dtype
-from lightning_mue.optim.split import Cut, cut_of, local_cut, part_layouts, pieces
+from lightning_mue.optim.split import PartBounds, cut_of, pieces
 from lightning_mue.parameterizations.rules.kinds import KINDS, MUON_KINDS, SPHERE_KINDS
 from lightning_mue.sharded import is_sharded, local
 
@@ -93,7 +94,7 @@ def _add_radii(new: Sequence[tuple[Tensor, str]], group: Mapping[str, Any], stat
 
 
 def _norms(
-    params: Sequence[Tensor], layouts: Sequence[Layout], cuts: Sequence[Cut | None] | None = None
+    params: Sequence[Tensor], layouts: Sequence[Layout], cuts: Sequence[PartBounds | None] | None = None
 ) -> list[Tensor]:
     """Return the norms of the matrices that this rank holds, whole or in part, each `[E]`, `[E, P]` if cut; math type.
 

@@ -9,11 +9,12 @@ from typing import Any
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from lightning_mue.optim.distributed.parts import sharded_parts
 from lightning_mue.optim.distributed.update import apply_to_parts, muon_update_distributed, rounds
 from lightning_mue.optim.matrices import Matrix, Pool, as_matrices
 from lightning_mue.optim.options import is_zero, step_options
 from lightning_mue.optim.precision import math_dtype, tf32_products
-from lightning_mue.optim.split import cut_of, sharded_parts, whole_parts
+from lightning_mue.optim.split import cut_of, whole_parts
 from lightning_mue.optim.state import LayoutOf, States
 from lightning_mue.optim.step import muon_update
 from lightning_mue.parameterizations.rules.kinds import MUON_KINDS, SPHERE_KINDS

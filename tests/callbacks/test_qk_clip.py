@@ -52,7 +52,9 @@ def heads(module, x):
     a = module.attention
     if isinstance(a, nn.MultiheadAttention):
         d = a.embed_dim
-        q, k = (x.double() @ a.in_proj_weight.double()[i : i + d].T + a.in_proj_bias.double()[i : i + d] for i in (0, d))
+        q, k = (
+            x.double() @ a.in_proj_weight.double()[i : i + d].T + a.in_proj_bias.double()[i : i + d] for i in (0, d)
+        )
         q, k, scale = (y.unflatten(-1, (a.num_heads, -1)).transpose(1, 2) for y in (q, k)), None, a.head_dim**-0.5
         q, k = q
     else:
@@ -101,7 +103,11 @@ def test_the_next_step_does_not_undo_it(options):
     assert start.norm() / module.attention.in_proj_weight.detach().norm() > 1.01
     state = trainer.optimizers[0].state[module.attention.in_proj_weight]
     if options != {"sphere": False}:
-        parts = module.attention.in_proj_weight.detach().split(16) if options else [module.attention.in_proj_weight.detach()]
+        parts = (
+            module.attention.in_proj_weight.detach().split(16)
+            if options
+            else [module.attention.in_proj_weight.detach()]
+        )
         norms = torch.stack([part.norm() for part in parts]).reshape(state["radius"].shape)
         torch.testing.assert_close(state["radius"], norms, rtol=1e-5, atol=0)
 

@@ -180,7 +180,7 @@ def test_a_kind_without_orthogonalization_cannot_be_split():
 
 def reference_neuron(weight, grads, *, lr, momentum, decay, kind):
     """NorMuon in float64, one matrix at a time, with the bias of the second moment corrected as Adam does."""
-    m, v = torch.zeros_like(weight), torch.zeros(weight.shape[:-1] + (1,), dtype=torch.float64)
+    m, v = torch.zeros_like(weight), torch.zeros((*weight.shape[:-1], 1), dtype=torch.float64)
     radius = weight.norm(dim=(-2, -1), keepdim=True)
     for t, grad in enumerate(grads, 1):
         m = momentum * m + grad
@@ -221,9 +221,11 @@ def test_second_moments_take_a_number_for_each_row():
     param.grad[:, 2] = 0
     optimizer.step()
     (state,) = optimizer.state.values()
-    assert state["row_square"].shape == (3, 6) and state["row_square"].dtype == torch.float32
+    assert state["row_square"].shape == (3, 6)
+    assert state["row_square"].dtype == torch.float32
     assert optimizer.memory()["row_square"] == 3 * 6 * 4
-    assert param.isfinite().all() and (state["row_square"][:, 2] < 1e-8).all()  # rows without a gradient stay put
+    assert param.isfinite().all()
+    assert (state["row_square"][:, 2] < 1e-8).all()  # a row without a gradient
 
 
 def test_neurons_of_transposed_matrices_are_refused():

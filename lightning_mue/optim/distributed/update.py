@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from lightning_mue.optim.distributed.layout import Layout
+from lightning_mue.optim.distributed.parts import normalize_sharded_rows
 from lightning_mue.optim.distributed.sharding import orthogonalize_sharded, reduce_sums
 from lightning_mue.optim.matrices import Matrix, Pool, as_matrices, has_gradient, write_back
-from lightning_mue.optim.neuron import normalize_sharded_rows
 from lightning_mue.optim.options import StepOptions, is_zero
 from lightning_mue.optim.orthogonal.coefficients import PRESETS
 from lightning_mue.optim.orthogonal.newton_schulz import orthogonalize_chunk
