@@ -74,8 +74,7 @@ class HyperSphereOptimizer(Optimizer):
         lr_convention: For `muon`, the factor on `lr` for a matrix [out, in]: "spectral" sqrt(out/in), "rms"
             0.2 sqrt(max(out, in)), "original" sqrt(max(1, out/in)) as torch.optim.Muon has it, "unit" 1.
         normalize: "neuron" scales rows of a direction by their second moments (decay `betas[1]`; arXiv:2510.05491).
-        split: Parts of fused matrices that are matrices of their own: a number, a list of row sizes, "auto", and other
-            forms in docs/optimizer.md.
+        split: Parts of fused matrices: a number, a list of row sizes, "auto"; more forms in docs/optimizer.md.
         maximize: Ascend.
         capturable: Keep Adam's step counts on the device and never read a tensor's value, so that the step can be
             captured in a CUDA graph (after one step outside of it, which creates the state).
@@ -149,11 +148,8 @@ class HyperSphereOptimizer(Optimizer):
         if adamw_lr is not None:
             require_number("adamw_lr", adamw_lr, at_least=0)
         if process_group == "auto":
-            warnings.warn(
-                'process_group: found "auto", which means None: no rank shares its work. Under DDP pass '
-                "torch.distributed.group.WORLD.",
-                stacklevel=2,
-            )
+            do = "Under DDP pass torch.distributed.group.WORLD."
+            warnings.warn(f'process_group: found "auto", which means None: no rank shares its work. {do}', stacklevel=2)
             process_group = None
         elif isinstance(process_group, str):
             raise value_error("process_group", found=repr(process_group), expected="a process group or None")
