@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # for type checkers and editors; tests/test_package.py compar
     from lightning_mue.callbacks import ActivationOutlierMonitor as ActivationOutlierMonitor
     from lightning_mue.callbacks import LogitsZMonitor as LogitsZMonitor
     from lightning_mue.callbacks import MuECallback as MuECallback
+    from lightning_mue.callbacks import QKClip as QKClip
     from lightning_mue.callbacks import RouterMonitor as RouterMonitor
     from lightning_mue.callbacks import ThroughputMonitor as ThroughputMonitor
     from lightning_mue.callbacks import TransferMonitor as TransferMonitor
@@ -56,6 +57,7 @@ _PUBLIC = {
     "MoELanguageModel": "models",
     "MoELayer": "moe",
     "MuECallback": "callbacks",
+    "QKClip": "callbacks",
     "RouterMonitor": "callbacks",
     "ScalingPlan": "parameterizations",
     "TextDataModule": "data",

@@ -4,6 +4,7 @@ from lightning_mue.callbacks.monitors.activations import ActivationOutlierMonito
 from lightning_mue.callbacks.monitors.logits import LogitsZMonitor
 from lightning_mue.callbacks.monitors.routing import RouterMonitor
 from lightning_mue.callbacks.mue.callback import MuECallback
+from lightning_mue.callbacks.qk_clip import QKClip
 from lightning_mue.callbacks.throughput import ThroughputMonitor
 from lightning_mue.callbacks.transfer.monitor import TransferMonitor
 from lightning_mue.moe import LossFreeBalance
@@ -13,6 +14,7 @@ __all__ = [
     "LogitsZMonitor",
     "LossFreeBalance",
     "MuECallback",
+    "QKClip",
     "RouterMonitor",
     "ThroughputMonitor",
     "TransferMonitor",

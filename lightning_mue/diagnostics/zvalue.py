@@ -87,6 +87,46 @@ def attention_z_value(q: Tensor, k: Tensor, scale: float, causal: bool = True) -
     return total / (B * Hq * S)
 
 
+def attention_max_logits(
+    q: Tensor, k: Tensor, scale: float, causal: bool = True, hidden: Tensor | None = None
+) -> Tensor:
+    """Largest attention logit of each query head, over the keys that each query may see; a block of queries at a time.
+
+    Args:
+        q: [B, Hq, S, k] queries, as attention sees them.
+        k: [B, Hkv, N, k] keys; as for `attention_z_value`.
+        scale: Factor on the logits.
+        causal: Whether query s sees keys up to s only.
+        hidden: Boolean, extends to [B, Hq, S, N]: keys that a query does not see, besides.
+
+    Returns:
+        Float32 [Hq]; minus infinity where no query sees a key.
+
+    Raises:
+        ValueError: As `attention_z_value`.
+    """
+    _check_attention_shapes(q, k, causal)
+    B, Hq, S, width = q.shape
+    Hkv, N = k.shape[1], k.shape[2]
+    largest_H = torch.full((Hq,), float("-inf"), device=q.device)
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        k_BHkN = k.float().transpose(-1, -2)
+        seen = None if hidden is None else ~hidden.expand(B, Hq, S, N)
+        positions_N = torch.arange(N, device=q.device)
+        chunk = max(1, CHUNK_ELEMENTS // max(1, B * Hq * N))
+        for start in range(0, S, chunk) if B else ():
+            stop = min(start + chunk, S)
+            q_BHrk = q[:, :, start:stop].float().reshape(B, Hkv, -1, width)
+            logits_BHCN = ((q_BHrk @ k_BHkN) * scale).reshape(B, Hq, stop - start, N)
+            if causal:
+                last_C1 = torch.arange(start, stop, device=q.device).add(N - S).unsqueeze(1)
+                logits_BHCN = logits_BHCN.masked_fill(positions_N > last_C1, float("-inf"))
+            if seen is not None:
+                logits_BHCN = logits_BHCN.masked_fill(~seen[:, :, start:stop], float("-inf"))
+            largest_H = torch.maximum(largest_H, logits_BHCN.amax((0, 2, 3)))
+    return largest_H
+
+
 def _check_attention_shapes(q: Tensor, k: Tensor, causal: bool) -> None:
     if q.ndim != 4 or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         expected = (

@@ -15,7 +15,8 @@ from torch import Tensor
 from lightning_mue.checks import listed, type_error, value_error
 from lightning_mue.contract import declared_role
 from lightning_mue.names import all_indices, is_elementwise, is_embedding, is_head, is_vector
-from lightning_mue.parameterizations.rules.kinds import KINDS
+from lightning_mue.optim.split import by_split, checked_split, describe_split
+from lightning_mue.parameterizations.rules.kinds import KINDS, MUON_KINDS
 from lightning_mue.parameterizations.rules.roles import MATRIX_ROLES, Role
 
 logger = logging.getLogger(__name__)
@@ -136,8 +137,12 @@ def _as_list(params: Iterable[Any]) -> list[Any]:
     return list(params)
 
 
-def split_group(group: Mapping[str, Any], adamw_lr: float | None, *, sphere: bool = True) -> list[dict[str, Any]]:
+def split_group(
+    group: Mapping[str, Any], adamw_lr: float | None, *, sphere: bool = True, split: Any = None
+) -> list[dict[str, Any]]:
     """Split a group without `kind` into groups with `kind` and `name`, in the order of `KINDS`; name one with a `kind`.
+
+    Matrices that `split` ("auto", for groups without one of their own) cuts differently are in groups of their own.
 
     `adamw_lr` is for groups of kind `adamw`; the group's own `adamw_lr` takes precedence and is removed. With neither, or
     in a group that sets both `kind` and `lr`, the rate is `lr`.
@@ -146,6 +151,11 @@ def split_group(group: Mapping[str, Any], adamw_lr: float | None, *, sphere: boo
     adamw_lr = group.get("adamw_lr", adamw_lr)
     given, prefix = options.get("kind"), options.get("name")
     groups = []
+    split = checked_split(options.pop("split", split))
+    if split is not None and given and given not in MUON_KINDS:
+        expected, do = f"a group of kind {' or '.join(MUON_KINDS)}", "Leave `split` out here."
+        raise value_error("split", found=f"{split!r} in a group of kind '{given}'", expected=expected, do=do)
+    shapes = {name: param.shape for name, param in named(group) if name}
     for kind in [given] if given else KINDS:
         pairs = [pair for pair in named(group) if given or classify(*pair, sphere=sphere)[0] == kind]
         if not pairs:
@@ -153,7 +163,12 @@ def split_group(group: Mapping[str, Any], adamw_lr: float | None, *, sphere: boo
         new = {**options, "kind": kind, "name": f"{prefix}/{kind}" if prefix and not given else prefix or kind}
         if kind == "adamw" and adamw_lr is not None and not (given and "lr" in options):
             new["lr"] = adamw_lr
-        groups.append({**new, "params": [param if name is None else (name, param) for name, param in pairs]})
+        for each, members in by_split(pairs, split if kind in MUON_KINDS else None, shapes):
+            params = [param if name is None else (name, param) for name, param in members]
+            label_of_split = (
+                f"{new['name']}/{describe_split(each)}" if split == "auto" and each is not None else new["name"]
+            )
+            groups.append({**new, "name": label_of_split, "split": each, "params": params})
     return groups
 
 
@@ -196,7 +211,8 @@ def describe(groups: Iterable[Mapping[str, Any]], *, sphere: bool = True) -> str
             shown = all_indices(name) if name else "(unnamed)"
             stack = param.ndim == 3 and group["kind"] != "adamw"
             shape = f"{param.shape[0]} matrices {list(param.shape[1:])}" if stack else list(param.shape)
-            rows[f"  {shown} {shape} by {reason}"] += 1
+            cut = f", {describe_split(group['split'])}" if group.get("split") else ""
+            rows[f"  {shown} {shape} by {reason}{cut}"] += 1
         lines += [row + (f" (x{count})" if count > 1 else "") for row, count in rows.items()]
     return "\n".join(lines)
 

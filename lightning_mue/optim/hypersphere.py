@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -17,6 +17,7 @@ from lightning_mue.optim.distributed.agreement import check_replicas
 from lightning_mue.optim.distributed.layout import Layout, layout_of
 from lightning_mue.optim.groups import announce, describe, named, split_group, to_groups, unique_name, warn_of_guesses
 from lightning_mue.optim.options import checked, is_zero
+from lightning_mue.optim.split import warn_of_other_splits
 from lightning_mue.optim.state import check_loadable, check_new_group, prepare, restore_dtypes
 from lightning_mue.optim.updates import update
 from lightning_mue.parameterizations.rules.kinds import KINDS, SPHERE_KINDS
@@ -72,6 +73,8 @@ class HyperSphereOptimizer(Optimizer):
             first step that moves them.
         lr_convention: For `muon`, the factor on `lr` for a matrix [out, in]: "spectral" sqrt(out/in), "rms"
             0.2 sqrt(max(out, in)), "original" sqrt(max(1, out/in)) as torch.optim.Muon has it, "unit" 1.
+        normalize: "neuron" scales rows of a direction by their second moments (decay `betas[1]`; arXiv:2510.05491).
+        split: Parts of fused matrices: a number, a list of row sizes, "auto"; more forms in docs/optimizer.md.
         maximize: Ascend.
         capturable: Keep Adam's step counts on the device and never read a tensor's value, so that the step can be
             captured in a CUDA graph (after one step outside of it, which creates the state).
@@ -81,8 +84,8 @@ class HyperSphereOptimizer(Optimizer):
             then share the orthogonalization of their matrices. None: every rank orthogonalizes all of its plain matrices,
             which is right in every setup, and redundant under DDP. "auto", of older configurations, means None.
 
-    State of a parameter: `momentum` (`state_dtype`) and `radius` (float32, or float64 with float64 parameters; `[]`, or
-    `[E]` for a stack) on the sphere; `exp_avg`, `exp_avg_sq`, `step` for Adam's kinds, and `radius` for `adam_sphere`.
+    State of a parameter: `momentum` (`state_dtype`), `radius` (float32, or the parameter's float64; `[]`, `[E]`, with parts
+    last) on the sphere, `row_square` with `normalize`; `exp_avg`, `exp_avg_sq`, `step` for Adam's kinds.
     It is created at the first step with a gradient, so weights may be reinitialized until then: the radius is the norm at
     that step. Options and kinds are read from `param_groups` at every step, except `radius`, `state_dtype` and (for the
     device of Adam's step counts) `capturable`, which are read when the state is created.
@@ -115,6 +118,8 @@ class HyperSphereOptimizer(Optimizer):
         retraction: str = "project",
         radius: float | None = None,
         lr_convention: str = "spectral",
+        normalize: str | None = None,
+        split: int | Sequence[int] | Mapping[str, Any] | str | None = None,
         maximize: bool = False,
         capturable: bool = False,
         compile: bool = False,
@@ -134,6 +139,8 @@ class HyperSphereOptimizer(Optimizer):
             "retraction": retraction,
             "radius": radius,
             "lr_convention": lr_convention,
+            "normalize": normalize,
+            "split": split,
             "maximize": maximize,
             "capturable": capturable,
             "compile": compile,
@@ -141,21 +148,19 @@ class HyperSphereOptimizer(Optimizer):
         if adamw_lr is not None:
             require_number("adamw_lr", adamw_lr, at_least=0)
         if process_group == "auto":
-            warnings.warn(
-                'process_group: found "auto", which means None: no rank shares its work. Under DDP pass '
-                "torch.distributed.group.WORLD.",
-                stacklevel=2,
-            )
+            do = "Under DDP pass torch.distributed.group.WORLD."
+            warnings.warn(f'process_group: found "auto", which means None: no rank shares its work. {do}', stacklevel=2)
             process_group = None
         elif isinstance(process_group, str):
             raise value_error("process_group", found=repr(process_group), expected="a process group or None")
         groups = to_groups(params)
         if not any(group["params"] for group in groups):
-            do = "Build the model's layers before the optimizer."
-            raise value_error("params", found="no parameters", expected="at least one", do=do)
+            raise value_error(
+                "params", found="no parameters", expected="one", do="Build the layers before the optimizer."
+            )
         self.process_group = process_group
         self._scratch_bytes = 0
-        # The last two are among the defaults because a pickle keeps only these beside groups and state.
+        # The last two are among the defaults: a pickle keeps only these.
         super().__init__(groups, {**checked(defaults), "adamw_lr": adamw_lr, "sphere": sphere})
         warn_of_guesses(groups)
         announce(self.param_groups, sphere=sphere)
@@ -177,7 +182,7 @@ class HyperSphereOptimizer(Optimizer):
 
     @property
     def mue_family(self) -> str:
-        """Which table of a parameterization has this optimizer's factors: "sphere", or "muon" off the sphere."""
+        """Which table of a parameterization has its factors: "sphere", or "muon" off the sphere."""
         kinds = {group["kind"] for group in self.param_groups}
         return "muon" if "muon" in kinds and not kinds & set(SPHERE_KINDS) else "sphere"
 
@@ -194,7 +199,7 @@ class HyperSphereOptimizer(Optimizer):
         sphere, start = self.defaults["sphere"], sum(len(group["params"]) for group in self.param_groups)
         check_new_group(param_group, self.param_groups, start=start, sphere=sphere)
         options = {key: value for key, value in self.defaults.items() if key not in _OWN}
-        for group in split_group(param_group, self.defaults["adamw_lr"], sphere=sphere):
+        for group in split_group(param_group, self.defaults["adamw_lr"], sphere=sphere, split=self.defaults["split"]):
             group = checked({**options, **group})
             group["name"] = unique_name(group["name"], (other["name"] for other in self.param_groups))
             super().add_param_group(group)
@@ -272,6 +277,7 @@ class HyperSphereOptimizer(Optimizer):
         pairs = [pair for group in self.param_groups for pair in named(group)]
         saved = [state_dict["state"].get(i, {}) for group in state_dict["param_groups"] for i in group["params"]]
         check_loadable(state_dict["param_groups"], saved, pairs)
+        warn_of_other_splits(self.param_groups, state_dict["param_groups"])
         super().load_state_dict(state_dict)
         for state, (_, param) in zip(saved, pairs, strict=True):
             if state:
@@ -287,6 +293,7 @@ class HyperSphereOptimizer(Optimizer):
             if option.kind is option.KEYWORD_ONLY and key != "process_group":
                 self.defaults.setdefault(key, option.default)
         for group in self.param_groups:
+            group.setdefault("split", None)  # radii of an older version are those of whole matrices
             for key, value in self.defaults.items():
                 if key not in (*_OWN, "differentiable"):
                     group.setdefault(key, value)

@@ -29,12 +29,14 @@ class Matrix(NamedTuple):
         grad: Its gradient.
         momentum: Its momentum; Adam's first moment where the direction is Adam's.
         radius: Frobenius norm that each matrix keeps, `[]` or `[E]`; None off the sphere.
+        rows: Second moment of each row of the direction, `[out]` or `[E, out]`; None if rows are not normalized.
     """
 
     weight: Tensor
     grad: Tensor
     momentum: Tensor
     radius: Tensor | None
+    rows: Tensor | None = None
 
 
 def as_matrices(x: Tensor) -> Tensor:
@@ -145,7 +147,8 @@ def _slices(item: Matrix, limit: int) -> Iterator[Matrix]:
     for start in range(0, len(item.weight), limit):
         part = slice(start, start + limit)
         radius = None if item.radius is None else item.radius[part]
-        yield Matrix(item.weight[part], item.grad[part], item.momentum[part], radius)
+        rows = None if item.rows is None else item.rows[part]
+        yield Matrix(item.weight[part], item.grad[part], item.momentum[part], radius, rows)
 
 
 class Pool:

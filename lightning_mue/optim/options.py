@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_mue.checks import require_choice, require_number, require_type, value_error
 from lightning_mue.optim.orthogonal.coefficients import PRESETS
+from lightning_mue.optim.split import checked_split
 from lightning_mue.parameterizations.rules.kinds import CONVENTIONS, KINDS
 
 #: Types of the Newton-Schulz products, under the names that a YAML file or a state dict can hold.
@@ -29,6 +30,9 @@ STATE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64":
 #: Ways back onto the sphere. `project`: along the radius (arXiv:2603.28743). `geodesic`: the step is a rotation by exactly
 #: `lr` radians (docs/derivations/hypersphere.md).
 RETRACTIONS = ("project", "geodesic")
+
+#: What is normalized of an orthogonalized direction: nothing, or each row by its second moment (arXiv:2510.05491).
+NORMALIZATIONS = (None, "neuron")
 
 
 def is_zero(lr: float | Tensor) -> bool:
@@ -54,6 +58,7 @@ class StepOptions:
     lr_convention: str
     maximize: bool
     compile: bool
+    betas: tuple[float, float]
     dtype: torch.dtype | None
     factor: float = 1.0
 
@@ -101,6 +106,7 @@ def checked(group: Mapping[str, Any]) -> dict[str, Any]:
         if group[key] is not None:
             group[key] = str(group[key]).removeprefix("torch.")
     _check_choices(group)
+    group["split"] = checked_split(group["split"])
     if group["radius"] is not None:
         require_number("radius", group["radius"], above=0, do="None keeps each matrix's own norm.")
     if "kind" in group:
@@ -124,4 +130,5 @@ def _check_choices(group: Mapping[str, Any]) -> None:
     require_choice("compute_dtype", group["compute_dtype"], [None, *COMPUTE_DTYPES])
     require_choice("state_dtype", group["state_dtype"], [None, *STATE_DTYPES])
     require_choice("retraction", group["retraction"], RETRACTIONS)
+    require_choice("normalize", group["normalize"], NORMALIZATIONS)
     require_choice("lr_convention", group["lr_convention"], CONVENTIONS)

@@ -10,17 +10,20 @@ from torch import Tensor
 
 from lightning_mue.checks import listed, mismatch, value_error
 from lightning_mue.optim.distributed.layout import Layout, by_expert, layout_of
+from lightning_mue.optim.distributed.parts import local_cut, part_layouts
 from lightning_mue.optim.distributed.sharding import reduce_sums
 from lightning_mue.optim.groups import classify, label, label_in, named
 from lightning_mue.optim.matrices import as_matrices, sum_squares
+from lightning_mue.optim.neuron import check_rows, row_shape, zero_rows
 from lightning_mue.optim.options import STATE_DTYPES
 from lightning_mue.optim.precision import math_dtype
+from lightning_mue.optim.split import PartBounds, cut_of, pieces
 from lightning_mue.parameterizations.rules.kinds import KINDS, MUON_KINDS, SPHERE_KINDS
 from lightning_mue.sharded import is_sharded, local
 
 #: Options and state of torch's own optimizers that this one does not have.
 _FOREIGN_OPTIONS = {"amsgrad", "fused", "ns_steps", "dampening"}
-_STATE = {"momentum", "radius", "exp_avg", "exp_avg_sq", "step"}
+_STATE = {"momentum", "radius", "row_square", "exp_avg", "exp_avg_sq", "step"}
 
 #: State of each parameter, as `torch.optim.Optimizer.state`.
 States = MutableMapping[Tensor, dict[str, Any]]
@@ -43,6 +46,8 @@ def prepare(group: Mapping[str, Any], states: States, layout: LayoutOf) -> list[
             do = "Build its embedding with sparse=False, or give it to torch.optim.SparseAdam."
             key = f"gradient of {label_in(group, index)}"
             raise RuntimeError(mismatch(key, found="a sparse tensor", expected="a dense one", do=do))
+        if group["kind"] in MUON_KINDS and (group.get("split") is not None or group["normalize"]):
+            _check_parts(layout(param), label_in(group, index))
         if group["kind"] in SPHERE_KINDS and "radius" not in states[param]:
             new.append((param, label_in(group, index)))
         _add_buffers(states[param], param, group)
@@ -51,11 +56,24 @@ def prepare(group: Mapping[str, Any], states: States, layout: LayoutOf) -> list[
     return params
 
 
+def _check_parts(layout: Layout, what: str) -> None:
+    if layout.gather:
+        raise value_error(
+            what,
+            found=f"it sharded as {list(layout.gather[1])}",
+            expected="its matrices sharded over one dimension of the mesh, by rows or columns, to split or normalize them",
+            do="Leave `split` and `normalize` out of its group, or shard it by fully_shard alone.",
+        )
+
+
 def _add_buffers(state: dict[str, Any], param: Tensor, group: Mapping[str, Any]) -> None:
     if group["kind"] in MUON_KINDS:
         if "momentum" not in state:
             dtype = STATE_DTYPES.get(group["state_dtype"], param.dtype)
             state["momentum"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        if group["normalize"] == "neuron" and "row_square" not in state:
+            check_rows(group.get("split"))
+            state["row_square"] = zero_rows(param)
     elif "step" not in state:
         on_device = group["capturable"] and param.device.type != "cpu"
         state["step"] = torch.tensor(0.0, device=param.device if on_device else "cpu")
@@ -66,34 +84,48 @@ def _add_buffers(state: dict[str, Any], param: Tensor, group: Mapping[str, Any])
 def _add_radii(new: Sequence[tuple[Tensor, str]], group: Mapping[str, Any], states: States, layout: LayoutOf) -> None:
     """Set the radii of new parameters to their norms or to the given radius; a collective for sharded matrices."""
     params = [param for param, _ in new]
-    for (param, what), norm_E in zip(new, _norms(params, [layout(param) for param in params]), strict=True):
+    cuts = [cut_of(group.get("split"), param.shape, what) for param, what in new]
+    if group["kind"] not in MUON_KINDS:
+        cuts = [None] * len(new)
+    for (param, what), norm_E in zip(new, _norms(params, [layout(param) for param in params], cuts), strict=True):
         _refuse_zero(param, norm_E, what)
         radius_E = norm_E if group["radius"] is None else torch.full_like(norm_E, group["radius"])
         states[param]["radius"] = _as_state(radius_E, param)
 
 
-def _norms(params: Sequence[Tensor], layouts: Sequence[Layout]) -> list[Tensor]:
-    """Return the norms of the matrices that this rank holds, whole or in part, each `[E]` in the math type.
+def _norms(
+    params: Sequence[Tensor], layouts: Sequence[Layout], cuts: Sequence[PartBounds | None] | None = None
+) -> list[Tensor]:
+    """Return the norms of the matrices that this rank holds, whole or in part, each `[E]`, `[E, P]` if cut; math type.
 
     All ranks must ask for the same parameters in the same order.
     """
-    squares = [sum_squares(as_matrices(local(param)).to(math_dtype(param.dtype))) for param in params]
-    sums = reduce_sums(layouts, squares)
-    return [square_E.sqrt().to(math_dtype(param.dtype)) for param, square_E in zip(params, sums, strict=True)]
+    cuts = cuts or [None] * len(params)
+    parts, where = [], []
+    for param, layout, cut in zip(params, layouts, cuts, strict=True):
+        parts += [local(param)] if cut is None else pieces(local(param), local_cut(layout, cut))
+        where += [layout] if cut is None else part_layouts(layout, cut)
+    squares = [sum_squares(as_matrices(part).to(math_dtype(part.dtype))) for part in parts]
+    sums = iter(reduce_sums(where, squares))
+    norms = []
+    for param, cut in zip(params, cuts, strict=True):
+        square_E = next(sums) if cut is None else torch.stack([next(sums) for _ in cut.bounds], dim=-1)
+        norms.append(square_E.sqrt().to(math_dtype(param.dtype)))
+    return norms
 
 
 def _as_state(radius_E: Tensor, param: Any) -> Tensor:
     """Return norms in the form of the state: `[]` for a matrix, `[E]` for a stack, sharded as its experts are."""
     if param.ndim != 3:
-        return radius_E.reshape(())
+        return radius_E.squeeze(0)
     if not is_sharded(param):
         return radius_E
     from torch.distributed.tensor import DTensor
 
     placements = by_expert(param.placements)
-    return DTensor.from_local(
-        radius_E, param.device_mesh, placements, run_check=False, shape=param.shape[:1], stride=(1,)
-    )
+    shape = torch.Size([param.shape[0], *radius_E.shape[1:]])
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(radius_E, param.device_mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
 def check_new_group(group: Mapping[str, Any], groups: Iterable[Mapping[str, Any]], *, start: int, sphere: bool) -> None:
@@ -130,7 +162,9 @@ def _check_matrix(param: Tensor, what: str, kind: str) -> None:
 
 def _refuse_zero(param: Tensor, norm_E: Tensor, what: str) -> None:
     if not param.is_meta and bool((norm_E == 0).any()):
-        which = f", matrix {int((norm_E == 0).nonzero()[0])} of the stack" if param.ndim == 3 else ""
+        at = (norm_E == 0).nonzero()[0].tolist()
+        which = f", matrix {at[0]} of the stack" if param.ndim == 3 else ""
+        which += f", part {at[1]} of its split" if len(at) > 1 else ""
         found, expected = "zero (its Frobenius norm is 0)", "a nonzero matrix, with a direction to keep on the sphere"
         do = "Initialize it with random values, or put it in a group of kind 'adamw'."
         raise value_error(what + which, found=found, expected=expected, do=do)
@@ -162,9 +196,13 @@ def check_loadable(
             do = "Parameters are matched by order: build the optimizer from the same ones in the same order and groups."
             found, expected = f"the state of {before!r}", f"that of {name!r} in this place"
             raise value_error("state_dict", found=found, expected=expected, do=do)
-    for state, (name, param) in zip(states, pairs, strict=False):
-        radius = param.shape[:1] if param.ndim == 3 else torch.Size([])
-        for key, shape in (("momentum", param.shape), ("exp_avg", param.shape), ("radius", radius)):
+    splits = [group.get("split") for group in groups for _ in group["params"]]
+    for state, split, (name, param) in zip(states, splits, pairs, strict=False):
+        cut = cut_of(split, param.shape, label(name, param))
+        radius = param.shape[: int(param.ndim == 3)] + torch.Size([] if cut is None else [len(cut.bounds)])
+        rows = row_shape(param.shape)
+        shapes = (("momentum", param.shape), ("exp_avg", param.shape), ("radius", radius), ("row_square", rows))
+        for key, shape in shapes:
             if key in state and state[key].shape != shape:
                 found = f"{key} of shape {list(state[key].shape)} for {label(name, param)}"
                 do = "It was saved from another model, or from parameters grouped in another order."
@@ -176,6 +214,6 @@ def restore_dtypes(state: dict[str, Any], saved: Mapping[str, Any], param: Tenso
 
     A radius rounded to bfloat16 would be another radius.
     """
-    for key in ("radius", "momentum"):
+    for key in ("radius", "momentum", "row_square"):
         if key in saved:
             state[key] = saved[key].to(device=param.device, copy=True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_mue.optim.matrices import Matrix, Pool, as_matrices, chunks, has_gradient, write_back
+from lightning_mue.optim.neuron import normalize_rows
 from lightning_mue.optim.options import StepOptions, is_zero
 from lightning_mue.optim.orthogonal.coefficients import PRESETS
 from lightning_mue.optim.orthogonal.newton_schulz import orthogonalize_chunk
@@ -48,7 +49,9 @@ def muon_update(matrices: Sequence[Matrix], step: StepOptions, pool: Pool) -> No
     for chunk in chunks(matrices):
         u_Boi = directions(chunk, step, pool)
         o_Boi = orthogonalize_chunk(u_Boi, schedule, dtype, pool, compile=step.compile)
-        _apply(chunk, u_Boi.copy_(o_Boi), step)  # converted, because elementwise work on mixed types is slower
+        u_Boi.copy_(o_Boi)  # converted, because elementwise work on mixed types is slower
+        normalize_rows([u_Boi], [[item.rows for item in chunk]], step.betas[1])
+        _apply(chunk, u_Boi, step)
         pool.give(u_Boi, o_Boi)
 
 

@@ -9,13 +9,15 @@ from typing import Any
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from lightning_mue.optim.distributed.parts import sharded_parts
 from lightning_mue.optim.distributed.update import apply_to_parts, muon_update_distributed, rounds
 from lightning_mue.optim.matrices import Matrix, Pool, as_matrices
 from lightning_mue.optim.options import is_zero, step_options
 from lightning_mue.optim.precision import math_dtype, tf32_products
+from lightning_mue.optim.split import cut_of, whole_parts
 from lightning_mue.optim.state import LayoutOf, States
 from lightning_mue.optim.step import muon_update
-from lightning_mue.parameterizations.rules.kinds import SPHERE_KINDS
+from lightning_mue.parameterizations.rules.kinds import MUON_KINDS, SPHERE_KINDS
 from lightning_mue.sharded import is_sharded, local
 
 
@@ -33,22 +35,28 @@ def update(group: Mapping[str, Any], params: Sequence[Tensor], states: States, l
 def _muon(group: Mapping[str, Any], params: Sequence[Tensor], states: States, layout: LayoutOf) -> int:
     """Step by Muon, on or off the sphere: matrices that are whole here by shape, the others in rounds, collectively."""
     step, scratch = step_options(group), 0
-    shapes: dict[Any, list[Tensor]] = defaultdict(list)
+    shapes: dict[Any, list[Matrix]] = defaultdict(list)
     distributed: list[Tensor] = []
     for param in params:
         if layout(param).is_distributed:
             distributed.append(param)
         else:
-            shapes[as_matrices(local(param)).shape[1:], param.dtype, param.device].append(param)
+            for item in whole_parts(_matrix(param, group, states), cut_of(group.get("split"), param.shape)):
+                shapes[as_matrices(item.weight).shape[1:], param.dtype, param.device].append(item)
     with tf32_products(group["compute_dtype"] == "tf32"):
-        for members in shapes.values():
+        for (sides, _, _), items in shapes.items():
             pool = Pool()  # for one shape, so that its memory is free for the next
-            items = [_matrix(param, group, states) for param in members]
-            muon_update(items, step.for_matrix(layout(members[0]).matrix), pool)
+            muon_update(items, step.for_matrix(tuple(sides)), pool)
             scratch = max(scratch, pool.nbytes)
         for members in rounds(distributed):
-            items = [_matrix(param, group, states) for param in members]
-            scratch = max(scratch, muon_update_distributed(items, [layout(param) for param in members], step))
+            parts = [
+                part
+                for param in members
+                for part in sharded_parts(
+                    _matrix(param, group, states), layout(param), cut_of(group.get("split"), param.shape)
+                )
+            ]
+            scratch = max(scratch, muon_update_distributed([i for i, _ in parts], [where for _, where in parts], step))
     return scratch
 
 
@@ -103,7 +111,8 @@ def _matrix(param: Tensor, group: Mapping[str, Any], states: States) -> Matrix:
     state = states[param]
     radius = local(state["radius"]) if group["kind"] in SPHERE_KINDS else None
     momentum = local(state["exp_avg" if group["kind"] == "adam_sphere" else "momentum"])
-    return Matrix(local(param), _local_grad(param), momentum, radius)
+    rows = local(state["row_square"]) if group["kind"] in MUON_KINDS and group["normalize"] else None
+    return Matrix(local(param), _local_grad(param), momentum, radius, rows)
 
 
 def _local_grad(param: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_mue.optim.distributed.layout import Layout
+from lightning_mue.optim.distributed.parts import normalize_sharded_rows
 from lightning_mue.optim.distributed.sharding import orthogonalize_sharded, reduce_sums
 from lightning_mue.optim.matrices import Matrix, Pool, as_matrices, has_gradient, write_back
 from lightning_mue.optim.options import StepOptions, is_zero
@@ -68,6 +69,7 @@ def muon_update_distributed(items: Sequence[Matrix], layouts: Sequence[Layout], 
     for done in orthogonalize_sharded(layouts, wide, orthogonalize, dtype=dtype):
         for index, result in done:
             wide[index].copy_(result)  # all of it has been sent
+    normalize_sharded_rows(wide, [item.rows for item in items], layouts, step.betas[1])
     if items[0].radius is not None:
         apply_to_parts(items, layouts, wide, step)
     else:

@@ -65,7 +65,7 @@ _QUERY = re.compile(
     r"(q_proj|q_b_proj|q_attn|w_?q(_b)?|query(_proj|_layer)?|queries|q_lin(ear)?|linear_q|lin_q|fc_q|to_q|q)",
     re.IGNORECASE,
 )
-_FUSED = re.compile(
+FUSED_QUERIES = re.compile(
     r"(c_attn|att_proj|(to_|w_?|in_)?qkv(_proj|_lin|_linear)?|query_key_value|in_proj_(weight|bias))", re.IGNORECASE
 )
 _QUERY_NORM = re.compile(r"(^|[._])(q|query)_?(layer_?)?norm(\.|$)|(^|[._])norm_q(\.|$)", re.IGNORECASE)
@@ -131,7 +131,7 @@ def _query(info: ParameterInfo, modules: Mapping[str, nn.Module], leaves: set[tu
         alone = re.search(r"heads\.\d+$", around) is not None  # a list of heads, each with its own query matrix
         heads = _heads(chain, info.shape[dim], alone=alone)
         return Query(heads.dim, _scale(heads), normed=_is_normed(heads.module))
-    if _FUSED.fullmatch(leaf) or (leaf == "attn" and _n_groups(chain) is not None):
+    if FUSED_QUERIES.fullmatch(leaf) or (leaf == "attn" and _n_groups(chain) is not None):
         heads = _fused_heads(_heads(chain, None), info.shape[dim])
         rows = _rows(leaf, info.shape[dim], heads)
         return Query(

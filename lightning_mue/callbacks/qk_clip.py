@@ -1,0 +1,199 @@
+"""QKClip: bounds attention logits by scaling the query and key weights of heads whose logits grew too large.
+
+Shape legend: N query heads, M key heads, k head dimension, d width, B batch, S query positions, T key positions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_mue.callbacks.monitors.probes import first_tensor
+from lightning_mue.callbacks.qk_weights import QueryKeyRows, WeightRows, find_attentions, hidden_keys, torch_heads
+from lightning_mue.checks import listed, require_number
+from lightning_mue.contract import is_attention_core
+from lightning_mue.diagnostics.zvalue import attention_max_logits
+from lightning_mue.moe.passes import records_gradients
+from lightning_mue.optim.split import cut_of, pieces
+from lightning_mue.parameterizations.rules.kinds import SPHERE_KINDS
+
+
+class _Attention:
+    """One attention: its weights, and the largest logit of each query head since the last step."""
+
+    def __init__(self, name: str, module: nn.Module, rows: QueryKeyRows) -> None:
+        self.name, self.module, self.rows = name, module, rows
+        self.largest_N: Tensor | None = None
+        self.heads = 1  # known from the first forward on
+        is_core = is_attention_core(module)
+        self.handle = module.register_forward_hook(self._of_core if is_core else self._of_torch, with_kwargs=True)
+
+    def _of_core(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        q, k = (first_tensor(args[i] if len(args) > i else kwargs.get(name)) for i, name in enumerate("qk"))
+        if module.training and records_gradients() and q is not None and k is not None:
+            self._add(attention_max_logits(q, k, float(module.scale)))
+
+    def _of_torch(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not module.training or not records_gradients():
+            return
+        names = (
+            "query",
+            "key",
+            "value",
+            "key_padding_mask",
+            "need_weights",
+            "attn_mask",
+            "average_attn_weights",
+            "is_causal",
+        )
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        with torch.no_grad(), torch.autocast(given["query"].device.type, enabled=False):
+            q, k = torch_heads(module, given["query"], given["key"])
+            mask = hidden_keys(module, given, q, k)
+            self._add(attention_max_logits(q, k, q.shape[-1] ** -0.5, causal=False, hidden=mask))
+
+    def _add(self, largest_N: Tensor) -> None:
+        self.heads = len(largest_N)
+        self.largest_N = largest_N if self.largest_N is None else torch.maximum(self.largest_N, largest_N)
+
+
+class QKClip(Callback):
+    """After an optimizer step, scales down the queries and keys of heads whose largest logit exceeded a threshold (MuonClip).
+
+    With the largest logit m of a head in the batches of the step and g = min(1, threshold / m), the head's logits are
+    multiplied by g: its rows of the key weight by sqrt(g), those of the query weight by sqrt(g). Where query heads share a
+    key head, its rows are multiplied by the square root of the smallest g among them, s, and the rows of each query head by
+    g / s: the logits of every head change by its own g, and those of a head below the threshold not at all.
+
+    On the sphere the radius follows: it is multiplied by what the weight's norm (that of its part, if it is split) changed by,
+    so that the next step does not undo the clip. The angle of a step stays what the learning rate says.
+
+    Logits are those of causal modules with ``mue_attention_core`` beside weights called ``w_q`` and ``w_k`` (or ``q_proj``,
+    ``k_proj``, and other usual names), and of ``nn.MultiheadAttention``. They cost a product of queries and keys more a step, in
+    blocks. Attentions that normalize their queries or keys are left out, as their logits do not follow the weights; what else is
+    left out is named in a warning when training begins. Under DDP the largest logits of all ranks count.
+
+    Metrics, at the Trainer's logging steps: ``qk_clip/clipped``, the heads clipped since the last logged step, and
+    ``qk_clip/max_logit``, the largest logit of the last step.
+
+    Source: arXiv:2507.20534, algorithm 1.
+
+    Args:
+        threshold: Largest logit that is left alone.
+
+    Raises:
+        ValueError: If ``threshold`` is not positive.
+        TypeError: If it is not a number.
+    """
+
+    def __init__(self, threshold: float = 100.0) -> None:
+        require_number("threshold", threshold, above=0)
+        self.threshold = float(threshold)
+        self.clipped = 0
+        self._logged, self._largest = 0, 0.0
+        self._attentions: list[_Attention] = []
+        self._handles: list[Any] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the attentions and the optimizer that steps them."""
+        self._release()
+        self.clipped = self._logged = 0
+        found, left_out = find_attentions(pl_module)
+        for name, module, rows in found:
+            holders = [o for o in trainer.optimizers if _holds(o, rows)]
+            if len(holders) == 1 and hasattr(holders[0], "register_step_post_hook"):
+                attention = _Attention(name, module, rows)
+                self._attentions.append(attention)
+                self._handles += [attention.handle, holders[0].register_step_post_hook(self._after(attention))]
+            else:
+                left_out.append(f"{name} (no single optimizer steps its queries and keys)")
+        if left_out or not found:
+            do = "Their logits are not bounded by this callback." if left_out else "It does nothing."
+            rank_zero_warn(f"QKClip leaves out {listed(left_out, 'every module: it found no attention')}. {do}")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log how many heads were clipped."""
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
+        if self._attentions and every and trainer.global_step % every == 0:
+            metrics = {"qk_clip/clipped": float(self.clipped - self._logged), "qk_clip/max_logit": self._largest}
+            pl_module.log_dict(metrics, on_step=True, on_epoch=False, batch_size=1)
+            self._logged = self.clipped
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Remove the hooks."""
+        self._release()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Remove the hooks."""
+        self._release()
+
+    def _release(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._attentions = [], []
+
+    def _after(self, attention: _Attention) -> Any:
+        first = not self._attentions[:-1]
+
+        @torch.no_grad()
+        def clip(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            self._largest = 0.0 if first else self._largest
+            self._clip(attention, optimizer)
+
+        return clip
+
+    def _clip(self, attention: _Attention, optimizer: Optimizer) -> None:
+        largest_N, attention.largest_N = attention.largest_N, None
+        if largest_N is None:  # no training forward on this rank since the last step
+            largest_N = torch.zeros(attention.heads, device=attention.rows.queries[0].tensor.device)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(largest_N, op=torch.distributed.ReduceOp.MAX)
+        top = float(largest_N.max())
+        self._largest = max(self._largest, top)
+        if not top > self.threshold:  # also where it is NaN
+            return
+        factor_N = (self.threshold / largest_N.clamp_min(self.threshold)).double()
+        keys = attention.rows.keys[0]
+        width = (attention.rows.queries[0].stop - attention.rows.queries[0].start) // len(factor_N)
+        n_keys = (keys.stop - keys.start) // width
+        key_M = factor_N.view(n_keys, -1).amin(-1).sqrt()
+        query_N = factor_N / key_M.repeat_interleave(len(factor_N) // n_keys)
+        for rows, factors in ((attention.rows.queries, query_N), (attention.rows.keys, key_M)):
+            for each in rows:
+                _scale(each, factors.repeat_interleave((each.stop - each.start) // len(factors)), optimizer)
+        self.clipped += int((factor_N < 1).sum())
+
+
+def _scale(rows: WeightRows, factors: Tensor, optimizer: Optimizer) -> None:
+    """Scale rows of a parameter, and its radius by what its norm changed by."""
+    tensor, state = rows.tensor, optimizer.state.get(rows.tensor, {})
+    spheres = any(
+        tensor is p for group in optimizer.param_groups if group.get("kind") in SPHERE_KINDS for p in group["params"]
+    )
+    radius = state.get("radius") if spheres else None
+    before = _norms(tensor, optimizer, radius) if radius is not None else torch.ones(())
+    part = tensor.data[rows.start : rows.stop]
+    part.mul_(factors.to(part.dtype).view(-1, *[1] * (tensor.ndim - 1)))
+    if radius is not None:
+        radius.mul_((_norms(tensor, optimizer, radius) / before).to(radius.dtype))
+
+
+def _norms(tensor: Tensor, optimizer: Optimizer, radius: Tensor) -> Tensor:
+    if radius.ndim == 0:
+        return torch.linalg.vector_norm(tensor.double())
+    split = next(g.get("split") for g in optimizer.param_groups for p in g["params"] if p is tensor)
+    cut = cut_of(split, tensor.shape)
+    assert cut is not None
+    return torch.stack([torch.linalg.vector_norm(part.double()) for part in pieces(tensor, cut)])
+
+
+def _holds(optimizer: Optimizer, rows: QueryKeyRows) -> bool:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return all(id(each.tensor) in held for each in (rows.queries[0], rows.keys[0]))
