@@ -68,6 +68,8 @@ class HyperSphereOptimizer(Optimizer):
         state_dtype: Type of the momentum, "float32", "bfloat16" or "float64". None: the parameter's.
         retraction: "project" (the paper's: step, then scale back) or "geodesic" (rotate by exactly `lr` radians, up to
             weight decay).
+        zero_gradient: What a matrix does whose gradient is exactly zero (an expert without tokens): "skip" leaves it as it
+            is, "momentum" steps it by its momentum and decay, as the paper's code does.
         radius: Frobenius norm to keep. None: that of each matrix at its first step. Otherwise weights reach it with the
             first step that moves them.
         lr_convention: For `muon`, the factor on `lr` for a matrix [out, in]: "spectral" sqrt(out/in), "rms"
@@ -113,6 +115,7 @@ class HyperSphereOptimizer(Optimizer):
         compute_dtype: str | torch.dtype | None = None,
         state_dtype: str | torch.dtype | None = None,
         retraction: str = "project",
+        zero_gradient: str = "skip",
         radius: float | None = None,
         lr_convention: str = "spectral",
         maximize: bool = False,
@@ -132,6 +135,7 @@ class HyperSphereOptimizer(Optimizer):
             "compute_dtype": compute_dtype,
             "state_dtype": state_dtype,
             "retraction": retraction,
+            "zero_gradient": zero_gradient,
             "radius": radius,
             "lr_convention": lr_convention,
             "maximize": maximize,

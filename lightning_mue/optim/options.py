@@ -30,6 +30,10 @@ STATE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64":
 #: `lr` radians (docs/derivations/hypersphere.md).
 RETRACTIONS = ("project", "geodesic")
 
+#: What a matrix does whose gradient is exactly zero. `skip`: stays, bit for bit. `momentum`: steps by its momentum and
+#: decays, as the paper's code and other Muons do.
+ZERO_GRADIENTS = ("skip", "momentum")
+
 
 def is_zero(lr: float | Tensor) -> bool:
     """Whether a learning rate is known to be zero; False for a tensor, which would have to be read from a device."""
@@ -51,6 +55,7 @@ class StepOptions:
     weight_decay: float
     preset: str
     retraction: str
+    zero_gradient: str
     lr_convention: str
     maximize: bool
     compile: bool
@@ -124,4 +129,5 @@ def _check_choices(group: Mapping[str, Any]) -> None:
     require_choice("compute_dtype", group["compute_dtype"], [None, *COMPUTE_DTYPES])
     require_choice("state_dtype", group["state_dtype"], [None, *STATE_DTYPES])
     require_choice("retraction", group["retraction"], RETRACTIONS)
+    require_choice("zero_gradient", group["zero_gradient"], ZERO_GRADIENTS)
     require_choice("lr_convention", group["lr_convention"], CONVENTIONS)
