@@ -75,11 +75,16 @@ class StepOptions:
 def step_options(group: Mapping[str, Any]) -> StepOptions:
     """Read the options of a step from a param group.
 
+    OneCycleLR and CyclicLR cycle `betas[0]`, if an optimizer has `betas`, and leave `max_momentum` in the groups that they
+    cycle. There it is Muon's momentum as well, which would otherwise not be cycled at all.
+
     Raises:
         ValueError: If an option that is a name was changed in the group to an unknown one.
     """
     _check_choices(group)
     options = {field.name: group[field.name] for field in fields(StepOptions) if field.name not in ("dtype", "factor")}
+    if "max_momentum" in group:
+        options["momentum"] = group["betas"][0]
     return StepOptions(**options, dtype=COMPUTE_DTYPES.get(group["compute_dtype"]))
 
 
