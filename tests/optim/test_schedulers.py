@@ -103,7 +103,9 @@ def test_rates_are_those_of_torchs_adamw_and_a_resumed_run_is_the_same_bit_for_b
     seen = run(net, optimizer, scheduler, range(4))
     wanted = run(nn.Module(), theirs, reference, range(4))
     state = copy.deepcopy((net.state_dict(), optimizer.state_dict(), scheduler.state_dict()))
-    assert seen + run(net, optimizer, scheduler, range(4, 8)) == wanted + run(nn.Module(), theirs, reference, range(4, 8))
+    assert seen + run(net, optimizer, scheduler, range(4, 8)) == wanted + run(
+        nn.Module(), theirs, reference, range(4, 8)
+    )
     assert len({tuple(row) for row in seen}) > 1, "the rates change"
 
     other = model()

@@ -78,7 +78,9 @@ def test_both_forms_equal_the_reference(name, kind):
     without = int(name == "stack")
     assert (ends["skip"][without] - ends["momentum"][without]).norm() > 0.05 * start[without].norm(), "they differ"
     if name == "stack":
-        assert (ends["skip"][0] - ends["momentum"][0]).abs().max() < 1e-13, "an expert with gradients sees no difference"
+        assert (ends["skip"][0] - ends["momentum"][0]).abs().max() < 1e-13, (
+            "an expert with gradients sees no difference"
+        )
 
 
 def test_an_expert_that_never_had_a_gradient_stays_bit_for_bit_on_the_sphere_and_decays_off_it():
