@@ -26,6 +26,17 @@ COMPUTE_DTYPES = {
 #: Types of the momentum.
 STATE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
+#: Options that a group cannot set: they are the optimizer's, or those of torch's optimizers that this one does not have.
+_NOT_OF_A_GROUP = {
+    "sphere": "Pass it to the optimizer, or give the group a `kind`.",
+    "process_group": "Pass it to the optimizer.",
+    "amsgrad": "",
+    "dampening": "",
+    "ns_steps": "`preset` chooses the Newton-Schulz schedule.",
+    "ns_coefficients": "`preset` chooses the Newton-Schulz schedule.",
+    "adjust_lr_fn": "It is `lr_convention` here.",
+}
+
 #: Ways back onto the sphere. `project`: along the radius (arXiv:2603.28743). `geodesic`: the step is a rotation by exactly
 #: `lr` radians (docs/derivations/hypersphere.md).
 RETRACTIONS = ("project", "geodesic")
@@ -96,6 +107,10 @@ def checked(group: Mapping[str, Any]) -> dict[str, Any]:
         TypeError: If an option has the wrong type.
     """
     group = dict(group)
+    for key in _NOT_OF_A_GROUP.keys() & group.keys():
+        if key == "sphere" or group[key] not in (None, False):
+            do = _NOT_OF_A_GROUP[key] or "Leave it out."
+            raise value_error(key, found=f"{group[key]!r} in a param group", expected="an option of a group", do=do)
     _check_lr(group)
     for key, below in (("eps", math.inf), ("weight_decay", math.inf), ("momentum", 1.0)):
         require_number(key, group[key], at_least=0, below=below)

@@ -1,7 +1,8 @@
-"""Weights that are not finite are refused by name; gradients that are not stay in their matrix; what skips a step."""
+"""Weights that are not finite are refused by name; gradients that are not stay in their matrix; refused groups."""
 
 from __future__ import annotations
 
+import lightning as L
 import pytest
 import torch
 from torch import nn
@@ -61,7 +62,7 @@ def test_weights_are_refused_at_their_first_step_each_time_and_accepted_once_rep
     thawed.requires_grad_(True)
     set_grads(members)
     for _ in range(2):
-        with pytest.raises(ValueError, match="'layers.1.weight' .*: found NaN or infinite entries"):
+        with pytest.raises(ValueError, match=r"'layers.1.weight' .*: found NaN or infinite entries"):
             optimizer.step()
     with torch.no_grad():
         thawed.copy_(good)
@@ -103,7 +104,8 @@ def test_gradients_spoil_their_own_matrix_only(kind, value, retraction, zero_gra
         if i != 1:
             assert torch.allclose(param, other, rtol=0, atol=1e-6)
         elif kind == "adamw":
-            assert torch.equal(param[:-1], other[:-1]) and param[-1].isnan()
+            assert torch.equal(param[:-1], other[:-1])
+            assert param[-1].isnan()
         else:
             assert param[-1].isnan().all(), "it shows"
             assert torch.allclose(param[0], other[0], rtol=0, atol=1e-6), "the other matrix of the stack"
@@ -128,3 +130,58 @@ def test_grad_scaler_skips_what_is_not_finite():
     sum((param * param).sum() for _, param in scaled).backward()
     plain.step()
     assert all(torch.allclose(a, b, rtol=0, atol=1e-6) for (_, a), (_, b) in zip(members, scaled, strict=True))
+
+
+def test_manual_optimization_steps_as_by_hand(tmp_path):
+    class Module(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.automatic_optimization, self.layer = False, nn.Linear(6, 4)
+
+        def training_step(self, batch, index):
+            optimizer = self.optimizers()
+            self.toggle_optimizer(optimizer)
+            self.manual_backward(self.layer(batch).square().mean())
+            optimizer.step()
+            optimizer.zero_grad()
+            self.untoggle_optimizer(optimizer)
+
+        def configure_optimizers(self):
+            return HyperSphereOptimizer(self.named_parameters(), lr=0.05)
+
+    lit, plain, data = Module(), Module(), torch.randn(3, 5, 6)
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = L.Trainer(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path, **quiet)
+    trainer.fit(lit, torch.utils.data.DataLoader(data, batch_size=None))
+    optimizer = plain.configure_optimizers()
+    for batch in data:
+        plain.layer(batch).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.equal(lit.layer.weight, plain.layer.weight)
+
+
+GROUP_FAULTS = {
+    r"sphere: found False in a param group, .*give the group a `kind`": {"sphere": False},
+    r"process_group: found .* in a param group, .*Pass it to the optimizer": {"process_group": "auto"},
+    r"amsgrad: found True in a param group, .*Leave it out": {"amsgrad": True},
+    r"ns_steps: found 6 in a param group, .*`preset` chooses": {"ns_steps": 6},
+    r"param_names: found 2 names, expected one for each of 1 params": {"param_names": ["a", "b"]},
+}
+
+
+@pytest.mark.parametrize("message", GROUP_FAULTS)
+def test_what_a_group_cannot_set_is_refused_not_ignored(message):
+    group = {"params": [nn.Parameter(torch.ones(3, 4))], "kind": "sphere", **GROUP_FAULTS[message]}
+    with pytest.raises(ValueError, match=message):
+        HyperSphereOptimizer([group])
+    optimizer = HyperSphereOptimizer([("w", nn.Parameter(torch.ones(3, 4)))])
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group(group)
+    assert len(optimizer.param_groups) == 1
