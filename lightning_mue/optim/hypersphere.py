@@ -90,7 +90,7 @@ class HyperSphereOptimizer(Optimizer):
     device of Adam's step counts) `capturable`, which are read when the state is created.
 
     Raises:
-        ValueError: If an option is out of range, a `kind` or `preset` is unknown, a trainable matrix is zero, or weights are not finite.
+        ValueError: If an option is out of range, a `kind` or `preset` is unknown, or trainable weights are zero or not finite.
         TypeError: If an option has the wrong type, or a parameter is complex.
 
     Example:
@@ -234,7 +234,7 @@ class HyperSphereOptimizer(Optimizer):
             What the closure returned, or None without one.
 
         Raises:
-            ValueError: If a group's kind is unknown, weights are zero or not finite at their first step, or the ranks of `process_group`
+            ValueError: If a kind is unknown, weights are zero or not finite at their first step, or the ranks of `process_group`
                 do not hold replicas.
             RuntimeError: If a gradient is sparse.
         """
