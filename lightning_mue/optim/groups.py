@@ -121,8 +121,13 @@ def to_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
         if "params" not in group:
             found = f"only the keys {listed(sorted(group))}"
             raise value_error("param group", found=found, expected="the key 'params'")
-        members = group["params"]
-        result.append({**group, "params": [members] if isinstance(members, Tensor) else _as_list(members)})
+        names, members = group.get("param_names"), group["params"]
+        members = [members] if isinstance(members, Tensor) else _as_list(members)
+        if names and len(names) != len(members):
+            raise value_error(
+                "param_names", found=f"{len(names)} names", expected=f"one for each of {len(members)} params"
+            )
+        result.append({**group, "params": members})
     for name, param in (pair for group in result for pair in named(group)):
         if not isinstance(param, Tensor) or not (name is None or isinstance(name, str)):
             expected = "tensors, (name, tensor) pairs or group dicts"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
@@ -16,7 +15,7 @@ from lightning_mue.checks import require_choice, require_number, value_error
 from lightning_mue.optim.distributed.agreement import check_replicas
 from lightning_mue.optim.distributed.layout import Layout, layout_of
 from lightning_mue.optim.groups import announce, describe, named, split_group, to_groups, unique_name, warn_of_guesses
-from lightning_mue.optim.options import checked, is_zero
+from lightning_mue.optim.options import checked, checked_process_group, is_zero
 from lightning_mue.optim.split import warn_of_other_splits
 from lightning_mue.optim.state import check_loadable, check_new_group, prepare, restore_dtypes
 from lightning_mue.optim.updates import update
@@ -69,6 +68,8 @@ class HyperSphereOptimizer(Optimizer):
         state_dtype: Type of the momentum, "float32", "bfloat16" or "float64". None: the parameter's.
         retraction: "project" (the paper's: step, then scale back) or "geodesic" (rotate by exactly `lr` radians, up to
             weight decay).
+        zero_gradient: What a matrix does whose gradient is exactly zero (an expert without tokens): "skip" leaves it as it
+            is, "momentum" steps it by its momentum and decay, as the paper's code does.
         radius: Frobenius norm to keep. None: that of each matrix at its first step. Otherwise weights reach it with the
             first step that moves them.
         lr_convention: For `muon`, the factor on `lr` for a matrix [out, in]: "spectral" sqrt(out/in), "rms"
@@ -91,7 +92,7 @@ class HyperSphereOptimizer(Optimizer):
     device of Adam's step counts) `capturable`, which are read when the state is created.
 
     Raises:
-        ValueError: If an option is out of range, a `kind` or `preset` is unknown, or a trainable matrix is zero.
+        ValueError: If an option is out of range, a `kind` or `preset` is unknown, or trainable weights are zero or not finite.
         TypeError: If an option has the wrong type, or a parameter is complex.
 
     Example:
@@ -116,6 +117,7 @@ class HyperSphereOptimizer(Optimizer):
         compute_dtype: str | torch.dtype | None = None,
         state_dtype: str | torch.dtype | None = None,
         retraction: str = "project",
+        zero_gradient: str = "skip",
         radius: float | None = None,
         lr_convention: str = "spectral",
         normalize: str | None = None,
@@ -137,6 +139,7 @@ class HyperSphereOptimizer(Optimizer):
             "compute_dtype": compute_dtype,
             "state_dtype": state_dtype,
             "retraction": retraction,
+            "zero_gradient": zero_gradient,
             "radius": radius,
             "lr_convention": lr_convention,
             "normalize": normalize,
@@ -147,18 +150,12 @@ class HyperSphereOptimizer(Optimizer):
         }
         if adamw_lr is not None:
             require_number("adamw_lr", adamw_lr, at_least=0)
-        if process_group == "auto":
-            do = "Under DDP pass torch.distributed.group.WORLD."
-            warnings.warn(f'process_group: found "auto", which means None: no rank shares its work. {do}', stacklevel=2)
-            process_group = None
-        elif isinstance(process_group, str):
-            raise value_error("process_group", found=repr(process_group), expected="a process group or None")
         groups = to_groups(params)
         if not any(group["params"] for group in groups):
             raise value_error(
                 "params", found="no parameters", expected="one", do="Build the layers before the optimizer."
             )
-        self.process_group = process_group
+        self.process_group = checked_process_group(process_group)
         self._scratch_bytes = 0
         # The last two are among the defaults: a pickle keeps only these.
         super().__init__(groups, {**checked(defaults), "adamw_lr": adamw_lr, "sphere": sphere})
@@ -235,7 +232,7 @@ class HyperSphereOptimizer(Optimizer):
             What the closure returned, or None without one.
 
         Raises:
-            ValueError: If a group's kind is unknown, a matrix is zero at its first step, or the ranks of `process_group`
+            ValueError: If a kind is unknown, weights are zero or not finite at their first step, or the ranks of `process_group`
                 do not hold replicas.
             RuntimeError: If a gradient is sparse.
         """

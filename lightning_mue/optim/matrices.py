@@ -78,6 +78,18 @@ def has_gradient(g_Boi: Tensor) -> Tensor:
     return (peak(g_Boi) != 0).reshape(-1)
 
 
+def moving(items: Sequence[Matrix], directions_Boi: Tensor, zero_gradient: str) -> Tensor:
+    """Return which matrices take the step along their directions, `[B]` boolean, by the option `zero_gradient`.
+
+    With "momentum" all do. On the sphere a zero direction is no step, and its matrix stays bit for bit all the same.
+    """
+    if zero_gradient == "skip":
+        return torch.cat([has_gradient(as_matrices(item.grad)) for item in items])
+    if items[0].radius is not None:
+        return has_gradient(directions_Boi)
+    return torch.ones(len(directions_Boi), dtype=torch.bool, device=directions_Boi.device)
+
+
 def sum_squares(*parts: Tensor) -> Tensor:
     """Return the sum of squares of each matrix of the parts `[E, out, in]`, `[B]` in all, in float64.
 

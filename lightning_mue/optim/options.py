@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from lightning_mue.checks import require_choice, require_number, require_type, v
 from lightning_mue.optim.orthogonal.coefficients import PRESETS
 from lightning_mue.optim.split import checked_split
 from lightning_mue.parameterizations.rules.kinds import CONVENTIONS, KINDS
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 #: Types of the Newton-Schulz products, under the names that a YAML file or a state dict can hold.
 COMPUTE_DTYPES = {
@@ -27,12 +31,26 @@ COMPUTE_DTYPES = {
 #: Types of the momentum.
 STATE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
+#: Options that a group cannot set: they are the optimizer's, or those of torch's optimizers that this one does not have.
+_NOT_OF_A_GROUP = {
+    "sphere": "Pass it to the optimizer, or give the group a `kind`.",
+    "process_group": "Pass it to the optimizer.",
+    "amsgrad": "",
+    "dampening": "",
+    "ns_steps": "`preset` chooses the Newton-Schulz schedule.",
+    "ns_coefficients": "`preset` chooses the Newton-Schulz schedule.",
+    "adjust_lr_fn": "It is `lr_convention` here.",
+}
+
 #: Ways back onto the sphere. `project`: along the radius (arXiv:2603.28743). `geodesic`: the step is a rotation by exactly
 #: `lr` radians (docs/derivations/hypersphere.md).
 RETRACTIONS = ("project", "geodesic")
 
 #: What is normalized of an orthogonalized direction: nothing, or each row by its second moment (arXiv:2510.05491).
 NORMALIZATIONS = (None, "neuron")
+#: What a matrix does whose gradient is exactly zero. `skip`: stays, bit for bit. `momentum`: steps by its momentum and
+#: decays, as the paper's code and other Muons do.
+ZERO_GRADIENTS = ("skip", "momentum")
 
 
 def is_zero(lr: float | Tensor) -> bool:
@@ -55,6 +73,7 @@ class StepOptions:
     weight_decay: float
     preset: str
     retraction: str
+    zero_gradient: str
     lr_convention: str
     maximize: bool
     compile: bool
@@ -75,11 +94,16 @@ class StepOptions:
 def step_options(group: Mapping[str, Any]) -> StepOptions:
     """Read the options of a step from a param group.
 
+    OneCycleLR and CyclicLR cycle `betas[0]`, if an optimizer has `betas`, and leave `max_momentum` in the groups that they
+    cycle. There it is Muon's momentum as well, which would otherwise not be cycled at all.
+
     Raises:
         ValueError: If an option that is a name was changed in the group to an unknown one.
     """
     _check_choices(group)
     options = {field.name: group[field.name] for field in fields(StepOptions) if field.name not in ("dtype", "factor")}
+    if "max_momentum" in group:
+        options["momentum"] = group["betas"][0]
     return StepOptions(**options, dtype=COMPUTE_DTYPES.get(group["compute_dtype"]))
 
 
@@ -91,6 +115,10 @@ def checked(group: Mapping[str, Any]) -> dict[str, Any]:
         TypeError: If an option has the wrong type.
     """
     group = dict(group)
+    for key in _NOT_OF_A_GROUP.keys() & group.keys():
+        if key == "sphere" or group[key] not in (None, False):
+            do = _NOT_OF_A_GROUP[key] or "Leave it out."
+            raise value_error(key, found=f"{group[key]!r} in a param group", expected="an option of a group", do=do)
     _check_lr(group)
     for key, below in (("eps", math.inf), ("weight_decay", math.inf), ("momentum", 1.0)):
         require_number(key, group[key], at_least=0, below=below)
@@ -114,6 +142,24 @@ def checked(group: Mapping[str, Any]) -> dict[str, Any]:
     return group
 
 
+def checked_process_group(group: ProcessGroup | str | None) -> ProcessGroup | None:
+    """Return the process group that was given; "auto", of older configurations, means None.
+
+    Raises:
+        ValueError: If it is another string.
+    """
+    if group == "auto":
+        warnings.warn(
+            'process_group: found "auto", which means None: no rank shares its work. Under DDP pass '
+            "torch.distributed.group.WORLD.",
+            stacklevel=3,
+        )
+        return None
+    if isinstance(group, str):
+        raise value_error("process_group", found=repr(group), expected="a process group or None")
+    return group
+
+
 def _check_lr(group: dict[str, Any]) -> None:
     if not (isinstance(group["lr"], Tensor) and group["capturable"]):
         do = "Pass a Python float, or set capturable." if isinstance(group["lr"], Tensor) else ""
@@ -131,4 +177,5 @@ def _check_choices(group: Mapping[str, Any]) -> None:
     require_choice("state_dtype", group["state_dtype"], [None, *STATE_DTYPES])
     require_choice("retraction", group["retraction"], RETRACTIONS)
     require_choice("normalize", group["normalize"], NORMALIZATIONS)
+    require_choice("zero_gradient", group["zero_gradient"], ZERO_GRADIENTS)
     require_choice("lr_convention", group["lr_convention"], CONVENTIONS)

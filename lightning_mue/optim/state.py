@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -35,10 +36,11 @@ def prepare(group: Mapping[str, Any], states: States, layout: LayoutOf) -> list[
     """Return a group's parameters that have a gradient, and create the state that their kind needs, where missing.
 
     Raises:
-        ValueError: If a matrix that is to be put on the sphere is zero.
+        ValueError: If a matrix that is to be put on the sphere is zero, or new weights are not finite.
         RuntimeError: If a gradient is sparse.
     """
     params, new = [], []
+    first = "radius" if group["kind"] in SPHERE_KINDS else "momentum" if group["kind"] in MUON_KINDS else "step"
     for index, param in enumerate(group["params"]):
         if param.grad is None or (param.numel() == 0 and not is_sharded(param)):
             continue
@@ -48,11 +50,15 @@ def prepare(group: Mapping[str, Any], states: States, layout: LayoutOf) -> list[
             raise RuntimeError(mismatch(key, found="a sparse tensor", expected="a dense one", do=do))
         if group["kind"] in MUON_KINDS and (group.get("split") is not None or group["normalize"]):
             _check_parts(layout(param), label_in(group, index))
-        if group["kind"] in SPHERE_KINDS and "radius" not in states[param]:
+        if first not in states[param]:
             new.append((param, label_in(group, index)))
-        _add_buffers(states[param], param, group)
         params.append(param)
-    _add_radii(new, group, states, layout)
+    if group["kind"] == "adamw":
+        _refuse_infinite(new)
+    else:
+        _add_radii(new, group, states, layout)
+    for param in params:
+        _add_buffers(states[param], param, group)
     return params
 
 
@@ -82,12 +88,19 @@ def _add_buffers(state: dict[str, Any], param: Tensor, group: Mapping[str, Any])
 
 
 def _add_radii(new: Sequence[tuple[Tensor, str]], group: Mapping[str, Any], states: States, layout: LayoutOf) -> None:
-    """Set the radii of new parameters to their norms or to the given radius; a collective for sharded matrices."""
+    """Set the radii of new parameters, on the sphere, to their norms or to the given radius.
+
+    A collective for sharded matrices, so that all ranks that hold a part of a matrix refuse it together.
+    """
     params = [param for param, _ in new]
     cuts = [cut_of(group.get("split"), param.shape, what) for param, what in new]
     if group["kind"] not in MUON_KINDS:
         cuts = [None] * len(new)
-    for (param, what), norm_E in zip(new, _norms(params, [layout(param) for param in params], cuts), strict=True):
+    norms = _norms(params, [layout(param) for param in params], cuts)
+    _refuse_infinite(new, norms)
+    if group["kind"] not in SPHERE_KINDS:
+        return
+    for (param, what), norm_E in zip(new, norms, strict=True):
         _refuse_zero(param, norm_E, what)
         radius_E = norm_E if group["radius"] is None else torch.full_like(norm_E, group["radius"])
         states[param]["radius"] = _as_state(radius_E, param)
@@ -131,18 +144,23 @@ def _as_state(radius_E: Tensor, param: Any) -> Tensor:
 def check_new_group(group: Mapping[str, Any], groups: Iterable[Mapping[str, Any]], *, start: int, sphere: bool) -> None:
     """Check the parameters of a new group, with or without a `kind`, before anything is changed.
 
-    Sharded matrices are checked for zeros only at their first step. `start` is the number of the group's first parameter.
+    Sharded parameters are checked for zeros and for entries that are not finite only at their first step. `start` is the
+    number of the group's first parameter.
 
     Raises:
-        ValueError: If a parameter is given twice, or a trainable parameter of a matrix kind is a vector or zero.
+        ValueError: If a parameter is given twice, a trainable parameter of a matrix kind is a vector or zero, or the
+            entries of a trainable parameter are not finite.
     """
-    seen = {param for other in groups for param in other["params"]}
+    new, seen = [], {param for other in groups for param in other["params"]}
     for index, (name, param) in enumerate(named(group), start):
         what = label(name, param, f"number {index}")
         by_default, _ = classify(name, param, sphere=sphere)  # refuses complex parameters of any kind
         kind = group.get("kind", by_default)
         if kind != "adamw" and param.requires_grad:
             _check_matrix(param, what, kind)
+        if param.requires_grad and not is_sharded(param):
+            new.append((param, what))
+    _refuse_infinite(new)
     for name, param in named(group):
         if param in seen:
             do = "Give each parameter once, in one group."
@@ -158,6 +176,26 @@ def _check_matrix(param: Tensor, what: str, kind: str) -> None:
     if kind in SPHERE_KINDS and not is_sharded(param) and not param.is_meta and param.numel():
         with torch.no_grad():
             _refuse_zero(param, _norms([param], [layout_of(param)])[0], what)
+
+
+def _refuse_infinite(new: Sequence[tuple[Tensor, str]], norms: Sequence[Tensor] | None = None) -> None:
+    """Refuse parameters with a NaN or an infinite entry, of which `norms`, where given, are the norms.
+
+    Waits once for each GPU, not for each parameter.
+    """
+    devices: dict[torch.device, list[tuple[str, Tensor]]] = defaultdict(list)
+    for index, (param, what) in enumerate(new):
+        if not param.is_meta and local(param).numel():
+            x = local(param).detach()
+            sizes = torch.stack(x.aminmax()) if norms is None else norms[index]
+            devices[x.device].append((what, sizes.isfinite().all()))
+    for checks in devices.values():
+        finite = torch.stack([flag for _, flag in checks]).tolist()
+        bad = [what for (what, _), fine in zip(checks, finite, strict=True) if not fine]
+        if bad:
+            more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+            do = "Initialize or load the weights again: they were broken before this optimizer's first step on them."
+            raise value_error(bad[0] + more, found="NaN or infinite entries", expected="finite weights", do=do)
 
 
 def _refuse_zero(param: Tensor, norm_E: Tensor, what: str) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_mue.optim.matrices import Matrix, Pool, as_matrices, chunks, has_gradient, write_back
+from lightning_mue.optim.matrices import Matrix, Pool, as_matrices, chunks, moving, write_back
 from lightning_mue.optim.neuron import normalize_rows
 from lightning_mue.optim.options import StepOptions, is_zero
 from lightning_mue.optim.orthogonal.coefficients import PRESETS
@@ -32,7 +32,7 @@ def muon_update(matrices: Sequence[Matrix], step: StepOptions, pool: Pool) -> No
         on the sphere         W <- W - lr R O / ||O||                 W <- R W / ||W||
         off the sphere        W <- (1 - lr decay) W - lr factor O
 
-    A matrix whose gradient is exactly zero is not changed; its momentum still decays.
+    A matrix whose gradient is exactly zero is not changed (unless `zero_gradient` is "momentum"); its momentum decays.
 
     Source: arXiv:2603.28743 and docs/theory.md section 5.1 (on the sphere), docs/theory.md section 5.2 (the factor).
 
@@ -99,7 +99,7 @@ def _apply(chunk: Sequence[Matrix], directions_Boi: Tensor, step: StepOptions) -
     """Step whole matrices of one shape along their directions, which are overwritten."""
     weights = [as_matrices(item.weight) for item in chunk]
     radii = [item.radius.reshape(-1) for item in chunk if item.radius is not None]
-    moves_B = torch.cat([has_gradient(as_matrices(item.grad)) for item in chunk])
+    moves_B = moving(chunk, directions_Boi, step.zero_gradient)
     on_cpu = directions_Boi.device.type == "cpu"
     # On CPU matrix by matrix, directly in the weights; elsewhere all at once, which takes few launches.
     taken = weights if on_cpu else [torch.cat(weights)]

@@ -266,6 +266,7 @@ OPTIONS = {
     "compute_dtype": "float64",
     "state_dtype": "bfloat16",
     "retraction": "geodesic",
+    "zero_gradient": "momentum",
     "radius": 5.0,
     "lr_convention": "rms",
     "maximize": True,

@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_mue.optim.distributed.layout import Layout
 from lightning_mue.optim.distributed.parts import normalize_sharded_rows
 from lightning_mue.optim.distributed.sharding import orthogonalize_sharded, reduce_sums
-from lightning_mue.optim.matrices import Matrix, Pool, as_matrices, has_gradient, write_back
+from lightning_mue.optim.matrices import Matrix, Pool, as_matrices, moving, write_back
 from lightning_mue.optim.options import StepOptions, is_zero
 from lightning_mue.optim.orthogonal.coefficients import PRESETS
 from lightning_mue.optim.orthogonal.newton_schulz import orthogonalize_chunk
@@ -83,7 +83,11 @@ def apply_to_parts(
 ) -> None:
     """Step parameters, or this rank's parts of them, along directions that are overwritten."""
     weights = [as_matrices(item.weight) for item in items]
-    counts = reduce_sums(layouts, [has_gradient(as_matrices(item.grad)).to(torch.float64) for item in items])
+    moves = [
+        moving([item], as_matrices(u), step.zero_gradient).to(torch.float64)
+        for item, u in zip(items, directions, strict=True)
+    ]
+    counts = reduce_sums(layouts, moves)
     radii = [None if item.radius is None else item.radius.reshape(-1) for item in items]
     batches = [
         MatrixBatch([w_Eoi], as_matrices(u), radius_E, count_E > 0)

@@ -72,6 +72,7 @@ OPTIONS = {
     "muon rms": {"sphere": False, "lr_convention": "rms"},
     "given radius": {"radius": 3.0, "weight_decay": 0.1},
     "heavy ball, maximize": {"nesterov": False, "maximize": True},
+    "momentum without gradient": {"zero_gradient": "momentum", "weight_decay": 0.1},
     "bfloat16 state": {"state_dtype": "bfloat16"},
     "bfloat16 products": {"compute_dtype": "bfloat16"},
 }

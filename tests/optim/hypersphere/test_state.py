@@ -278,7 +278,17 @@ def test_an_old_pickle_gets_the_new_options():
     optimizer = HyperSphereOptimizer([("w", weight)])
     old = optimizer.__getstate__()
     old["defaults"]["process_group"] = "auto"
-    new = ("retraction", "radius", "state_dtype", "lr_convention", "maximize", "capturable", "compile", "sphere")
+    new = (
+        "retraction",
+        "zero_gradient",
+        "radius",
+        "state_dtype",
+        "lr_convention",
+        "maximize",
+        "capturable",
+        "compile",
+        "sphere",
+    )
     old["defaults"] = {key: value for key, value in old["defaults"].items() if key not in new}
     old["param_groups"] = [{k: v for k, v in group.items() if k not in new} for group in old["param_groups"]]
     restored = HyperSphereOptimizer.__new__(HyperSphereOptimizer)

@@ -192,6 +192,7 @@ OPTIONS = {
     "compute_dtype": "float64",
     "state_dtype": "bfloat16",
     "retraction": "geodesic",
+    "zero_gradient": "momentum",
     "radius": None,
     "lr_convention": "unit",
     "maximize": True,
