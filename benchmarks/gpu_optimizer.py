@@ -132,7 +132,7 @@ def same_in_all_tilings(a: Tensor, c: Tensor, expected: Tensor, precision: str) 
     from lightning_mue.kernels.symmetric import triton as symmetric
 
     same, out = True, torch.empty_like(expected)
-    for tiling in symmetric.tilings_for(a.dtype, precision):
+    for tiling in symmetric.tilings_for(a.dtype, precision, a.device):
         symmetric.launch(a, a.mT, c, 0.5, -1.0, out, precision, tiling)
         same &= torch.equal(out, expected)
     return same

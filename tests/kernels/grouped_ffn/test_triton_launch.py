@@ -120,7 +120,7 @@ class NoHost(TorchDispatchMode):
 
 def tiny(monkeypatch, kernels):
     tiling = module("tuning").ExpertTiling(16, 32, 32, 2, 4)
-    monkeypatch.setattr(kernels, "choose", lambda key, run: tiling)
+    monkeypatch.setattr(kernels, "launch_chosen", lambda key, run: run(tiling))
 
 
 def test_nothing_is_asked_of_the_device(triton_experts, monkeypatch, device):
@@ -187,6 +187,7 @@ def tuning(triton_experts, monkeypatch, tmp_path):
         return -float(len(timed))
 
     monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.setattr(tuning, "_files", {})
     monkeypatch.setattr(tuning, "may_time", lambda device: True)
     monkeypatch.setattr(tuning, "milliseconds", milliseconds)
     monkeypatch.setattr(tuning, "timed", timed, raising=False)
@@ -210,6 +211,7 @@ def test_the_fastest_is_timed_once_and_kept_in_a_file(tuning):
     tuning.choose(key_of(tuning, "up"), nothing)
     tuning.timed.clear()
     tuning._chosen.clear()  # another process
+    tuning._files.clear()
     assert tuning.choose(key_of(tuning), nothing) == offered[-1]
     assert tuning.timed == []
     assert len(json.loads(tuning.cache_file().read_text())) == 2
@@ -245,6 +247,7 @@ def test_a_folder_that_cannot_be_written_is_only_a_warning(tuning, monkeypatch, 
 def test_without_timing_the_first_is_taken_and_nothing_written(triton_experts, monkeypatch, tmp_path):
     tuning = module("tuning")
     monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.setattr(tuning, "_files", {})
     monkeypatch.setenv("LIGHTNING_MUE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("LIGHTNING_MUE_AUTOTUNE", "0")
     assert tuning.choose(key_of(tuning), nothing) == tuning.candidates(key_of(tuning))[0]
