@@ -9,6 +9,7 @@ Shape legend: T tokens, d width, h expert hidden width, E experts, K experts per
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from moe_peers_gpu import Contender, Routed, Shape, Weights, gate_up
@@ -27,13 +28,8 @@ def fused_contenders(shape: Shape, weights: Weights) -> dict[str, Callable[[], C
 
 def guarded(make: Callable[[], Contender]) -> Contender:
     """A contender whose errors, when made and when called, are reasons why it is unavailable."""
-
-    def forward(r: Routed) -> Tensor | tuple[Tensor, Tensor]:
-        with_reason: Tensor | tuple[Tensor, Tensor] = attempt(lambda: contender.forward(r))
-        return with_reason
-
     contender: Contender = attempt(make)
-    return Guarded(forward, contender.weights)
+    return Guarded(lambda r: attempt(lambda: contender.forward(r)), contender.weights)
 
 
 class Guarded(Contender):
@@ -44,7 +40,7 @@ class Guarded(Contender):
         return attempt(lambda: super(Guarded, self).train(routed))
 
 
-def attempt(call):
+def attempt(call: Callable[[], Any]) -> Any:
     """The result of a call; an error becomes `UnavailableError`, but for lack of memory, which says nothing about it."""
     try:
         return call()
