@@ -133,7 +133,7 @@ def test_what_is_refused(x, w, words):
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """The products as tensor cores take them: on the CPU `torch.mm` has no `out_dtype`, but 16-bit products are exact in float32."""
+    """The products as tensor cores take them: on the CPU `torch.mm` has no `out_dtype`, but these are exact in float32."""
     sizes = []
 
     def product(x, weight):

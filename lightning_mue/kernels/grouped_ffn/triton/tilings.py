@@ -151,9 +151,12 @@ _HALF_NARROW: dict[str, tuple[ExpertTiling, ...]] = {
         ExpertTiling(64, 128, 64, 5, 4),
     ),
 }
-_TF32 = (ExpertTiling(128, 64, 32, 4, 4), ExpertTiling(128, 128, 32, 3, 8), ExpertTiling(64, 64, 32, 4, 4))
-#: Of "hidden", whose values need more registers.
-_TF32_HIDDEN = (ExpertTiling(128, 64, 32, 4, 8), ExpertTiling(64, 64, 32, 4, 8))
+_TF32 = (
+    ExpertTiling(128, 64, 32, 4, 8),
+    ExpertTiling(128, 64, 32, 4, 4),
+    ExpertTiling(128, 128, 32, 3, 8),
+    ExpertTiling(64, 64, 32, 4, 4),
+)
 _IEEE = (ExpertTiling(64, 64, 16, 3, 4), ExpertTiling(128, 64, 16, 3, 8))
 #: Where nothing else fits: 36 KiB in float32 with two sums, where every device has 48.
 SMALLEST = ExpertTiling(64, 64, 16, 3, 4)
@@ -170,7 +173,7 @@ def candidates(key: TilingKey) -> tuple[ExpertTiling, ...]:
 
 def _offered(key: TilingKey, wide: bool) -> tuple[ExpertTiling, ...]:
     if key.dtype == torch.float32:
-        return _IEEE if key.precision != "tf32" else _TF32_HIDDEN if key.kernel == "hidden" else _TF32
+        return _TF32 if key.precision == "tf32" else _IEEE
     shape = {
         "up": "two sums" if key.gated else "hidden",  # an activation of wide sums, erf above all, would spill registers
         "hidden": "hidden",
