@@ -41,7 +41,7 @@ SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227
 TYPES = {"bfloat16": (torch.bfloat16, "ieee"), "float16": (torch.float16, "ieee")}
 TYPES |= {"float32": (torch.float32, "ieee"), "tf32": (torch.float32, "tf32")}
 #: The most bytes of registers that a default may spill, a thread.
-SPILLS = {"bfloat16": 0, "float16": 0, "float32": 0, "tf32": 0}
+SPILLS = {"bfloat16": 0, "float16": 0, "float32": 16, "tf32": 16}
 ACTIVATIONS = ("swiglu", "gelu")
 Row = dict[str, Any]
 TOKENS, WIDTH, HIDDEN, EXPERTS, TOP_K = 32768, 2048, 768, 128, 8
