@@ -195,4 +195,6 @@ def shared_bytes(key: TilingKey, tiling: ExpertTiling, shared: int) -> int:
     if key.kernel.startswith("dw"):
         buffers = (buffers + 1) // 2
     # 2 KiB: indices, and what is exchanged between warps.
-    return buffers * tiling.inner * (rows + cols) * key.dtype.itemsize + 2048
+    operands = buffers * tiling.inner * (rows + cols)
+    # A tile of the result is exchanged, too, where few buffers are smaller than it.
+    return max(operands, tiling.rows * tiling.cols) * key.dtype.itemsize + 2048
