@@ -1,20 +1,25 @@
 #!/usr/bin/env bash
-# All of the MoE kernels on a GPU in one call of under 9 minutes: tests, checks, benchmark. See docs/gpu.md.
+# All that a person with a GPU needs, in one call: tests, checks, benchmarks. See docs/gpu.md.
 #
 #   OUT=folder PYTHON=python3 benchmarks/gpu.sh [--smoke] [tests] [moe] [kernels] [optimizer]
 #
 #   tests      the tests marked `gpu`
 #   moe        benchmarks/gpu_moe.py: correctness on the device, then the table
 #   kernels    all fast tests of the kernels, which compile them where there is a device; in the time that is left
-#   optimizer  benchmarks/gpu_optimizer.py; not among the default, tests moe kernels
+#   optimizer  benchmarks/gpu_optimizer.py
 #
-# --smoke: tiny sizes, on a CPU too. Results and logs go to $OUT (benchmarks/results). Needs torch, triton and lightning; pytest
+# Without a part: tests moe optimizer kernels. BUDGET=525 with tests moe kernels takes under 9 minutes.
+#
+# --smoke: tiny sizes, on a CPU too. Results and logs go to $OUT (benchmarks/results/gpu_NAME). Needs torch, triton and lightning; pytest
 # and transformers are used where they are installed. A part that fails does not stop the others; the exit code says it.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
-OUT=${OUT:-benchmarks/results}
 PYTHON=${PYTHON:-python3}
-BUDGET=${BUDGET:-525} # seconds
+if [[ -z ${OUT:-} ]]; then # one folder a GPU
+  gpu=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-") if torch.cuda.is_available() else "cpu")')
+  OUT=benchmarks/results/gpu_$gpu
+fi
+BUDGET=${BUDGET:-1080} # seconds
 mkdir -p "$OUT"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 # A new one, so that what a run says about tuning does not depend on the runs before.
@@ -26,7 +31,7 @@ if [[ ${1:-} == --smoke ]]; then
   shift
 fi
 parts=("$@")
-((${#parts[@]})) || parts=(tests moe kernels)
+((${#parts[@]})) || parts=(tests moe optimizer kernels)
 failed=()
 
 # part NAME SECONDS COMMAND...: runs a command for at most so long, or what is left; its output also goes to a file.
@@ -75,7 +80,9 @@ for chosen in "${parts[@]}"; do
   esac
 done
 
-if [[ -e $OUT/gpu_moe.md ]]; then sed -n '/^## Targets/,$p' "$OUT/gpu_moe.md"; fi
+for report in "$OUT"/gpu_moe.md "$OUT"/gpu_optimizer.md; do
+  if [[ -e $report ]]; then sed -n '/^## Targets/,$p' "$report"; fi
+done
 if ((${#failed[@]})); then
   printf 'failed: %s\n' "${failed[@]}"
   exit 1

@@ -233,6 +233,7 @@ def test_gpu_optimizer_runs_all_its_sections(tmp_path):
         "Time of orthogonalize": 3,
         "Time of a step": 2,
         "CUDA graph": 1,
+        "Targets": 6,
     }
     assert all(row["ms"] > 0 for row in result["sections"]["Time of a step"])
     assert "## Orthogonality" in (tmp_path / "gpu_optimizer.md").read_text()

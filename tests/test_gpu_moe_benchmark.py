@@ -27,7 +27,15 @@ CPU = torch.device("cpu")
 def bench(monkeypatch):
     """The scripts' modules, by name."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    names = ("gpu_common", "gpu_sections", "moe_peers_gpu", "gpu_moe_checks", "gpu_moe_times", "gpu_moe")
+    names = (
+        "gpu_common",
+        "gpu_sections",
+        "moe_peers_gpu",
+        "moe_peers_fused",
+        "gpu_moe_checks",
+        "gpu_moe_times",
+        "gpu_moe",
+    )
     return SimpleNamespace(**{name: import_module(name) for name in names})
 
 
@@ -46,19 +54,26 @@ def test_smoke_run_has_every_section(tmp_path):
         "Repeated and captured": 3,
         "Compilation": 1,
         "First calls": 1,
-        "Times": 6,
-        "Skewed": 6,
-        "Memory": 8,
+        "Times": 8,
+        "Skewed": 10,
+        "Memory": 10,
         "Kernels": 20,
         "Whole layer": 3,
         "Routing times": 12,
-        "Other shapes": 12,
-        "float32": 12,
+        "Other shapes": 16,
+        "float32": 16,
         "Tilings": 0,
-        "Targets": 7,
+        "Targets": 8,
     }
     rows = [row for part in report.values() for row in part]
-    assert not [row for row in rows if {"missing", "error", "stopped"} & set(row)]
+    assert not [row for row in rows if {"error", "stopped"} & set(row)]
+    # Other people's kernels need a GPU; the table says it.
+    assert {
+        (row["of"], "not installed" in row["missing"] or "CUDA" in row["missing"]) for row in rows if "missing" in row
+    } == {
+        ("liger", True),
+        ("sonicmoe", True),
+    }
     assert sum(row.get("ok") is True for row in rows) == 9 + 6 + 3
     assert all(0 <= row["differs"] <= 2e-2 for row in rows if "differs" in row)
     assert all(row["both ms"] > 0 for row in report["Times"])
@@ -219,6 +234,105 @@ def test_contenders_compute_the_same(bench):
     assert torch.equal(*dense)
 
 
+def fused_modules(monkeypatch, spoil=lambda y: y, capability=(9, 0)):
+    """Modules with the signatures of liger-kernel and sonic-moe, computed by a loop; on a CPU that says it is a GPU."""
+
+    def experts(x, gates_S, tokens_S, ids_S, w_gate, w_up, w_down):
+        y = torch.zeros_like(x)
+        for e in range(len(w_up)):
+            mine = (ids_S == e).nonzero()[:, 0]
+            rows = x[tokens_S[mine]]
+            out = (torch.nn.functional.silu(rows @ w_gate[e].T) * (rows @ w_up[e].T)) @ w_down[e].T
+            y = y.index_add(0, tokens_S[mine].long(), out * gates_S[mine, None].to(x.dtype))
+        return spoil(y)
+
+    class LigerFusedMoEFunction:
+        @staticmethod
+        def apply(x, gate_up_proj, down_proj, top_k_index, top_k_weights):
+            assert top_k_index.dtype == torch.int32
+            tokens = torch.arange(len(x)).repeat_interleave(top_k_index.shape[1])
+            gate, up = gate_up_proj.chunk(2, 1)
+            return experts(x, top_k_weights.flatten(), tokens, top_k_index.flatten(), gate, up, down_proj)
+
+    def moe_general_routing_inputs(
+        x, router_scores, token_indices, expert_indices, w1, b1, w2, b2, E, stream_id, activation_type, inference=False
+    ):
+        assert (b1, b2, E, activation_type, inference) == (None, None, w2.shape[2], "swiglu", False)
+        assert token_indices.dtype == expert_indices.dtype == torch.int32
+        assert (token_indices.diff() >= 0).all()
+        w1, w2 = w1.permute(2, 0, 1), w2.permute(2, 0, 1)
+        y = experts(x, router_scores, token_indices, expert_indices, w1[:, ::2], w1[:, 1::2], w2)
+        return y, torch.bincount(expert_indices, minlength=E)
+
+    modules = {
+        "liger_kernel": {},
+        "liger_kernel.ops": {"LigerFusedMoEFunction": LigerFusedMoEFunction},
+        "sonicmoe": {},
+        "sonicmoe.enums": {"ActivationType": SimpleNamespace(SWIGLU="swiglu")},
+        "sonicmoe.functional": {"moe_general_routing_inputs": moe_general_routing_inputs},
+    }
+    for name, content in modules.items():
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**content))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+
+    def require(name, least, device):
+        if capability < least:
+            raise import_module("moe_peers_fused").UnavailableError(f"{name} needs sm{least[0]}{least[1]}")
+
+    monkeypatch.setattr(import_module("moe_peers_fused"), "require_capability", require)
+
+
+def fused_rows(bench, dtype=torch.float32):
+    """What `usable` says of the loop and other people's fused kernels."""
+    peers, shape = bench.moe_peers_gpu, bench.moe_peers_gpu.Shape(40, 32, 16, 4, 2)
+    torch.manual_seed(0)
+    weights, routed = peers.Weights.random(shape, dtype, CPU), peers.random_routing(shape, dtype, CPU)
+    makers = {
+        "loop": peers.contenders(shape, weights)["loop"],
+        **bench.moe_peers_fused.fused_contenders(shape, weights),
+    }
+    made, rows = bench.gpu_moe_times.Bench(bench.gpu_moe_times.Sizes(True), CPU).usable(makers, routed)
+    return set(made), rows
+
+
+def test_other_peoples_kernels_are_called_as_they_want_it_and_compared_first(bench, monkeypatch):
+    fused_modules(monkeypatch)
+    made, rows = fused_rows(bench)
+    assert made == {"loop", "liger", "sonicmoe"}
+    assert all(rows[name]["differs"] < 1e-6 for name in ("liger", "sonicmoe")), rows
+    assert fused_rows(bench, torch.bfloat16)[0] == made
+
+
+@pytest.mark.parametrize("spoil", [lambda y: y * 1.1, lambda y: y.detach() + 0 * y, lambda y: y * torch.nan])
+def test_other_peoples_kernels_that_compute_something_else_are_not_timed(bench, monkeypatch, spoil):
+    fused_modules(monkeypatch, spoil)
+    made, rows = fused_rows(bench)
+    assert made == {"loop"}
+    assert all("something else" in rows[name]["missing"] for name in ("liger", "sonicmoe"))
+
+
+def test_other_peoples_kernels_that_cannot_run_give_a_reason_and_no_failure(bench, monkeypatch):
+    def needs_another(y):
+        raise TypeError("apply() takes 7 arguments")
+
+    fused_modules(monkeypatch, needs_another, capability=(8, 0))
+    made, rows = fused_rows(bench)
+    assert made == {"loop"}
+    assert "does not run here: TypeError: apply() takes 7 arguments" in rows["liger"]["missing"]
+    assert "SonicMoE needs sm90" in rows["sonicmoe"]["missing"]
+    assert bench.gpu_sections.failures({"Times": list(rows.values())}) == []
+    monkeypatch.undo()
+    for name in ("liger_kernel", "liger_kernel.ops", "sonicmoe", "sonicmoe.enums"):
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    made, rows = fused_rows(bench)
+    assert made == {"loop"}
+    assert all("not installed" in rows[name]["missing"] for name in ("liger", "sonicmoe"))
+    device = bench.moe_peers_fused.require_capability
+    with pytest.raises(bench.moe_peers_fused.UnavailableError, match="needs a CUDA device, weights are on cpu"):
+        device("It", (9, 0), CPU)
+
+
 def test_checks_of_errors_pass_what_is_right_and_catch_what_is_not(bench, monkeypatch):
     torch.manual_seed(0)
     checks = bench.gpu_moe_checks
@@ -315,7 +429,8 @@ def test_targets_are_read_from_their_sections(bench):
     report = {
         "Times": [
             {**other, "of": "triton", "both TFLOP/s": 1.0},
-            {**own, "of": "triton", "both TFLOP/s": 410.0},
+            {**own, "of": "triton", "both TFLOP/s": 445.0},
+            {**own, "of": "liger", "time / triton": 1.02},
             {**own, "of": "transformers", "time / triton": 1.6},
             {**own, "of": "dense", "time / triton": 0.7},
             {**own, "of": "dense fused", "time / triton": 0.6},
@@ -325,7 +440,8 @@ def test_targets_are_read_from_their_sections(bench):
         "Repeated and captured": [{"backend": "triton", "graph same as a call": True}],
     }
     assert [(row["measured"], row["met"]) for row in bench.gpu_moe.targets(report, shape)] == [
-        (410.0, True),
+        (445.0, True),
+        (1.02, False),
         (1.6, False),
         (0.7, True),
         (0.6, False),

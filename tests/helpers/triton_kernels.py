@@ -49,7 +49,7 @@ def load_experts() -> ModuleType:
     """The experts' kernels: their entry and, anew with it, the modules that it is made of."""
     for name in ("triton_tools.launching", "combine.triton"):
         sys.modules.pop(KERNELS + name, None)
-    for name in ("activations", "tile_map", "tuning", "up", "rows", "hidden", "weights"):
+    for name in ("activations", "tile_map", "tilings", "tuning", "up", "rows", "hidden", "weights"):
         sys.modules.pop(EXPERTS + name, None)
     return load_kernels(EXPERTS + "experts")
 

@@ -77,8 +77,35 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(a.to(dtype), b.to(dtype), out=a.new_empty(a.shape[0], b.shape[1], dtype=dtype))
 
 
+def _on_tensor_cores(x: Tensor, weight: Tensor) -> bool:
+    """Whether a GPU multiplies these in 16 bits, with float32 sums."""
+    fits = weight.dtype == x.dtype or (x.dtype, weight.dtype) == (torch.bfloat16, torch.float32)
+    return x.is_cuda and torch.version.hip is None and x.dtype.itemsize == 2 and fits
+
+
+def _product_16(x: Tensor, weight: Tensor) -> Tensor:
+    """Return ``x W^T`` of 16-bit x without loss: a product of two such numbers is exact in float32, only sums are rounded.
+
+    A float32 weight is taken as the sum of three bfloat16 numbers, which have its 24 bits between them.
+    """
+    if weight.dtype == x.dtype:
+        return _mm_16(x, weight)
+    high = weight.to(x.dtype)
+    rest = weight - high
+    middle = rest.to(x.dtype)
+    parts = _mm_16(x, torch.cat([high, middle, (rest - middle).to(x.dtype)]))
+    of_high, of_middle, of_low = parts.chunk(3, 1)
+    return of_high + (of_middle + of_low)
+
+
+def _mm_16(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.mm(x, weight.T, out_dtype=torch.float32)
+
+
 @torch.library.impl("lightning_mue::router_logits", "CompositeExplicitAutograd")
 def _logits(x: Tensor, weight: Tensor) -> Tensor:
+    if _on_tensor_cores(x, weight):
+        return _product_16(x, weight)
     with _full_precision():
         return _product(x, weight.T, _logits_dtype(x, weight))
 

@@ -25,7 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_mue.kernels.triton_tools.timing import may_time, milliseconds
+from lightning_mue.kernels.triton_tools.launching import is_wide, shared_memory
+from lightning_mue.kernels.triton_tools.timing import NO_ROOM, launch_fitting, may_time, milliseconds
 
 
 class SymmetricTiling(NamedTuple):
@@ -46,13 +47,12 @@ class SymmetricTiling(NamedTuple):
     warps: int
 
 
-#: Tried at the first call of a size. Compiled for sm_90 with Triton 3.6 and 3.9 (no device was at hand), all of them use
-#: the wide matrix instructions (wgmma) and, where rows are aligned, 16-byte loads and stores; none spills registers inside
-#: its loop. Not timed on a device yet; for the same reason there is no variant with the bulk copy engine (TMA).
+#: Tried at the first call of a size, of those that fit; the first is the default. What a compiler makes of them is in docs/gpu.md:
+#: no device was at hand. For the same reason there is no variant with the bulk copy engine (TMA).
 HALF = (
     SymmetricTiling(128, 128, 64, 3, 8),
     SymmetricTiling(128, 128, 64, 4, 8),
-    SymmetricTiling(256, 128, 64, 3, 8),
+    SymmetricTiling(256, 128, 64, 3, 8),  # on wide devices only (`is_wide`): elsewhere its sums leave no registers
     SymmetricTiling(128, 64, 64, 4, 4),
     SymmetricTiling(64, 64, 64, 4, 4),
 )
@@ -222,7 +222,15 @@ def launch(
         grid, integers, constants = _geometry(case, tiling)
         symmetric_kernel[grid](*tensors, *integers, float(alpha), float(beta), **constants)
 
-    run(tiling or _known.get(case) or _choose(case, run))
+    chosen = tiling or _known.get(case) or _choose(case, run)
+    try:
+        run(chosen)
+    except NO_ROOM:  # against the estimate
+        if tiling is not None:
+            raise
+        others = (t for t in tilings_for(a.dtype, precision, a.device) if t != chosen)
+        smaller = sorted(others, key=lambda t: t.tile * t.cols * t.stages, reverse=True)
+        _known[case], _ = launch_fitting(run, [*smaller, IEEE[0]])
 
 
 _chosen: dict[tuple[Any, ...], SymmetricTiling] = {}  # the fastest, by kind of case
@@ -253,14 +261,23 @@ def _geometry(case: Case, tiling: SymmetricTiling) -> tuple[tuple[int], tuple[in
     return (batch * per_matrix,), (n, k, side, per_matrix, *(x for s in case.strides for x in s)), constants
 
 
-def tilings_for(dtype: torch.dtype, precision: str) -> tuple[SymmetricTiling, ...]:
-    """Return what is tried for a type of product; the first is taken where nothing can be timed."""
-    return HALF if dtype != torch.float32 else TF32 if precision == "tf32" else IEEE
+def tilings_for(dtype: torch.dtype, precision: str, device: torch.device) -> tuple[SymmetricTiling, ...]:
+    """Return what is tried for a type of product, all of which fits the device; the first is taken where nothing can be timed."""
+    shared = shared_memory(device)
+    wide = is_wide(shared)
+    tilings = HALF if dtype != torch.float32 else TF32 if precision == "tf32" else IEEE
+    return tuple(t for t in tilings if shared_bytes(t, dtype, wide) <= shared and (wide or t.tile < 256)) or IEEE[:1]
+
+
+def shared_bytes(tiling: SymmetricTiling, dtype: torch.dtype, wide: bool) -> int:
+    """Return at least the shared memory that the kernel takes: operands of each stage; a stage less unless `wide`."""
+    stage = tiling.inner * (tiling.tile + tiling.cols) * dtype.itemsize
+    return (tiling.stages if wide else tiling.stages - 1) * stage + 2048
 
 
 def _choose(case: Case, run: Callable[[SymmetricTiling], None]) -> SymmetricTiling:
     """Return the fastest tiling for cases of this kind, timed now if it is not known and can be."""
-    (batch, n, k), tilings = case.shape, tilings_for(case.dtype, case.precision)
+    (batch, n, k), tilings = case.shape, tilings_for(case.dtype, case.precision, case.device)
     # Neighbouring sizes behave alike, and the last chunk of a stack is often smaller than the others. What decides
     # between wide and narrow loads belongs in the key: which dimension is contiguous, and whether rows are aligned.
     kind = (

@@ -90,6 +90,24 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
+@lru_cache
+def shared_memory(device: torch.device) -> int:
+    """Return the bytes of shared memory that a block may have; where nothing is compiled for a device, those of an H100."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else _WIDE
+
+
+def is_wide(shared: int) -> bool:
+    """Whether a device with so much shared memory a block has matrix instructions that read operands from there.
+
+    Those of compute capability 9.0 and 10.x. Others (8.x, 12.x) hold operands in registers beside the sums: their tiles are
+    smaller, and Triton gives them a buffer less than there are stages.
+    """
+    return shared >= _WIDE
+
+
+_WIDE = 227 * 1024
+
+
 def describe(t: Tensor, block: tuple[int, int]) -> Any | None:
     """Return a descriptor of a stack of matrices [B, m, n] for blocks [1, *block]; None where the engine cannot read it."""
     size = t.element_size()

@@ -78,7 +78,7 @@ def small(module, monkeypatch, tile="wide", chunk=16, **options):
     tiling = sys.modules[module.ExpertTiling.__module__].ExpertTiling(
         **{"stages": 2, "warps": 4, "group": 2, **sizes, **options}
     )
-    monkeypatch.setattr(module, "choose", lambda key, run: tiling)
+    monkeypatch.setattr(module, "launch_chosen", lambda key, run: run(tiling))
     weights = sys.modules[module.launch_weights.__module__]
     monkeypatch.setattr(weights, "chunk_size", lambda rows, tiles, device: chunk)
 

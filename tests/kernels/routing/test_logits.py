@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import lightning_mue.kernels.routing.logits as module
 from lightning_mue.kernels.routing.op import router_logits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -128,3 +129,54 @@ def test_operators_are_well_formed():
 def test_what_is_refused(x, w, words):
     with pytest.raises(ValueError, match=words):
         router_logits(x, w)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The products as tensor cores take them: on the CPU `torch.mm` has no `out_dtype`, but these are exact in float32."""
+    sizes = []
+
+    def product(x, weight):
+        assert x.dtype == weight.dtype
+        assert x.dtype.itemsize == 2
+        sizes.append(len(weight))
+        return x.float() @ weight.float().T
+
+    monkeypatch.setattr(module, "_mm_16", product)
+    monkeypatch.setattr(module, "_on_tensor_cores", lambda x, weight: True)
+    return sizes
+
+
+@pytest.mark.parametrize(
+    ("x_dtype", "w_dtype"),
+    [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16), (torch.bfloat16, torch.float32)],
+)
+def test_products_of_16_bits_lose_nothing(as_on_a_gpu, x_dtype, w_dtype):
+    x, w = inputs(x_dtype, w_dtype, tokens=512, width=512, experts=64)
+    exact = (x.double() @ w.double().T).detach()
+    logits = router_logits(x, w)
+    assert as_on_a_gpu == [64 * (3 if w_dtype == torch.float32 else 1)]
+    # No further from float64 than float32 matrices are; the choice can differ only where logits are equal to float32's rounding.
+    assert relative(logits, exact) < 1.5 * relative(x.float() @ w.float().T, exact)
+    assert same_choice(logits, exact)
+    assert not same_choice(x.float() @ w.to(torch.float8_e4m3fn).float().T, exact)  # it would notice
+    if w_dtype == torch.float32:
+        assert not same_choice(x.float() @ w.bfloat16().float().T, exact)  # what one part of three would give
+
+
+def same_choice(logits, exact, top_k=8):
+    """Whether the same experts are chosen wherever float64 tells the last chosen from the first not chosen by 1e-5."""
+    best = exact.topk(top_k + 1).values
+    clear = best[:, -2] - best[:, -1] > 1e-5
+    assert clear.float().mean() > 0.99
+    ours, true = (t.topk(top_k).indices.sort().values for t in (logits, exact))
+    return torch.equal(ours[clear], true[clear])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("w_dtype", [torch.bfloat16, torch.float32])
+def test_tensor_cores_keep_float32_sums(w_dtype):
+    x, w = (t.detach().cuda() for t in inputs(torch.bfloat16, w_dtype, tokens=4096, width=2048, experts=128))
+    exact = x.double() @ w.double().T
+    assert relative(router_logits(x, w), exact) < 1e-5  # tensor cores cut sums off; bfloat16 sums would give 1e-3

@@ -24,7 +24,8 @@ from lightning_mue.kernels.grouped_ffn.op import Problem
 from lightning_mue.kernels.grouped_ffn.triton.hidden import launch_hidden
 from lightning_mue.kernels.grouped_ffn.triton.rows import launch_rows
 from lightning_mue.kernels.grouped_ffn.triton.tile_map import TileMap, tile_rows
-from lightning_mue.kernels.grouped_ffn.triton.tuning import ExpertTiling, TilingKey, choose
+from lightning_mue.kernels.grouped_ffn.triton.tilings import ExpertTiling, TilingKey
+from lightning_mue.kernels.grouped_ffn.triton.tuning import launch_chosen
 from lightning_mue.kernels.grouped_ffn.triton.up import launch_up
 from lightning_mue.kernels.grouped_ffn.triton.weights import launch_bias, launch_weights
 from lightning_mue.kernels.triton_tools.launching import INTERPRETED, new_like, numerics
@@ -97,7 +98,7 @@ class Tiles:
 
     def run(self, kernel: str, launch: Callable[[ExpertTiling], Any]) -> Any:
         """Launch with the tiling that is chosen for this kernel."""
-        return launch(choose(TilingKey(kernel, *self.key[1:]), launch))
+        return launch_chosen(TilingKey(kernel, *self.key[1:]), launch)
 
 
 def _dense(p: Problem) -> Problem:

@@ -23,7 +23,8 @@ from torch import Tensor
 from lightning_mue.kernels.grouped_ffn.op import Problem
 from lightning_mue.kernels.grouped_ffn.triton.activations import function_and_slope
 from lightning_mue.kernels.grouped_ffn.triton.tile_map import TileMap, place_of
-from lightning_mue.kernels.grouped_ffn.triton.tuning import ExpertTiling, programs, weights_to_read
+from lightning_mue.kernels.grouped_ffn.triton.tilings import ExpertTiling
+from lightning_mue.kernels.grouped_ffn.triton.tuning import programs, weights_to_read
 from lightning_mue.kernels.triton_tools.launching import add, load_weight, multiply_add, new_empty, numerics, rounded
 
 
@@ -34,43 +35,25 @@ def halves(tile, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
-def finish_half(
-    da,
-    part,
-    gate,
-    z_ptr,
-    dz_ptr,
-    weighted_ptr,
-    plane,
-    r,
-    end,
-    col,
-    h,
-    ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    UPCAST: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
-    """Halve once more and finish quarter by quarter: with a tile at once, the activation's values would not fit registers."""
-    low, high = halves(da, ROWS, COLS)
-    half: tl.constexpr = COLS // 2
-    part = finish(
-        low, part, gate, z_ptr, dz_ptr, weighted_ptr, plane, r, end, col, h, ACTIVATION, GATED, WEIGHTS, UPCAST, half
-    )
-    col += half
-    return finish(
-        high, part, gate, z_ptr, dz_ptr, weighted_ptr, plane, r, end, col, h, ACTIVATION, GATED, WEIGHTS, UPCAST, half
-    )
+def load_z(z_ptr, plane, r, end, col, h, GATED: tl.constexpr, COLS: tl.constexpr):
+    """Some columns of z_gate and z_up; of z twice if there is no gate."""
+    n = col + tl.arange(0, COLS)
+    box = (r < end)[:, None] & (n < h)[None, :]
+    here = z_ptr + r.to(tl.int64)[:, None] * h + n[None, :]
+    z = tl.load(here, mask=box, other=0.0)
+    z_up = z
+    if GATED:
+        z_up = tl.load(here + plane, mask=box, other=0.0)
+    return z, z_up
 
 
 @triton.jit
 def finish(
     da,
     part,
+    z,
+    z_up,
     gate,
-    z_ptr,
     dz_ptr,
     weighted_ptr,
     plane,
@@ -89,13 +72,11 @@ def finish(
     box = (r < end)[:, None] & (n < h)[None, :]
     here = r.to(tl.int64)[:, None] * h + n[None, :]
     dtype = dz_ptr.dtype.element_ty
-    z = tl.load(z_ptr + here, mask=box, other=0.0).to(tl.float32)
-    f, slope = function_and_slope(z, ACTIVATION)
+    f, slope = function_and_slope(z.to(tl.float32), ACTIVATION)
     if GATED:
-        z_up = tl.load(z_ptr + plane + here, mask=box, other=0.0).to(tl.float32)
         tl.store(dz_ptr + plane + here, rounded(gate * da * f, dtype, UPCAST), mask=box)
-        f *= z_up
-        slope *= z_up
+        f *= z_up.to(tl.float32)
+        slope *= z_up.to(tl.float32)
     tl.store(dz_ptr + here, rounded(gate * da * slope, dtype, UPCAST), mask=box)
     a = rounded(f, dtype, UPCAST).to(tl.float32)  # as the forward pass had it
     if WEIGHTS:
@@ -155,8 +136,12 @@ def hidden_kernel(
             down_at = down_w + expert.to(tl.int64) * down_e + n.to(tl.int64)[None, :] * down_n
             down_at += i.to(tl.int64)[:, None] * down_k
 
-        # Before the loop, which hides how long these two loads take, one after the other.
+        # Before the loop, which hides how long these loads take, two of them one after the other.
         gate = tl.load(gates_ptr + tl.load(order_ptr + r_inside))[:, None]
+        # The first quarter of z, too; all four would take registers that the loop needs.
+        quarter: tl.constexpr = COLS // 4
+        col = col_tile * COLS
+        z_0, up_0 = load_z(z_ptr, plane, r, end, col, h, GATED, quarter)
         da = tl.full((ROWS, COLS), 0.0, tl.float32)
         for k in range(0, d, INNER):
             if EVEN:
@@ -171,15 +156,19 @@ def hidden_kernel(
             if DESCRIBED == "":
                 down_at += step * down_k
 
+        # Quarter by quarter: with a tile at once, the activation's values would not fit registers. While one is computed,
+        # z of the next is on its way.
         part = tl.full((ROWS,), 0.0, tl.float32)
         low, high = halves(da, ROWS, COLS)
-        half: tl.constexpr = COLS // 2
-        col = col_tile * COLS
-        part = finish_half(
-            low,
+        da_0, da_1 = halves(low, ROWS, 2 * quarter)
+        da_2, da_3 = halves(high, ROWS, 2 * quarter)
+        z_1, up_1 = load_z(z_ptr, plane, r, end, col + 1 * quarter, h, GATED, quarter)
+        part = finish(
+            da_0,
             part,
+            z_0,
+            up_0,
             gate,
-            z_ptr,
             dz_ptr,
             weighted_ptr,
             plane,
@@ -191,28 +180,66 @@ def hidden_kernel(
             GATED,
             WEIGHTS,
             UPCAST,
-            ROWS,
-            half,
+            quarter,
         )
-        col += half
-        part = finish_half(
-            high,
+        z_2, up_2 = load_z(z_ptr, plane, r, end, col + 2 * quarter, h, GATED, quarter)
+        part = finish(
+            da_1,
             part,
+            z_1,
+            up_1,
             gate,
-            z_ptr,
             dz_ptr,
             weighted_ptr,
             plane,
             r,
             end,
-            col,
+            col + 1 * quarter,
             h,
             ACTIVATION,
             GATED,
             WEIGHTS,
             UPCAST,
-            ROWS,
-            half,
+            quarter,
+        )
+        z_3, up_3 = load_z(z_ptr, plane, r, end, col + 3 * quarter, h, GATED, quarter)
+        part = finish(
+            da_2,
+            part,
+            z_2,
+            up_2,
+            gate,
+            dz_ptr,
+            weighted_ptr,
+            plane,
+            r,
+            end,
+            col + 2 * quarter,
+            h,
+            ACTIVATION,
+            GATED,
+            WEIGHTS,
+            UPCAST,
+            quarter,
+        )
+        part = finish(
+            da_3,
+            part,
+            z_3,
+            up_3,
+            gate,
+            dz_ptr,
+            weighted_ptr,
+            plane,
+            r,
+            end,
+            col + 3 * quarter,
+            h,
+            ACTIVATION,
+            GATED,
+            WEIGHTS,
+            UPCAST,
+            quarter,
         )
         tl.store(parts_ptr + col_tile.to(tl.int64) * rows + r, part, mask=r < end)
 

@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_mue.kernels.grouped_ffn.triton.tile_map import TileMap, place_of
-from lightning_mue.kernels.grouped_ffn.triton.tuning import ExpertTiling, programs, weights_to_read
+from lightning_mue.kernels.grouped_ffn.triton.tilings import ExpertTiling
+from lightning_mue.kernels.grouped_ffn.triton.tuning import programs, weights_to_read
 from lightning_mue.kernels.triton_tools.launching import (
     describe,
     load_weight,

@@ -21,7 +21,8 @@ from torch import Tensor
 from lightning_mue.kernels.grouped_ffn.op import Problem
 from lightning_mue.kernels.grouped_ffn.triton.activations import function_and_slope
 from lightning_mue.kernels.grouped_ffn.triton.tile_map import TileMap, place_of
-from lightning_mue.kernels.grouped_ffn.triton.tuning import ExpertTiling, programs, weights_to_read
+from lightning_mue.kernels.grouped_ffn.triton.tilings import ExpertTiling
+from lightning_mue.kernels.grouped_ffn.triton.tuning import programs, weights_to_read
 from lightning_mue.kernels.triton_tools.launching import load_weight, multiply_add, new_empty, numerics, rounded
 
 

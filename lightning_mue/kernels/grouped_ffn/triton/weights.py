@@ -22,7 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_mue.kernels.grouped_ffn.triton.tile_map import chunk_rows
-from lightning_mue.kernels.grouped_ffn.triton.tuning import ExpertTiling, programs
+from lightning_mue.kernels.grouped_ffn.triton.tilings import ExpertTiling
+from lightning_mue.kernels.grouped_ffn.triton.tuning import programs
 from lightning_mue.kernels.triton_tools.launching import (
     add,
     multiply_add,
