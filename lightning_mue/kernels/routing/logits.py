@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from lightning_mue.checks import mismatch, value_error
+from lightning_mue.kernels.grouped_ffn.pytorch.scratch import borrowed
 
 
 def router_logits(x_Td: Tensor, weight_Ed: Tensor) -> Tensor:
@@ -72,9 +74,19 @@ def _logits_dtype(x_Td: Tensor, weight_Ed: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (x_Td.dtype, weight_Ed.dtype) else torch.float32
 
 
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+@contextmanager
+def _converted(t: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """The tensor in the type of the sums; on the CPU in a buffer that is kept: new memory costs more than the product."""
+    if t.dtype == dtype or t.device.type != "cpu":
+        yield t.to(dtype)
+        return
+    with borrowed("router", t.new_empty(0, dtype=dtype), t.numel()) as flat:
+        yield flat.view(t.shape).copy_(t)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
     # Written to `out`, a product keeps its type under autocast.
-    return torch.mm(a.to(dtype), b.to(dtype), out=a.new_empty(a.shape[0], b.shape[1], dtype=dtype))
+    return torch.mm(a, b, out=a.new_empty(a.shape[0], b.shape[1]))
 
 
 def _on_tensor_cores(x: Tensor, weight: Tensor) -> bool:
@@ -106,18 +118,45 @@ def _mm_16(x: Tensor, weight: Tensor) -> Tensor:
 def _logits(x: Tensor, weight: Tensor) -> Tensor:
     if _on_tensor_cores(x, weight):
         return _product_16(x, weight)
-    with _full_precision():
-        return _product(x, weight.T, _logits_dtype(x, weight))
+    dtype = _logits_dtype(x, weight)
+    with _full_precision(), _converted(x, dtype) as x_Td:
+        return _product(x_Td, weight.to(dtype).T)
 
 
 @torch.library.impl("lightning_mue::router_logits_backward", "CompositeExplicitAutograd")
 def _logits_grad(dlogits: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor]:
     """Return dx and dweight, each of its own type, without elements where not wanted."""
-    dtype = dlogits.dtype
+    dx, dweight = x.new_empty(0), weight.new_empty(0)
     with _full_precision():
-        dx = _product(dlogits, weight, dtype).to(x.dtype) if wanted[0] else x.new_empty(0)
-        dweight = _product(dlogits.T, x, dtype).to(weight.dtype) if wanted[1] else weight.new_empty(0)
+        if wanted[0]:
+            dx = _input_grad(dlogits, x, weight)
+        if wanted[1]:
+            with _converted(x, dlogits.dtype) as x_Td:
+                dweight = _product(dlogits.T, x_Td).to(weight.dtype)
     return dx, dweight
+
+
+def _input_grad(dlogits_TE: Tensor, x_Td: Tensor, weight_Ed: Tensor) -> Tensor:
+    """``dlogits W``, rounded once to x's type."""
+    if x_Td.device.type != "cpu" or x_Td.dtype == dlogits_TE.dtype:
+        return _product(dlogits_TE, weight_Ed.to(dlogits_TE.dtype)).to(x_Td.dtype)
+    if x_Td.dtype == weight_Ed.dtype == torch.bfloat16 and _multiplies_bfloat16():
+        # dlogits as a sum of two bfloat16 numbers, 16 bits of each: what is lost is 2^-8 of the last rounding.
+        n_experts = dlogits_TE.shape[1]
+        pair = x_Td.new_empty(len(dlogits_TE), 2 * n_experts)
+        pair[:, :n_experts] = dlogits_TE
+        torch.sub(dlogits_TE, pair[:, :n_experts], out=pair[:, n_experts:])
+        return _product(pair, torch.cat([weight_Ed, weight_Ed]))
+    with borrowed("router", dlogits_TE, x_Td.numel()) as flat:
+        product_Td = torch.mm(dlogits_TE, weight_Ed.to(dlogits_TE.dtype), out=flat.view(x_Td.shape))
+        return torch.empty_like(x_Td, memory_format=torch.contiguous_format).copy_(product_Td)
+
+
+@cache
+def _multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for it, and the program may use them."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return capability.startswith("AVX512") and torch.cpu._is_avx512_bf16_supported()
 
 
 @torch.library.register_fake("lightning_mue::router_logits")
