@@ -68,4 +68,4 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def _float32_by_default(monkeypatch):
     """Newton-Schulz in float32 wherever a test does not name another type: some CPUs would choose bfloat16."""
-    monkeypatch.setattr("lightning_mue.optim.precision._cpu_has_bfloat16_units", lambda: False)
+    monkeypatch.setenv("LIGHTNING_MUE_CPU_DTYPE", "float32")

@@ -64,7 +64,7 @@ class HyperSphereOptimizer(Optimizer):
         weight_decay: Decoupled weight decay.
         preset: Newton-Schulz schedule, a name in `PRESETS`.
         compute_dtype: Type of the Newton-Schulz products: "float32", "tf32", "bfloat16", "float16", "float64". None:
-            float16 on CUDA, bfloat16 on a CPU with matrix units for it (AMX), float32 elsewhere.
+            float16 on CUDA, the faster of float32 and bfloat16 on a CPU (measured once), float32 elsewhere.
         state_dtype: Type of the momentum, "float32", "bfloat16" or "float64". None: the parameter's.
         retraction: "project" (the paper's: step, then scale back) or "geodesic" (rotate by exactly `lr` radians, up to
             weight decay).

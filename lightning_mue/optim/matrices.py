@@ -119,8 +119,8 @@ def dot(x_Boi: Tensor, y_Boi: Tensor) -> Tensor:
 
 
 def chunk_bytes(device: torch.device) -> int:
-    """Return how many bytes of matrices to work on at once: about a cache on CPU, enough to fill a GPU elsewhere."""
-    return 8 << 20 if device.type == "cpu" else 256 << 20
+    """Return how many bytes of matrices to work on at once: what fits a core's caches on CPU, what fills a GPU elsewhere."""
+    return 4 << 20 if device.type == "cpu" else 256 << 20
 
 
 def chunk_count(g_Boi: Tensor) -> int:
@@ -137,6 +137,8 @@ def chunks(matrices: Sequence[Matrix]) -> Iterator[list[Matrix]]:
     The size of a batch bounds the scratch memory of a step: a few times `chunk_bytes`.
     """
     limit = chunk_count(as_matrices(matrices[0].weight))
+    if matrices[0].weight.device.type == "cpu":  # a batch for every thread, if there are so many matrices
+        limit = min(limit, math.ceil(sum(len(as_matrices(item.weight)) for item in matrices) / torch.get_num_threads()))
     batch: list[Matrix] = []
     room = limit
     for item in matrices:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lightning_mue.kernels.compute_type import cpu_product_dtype
+
 
 def math_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the type for elementwise math on tensors of `dtype`: float64 for float64, float32 for everything else."""
@@ -22,19 +24,14 @@ def sum_dtype(device: torch.device) -> torch.dtype:
 def default_dtype(g: Tensor) -> torch.dtype:
     """Return the type that multiplies fastest on `g`'s device and is exact enough; float64 input stays float64.
 
-    On CUDA float16: as fast as bfloat16 and more exact, and the iteration stays within its range. On a CPU with bfloat16
-    matrix units (AMX) bfloat16. Elsewhere float32.
+    On CUDA float16: as fast as bfloat16 and more exact, and the iteration stays within its range. On a CPU what
+    `cpu_product_dtype` measures. Elsewhere float32.
     """
     if g.dtype == torch.float64:
         return torch.float64
     if g.is_cuda:
         return torch.float16
-    return torch.bfloat16 if g.device.type == "cpu" and _cpu_has_bfloat16_units() else torch.float32
-
-
-def _cpu_has_bfloat16_units() -> bool:
-    capabilities = getattr(torch.cpu, "get_capabilities", None)  # not in torch 2.11
-    return bool(capabilities and capabilities().get("amx_bf16", False))
+    return cpu_product_dtype() if g.device.type == "cpu" else torch.float32
 
 
 def product_precision(x: Tensor) -> str:

@@ -9,11 +9,14 @@ Shape legend:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
+from lightning_mue.kernels.workers import run_in_threads
 from lightning_mue.optim.matrices import Matrix, Pool, as_matrices, chunks, moving, write_back
 from lightning_mue.optim.neuron import normalize_rows
 from lightning_mue.optim.options import StepOptions, is_zero
@@ -21,6 +24,9 @@ from lightning_mue.optim.orthogonal.coefficients import PRESETS
 from lightning_mue.optim.orthogonal.newton_schulz import orthogonalize_chunk
 from lightning_mue.optim.precision import default_dtype, math_dtype
 from lightning_mue.optim.retraction import MatrixBatch, apply_directions
+
+#: Bytes of a matrix above which its products use all threads well by themselves, and scratch in every thread would be much.
+_LARGEST_SIDE_BY_SIDE = 16 << 20
 
 
 def muon_update(matrices: Sequence[Matrix], step: StepOptions, pool: Pool) -> None:
@@ -39,20 +45,43 @@ def muon_update(matrices: Sequence[Matrix], step: StepOptions, pool: Pool) -> No
     Args:
         matrices: Parameters of one device and dtype, whole on this rank, whose matrices all have one shape.
         step: The options, with the factor for this shape.
-        pool: Where scratch comes from; a few times `chunk_bytes` at most, for any number of matrices.
+        pool: Counts the scratch; in each thread a few times `chunk_bytes` at most, for any number of matrices.
     """
     if is_zero(step.lr):
         accumulate([item.momentum for item in matrices], [item.grad for item in matrices], step)
         return
     schedule = PRESETS[step.preset]
     dtype = step.dtype or default_dtype(matrices[0].weight)
-    for chunk in chunks(matrices):
-        u_Boi = directions(chunk, step, pool)
-        o_Boi = orthogonalize_chunk(u_Boi, schedule, dtype, pool, compile=step.compile)
-        u_Boi.copy_(o_Boi)  # converted, because elementwise work on mixed types is slower
-        normalize_rows([u_Boi], [[item.rows for item in chunk]], step.betas[1])
-        _apply(chunk, u_Boi, step)
-        pool.give(u_Boi, o_Boi)
+    batches = list(chunks(matrices))
+
+    def work(numbers: Iterable[int]) -> None:
+        own = Pool()  # a worker's
+        for number in numbers:
+            u_Boi = directions(batches[number], step, own)
+            o_Boi = orthogonalize_chunk(u_Boi, schedule, dtype, own, compile=step.compile)
+            u_Boi.copy_(o_Boi)  # converted, because elementwise work on mixed types is slower
+            normalize_rows([u_Boi], [[item.rows for item in batches[number]]], step.betas[1])
+            _apply(batches[number], u_Boi, step)
+            own.give(u_Boi, o_Boi)
+        pool.nbytes += own.nbytes
+
+    if len(batches) >= (threads := _workers(matrices[0].weight, step)):
+        run_in_threads(work, range(len(batches)), threads)
+    else:
+        work(range(len(batches)))
+
+
+def _workers(weight: Tensor, step: StepOptions) -> float:
+    """Return in how many threads to work on matrices like this one side by side; infinite for threaded operators instead.
+
+    On a CPU one thread a batch is faster than operators of many threads: what a batch needs stays in the thread's cache.
+    """
+    threads = torch.get_num_threads()
+    size = as_matrices(weight)[:1].numel() * weight.element_size()
+    compiled = step.compile or torch.compiler.is_compiling()
+    plain = type(weight) in (Tensor, Parameter)  # not of torch.func, fake, ...: their modes are a thread's own
+    fits = weight.device.type == "cpu" and threads > 1 and plain and not compiled and size <= _LARGEST_SIDE_BY_SIDE
+    return threads if fits else math.inf
 
 
 def directions(chunk: Sequence[Matrix], step: StepOptions, pool: Pool) -> Tensor:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import torch
@@ -15,7 +14,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from lightning_mue.checks import mismatch, value_error
-from lightning_mue.kernels.grouped_ffn.pytorch.scratch import borrowed
+from lightning_mue.kernels.compute_type import cpu_product_dtype
+from lightning_mue.kernels.scratch import borrowed
 
 
 def router_logits(x_Td: Tensor, weight_Ed: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ def _input_grad(dlogits_TE: Tensor, x_Td: Tensor, weight_Ed: Tensor) -> Tensor:
     """``dlogits W``, rounded once to x's type."""
     if x_Td.device.type != "cpu" or x_Td.dtype == dlogits_TE.dtype:
         return _product(dlogits_TE, weight_Ed.to(dlogits_TE.dtype)).to(x_Td.dtype)
-    if x_Td.dtype == weight_Ed.dtype == torch.bfloat16 and _multiplies_bfloat16():
+    if x_Td.dtype == weight_Ed.dtype == torch.bfloat16 and cpu_product_dtype() == torch.bfloat16:
         # dlogits as a sum of two bfloat16 numbers, 16 bits of each: what is lost is 2^-8 of the last rounding.
         n_experts = dlogits_TE.shape[1]
         pair = x_Td.new_empty(len(dlogits_TE), 2 * n_experts)
@@ -150,13 +150,6 @@ def _input_grad(dlogits_TE: Tensor, x_Td: Tensor, weight_Ed: Tensor) -> Tensor:
     with borrowed("router", dlogits_TE, x_Td.numel()) as flat:
         product_Td = torch.mm(dlogits_TE, weight_Ed.to(dlogits_TE.dtype), out=flat.view(x_Td.shape))
         return torch.empty_like(x_Td, memory_format=torch.contiguous_format).copy_(product_Td)
-
-
-@cache
-def _multiplies_bfloat16() -> bool:
-    """Whether this CPU has instructions for it, and the program may use them."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    return capability.startswith("AVX512") and torch.cpu._is_avx512_bf16_supported()
 
 
 @torch.library.register_fake("lightning_mue::router_logits")

@@ -6,9 +6,10 @@ import pytest
 import torch
 from helpers import experts
 
+from lightning_mue.kernels import scratch
 from lightning_mue.kernels.activations import ACTIVATIONS
 from lightning_mue.kernels.grouped_ffn.op import grouped_ffn_backward_op, grouped_ffn_op
-from lightning_mue.kernels.grouped_ffn.pytorch import blocks, scratch
+from lightning_mue.kernels.grouped_ffn.pytorch import blocks
 from lightning_mue.kernels.grouped_ffn.pytorch import experts as grouped_ffn
 
 Case = experts.Case

@@ -20,8 +20,8 @@ from lightning_mue.kernels.activations import ACTIVATIONS
 from lightning_mue.kernels.grouped_ffn.op import Problem
 from lightning_mue.kernels.grouped_ffn.pytorch.blocks import Cutting, plan_blocks
 from lightning_mue.kernels.grouped_ffn.pytorch.elementwise import ELEMENTWISE
-from lightning_mue.kernels.grouped_ffn.pytorch.scratch import Scratch, borrowed
-from lightning_mue.kernels.grouped_ffn.pytorch.workers import run_over_experts
+from lightning_mue.kernels.scratch import Scratch, borrowed
+from lightning_mue.kernels.workers import run_over_experts
 
 #: FLOPs of a pass below which starting the workers would cost more than they gain.
 _PARALLEL_FLOPS = 1e7

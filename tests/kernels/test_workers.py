@@ -12,10 +12,10 @@ import weakref
 import pytest
 import torch
 
+from lightning_mue.kernels import workers
 from lightning_mue.kernels.grouped_ffn.pytorch import experts as grouped_ffn
-from lightning_mue.kernels.grouped_ffn.pytorch import workers
 from lightning_mue.kernels.grouped_ffn.pytorch.elementwise import ELEMENTWISE
-from lightning_mue.kernels.grouped_ffn.pytorch.workers import run_in_threads, run_over_experts
+from lightning_mue.kernels.workers import run_in_threads, run_over_experts
 from lightning_mue.moe import MoELayer
 
 
