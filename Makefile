@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint format bench docs clean
+.PHONY: demo test test-slow lint format bench claims docs clean
 
 # mup is a test oracle; the torchvision that its metadata asks for is a CUDA build, and its code does not import it.
 # torch first and by its exact version: on the tested machines that is the CPU build, and a range takes the newest CUDA one.
@@ -38,6 +38,9 @@ bench: $(STAMP)  ## the CPU benchmarks; ratios only
 	$(BIN)/python benchmarks/callback.py
 	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/optimizer.py
+
+claims: $(STAMP)  ## what the results claim, on which processor, and whether it holds
+	$(BIN)/python benchmarks/claims.py
 
 docs: $(STAMP)  ## writes the papers' tables into docs/derivations from the code
 	$(BIN)/python -m lightning_mue.parameterizations.document

@@ -1,7 +1,7 @@
 """Coordinate checks of every rule: the slope of each layer's update against size, 4 sizes x 3 seeds each.
 
-Writes results/coordinates.md (verdicts and what they mean) and results/coordinates.csv (every slope). Real text: the standard
-library's sources. One experiment a line of EXPERIMENTS; run some of them with ``--only NAME ...``, which prints only.
+Writes results/coordinates_<processor>: .md (verdicts and what they mean), .csv (every slope) and .json (the claims). Real text: the
+standard library's sources. One experiment a line of EXPERIMENTS; run some of them with ``--only NAME ...``, which prints only.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import lightning
 import torch
-from common import RESULTS, machine
+from common import RESULTS, Claim, machine, parse, result_name, save
 from rich.console import Console
 from torch.optim import AdamW
 
@@ -212,30 +211,44 @@ def halves(check: CoordinateCheck) -> tuple[float, float]:
     return tuple(statistics.mean(abs(getattr(s, half)) for s in both) for half in ("lower", "upper"))  # type: ignore[return-value]
 
 
-def write(checks: dict[str, CoordinateCheck], seconds: float) -> None:
-    """Writes the Markdown summary and the CSV of all slopes."""
+def claims(rows: list[dict[str, Any]]) -> list[Claim]:
+    """What a rule claims stays within +-0.15, and the controls do not; diagnostics claim nothing."""
+    directions = {"claimed": "at most", "control": "at least"}
+    return [
+        Claim(f"worst slope, {row['check']} ({row['kind']})", directions[row["kind"]], 0.15, abs(row["worst slope"]))
+        for row in rows
+        if row["kind"] in directions
+    ]
+
+
+def write(checks: dict[str, CoordinateCheck], seconds: float, strict: bool) -> None:
+    """Writes the Markdown summary, the CSV of all slopes and the JSON of the claims."""
     RESULTS.mkdir(exist_ok=True)
+    name = result_name("coordinates")
     columns = ("name", "role", "quantity", "slope", "error", "lower", "upper", "decides", "status")
-    with (RESULTS / "coordinates.csv").open("w", newline="") as file:
+    with (RESULTS / f"{name}.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("experiment", *columns))
         for name, check in checks.items():
             for slope in check.slopes():
                 cells = [getattr(slope, column) for column in columns]
                 writer.writerow([name, *(f"{c:.4f}" if isinstance(c, float) else c for c in cells)])
-    (RESULTS / "coordinates.md").write_text(summary(checks, seconds))
+    (RESULTS / f"{name}.md").write_text(summary(checks, seconds))
+    worst = {check: updates(found)[0].slope for check, found in checks.items()}
+    rows = [{"check": check, "kind": EXPERIMENTS[check].kind, "worst slope": slope} for check, slope in worst.items()]
+    save(name, rows, claims, strict=strict)
 
 
 def summary(checks: dict[str, CoordinateCheck], seconds: float) -> str:
     """The summary as Markdown."""
-    where = {**machine(), "lightning": lightning.__version__}
+    where = machine()
     lines = [
         "# Coordinate checks",
         "",
         "Slope of log rms against log size after 5 steps, 4 sizes x 3 seeds, of every parameter's update and of the change of the",
         "residual stream and logits (`analysis.coordinate_check`; on the depth axis of the latter alone). A rule passes if all lie",
         "within +-0.15. Lower, upper: mean absolute slope over the smaller and the larger two sizes. Every slope:",
-        "coordinates.csv; what is learnt from it: docs/LOG.md. Made by `python benchmarks/coordinates.py` in "
+        "the .csv of the same name; what is learnt from it: docs/LOG.md. Made by `python benchmarks/coordinates.py` in "
         f"{seconds / 60:.0f} min;",
         f"{', '.join(f'{k} {v}' for k, v in where.items())}.",
         "",
@@ -262,9 +275,9 @@ def main() -> None:
     """Runs the experiments."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", nargs="*", help="names, or parts of names, of experiments")
-    only = parser.parse_args().only
+    args = parse(parser, threads=1)
+    only = args.only
     chosen = {n: e for n, e in EXPERIMENTS.items() if not only or any(part in n for part in only)}
-    torch.set_num_threads(1)
     logging.getLogger("lightning_mue").setLevel(logging.WARNING)
     checks, start = {}, time.perf_counter()
     for name, experiment in chosen.items():
@@ -273,7 +286,7 @@ def main() -> None:
         Console(width=150).print(f"\n## {name} ({time.perf_counter() - began:.0f} s)", checks[name])
     print(summary(checks, time.perf_counter() - start))
     if not only:
-        write(checks, time.perf_counter() - start)
+        write(checks, time.perf_counter() - start, args.strict)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,8 @@ from torch import Tensor
 from torch.optim._muon import _zeropower_via_newtonschulz
 
 from lightning_mue.kernels.symmetric.op import kernel_fits, symmetric_matmul, symmetric_matmul_torch
-from lightning_mue.optim import PRESETS, HyperSphereOptimizer, newton_schulz, orthogonalize
+from lightning_mue.optim import PRESETS, HyperSphereOptimizer, orthogonalize
+from lightning_mue.optim.orthogonal import newton_schulz
 
 TORCH_COEFFICIENTS, TORCH_STEPS, TORCH_EPS = (3.4445, -4.7750, 2.0315), 5, 1e-7  # torch.optim.Muon's defaults
 NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}

@@ -14,16 +14,14 @@ processor: with AMX a bfloat16 GEMM is fast once its shape has been seen, withou
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from common import RESULTS, machine, save
+from common import Claim, isa, parse, result_name, save
 from moe_peers import Loop, Transformers
 from torch import Tensor, nn
 
@@ -165,19 +163,32 @@ def geomean(rows: Sequence[dict[str, object]]) -> dict[str, object]:
     }
 
 
-def result_name() -> str:
-    """Results of different processors are not rows of one table: "moe_cpu_amd-epyc"."""
-    words = re.sub(r"\(\w+\)|processor", "", machine()["cpu"].lower())
-    return "moe_cpu_" + "-".join(re.findall(r"[a-z0-9]+", words))
+#: Speed-up over grouped_mm and over loop, geometric means, and time of the whole layer over dense, by the processor's instructions.
+FASTER = {"amx": {"float32": (1.9, 1.35), "bfloat16": (2.7, 2.1)}}
+LAYER = {"avx512bf16": {"float32": 1.15, "bfloat16": 1.5}}
 
 
-def merged(rows: list[dict[str, object]], parts: set[tuple[object, object]]) -> list[dict[str, object]]:
-    """The new rows and, of the saved ones, those of other parts."""
-    path = RESULTS / f"{result_name()}.json"
-    saved = json.loads(path.read_text())["rows"] if path.exists() else []
-    same_table = [row for row in saved if list(row) == list(rows[0])]
-    kept = [r for r in same_table if (r["dtype"], str(r["routing"]).removesuffix(", geomean")) not in parts]
-    return sorted([*kept, *rows], key=lambda r: (r["dtype"] != "float32", not str(r["routing"]).startswith("balanced")))
+def claims(rows: list[dict[str, object]]) -> list[Claim]:
+    """Of the experts and of the whole layer: geometric means over the shapes, and the worst shape against each peer."""
+    made = []
+    for row in (r for r in rows if r["routing"] == "balanced, geomean"):
+        dtype, kind = str(row["dtype"]), f"{row['dtype']}, balanced, geomean"
+        experts = {"float32": 1.30, "bfloat16": 1.8}[dtype]
+        made.append(Claim(f"time of the experts over dense, {kind}", "at most", experts, row["time / dense"]))
+        over = float(str(row["layer / dense"])) / float(str(row["time / dense"]))
+        made.append(Claim(f"time of the layer over the experts, {kind}", "at most", 1.08, over))
+        if layer := LAYER.get(isa()):
+            made.append(Claim(f"time of the layer over dense, {kind}", "at most", layer[dtype], row["layer / dense"]))
+        if faster := FASTER.get(isa()):
+            for peer, target in zip(("grouped_mm", "loop"), faster[dtype], strict=True):
+                made.append(Claim(f"speed-up over {peer}, {kind}", "at least", target, row[f"{peer} / ours"]))
+    for kind in dict.fromkeys((str(r["dtype"]), str(r["routing"])) for r in rows if "geomean" not in str(r["routing"])):
+        shapes = [r for r in rows if (r["dtype"], r["routing"]) == kind]
+        worst = min(float(str(r[f"{peer} / ours"])) for r in shapes for peer in PEERS)
+        made.append(Claim(f"speed-up over the best peer, worst shape, {', '.join(kind)}", "at least", 1.0, worst))
+        saved = max(float(str(r["saved / minimum"])) for r in shapes)
+        made.append(Claim(f"saved bytes over the least, worst shape, {', '.join(kind)}", "at most", 1.15, saved))
+    return made
 
 
 def main() -> None:
@@ -189,7 +200,7 @@ def main() -> None:
         "--only", nargs="+", type=int, default=range(len(SHAPES)), help="indices of shapes; saves nothing"
     )
     parser.add_argument("--rounds", type=int, default=9)
-    args = parser.parse_args()
+    args = parse(parser)
     rows: list[dict[str, object]] = []
     for name in args.dtypes:
         for routing in args.routings:
@@ -200,7 +211,7 @@ def main() -> None:
             rows += [*part, geomean(part)]
             print(rows[-1])
     if len(args.only) == len(SHAPES):
-        save(result_name(), merged(rows, {(d, r) for d in args.dtypes for r in args.routings}))
+        save(result_name("moe_cpu"), rows, claims, part=["dtype", "routing"], strict=args.strict)
 
 
 if __name__ == "__main__":
