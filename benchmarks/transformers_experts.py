@@ -84,7 +84,7 @@ def measure(name: str, dtype: torch.dtype, rounds: int) -> dict[str, object]:
 
 
 def compare_losses(name: str, dtype: torch.dtype) -> dict[str, object]:
-    """Largest difference of a loss over the steps, to the nearer of the built-in ones."""
+    """Largest difference of a loss over the steps, to any of the built-in ones."""
     losses = {}
     for each in (register_experts(), *BUILT_IN):
         model = build(name, dtype)

@@ -140,22 +140,12 @@ def _compute_dtype(module: Any, x: Tensor) -> torch.dtype:
 
 
 def _weights(module: Any) -> dict[str, Tensor | None]:
-    """The weights as `grouped_ffn` takes them, [E, h, d] and [E, d, h], and the biases; views.
-
-    One split, so that the gradients of gate and up become that of their tensor by one copy.
-    """
-    names = ("w_gate", "w_up", "b_gate", "b_up", "w_down", "b_down")
-    found: dict[str, Tensor | None] = dict.fromkeys(names)
+    """The weights as `grouped_ffn` takes them, gate and up fused, and the biases; views where they are transposed."""
     name = "gate_up_proj" if module.has_gate else "up_proj"
-    up = getattr(module, name)
-    up = up.mT if module.is_transposed else up
-    down = module.down_proj.mT if module.is_transposed else module.down_proj
-    bias = getattr(module, f"{name}_bias") if module.has_bias else None
-    found["w_down"], found["b_down"] = down, module.down_proj_bias if module.has_bias else None
-    if not module.has_gate:
-        found["w_up"], found["b_up"] = up, bias
-        return found
-    found["w_gate"], found["w_up"] = up.chunk(2, 1)
-    if bias is not None:
-        found["b_gate"], found["b_up"] = bias.chunk(2, 1)
+    up, down = getattr(module, name), module.down_proj
+    if module.is_transposed:
+        up, down = up.mT, down.mT
+    found: dict[str, Tensor | None] = {"w_up": up, "w_down": down, "b_up": None, "b_down": None}
+    if module.has_bias:
+        found |= {"b_up": getattr(module, f"{name}_bias"), "b_down": module.down_proj_bias}
     return found
