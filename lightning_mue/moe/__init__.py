@@ -5,8 +5,8 @@ from __future__ import annotations
 from lightning_mue.moe.balance import load_balancing_loss, router_z_loss, switch_loss, update_balance_bias
 from lightning_mue.moe.balance_callbacks import GlobalBatchBalance, LossFreeBalance
 from lightning_mue.moe.convert.replacing import transformers_state_dict
-from lightning_mue.moe.convert.transformers_state import state_dict_from_transformers, state_dict_to_transformers
 from lightning_mue.moe.convert.transformers_experts import register_experts
+from lightning_mue.moe.convert.transformers_state import state_dict_from_transformers, state_dict_to_transformers
 from lightning_mue.moe.experts import Experts
 from lightning_mue.moe.feed_forward import FeedForward
 from lightning_mue.moe.layer import MoELayer, moe_from_ffn, moe_from_transformers, replace_moe_blocks

@@ -64,7 +64,9 @@ def classes() -> dict[str, tuple[str, str]]:
         if "@use_experts_implementation" not in text:
             continue
         for node in ast.parse(text).body:
-            if isinstance(node, ast.ClassDef) and any("use_experts_impl" in ast.unparse(d) for d in node.decorator_list):
+            if isinstance(node, ast.ClassDef) and any(
+                "use_experts_impl" in ast.unparse(d) for d in node.decorator_list
+            ):
                 module = f"transformers.models.{path.parent.name}.{path.stem}"
                 found[f"{path.parent.name}/{node.name}"] = (module, node.name)
     return found
@@ -126,7 +128,9 @@ def test_every_architecture_computes_the_same_or_is_refused():
             run(module, register_experts(), *data)
 
 
-@pytest.mark.parametrize("flags", [{}, {"is_transposed": True}, {"has_bias": True}, {"has_gate": False, "has_bias": True}])
+@pytest.mark.parametrize(
+    "flags", [{}, {"is_transposed": True}, {"has_bias": True}, {"has_gate": False, "has_bias": True}]
+)
 @pytest.mark.parametrize("act", ["silu", "gelu", "gelu_pytorch_tanh", "relu2"])
 def test_layouts_biases_and_activations(flags, act):
     module = fill(toy(act, **flags).double())
@@ -236,7 +240,8 @@ def test_meta_device_and_no_tokens():
 def test_registering_twice_changes_nothing():
     register_experts()
     before = dict(ALL_EXPERTS_FUNCTIONS)
-    assert register_experts() == "lightning_mue" and dict(ALL_EXPERTS_FUNCTIONS) == before
+    assert register_experts() == "lightning_mue"
+    assert dict(ALL_EXPERTS_FUNCTIONS) == before
 
 
 @pytest.mark.parametrize("missing", ["transformers", "transformers.integrations.moe"])
@@ -249,5 +254,5 @@ def test_a_missing_interface_is_named(monkeypatch, missing):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match="^transformers: found .*, expected version 5"):
+    with pytest.raises(ImportError, match=r"^transformers: found .*, expected version 5"):
         register_experts()
