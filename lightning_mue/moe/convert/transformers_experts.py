@@ -89,7 +89,8 @@ def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
     dtype = _compute_dtype(module, hidden_states)
     parts = {name: None if t is None else t.to(dtype) for name, t in _weights(module).items()}
     w_up, w_down, b_down = parts.pop("w_up"), parts.pop("w_down"), parts.pop("b_down")
-    assert w_up is not None and w_down is not None
+    assert w_up is not None
+    assert w_down is not None
     n_experts = len(w_up)
     with autocast.disabled(hidden_states.device.type):
         ids_TK = top_k_index.clamp(max=n_experts)

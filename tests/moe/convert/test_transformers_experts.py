@@ -169,10 +169,10 @@ def test_experts_of_other_devices_count_as_zero():
 
 def test_a_wrong_gate_is_noticed():
     module, data = make("mixtral/MixtralExperts"), inputs()
+    other = copy.deepcopy(module)
+    other.act_fn = nn.GELU()
+    expected, found = run(module, "eager", *data), run(other, register_experts(), *data)
     with pytest.raises(AssertionError):
-        other = copy.deepcopy(module)
-        other.act_fn = nn.GELU()
-        expected, found = run(module, "eager", *data), run(other, register_experts(), *data)
         torch.testing.assert_close(found["y"], expected["y"], rtol=1e-3, atol=1e-3)
 
 
@@ -214,7 +214,8 @@ def test_a_model_trains_the_same(case):
             p.requires_grad_("experts" not in name)
     found = losses_and_gradients(model, register_experts(), ids, case == "autocast")
     expected = losses_and_gradients(model, "eager", ids, case == "autocast")
-    assert list(model.state_dict()) == names and len(found) == len(expected)
+    assert list(model.state_dict()) == names
+    assert len(found) == len(expected)
     tolerance = {"rtol": 2e-2, "atol": 1e-3} if case == "autocast" else {"rtol": 1e-4, "atol": 1e-6}
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, **tolerance)
@@ -234,7 +235,9 @@ def test_meta_device_and_no_tokens():
         model = mixtral(experts_implementation=register_experts())
         assert model(input_ids=torch.zeros(2, 3, dtype=torch.int64)).logits.shape == (2, 3, 20)
     found = run(make("mixtral/MixtralExperts"), register_experts(), *inputs(tokens=0))
-    assert found["y"].shape == (0, WIDTH) and not found["down_proj"].any() and not found["gate_up_proj"].any()
+    assert found["y"].shape == (0, WIDTH)
+    assert not found["down_proj"].any()
+    assert not found["gate_up_proj"].any()
 
 
 def test_registering_twice_changes_nothing():
@@ -256,3 +259,21 @@ def test_a_missing_interface_is_named(monkeypatch, missing):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r"^transformers: found .*, expected version 5"):
         register_experts()
+
+
+def test_the_page_lists_every_architecture():
+    page = (Path(__file__).parents[3] / "docs" / "transformers.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    rows = rows[1:]  # without the heading
+    named = {name: state for names, state in rows for name in names.split(", ")}
+    assert set(named) == {key.split("/")[0] for key in classes()}
+    assert {name for name, state in named.items() if state.startswith("refused")} == set(REFUSED)
+
+
+@pytest.mark.slow  # compiles
+def test_it_compiles_without_a_graph_break():
+    module, data = make("mixtral/MixtralExperts", torch.float32), inputs(torch.float32)
+    expected = run(module, "eager", *data)
+    module.config._experts_implementation = register_experts()
+    found = torch.compile(module, backend="aot_eager", fullgraph=True)(*data[:3])
+    torch.testing.assert_close(found, expected["y"], rtol=1e-5, atol=1e-5)
