@@ -88,7 +88,7 @@ def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
     activation = _activation(module)
     dtype = _compute_dtype(module, hidden_states)
     parts = {name: None if t is None else t.to(dtype) for name, t in _weights(module).items()}
-    w_up, w_down, b_down = parts.pop("w_up"), parts.pop("w_down"), parts.pop("b_down")
+    w_up, w_down, b_up, b_down = (parts[name] for name in ("w_up", "w_down", "b_up", "b_down"))
     assert w_up is not None
     assert w_down is not None
     n_experts = len(w_up)
@@ -96,7 +96,7 @@ def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
         ids_TK = top_k_index.clamp(max=n_experts)
         gates_TK = top_k_weights.to(torch.promote_types(dtype, torch.float32))
         plan = plan_dispatch(ids_TK, count_by_expert(ids_TK, n_experts)[0])
-        y = grouped_ffn(hidden_states.to(dtype), gates_TK, w_up, w_down, plan, activation=activation, **parts)
+        y = grouped_ffn(hidden_states.to(dtype), gates_TK, w_up, w_down, plan, b_up=b_up, activation=activation)
         if b_down is not None:  # sum_k gate_tk * b_down_e, as a product with the gates of all experts
             zeros = gates_TK.new_zeros(len(gates_TK), n_experts + 1)
             gates_TE = zeros.scatter_add(1, ids_TK, gates_TK)[:, :n_experts]

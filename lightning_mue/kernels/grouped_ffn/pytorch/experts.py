@@ -11,6 +11,7 @@ first), else 1. A trailing 1 is a column.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -151,7 +152,9 @@ class _Backward(_Pass):
     def __init__(self, p: Problem, dy: Tensor, z: Tensor, weights: bool) -> None:
         # Gradients of fused weights are views of one tensor: joining them afterwards costs 15 % of a training step.
         self.results = [torch.empty_like(t) for t in p.trained[2:]] if weights else []
-        whole = dict(zip([n for n in _WEIGHTS if getattr(p, n) is not None], self.results, strict=False))
+        whole: dict[str, Any] = dict(
+            zip([n for n in _WEIGHTS if getattr(p, n) is not None], self.results, strict=False)
+        )
         views = p._replace(**whole).separated()._asdict() if weights else {}
         p = p.separated()
         super().__init__(p)
