@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # for type checkers and editors; tests/test_package.py compar
     from lightning_mue.moe import MoELayer as MoELayer
     from lightning_mue.moe import clip_grad_norm as clip_grad_norm
     from lightning_mue.moe import parallelize_experts as parallelize_experts
+    from lightning_mue.moe import register_experts as register_experts
     from lightning_mue.moe import replace_moe_blocks as replace_moe_blocks
     from lightning_mue.optim import HyperSphereOptimizer as HyperSphereOptimizer
     from lightning_mue.parameterizations import ScalingPlan as ScalingPlan
@@ -70,6 +71,7 @@ _PUBLIC = {
     "parallelize_experts": "moe",
     "param_groups": "parameterizations",
     "plan": "parameterizations",
+    "register_experts": "moe",
     "replace_moe_blocks": "moe",
     "save_base": "parameterizations",
     "verify_plan": "parameterizations.verifying.verify",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lightning_mue.moe.balance import load_balancing_loss, router_z_loss, switch_loss, update_balance_bias
 from lightning_mue.moe.balance_callbacks import GlobalBatchBalance, LossFreeBalance
 from lightning_mue.moe.convert.replacing import transformers_state_dict
+from lightning_mue.moe.convert.transformers_experts import register_experts
 from lightning_mue.moe.convert.transformers_state import state_dict_from_transformers, state_dict_to_transformers
 from lightning_mue.moe.experts import Experts
 from lightning_mue.moe.feed_forward import FeedForward
@@ -29,6 +30,7 @@ __all__ = [
     "moe_from_transformers",
     "parallelize_experts",
     "real_tokens",
+    "register_experts",
     "replace_moe_blocks",
     "router_z_loss",
     "state_dict_from_transformers",

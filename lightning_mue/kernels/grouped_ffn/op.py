@@ -33,8 +33,8 @@ class Problem(NamedTuple):
     Attributes:
         x: [T, d].
         gates: [T, K], or [S] where `bags` is given; float32, or float64 if x is. Of assignments, not of rows.
-        w_gate: [E, h, d], of x's dtype; None if not gated.
-        w_up: [E, h, d], of x's dtype.
+        w_gate: [E, h, d], of x's dtype; None if not gated, or fused.
+        w_up: [E, h, d], of x's dtype; fused, [E, 2h, d]: gate first. So is b_up then, [E, 2h].
         w_down: [E, d, h], of x's dtype.
         b_gate: [E, h], of x's dtype, or None.
         b_up: [E, h], of x's dtype, or None.
@@ -64,6 +64,18 @@ class Problem(NamedTuple):
     def plan(self) -> DispatchPlan:
         """The indices, together."""
         return DispatchPlan(self.order, self.inverse, self.tokens, self.offsets, self.bags)
+
+    @property
+    def fused(self) -> bool:
+        """Whether `w_up` and `b_up` hold those of the gate too."""
+        return self.w_gate is None and ACTIVATIONS[self.activation].gated
+
+    def separated(self) -> Problem:
+        """The same, with views of fused tensors as tensors of their own."""
+        if not self.fused:
+            return self
+        (w_gate, w_up), biases = self.w_up.chunk(2, 1), (None, None) if self.b_up is None else self.b_up.chunk(2, 1)
+        return self._replace(w_gate=w_gate, w_up=w_up, b_gate=biases[0], b_up=biases[1])
 
     @property
     def up(self) -> list[tuple[Tensor, Tensor | None]]:
@@ -102,7 +114,7 @@ def grouped_ffn(
         w_up: [E, h, d].
         w_down: [E, d, h].
         plan: From `plan_dispatch`.
-        w_gate: [E, h, d]; given exactly if the activation is gated.
+        w_gate: [E, h, d]; for gated activations only. Without it, w_up is [E, 2h, d] there, and b_up [E, 2h]: gate first.
         b_gate: [E, h] or None.
         b_up: [E, h] or None.
         activation: A key of `ACTIVATIONS`.
@@ -128,13 +140,18 @@ def _check(p: Problem) -> None:
     """Raise unless types and shapes match: otherwise a kernel would read outside its tensors."""
     require_choice("activation", p.activation, ACTIVATIONS)
     gated = ACTIVATIONS[p.activation].gated
-    if gated != (p.w_gate is not None) or (not gated and p.b_gate is not None):
-        found, expected = ("no w_gate", "w_gate") if gated else ("w_gate or b_gate", "neither")
+    if (p.w_gate is not None and not gated) or (p.w_gate is None and p.b_gate is not None):
+        found, expected = ("b_gate without w_gate", "both") if gated else ("w_gate or b_gate", "neither")
         expected, do = f"{expected} for {p.activation!r}", "Pass them for gated activations, and only for those."
         raise value_error("activation", found=found, expected=expected, do=do)
     if p.x.ndim != 2 or p.w_up.ndim != 3:
         found = f"shapes {list(p.x.shape)} and {list(p.w_up.shape)}"
         raise value_error("x and w_up", found=found, expected="[T, d] and [E, h, d]")
+    if p.fused:
+        if p.w_up.shape[1] % 2:
+            expected = "an even number of rows, gate and up, where there is no w_gate"
+            raise value_error("w_up", found=f"shape {list(p.w_up.shape)}", expected=expected, do="Pass w_gate too.")
+        return _check(p.separated())
     (n_experts, hidden, _), (n_tokens, width) = p.w_up.shape, p.x.shape
     up, bias = (n_experts, hidden, width), (n_experts, hidden)
     places = (n_tokens, p.inverse.shape[-1]) if p.bags is None else p.order.shape
@@ -200,7 +217,7 @@ def grouped_ffn_op(
 ) -> tuple[Tensor, Tensor]:
     """Return y [T, d] and the pre-activations [G, S, h] for the backward pass (without rows unless `keep`)."""
     problem = Problem(x, gates, w_gate, w_up, w_down, b_gate, b_up, order, inverse, tokens, offsets, bags, activation)
-    y, z = implementation("grouped_ffn", backend).forward(problem, keep)
+    y, z = implementation("grouped_ffn", backend).forward(problem.separated(), keep)
     return y, z
 
 
@@ -229,14 +246,19 @@ def grouped_ffn_backward_op(
     Those of an expert without rows are zero. A gate's gradient is <a, dy W_down>, so the experts' outputs need not be kept.
     """
     problem = Problem(x, gates, w_gate, w_up, w_down, b_gate, b_up, order, inverse, tokens, offsets, bags, activation)
-    return list(implementation("grouped_ffn", backend).backward(problem, dy.contiguous(), z, weights))
+    module = implementation("grouped_ffn", backend)
+    if backend == "torch" or not problem.fused:
+        return list(module.backward(problem, dy.contiguous(), z, weights))
+    grads = list(module.backward(problem.separated(), dy.contiguous(), z, weights))  # which write no fused gradients
+    joined = [torch.cat(grads[2:4], 1), grads[4]] if weights else []
+    return grads[:2] + joined + ([torch.cat(grads[5:7], 1)] if weights and b_up is not None else [])
 
 
 @grouped_ffn_op.register_fake
 def _(*args: Any) -> tuple[Tensor, Tensor]:
     problem, keep = Problem(*args[:13]), args[14]
     rows = problem.order.shape[0] if keep else 0
-    return torch.empty_like(problem.x), problem.x.new_empty(len(problem.up), rows, problem.w_up.shape[1])
+    return torch.empty_like(problem.x), problem.x.new_empty(len(problem.separated().up), rows, problem.w_down.shape[2])
 
 
 @grouped_ffn_backward_op.register_fake
@@ -263,10 +285,12 @@ grouped_ffn_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.lightning_mue.grouped_ffn)
-def _forward_flops(x: Any, gates: Sequence[int], w_gate: Any, w_up: Sequence[int], *args: Any, **kwargs: Any) -> int:
+def _forward_flops(
+    x: Any, gates: Sequence[int], w_gate: Any, w_up: Sequence[int], w_down: Sequence[int], *args: Any, **kwargs: Any
+) -> int:
     """One product more if gated; two FLOPs a multiply-add. The arguments of a FLOP formula are shapes."""
     rows = gates[0] * (gates[1] if len(gates) == 2 else 1)
-    return (6 if w_gate is not None else 4) * rows * w_up[1] * w_up[2]
+    return 2 * rows * w_up[2] * (w_up[1] * (2 if w_gate is not None else 1) + w_down[2])
 
 
 @register_flop_formula(torch.ops.lightning_mue.grouped_ffn_backward)

@@ -1,0 +1,152 @@
+"""The experts of transformers' own models computed by this package's kernels: ``experts_implementation="lightning_mue"``.
+
+transformers 5 looks up by name what computes a model's experts, each time that they run. Modules, parameters and state dicts
+stay as they are. What the kernels cannot compute is refused before anything is computed.
+
+Shape legend: T tokens, K experts per token, E experts, d width, h expert hidden width.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mue.checks import mismatch, type_error, value_error
+from lightning_mue.kernels.dispatch.op import count_by_expert, plan_dispatch
+from lightning_mue.kernels.grouped_ffn.op import grouped_ffn
+from lightning_mue.moe import autocast
+
+#: The value of `experts_implementation`.
+NAME = "lightning_mue"
+
+#: Activations by the name of their function or class, as transformers' ACT2FN makes them: gated and not gated (None: no kernel).
+_ACTIVATIONS: dict[str, tuple[str | None, str | None]] = {
+    "silu": ("swiglu", None),
+    "SiLU": ("swiglu", None),
+    "SiLUActivation": ("swiglu", None),
+    "GELUActivation": ("geglu", "gelu"),
+    "GELUTanh": ("geglu-tanh", "gelu-tanh"),
+    "NewGELUActivation": ("geglu-tanh", "gelu-tanh"),
+    "ReLU": (None, "relu"),
+    "ReLUSquaredActivation": (None, "relu2"),
+}
+_OTHER = "Use experts_implementation='grouped_mm' or 'eager' for this model."
+
+
+def register_experts() -> str:
+    """Make this package's kernels an experts implementation of transformers, by the name "lightning_mue".
+
+    Call it before a model is given the name: in `from_pretrained`, `from_config` or `set_experts_implementation`, which
+    also changes models that exist. Calling it again changes nothing.
+
+    Returns:
+        The name.
+
+    Raises:
+        ImportError: transformers is not installed, or is older than the interface (5.0).
+
+    Example:
+        >>> from transformers import MixtralConfig, MixtralForCausalLM
+        >>> sizes = dict(hidden_size=8, intermediate_size=8, num_attention_heads=2, num_key_value_heads=2, vocab_size=9)
+        >>> model = MixtralForCausalLM(MixtralConfig(num_hidden_layers=1, num_local_experts=4, **sizes))
+        >>> model.set_experts_implementation(register_experts())
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        do = "Install it: pip install 'transformers>=5'."
+        raise ImportError(mismatch("transformers", found="no such package", expected="version 5", do=do)) from error
+    try:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    except ImportError as error:
+        do = "Upgrade it (pip install -U 'transformers>=5'), or replace the model's blocks with replace_moe_blocks(model)."
+        expected = "version 5, whose experts have an interface"
+        raise ImportError(mismatch("transformers", found=transformers.__version__, expected=expected, do=do)) from error
+    ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+    return NAME
+
+
+def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """What transformers calls in place of an experts module's own forward.
+
+    Args:
+        module: Of a class that transformers' `use_experts_implementation` decorates.
+        hidden_states: [T, d].
+        top_k_index: int64 [T, K], in [0, E); E or more: an expert on another device, which counts as zero.
+        top_k_weights: [T, K], of any floating type.
+
+    Returns:
+        [T, d], of the type of `hidden_states`.
+
+    Raises:
+        ValueError: The kernels do not have this module's activation, gate or norm.
+        TypeError: Its weights are not of a floating type that the kernels have.
+    """
+    activation = _activation(module)
+    dtype = _compute_dtype(module, hidden_states)
+    parts = {name: None if t is None else t.to(dtype) for name, t in _weights(module).items()}
+    w_up, w_down, b_up, b_down = (parts[name] for name in ("w_up", "w_down", "b_up", "b_down"))
+    assert w_up is not None
+    assert w_down is not None
+    n_experts = len(w_up)
+    with autocast.disabled(hidden_states.device.type):
+        ids_TK = top_k_index.clamp(max=n_experts)
+        gates_TK = top_k_weights.to(torch.promote_types(dtype, torch.float32))
+        plan = plan_dispatch(ids_TK, count_by_expert(ids_TK, n_experts)[0])
+        y = grouped_ffn(hidden_states.to(dtype), gates_TK, w_up, w_down, plan, b_up=b_up, activation=activation)
+        if b_down is not None:  # sum_k gate_tk * b_down_e, as a product with the gates of all experts
+            zeros = gates_TK.new_zeros(len(gates_TK), n_experts + 1)
+            gates_TE = zeros.scatter_add(1, ids_TK, gates_TK)[:, :n_experts]
+            y = y + (gates_TE @ b_down.to(gates_TE.dtype)).to(dtype)
+    return y.to(hidden_states.dtype)
+
+
+def _activation(module: Any) -> str:
+    """The kernels' name of what the module computes between its two products; raises where they have none."""
+    from transformers.integrations.moe import _default_apply_gate
+
+    name = type(module).__name__
+    if module.has_post_expert_norm:
+        raise value_error(name, found="a norm after each expert", expected="none", do=_OTHER)
+    if module.has_gate and type(module)._apply_gate is not _default_apply_gate:
+        found = "a gate of its own (_apply_gate), such as a clamped one"
+        raise value_error(name, found=found, expected="act_fn(gate) * up", do=_OTHER)
+    if module.has_gate and not module.is_concatenated:
+        raise value_error(name, found="gate and up interleaved", expected="one after the other", do=_OTHER)
+    function = module.act_fn
+    key = getattr(function, "__name__", type(function).__name__)
+    gated, plain = _ACTIVATIONS.get(key, (None, None))
+    if isinstance(function, nn.GELU):
+        gated, plain = ("geglu-tanh", "gelu-tanh") if function.approximate == "tanh" else ("geglu", "gelu")
+    chosen = gated if module.has_gate else plain
+    if chosen is None:
+        kind, index = ("gated", 0) if module.has_gate else ("not gated", 1)
+        known = ", ".join(sorted({pair[index] or "" for pair in _ACTIVATIONS.values()} - {""}))
+        raise value_error(name, found=f"act_fn {key}, {kind}", expected=f"one of {known}", do=_OTHER)
+    return chosen
+
+
+def _compute_dtype(module: Any, x: Tensor) -> torch.dtype:
+    """The type of the products: autocast's, else the weights', as in transformers' own implementations."""
+    dtype: torch.dtype = module.down_proj.dtype
+    if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        name = re.sub("^torch.", "", str(dtype))
+        expected = "float64, float32, bfloat16 or float16"
+        raise type_error(f"{type(module).__name__}.down_proj", found=name, expected=expected, do=_OTHER)
+    wanted = autocast.compute_dtype(x)
+    return dtype if wanted is None or dtype == torch.float64 else wanted
+
+
+def _weights(module: Any) -> dict[str, Tensor | None]:
+    """The weights as `grouped_ffn` takes them, gate and up fused, and the biases; views where they are transposed."""
+    name = "gate_up_proj" if module.has_gate else "up_proj"
+    up, down = getattr(module, name), module.down_proj
+    if module.is_transposed:
+        up, down = up.mT, down.mT
+    found: dict[str, Tensor | None] = {"w_up": up, "w_down": down, "b_up": None, "b_down": None}
+    if module.has_bias:
+        found |= {"b_up": getattr(module, f"{name}_bias"), "b_down": module.down_proj_bias}
+    return found
