@@ -9,7 +9,6 @@ Shape legend:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -65,23 +64,22 @@ def muon_update(matrices: Sequence[Matrix], step: StepOptions, pool: Pool) -> No
             own.give(u_Boi, o_Boi)
         pool.nbytes += own.nbytes
 
-    if len(batches) >= (threads := _workers(matrices[0].weight, step)):
+    threads = torch.get_num_threads()
+    if 1 < threads <= len(batches) and _fits_a_thread(matrices[0].weight, step):
         run_in_threads(work, range(len(batches)), threads)
     else:
         work(range(len(batches)))
 
 
-def _workers(weight: Tensor, step: StepOptions) -> float:
-    """Return in how many threads to work on matrices like this one side by side; infinite for threaded operators instead.
+def _fits_a_thread(weight: Tensor, step: StepOptions) -> bool:
+    """Whether to work on matrices like this one side by side, with operators of one thread each.
 
-    On a CPU one thread a batch is faster than operators of many threads: what a batch needs stays in the thread's cache.
+    On a CPU that is faster than operators of many threads: what a batch needs stays in the caches of one core.
     """
-    threads = torch.get_num_threads()
     size = as_matrices(weight)[:1].numel() * weight.element_size()
     compiled = step.compile or torch.compiler.is_compiling()
-    plain = type(weight) in (Tensor, Parameter)  # not of torch.func, fake, ...: their modes are a thread's own
-    fits = weight.device.type == "cpu" and threads > 1 and plain and not compiled and size <= _LARGEST_SIDE_BY_SIDE
-    return threads if fits else math.inf
+    plain = type(weight) in (Tensor, Parameter)  # not fake, of torch.func, ...: their modes are a thread's own
+    return weight.device.type == "cpu" and plain and not compiled and size <= _LARGEST_SIDE_BY_SIDE
 
 
 def directions(chunk: Sequence[Matrix], step: StepOptions, pool: Pool) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 
 try:  # Triton 3.4 and newer
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -93,7 +94,10 @@ def multiprocessors(device: torch.device) -> int:
 @lru_cache
 def shared_memory(device: torch.device) -> int:
     """Return the bytes of shared memory that a block may have; where nothing is compiled for a device, those of an H100."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else _WIDE
+    if device.type != "cuda":
+        return _WIDE
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
 def is_wide(shared: int) -> bool:
