@@ -4,7 +4,7 @@
 
 Newton-Schulz iterations consist of them: the Gram product `X X^T`, and products of polynomials in it, which commute and so
 are symmetric again. A GPU kernel (triton.py) computes the lower triangle and stores it twice. Elsewhere plain
-PyTorch computes the full product, because CPU libraries have no batched kernel for a triangle.
+PyTorch computes the full product; on a CPU, where matrices are large, by blocks of rows of the lower triangle.
 
 Shape legend: B matrices, n rows and columns of the result, k the inner dimension.
 """
@@ -21,6 +21,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from lightning_mue.checks import mismatch, type_error, value_error
 
+_BLOCK_ROWS = 128
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -31,7 +32,8 @@ def symmetric_matmul(
 
     On CUDA (compute capability 8.0 and newer, Triton installed; float16, bfloat16, float32) only the lower triangle is
     computed, with float32 sums, and the result is symmetric bit by bit. Of a product that is not symmetric it holds the
-    lower triangle twice. Everywhere else `symmetric_matmul_torch` computes all of it: symmetric up to rounding.
+    lower triangle twice. On a CPU the same is done in blocks, where `beta` is 0 and the matrices are large. Everywhere else
+    `symmetric_matmul_torch` computes all of it: symmetric up to rounding.
 
     The kernel times a few tilings at the first call of a size, which waits for the device; LIGHTNING_MUE_AUTOTUNE=0 turns
     that off, and while a CUDA graph is captured a fixed tiling is taken. Products of float32 follow
@@ -54,6 +56,8 @@ def symmetric_matmul(
         RuntimeError: If an argument requires a gradient (outside `torch.no_grad()`).
     """
     out = _prepare(a, b, c, beta, out)
+    if a.device.type == "cpu" and not beta and _pays_in_blocks(a) and not torch.compiler.is_compiling():
+        return _in_blocks(a, b, alpha, out)
     if not kernel_fits(a):
         return _product(a, b, c, alpha, beta, out)
     torch.ops.lightning_mue.symmetric_matmul.default(a, b, c if beta else None, alpha, beta, out)
@@ -91,6 +95,27 @@ def kernel_fits(a: Tensor) -> bool:
 def _product(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, out: Tensor) -> Tensor:
     # Written to `out`, a product keeps its type under autocast. With beta = 0 torch does not read its first argument.
     return torch.baddbmm(out if c is None or not beta else c, a, b, alpha=alpha, beta=beta, out=out)
+
+
+def _pays_in_blocks(a: Tensor) -> bool:
+    """Whether blocks of a triangle take less time than one product.
+
+    On an AMD EPYC 27 % less for 512 x 1408 in bfloat16, 15 % for 512 x 512 in float32, nothing for 512 x 512 in bfloat16.
+    """
+    n, k = a.shape[1:]
+    return n >= 4 * _BLOCK_ROWS and n * k * a.element_size() >= 1 << 20
+
+
+def _in_blocks(a: Tensor, b: Tensor, alpha: float, out: Tensor) -> Tensor:
+    """The lower triangle, mirrored: symmetric bit by bit outside the blocks on the diagonal."""
+    n = a.shape[1]
+    for a_nk, b_kn, out_nn in zip(a, b, out, strict=True):
+        for start in range(0, n, _BLOCK_ROWS):
+            stop = min(start + _BLOCK_ROWS, n)
+            rows = out_nn[start:stop, :stop]
+            torch.addmm(rows, a_nk[start:stop], b_kn[:, :stop], alpha=alpha, beta=0, out=rows)
+            out_nn[:start, start:stop] = rows[:, :start].T
+    return out
 
 
 def _prepare(a: Tensor, b: Tensor, c: Tensor | None, beta: float, out: Tensor | None) -> Tensor:

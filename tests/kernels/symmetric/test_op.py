@@ -50,6 +50,37 @@ def test_product_on_the_cpu(function, dtype):
     assert (power.double() - exact).norm() <= 3 * ERRORS[dtype] * exact.norm()
 
 
+@pytest.mark.parametrize("dtype", ERRORS)
+@pytest.mark.parametrize(("n", "k"), [(128, 20), (300, 40), (257, 7)])
+def test_large_products_on_the_cpu_go_by_blocks(monkeypatch, dtype, n, k):
+    monkeypatch.setattr(symmetric, "_pays_in_blocks", lambda a: True)
+    a, b, c = batch(n, k, dtype)
+    out = torch.full((3, n, 2 * n), torch.nan, dtype=dtype)[:, :, ::2]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert symmetric_matmul(a, b, alpha=-0.5, out=out) is out
+    exact = -0.5 * a.double() @ b.double()
+    assert (out.double() - exact).norm() <= ERRORS[dtype] * exact.norm()
+    blocks = torch.arange(n) // symmetric._BLOCK_ROWS
+    mirrored = blocks[:, None] != blocks
+    assert torch.equal(out[:, mirrored], out.mT[:, mirrored])
+    # Of a product that is not symmetric the lower triangle counts.
+    other = torch.randn(3, k, n).to(dtype)
+    ours, full = symmetric_matmul(a, other), symmetric_matmul_torch(a, other)
+    lower = blocks[:, None] >= blocks
+    assert (ours - full)[:, lower].double().norm() <= 2 * ERRORS[dtype] * full.double().norm()
+    assert not mirrored.any() or (ours - full)[:, ~lower].double().norm() > 0.1 * full.double().norm()
+    assert torch.equal(symmetric_matmul(a, b, c, beta=1.0), symmetric_matmul_torch(a, b, c, beta=1.0))
+
+
+def test_blocks_pay_for_large_matrices_only():
+    def pays(n, k, dtype):
+        return symmetric._pays_in_blocks(torch.empty(1, n, k, dtype=dtype, device="meta"))
+
+    large = [(512, 1408, torch.bfloat16), (1024, 1024, torch.bfloat16), (512, 512, torch.float32)]
+    assert all(pays(*case) for case in large)
+    assert not any(pays(*case) for case in [(512, 512, torch.bfloat16), (64, 1 << 20, torch.float32)])
+
+
 @pytest.mark.parametrize("dtype", symmetric._KERNEL_DTYPES)
 def test_kernel_and_twin_agree(with_kernel, device, dtype):
     a, b, c = batch(dtype=dtype, device=device)
