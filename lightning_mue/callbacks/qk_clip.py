@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_mue.callbacks.monitors.probes import first_tensor
 from lightning_mue.callbacks.qk_weights import QueryKeyRows, WeightRows, find_attentions, hidden_keys, torch_heads
-from lightning_mue.checks import listed, require_number
+from lightning_mue.checks import listed, require_number, value_error
 from lightning_mue.contract import is_attention_core
 from lightning_mue.diagnostics.zvalue import attention_max_logits
 from lightning_mue.moe.passes import records_gradients
@@ -29,7 +29,7 @@ class _Attention:
     def __init__(self, name: str, module: nn.Module, rows: QueryKeyRows) -> None:
         self.name, self.module, self.rows = name, module, rows
         self.largest_N: Tensor | None = None
-        self.heads = 1  # known from the first forward on
+        self.seen = self.stepped = False
         is_core = is_attention_core(module)
         self.handle = module.register_forward_hook(self._of_core if is_core else self._of_torch, with_kwargs=True)
 
@@ -58,7 +58,7 @@ class _Attention:
             self._add(attention_max_logits(q, k, q.shape[-1] ** -0.5, causal=False, hidden=mask))
 
     def _add(self, largest_N: Tensor) -> None:
-        self.heads = len(largest_N)
+        self.seen = True
         self.largest_N = largest_N if self.largest_N is None else torch.maximum(self.largest_N, largest_N)
 
 
@@ -76,7 +76,13 @@ class QKClip(Callback):
     Logits are those of causal modules with ``mue_attention_core`` beside weights called ``w_q`` and ``w_k`` (or ``q_proj``,
     ``k_proj``, and other usual names), and of ``nn.MultiheadAttention``. They cost a product of queries and keys more a step, in
     blocks. Attentions that normalize their queries or keys are left out, as their logits do not follow the weights; what else is
-    left out is named in a warning when training begins. Under DDP the largest logits of all ranks count.
+    left out is named in a warning when training begins, and after the first step what no forward was seen of.
+
+    Under DDP the largest logits of all ranks count, also where only some ranks had any. All ranks must hold the same attentions,
+    in replicas, and step them together: that they have the same names and sizes is checked when training begins.
+
+    Compiled code does not run hooks that are added after it was made. So where attentions are compiled, ``torch.compiler.reset()``
+    is called when training begins, and the first step compiles again, with them.
 
     Metrics, at the Trainer's logging steps: ``qk_clip/clipped``, the heads clipped since the last logged step, and
     ``qk_clip/max_logit``, the largest logit of the last step.
@@ -87,7 +93,7 @@ class QKClip(Callback):
         threshold: Largest logit that is left alone.
 
     Raises:
-        ValueError: If ``threshold`` is not positive.
+        ValueError: If ``threshold`` is not positive, or (when training begins) ranks hold different attentions.
         TypeError: If it is not a number.
     """
 
@@ -96,6 +102,7 @@ class QKClip(Callback):
         self.threshold = float(threshold)
         self.clipped = 0
         self._logged, self._largest = 0, 0.0
+        self._shared = self._told = False
         self._attentions: list[_Attention] = []
         self._handles: list[Any] = []
 
@@ -115,11 +122,24 @@ class QKClip(Callback):
         if left_out or not found:
             do = "Their logits are not bounded by this callback." if left_out else "It does nothing."
             rank_zero_warn(f"QKClip leaves out {listed(left_out, 'every module: it found no attention')}. {do}")
+        self._shared, self._told = trainer.world_size > 1 and torch.distributed.is_initialized(), False
+        if self._shared:
+            _check_ranks({a.name: [tuple(each.tensor.shape) for each in a.rows.queries] for a in self._attentions})
+        if self._attentions and _is_compiled(pl_module):
+            torch.compiler.reset()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log how many heads were clipped."""
+        """Log how many heads were clipped; tell once of attentions whose logits no hook saw."""
+        if not self._told and any(attention.stepped for attention in self._attentions):
+            self._told = True
+            if unseen := [a.name for a in self._attentions if a.stepped and not a.seen]:
+                rank_zero_warn(
+                    f"QKClip: found no forward of {listed(unseen)} before the optimizer's first step, expected one of every "
+                    "attention. Its logits are not bounded until a hook sees them: call the module itself, not its `forward`, "
+                    "and compile functions that call it after training began."
+                )
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
         if self._attentions and every and trainer.global_step % every == 0:
             metrics = {"qk_clip/clipped": float(self.clipped - self._logged), "qk_clip/max_logit": self._largest}
@@ -150,11 +170,11 @@ class QKClip(Callback):
         return clip
 
     def _clip(self, attention: _Attention, optimizer: Optimizer) -> None:
-        largest_N, attention.largest_N = attention.largest_N, None
-        if largest_N is None:  # no training forward on this rank since the last step
-            largest_N = torch.zeros(attention.heads, device=attention.rows.queries[0].tensor.device)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(largest_N, op=torch.distributed.ReduceOp.MAX)
+        largest_N, attention.largest_N, attention.stepped = attention.largest_N, None, True
+        if self._shared:
+            largest_N = _over_ranks(largest_N, attention.rows.queries[0])
+        if largest_N is None:  # no training forward since the last step
+            return
         top = float(largest_N.max())
         self._largest = max(self._largest, top)
         if not top > self.threshold:  # also where it is NaN
@@ -197,3 +217,35 @@ def _norms(tensor: Tensor, optimizer: Optimizer, radius: Tensor) -> Tensor:
 def _holds(optimizer: Optimizer, rows: QueryKeyRows) -> bool:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     return all(id(each.tensor) in held for each in (rows.queries[0], rows.keys[0]))
+
+
+def _over_ranks(largest_N: Tensor | None, queries: WeightRows) -> Tensor | None:
+    """The largest logits of all ranks; None if no rank has any.
+
+    A rank without a forward does not know the number of heads, so all send one number for each row of the query weight.
+    """
+    sent = torch.full((1 + queries.stop - queries.start,), float("-inf"), device=queries.tensor.device)
+    if largest_N is not None:
+        sent[0] = len(largest_N)
+        sent[1 : 1 + len(largest_N)] = largest_N
+    torch.distributed.all_reduce(sent, op=torch.distributed.ReduceOp.MAX)
+    return sent[1 : 1 + int(sent[0])] if sent[0] > 0 else None
+
+
+def _check_ranks(own: dict[str, list[tuple[int, ...]]]) -> None:
+    """Refuse, on all ranks, ranks with different attentions: the wrong logits would be compared, or ranks wait for ever."""
+    ranks: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(ranks, own)
+    for rank, other in enumerate(ranks):
+        if other != ranks[0]:
+            names = sorted(name for name in {*other, *ranks[0]} if other.get(name) != ranks[0].get(name))
+            found = f"{listed(names)} of other sizes, or only on one of ranks 0 and {rank}"
+            expected = "the same attentions, in replicas, on all ranks"
+            do = "Leave the callback out where ranks hold different layers, or parts of heads."
+            raise value_error("QKClip", found=found, expected=expected, do=do)
+
+
+def _is_compiled(module: LightningModule) -> bool:
+    """Whether the module, a part of it, or its steps (`torch.compile(module)` by Lightning) are compiled."""
+    compiled = (hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in module.modules())
+    return getattr(module, "_compiler_ctx", None) is not None or any(compiled)

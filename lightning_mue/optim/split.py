@@ -20,15 +20,20 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from lightning_mue.checks import listed, type_error, value_error
-from lightning_mue.names import plain_name
+from lightning_mue.names import clean_name, plain_name
 from lightning_mue.optim.matrices import Matrix
 from lightning_mue.parameterizations.reading.parameters import list_parameters, named_tensors
 from lightning_mue.parameterizations.reading.roles.queries import FUSED_QUERIES, read_queries
 from lightning_mue.parameterizations.reading.roles.role_names import name_roles
 
-_GATE_UP = re.compile(r"(gate_?up(_proj)?|gate_and_up(_proj)?|w_?13|w12|up_?gate(_proj)?)", re.IGNORECASE)
-#: Names under which some models keep q, k and v of one head after the other, or group by group.
-_OF_SEVERAL_ORDERS = re.compile(r"query_key_value", re.IGNORECASE)
+#: Names of matrices that may hold several: queries, keys, values; gate and up.
+_FUSED = re.compile(
+    r"(to_|w_?|in_)?q?_?kv(_(a_|b_)?proj|_lin(ear)?)?(_with_mqa)?|kv_[ab]_proj(_with_mqa)?|(query_)?key_value|in_proj|attn"
+    r"|queries_keys_values|keys_values|gate_?up(_proj)?|gate_and_up(_proj)?|up_?gate(_proj)?|w_?13|w_?12",
+    re.IGNORECASE,
+)
+#: Packages of whose layers `read_queries` knows the order of q, k and v.
+_READ = ("torch.nn.", "transformers.models.", "litgpt.", "lightning_mue.")
 _FORMS = (
     '"auto", a number of equal parts, a list of sizes, or one of {"rows": ...}, {"columns": ...}, {"heads": number}'
 )
@@ -143,7 +148,10 @@ def part_views(item: Matrix, cut: PartBounds) -> list[Matrix]:
 
 
 def infer_split(name: str | None, param: Tensor, shapes: Mapping[str, Sequence[int]]) -> tuple[Any, str | None]:
-    """Decide how a matrix is split with `split="auto"`: by its attribute `mue_split`, else by its name and shape.
+    """Decide how a matrix is split with `split="auto"`: by its attribute `mue_split`, else by a name with one known layout.
+
+    A wrong cut is worse than none and cannot be seen, so a name that models use for several layouts is left whole: `qkv`
+    with rows [3 d] may be q, k, v in turn, head by head, or of grouped queries.
 
     Args:
         name: The parameter's dotted name, or None.
@@ -151,15 +159,29 @@ def infer_split(name: str | None, param: Tensor, shapes: Mapping[str, Sequence[i
         shapes: Shapes of all parameters, by name; the layer down of a stack of experts tells rows from columns.
 
     Returns:
-        The split or None, and why a matrix whose name says that it is fused is left whole.
+        The split or None, and why a matrix whose name says that it may be fused is left whole.
+
+    Raises:
+        ValueError: If `mue_split` is "auto", or a number below 1.
+        TypeError: If `mue_split` has none of the forms of a split.
     """
     if (given := getattr(param, "mue_split", None)) is not None:
-        return checked_split(given), None
-    layer, leaf = _layer_and_leaf(name or "")
-    if FUSED_QUERIES.fullmatch(leaf) or leaf.lower() == "wqkv":
-        return _split_queries(leaf, tuple(param.shape))
-    if _GATE_UP.fullmatch(leaf):
-        return _split_gate_up(layer, tuple(param.shape), shapes)
+        if given == "auto":
+            raise value_error(f"mue_split of {name!r}", found='"auto"', expected="a split", do="Give its sizes.")
+        return (None if given == 1 else checked_split(given)), None
+    if name is None:
+        return None, "they have no name"
+    layer, leaf = _layer_and_leaf(name)
+    shape = tuple(param.shape)
+    if leaf == "in_proj_weight" and len(shape) == 2 and shape[0] == 3 * shape[1]:  # nn.MultiheadAttention
+        return 3, None
+    if leaf == "c_attn" and len(shape) == 2 and shape[1] == 3 * shape[0]:  # GPT-2's Conv1D, [in, out]
+        return {"columns": 3}, None
+    if leaf == "gate_up_proj":
+        return _split_gate_up(layer, shape, shapes)
+    if _FUSED.fullmatch(leaf) or FUSED_QUERIES.fullmatch(leaf):
+        square = len(shape) == 2 and shape[0] == shape[1]  # as of a layer that is not fused
+        return None, None if square else "models differ in the order and the sizes of the parts under these names"
     return None, None
 
 
@@ -167,16 +189,6 @@ def _layer_and_leaf(name: str) -> tuple[str, str]:
     path = re.sub(r"\.weight$", "", plain_name(name)) if name else ""
     layer, _, leaf = path.rpartition(".")
     return layer, leaf
-
-
-def _split_queries(leaf: str, shape: tuple[int, ...]) -> tuple[Any, str | None]:
-    if _OF_SEVERAL_ORDERS.fullmatch(leaf):
-        return None, "models differ in the order of q, k and v under this name (one after the other, or head by head)"
-    if len(shape) == 2 and shape[0] == 3 * shape[1]:
-        return 3, None
-    if leaf == "c_attn" and len(shape) == 2 and shape[1] == 3 * shape[0]:  # GPT-2's Conv1D, [in, out]
-        return {"columns": 3}, None
-    return None, "the sizes of q, k and v do not follow from its shape"
 
 
 def _split_gate_up(layer: str, shape: tuple[int, ...], shapes: Mapping[str, Sequence[int]]) -> tuple[Any, str | None]:
@@ -219,8 +231,9 @@ def by_split(
             doubts.setdefault(doubt, []).append(f"{name} {list(param.shape)}")
     for doubt, names in doubts.items():
         warnings.warn(
-            f'split: found {listed(names)} with names of fused matrices, which "auto" leaves whole: {doubt}. Call '
-            "note_splits(model) before, or set the tensor's `mue_split`, or give it in a group with its sizes as `split`.",
+            f'split: found {listed(names)}, which "auto" leaves whole although they may be fused: {doubt}. Give such matrices '
+            "in a group of their own with split=[q, k, v] (rows of each), split=2 (gate, up) or split=None (whole); or set "
+            "the tensor's `mue_split` to that before (1: whole); note_splits(model) sets it in layers of transformers and litgpt.",
             stacklevel=5,
         )
     return sorted(found.values(), key=lambda item: item[0] is not None)
@@ -241,17 +254,22 @@ def warn_of_other_splits(groups: Sequence[Mapping[str, Any]], saved: Sequence[Ma
 def note_splits(model: nn.Module) -> dict[str, Any]:
     """Note on a model's fused matrices of queries, keys and values how they are split, for `split="auto"`.
 
-    The sizes of grouped queries come from the layers' own attributes or their configuration. The note is the attribute
-    `mue_split` of the tensor: wrap or shard the model before, as this makes new tensors.
+    Only in layers whose order of q, k and v is known, those of torch, transformers and litgpt, and only where q, k and v
+    follow each other as wholes; the sizes of grouped queries come from the layers' own attributes or their configuration. The
+    note is the attribute `mue_split` of the tensor: wrap or shard the model before, as this makes new tensors.
 
     Returns:
-        Name -> split of each that was noted. Where q, k and v of each head follow each other, nothing is noted.
+        Name -> split of each that was noted.
     """
     noted: dict[str, Any] = {}
     tensors = named_tensors(model)
+    modules = {clean_name(name): module for name, module in model.named_modules()}
     for info in read_queries(model, name_roles(list_parameters(model))):
-        query = info.query
+        query, path = info.query, clean_name(info.name)
         if query is None or not query.fused or query.rows is None or len(info.shape) != 2:
+            continue
+        attention = modules.get(path.removesuffix(".weight").rpartition(".")[0])
+        if attention is None or not _is_read(type(attention)):
             continue
         dim, rows, period = query.rows
         rest = info.shape[dim] - rows
@@ -259,3 +277,9 @@ def note_splits(model: nn.Module) -> dict[str, Any]:
             sizes = [rows, rest // 2, rest // 2]
             noted[info.name] = tensors[info.name].mue_split = {"columns": sizes} if dim == 1 else sizes  # type: ignore[attr-defined]
     return noted
+
+
+def _is_read(cls: type) -> bool:
+    """Whether a layer computes as a class of the packages read here does: the class or the base that has its forward."""
+    owner = next((base for base in cls.__mro__ if "forward" in vars(base)), cls)
+    return f"{owner.__module__}.".startswith(_READ)

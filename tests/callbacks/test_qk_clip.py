@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from helpers.processes import launch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
@@ -138,6 +141,33 @@ def test_below_the_threshold_no_bit_changes_and_a_threshold_is_positive():
         QKClip(0)
 
 
+@pytest.mark.parametrize("how", ["wrapped", "in place"])
+def test_attentions_that_were_compiled_before_are_clipped(how):
+    """Code compiled before does not run hooks, which are added when training begins: it has to be compiled again."""
+    torch.compiler.reset()
+    module, x = Model(attention(), sphere()), torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(7))
+    if how == "wrapped":
+        module.attention = torch.compile(module.attention, backend="eager")
+    else:
+        module.attention.compile(backend="eager")
+    module.training_step(x).backward()
+    module.zero_grad()
+    before = heads(module, x)
+    fit(module, clip := QKClip(float(before.max()) / 2))
+    assert clip.clipped > 0
+    torch.testing.assert_close(heads(module, x).max(), before.max() / 2, rtol=1e-5, atol=1e-6)
+    torch.compiler.reset()
+
+
+def test_attentions_whose_forward_no_hook_sees_are_named():
+    class Bypassed(Model):
+        def training_step(self, x):
+            return self.attention.w_q.square().mean() + self.attention.w_k.square().mean()
+
+    with pytest.warns(UserWarning, match=r"found no forward of attention\.core before"):
+        fit(Bypassed(attention(), sphere()), QKClip(1.0), batches=2)
+
+
 def test_largest_logits_in_blocks(monkeypatch):
     monkeypatch.setattr("lightning_mue.diagnostics.zvalue.CHUNK_ELEMENTS", 50)
     q, k = torch.randn(2, 4, 7, 3), torch.randn(2, 2, 9, 3)
@@ -146,3 +176,17 @@ def test_largest_logits_in_blocks(monkeypatch):
     future = torch.ones(7, 9).triu(3).bool()
     expected = logits.masked_fill(future | hidden, float("-inf")).amax((0, 2, 3)).float()
     torch.testing.assert_close(attention_max_logits(q, k, 0.3, hidden=hidden), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_two_ranks(tmp_path):
+    """The largest logits on one rank only, of a rank without a forward too; other attentions on one rank are refused."""
+    first, second = launch(str(Path(__file__).with_name("_qk_clip_ranks.py")), "clip", 2, tmp_path)
+    for key in ("one rank above", "one rank without a forward"):
+        assert torch.equal(first[key]["w_q"], second[key]["w_q"])
+        assert torch.equal(first[key]["w_k"], second[key]["w_k"])
+        assert first[key]["clipped"] == second[key]["clipped"] == 2
+        expected = first[key]["before"].clamp_max(first[key]["threshold"])  # of rank 0's batch, whose logits are larger
+        torch.testing.assert_close(first[key]["after"], expected, rtol=1e-5, atol=1e-6)
+    for report in (first, second):
+        assert "QKClip: found attention.core" in report["refused"]

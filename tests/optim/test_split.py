@@ -105,26 +105,59 @@ class Block(nn.Module):
     def __init__(self):
         super().__init__()
         self.attn = nn.MultiheadAttention(8, 2)  # in_proj_weight [24, 8]
-        self.qkv_proj = nn.Linear(8, 16, bias=False)  # grouped: shape does not say it
         self.gate_up_proj = nn.Linear(8, 32, bias=False)
-        self.query_key_value = nn.Linear(8, 24, bias=False)
         self.out = nn.Linear(8, 8, bias=False)
 
 
-def test_auto_splits_what_names_and_shapes_say_and_warns_of_the_rest():
-    pattern = r"(?s)qkv_proj\.weight \[16, 8\].*do not follow from its shape"
-    with pytest.warns(UserWarning, match=pattern), pytest.warns(UserWarning, match="query_key_value.*head by head"):
-        optimizer = HyperSphereOptimizer(Block().named_parameters(), split="auto")
-    splits = {name: group["split"] for group in optimizer.param_groups for name in group["param_names"]}
-    assert splits == {
-        **dict.fromkeys(["qkv_proj.weight", "query_key_value.weight", "out.weight", "attn.out_proj.weight"]),
-        **dict.fromkeys(["attn.in_proj_bias", "attn.out_proj.bias"]),
-        "attn.in_proj_weight": 3,
-        "gate_up_proj.weight": 2,
-    }
+def splits_of(optimizer):
+    return {name: group["split"] for group in optimizer.param_groups for name in group["param_names"]}
+
+
+def test_auto_splits_what_has_one_known_layout(recwarn):
+    optimizer = HyperSphereOptimizer(Block().named_parameters(), split="auto")
+    whole = ["out.weight", "attn.out_proj.weight", "attn.in_proj_bias", "attn.out_proj.bias"]
+    assert splits_of(optimizer) == {**dict.fromkeys(whole), "attn.in_proj_weight": 3, "gate_up_proj.weight": 2}
     table = optimizer.describe()
     assert "attn.in_proj_weight [24, 8] by shape, split in 3 parts by rows" in table
     assert "gate_up_proj.weight [32, 8] by shape, split in 2 parts by rows" in table
+    assert not recwarn
+
+
+NAMES = [
+    "qkv",
+    "qkv_proj",
+    "Wqkv",
+    "c_attn",
+    "att_proj",
+    "query_key_value",
+    "attn",
+    "in_proj",
+    "kv_proj",
+    "to_kv",
+    "kv_b_proj",
+]
+
+
+@pytest.mark.parametrize("rows", [24, 16])  # [3 d, d] may be interleaved or grouped, too
+@pytest.mark.parametrize("name", [*NAMES, "queries_keys_values", "w13", "gate_up"])
+def test_auto_leaves_what_models_lay_out_differently_whole_and_says_so(name, rows):
+    pairs = [(f"layers.0.{name}.weight", nn.Parameter(normal((rows, 8), 1)))]
+    with pytest.warns(UserWarning, match=rf"(?s)layers.0.{name}.weight \[{rows}, 8\].*split=\[q, k, v\]"):
+        optimizer = HyperSphereOptimizer(pairs, split="auto")
+    assert splits_of(optimizer) == {pairs[0][0]: None}
+
+
+def test_a_note_on_the_tensor_decides_and_nameless_matrices_are_named_in_a_warning(recwarn):
+    noted, whole = nn.Parameter(normal((24, 8), 1)), nn.Parameter(normal((24, 8), 2))
+    noted.mue_split, whole.mue_split = [8, 8, 8], 1
+    optimizer = HyperSphereOptimizer([("a.qkv.weight", noted), ("b.qkv.weight", whole)], split="auto")
+    assert splits_of(optimizer) == {"a.qkv.weight": [8, 8, 8], "b.qkv.weight": None}
+    assert not recwarn
+    with pytest.warns(UserWarning, match="leaves whole.*they have no name"):
+        HyperSphereOptimizer([nn.Parameter(normal((24, 8), 3))], split="auto")
+    noted.mue_split = "auto"
+    with pytest.raises(ValueError, match=r"mue_split of 'a\.qkv\.weight'"):
+        HyperSphereOptimizer([("a.qkv.weight", noted)], split="auto")
 
 
 @pytest.mark.parametrize(
@@ -142,18 +175,61 @@ def test_auto_reads_a_stack_of_gate_and_up_beside_its_down(up, down, expected, r
 
 
 class GroupedAttention(nn.Module):
+    """Says all sizes, but its forward might read the rows head by head."""
+
     num_heads, num_key_value_heads, head_dim = 4, 2, 4
 
     def __init__(self):
         super().__init__()
         self.qkv_proj = nn.Linear(16, 32, bias=False)
 
+    def forward(self, x):
+        return self.qkv_proj(x)
 
-def test_sizes_of_grouped_queries_are_read_from_the_layers():
+
+def test_of_layers_of_unknown_packages_nothing_is_noted():
     model = nn.ModuleList([GroupedAttention()])
-    assert note_splits(model) == {"0.qkv_proj.weight": [16, 8, 8]}
+    assert note_splits(model) == {}
+    with pytest.warns(UserWarning, match=r"0.qkv_proj.weight \[32, 16\]"):
+        HyperSphereOptimizer(model.named_parameters(), split="auto")
+
+
+def transformers_layer(name):
+    common = {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
+    if name == "Phi3":
+        from transformers.models.phi3.modeling_phi3 import Phi3Attention, Phi3Config
+
+        return Phi3Attention(Phi3Config(**common, pad_token_id=0), 0)
+    if name == "GPT2":
+        from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Config
+
+        return GPT2Attention(GPT2Config(n_embd=16, n_head=4), layer_idx=0)
+    if name == "CodeGen":
+        from transformers.models.codegen.modeling_codegen import CodeGenAttention, CodeGenConfig
+
+        return CodeGenAttention(CodeGenConfig(n_embd=16, n_head=4, rotary_dim=2), layer_idx=0)
+    from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention, GPTNeoXConfig
+
+    return GPTNeoXAttention(GPTNeoXConfig(hidden_size=16, num_attention_heads=4), 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("Phi3", {"0.qkv_proj.weight": [16, 8, 8]}),
+        ("GPT2", {"0.c_attn.weight": {"columns": [16, 16, 16]}}),
+        ("CodeGen", {}),
+        ("GPTNeoX", {}),
+    ],
+)
+def test_sizes_of_grouped_queries_are_read_from_layers_whose_order_is_known(name, expected, recwarn):
+    pytest.importorskip("transformers")
+    model = nn.ModuleList([transformers_layer(name)])
+    assert note_splits(model) == expected
+    recwarn.clear()
     optimizer = HyperSphereOptimizer(model.named_parameters(), split="auto")
-    assert [group["split"] for group in optimizer.param_groups] == [[16, 8, 8]]
+    assert {name: split for name, split in splits_of(optimizer).items() if split} == expected
+    assert any("leaves whole" in str(warning.message) for warning in recwarn) == (not expected)
 
 
 @pytest.mark.parametrize(
