@@ -14,6 +14,7 @@ These are read in this file only; other files call its functions:
 | ``mue_attention_core`` | module | bool | ``forward(q, k, v)``, causal, with a float ``scale`` | LogitsZMonitor |
 | ``mue_role_of_output`` | module | str: "lm_logits" | what the output is | LogitsZMonitor |
 | ``mue_role`` | parameter | str | role, for optimizers that see no module (`tag_roles`) | HyperSphereOptimizer |
+| ``mue_split`` | parameter | int, list or dict | parts of a fused matrix (`note_splits`) | HyperSphereOptimizer |
 | ``mue_family`` | optimizer | str: "adam", "sgd", "sphere", "muon" | which table holds its factors | MuECallback |
 | ``mue_scaled`` | param group (key) | bool | the factors are in it already (`param_groups`) | MuECallback |
 | ``active_width`` | branch | int | hidden width that a token passes through | plan |
@@ -43,6 +44,16 @@ def declared_role(parameter: object) -> str | None:
 def note_role(parameter: Any, role: str) -> None:
     """Notes a role on a parameter itself, for optimizers that see no module."""
     parameter.mue_role = role
+
+
+def declared_split(parameter: object) -> Any:
+    """``mue_split``: the parts of a fused matrix noted on a parameter itself, or None."""
+    return getattr(parameter, "mue_split", None)
+
+
+def note_split(parameter: Any, split: Any) -> None:
+    """Notes the parts of a fused matrix on a parameter itself."""
+    parameter.mue_split = split
 
 
 def declared_axes(module: object) -> dict[str, float]:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from lightning_mue.checks import listed, type_error, value_error
+from lightning_mue.contract import declared_split, note_split
 from lightning_mue.names import clean_name, plain_name
 from lightning_mue.optim.matrices import Matrix
 from lightning_mue.parameterizations.reading.parameters import list_parameters, named_tensors
@@ -165,7 +166,7 @@ def infer_split(name: str | None, param: Tensor, shapes: Mapping[str, Sequence[i
         ValueError: If `mue_split` is "auto", or a number below 1.
         TypeError: If `mue_split` has none of the forms of a split.
     """
-    if (given := getattr(param, "mue_split", None)) is not None:
+    if (given := declared_split(param)) is not None:
         if given == "auto":
             raise value_error(f"mue_split of {name!r}", found='"auto"', expected="a split", do="Give its sizes.")
         return (None if given == 1 else checked_split(given)), None
@@ -275,7 +276,8 @@ def note_splits(model: nn.Module) -> dict[str, Any]:
         rest = info.shape[dim] - rows
         if period == info.shape[dim] and rest % 2 == 0 and rest:
             sizes = [rows, rest // 2, rest // 2]
-            noted[info.name] = tensors[info.name].mue_split = {"columns": sizes} if dim == 1 else sizes  # type: ignore[attr-defined]
+            noted[info.name] = {"columns": sizes} if dim == 1 else sizes
+            note_split(tensors[info.name], noted[info.name])
     return noted
 
 

@@ -267,6 +267,8 @@ OPTIONS = {
     "state_dtype": "bfloat16",
     "retraction": "geodesic",
     "zero_gradient": "momentum",
+    "normalize": "neuron",
+    "split": 2,
     "radius": 5.0,
     "lr_convention": "rms",
     "maximize": True,
@@ -287,6 +289,7 @@ def test_every_option_of_the_optimizer_is_set_from_yaml(corpus, tmp_path):
         expected = {
             **OPTIONS,
             "lr": OPTIONS["adamw_lr"] if group["kind"] == "adamw" else OPTIONS["lr"],
+            "split": OPTIONS["split"] if group["kind"] == "muon" else None,
             "betas": (0.8, 0.9),
         }
         assert {key: group[key] for key in expected if key in group} == {

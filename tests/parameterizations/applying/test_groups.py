@@ -193,6 +193,8 @@ OPTIONS = {
     "state_dtype": "bfloat16",
     "retraction": "geodesic",
     "zero_gradient": "momentum",
+    "normalize": "neuron",
+    "split": None,
     "radius": None,
     "lr_convention": "unit",
     "maximize": True,
