@@ -195,6 +195,7 @@ OPTIONS = {
     "zero_gradient": "momentum",
     "radius": None,
     "lr_convention": "unit",
+    "normalize": "neuron",
     "maximize": True,
     "capturable": True,
     "compile": False,
@@ -210,8 +211,10 @@ def test_all_options_survive_the_swap(sphere):
     assert set(optimizer.defaults) - set(OPTIONS) == {
         "lr",
         "adamw_lr",
+        "adamw_weight_decay",
         "eps",
         "weight_decay",
+        "split",
         "sphere",
     }
     scaling = plan(model, base=BASE, rule="hyperp", family=family_of(optimizer))
