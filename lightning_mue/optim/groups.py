@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_mue.checks import listed, type_error, value_error
 from lightning_mue.contract import declared_role
 from lightning_mue.names import all_indices, is_elementwise, is_embedding, is_head, is_vector
+from lightning_mue.optim.options import check_adamw
 from lightning_mue.optim.split import by_split, checked_split, describe_split
 from lightning_mue.parameterizations.rules.kinds import KINDS, MUON_KINDS
 from lightning_mue.parameterizations.rules.roles import MATRIX_ROLES, Role
@@ -142,32 +143,31 @@ def _as_list(params: Iterable[Any]) -> list[Any]:
     return list(params)
 
 
-def split_group(
-    group: Mapping[str, Any], adamw_lr: float | None, *, sphere: bool = True, split: Any = None
-) -> list[dict[str, Any]]:
+def split_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Split a group without `kind` into groups with `kind` and `name`, in the order of `KINDS`; name one with a `kind`.
 
-    Matrices that `split` ("auto", for groups without one of their own) cuts differently are in groups of their own.
+    Matrices that `split` "auto" cuts differently are in groups of their own.
 
-    `adamw_lr` is for groups of kind `adamw`; the group's own `adamw_lr` takes precedence and is removed. With neither, or
-    in a group that sets both `kind` and `lr`, the rate is `lr`.
+    In kind `adamw`, `lr` is the first of these that is given: the group's `adamw_lr` (removed here), the group's `lr`, the
+    `adamw_lr` and the `lr` of the optimizer's `defaults`. `weight_decay` alike.
     """
-    options = {key: value for key, value in group.items() if key not in ("params", "param_names", "adamw_lr")}
-    adamw_lr = group.get("adamw_lr", adamw_lr)
+    special = ("adamw_lr", "adamw_weight_decay")
+    options = {key: value for key, value in group.items() if key not in ("params", "param_names", *special)}
+    check_adamw({key: group.get(key) for key in special})
     given, prefix = options.get("kind"), options.get("name")
     groups = []
-    split = checked_split(options.pop("split", split))
-    if split is not None and given and given not in MUON_KINDS:
+    split = checked_split(options.pop("split", defaults["split"]))
+    if group.get("split") is not None and given and given not in MUON_KINDS:
         expected, do = f"a group of kind {' or '.join(MUON_KINDS)}", "Leave `split` out here."
         raise value_error("split", found=f"{split!r} in a group of kind '{given}'", expected=expected, do=do)
     shapes = {name: param.shape for name, param in named(group) if name}
     for kind in [given] if given else KINDS:
-        pairs = [pair for pair in named(group) if given or classify(*pair, sphere=sphere)[0] == kind]
+        pairs = [pair for pair in named(group) if given or classify(*pair, sphere=defaults["sphere"])[0] == kind]
         if not pairs:
             continue
         new = {**options, "kind": kind, "name": f"{prefix}/{kind}" if prefix and not given else prefix or kind}
-        if kind == "adamw" and adamw_lr is not None and not (given and "lr" in options):
-            new["lr"] = adamw_lr
+        if kind == "adamw":
+            new |= _adamw_options(group, defaults)
         for each, members in by_split(pairs, split if kind in MUON_KINDS else None, shapes):
             params = [param if name is None else (name, param) for name, param in members]
             label_of_split = (
@@ -175,6 +175,15 @@ def split_group(
             )
             groups.append({**new, "name": label_of_split, "split": each, "params": params})
     return groups
+
+
+def _adamw_options(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `lr` and `weight_decay` of kind `adamw` where they are not the group's own, or the defaults', of that name."""
+    found = {}
+    for key in ("lr", "weight_decay"):
+        fallback = None if key in group else defaults[f"adamw_{key}"]
+        found[key] = group.get(f"adamw_{key}", fallback)
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def unique_name(name: str, taken: Iterable[str]) -> str:

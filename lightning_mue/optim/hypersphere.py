@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_mue.checks import require_choice, require_number, value_error
+from lightning_mue.checks import require_choice, value_error
 from lightning_mue.optim.distributed.agreement import check_replicas
 from lightning_mue.optim.distributed.layout import Layout, layout_of
 from lightning_mue.optim.groups import announce, describe, named, split_group, to_groups, unique_name, warn_of_guesses
-from lightning_mue.optim.options import checked, checked_process_group, is_zero
+from lightning_mue.optim.options import check_adamw, checked, checked_process_group, is_zero
 from lightning_mue.optim.split import warn_of_other_splits
 from lightning_mue.optim.state import check_loadable, check_new_group, prepare, restore_dtypes
 from lightning_mue.optim.updates import update
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 #: Options of the optimizer, not of a group, that are saved with it.
-_OWN = ("adamw_lr", "sphere")
+_OWN = ("adamw_lr", "adamw_weight_decay", "sphere")
 
 
 class HyperSphereOptimizer(Optimizer):
@@ -56,7 +56,8 @@ class HyperSphereOptimizer(Optimizer):
             except the last two. Pairs (`model.named_parameters()`) let embeddings and heads be recognized by name.
         lr: Step in radii on the sphere (0.01 turns a matrix by about 0.01 rad); AdamW's learning rate otherwise. With
             `capturable`, also a tensor of one number.
-        adamw_lr: Learning rate of `adamw` groups without one of their own; None means `lr`.
+        adamw_lr: Learning rate of `adamw` groups without an `lr` or `adamw_lr` of their own; None means `lr`.
+        adamw_weight_decay: The same for `weight_decay`.
         momentum: Muon's momentum, in [0, 1).
         nesterov: Nesterov momentum.
         betas: Adam's decay rates, for `adamw` and `adam_sphere`.
@@ -108,6 +109,7 @@ class HyperSphereOptimizer(Optimizer):
         lr: float | Tensor = 0.01,
         *,
         adamw_lr: float | None = None,
+        adamw_weight_decay: float | None = None,
         momentum: float = 0.95,
         nesterov: bool = True,
         betas: tuple[float, float] = (0.9, 0.95),
@@ -148,8 +150,7 @@ class HyperSphereOptimizer(Optimizer):
             "capturable": capturable,
             "compile": compile,
         }
-        if adamw_lr is not None:
-            require_number("adamw_lr", adamw_lr, at_least=0)
+        own = {"adamw_lr": adamw_lr, "adamw_weight_decay": adamw_weight_decay, "sphere": sphere}
         groups = to_groups(params)
         if not any(group["params"] for group in groups):
             raise value_error(
@@ -157,8 +158,8 @@ class HyperSphereOptimizer(Optimizer):
             )
         self.process_group = checked_process_group(process_group)
         self._scratch_bytes = 0
-        # The last two are among the defaults: a pickle keeps only these.
-        super().__init__(groups, {**checked(defaults), "adamw_lr": adamw_lr, "sphere": sphere})
+        # The last three are among the defaults: a pickle keeps only these.
+        super().__init__(groups, {**checked(defaults), **check_adamw(own)})
         warn_of_guesses(groups)
         announce(self.param_groups, sphere=sphere)
 
@@ -196,7 +197,7 @@ class HyperSphereOptimizer(Optimizer):
         sphere, start = self.defaults["sphere"], sum(len(group["params"]) for group in self.param_groups)
         check_new_group(param_group, self.param_groups, start=start, sphere=sphere)
         options = {key: value for key, value in self.defaults.items() if key not in _OWN}
-        for group in split_group(param_group, self.defaults["adamw_lr"], sphere=sphere, split=self.defaults["split"]):
+        for group in split_group(param_group, self.defaults):
             group = checked({**options, **group})
             group["name"] = unique_name(group["name"], (other["name"] for other in self.param_groups))
             super().add_param_group(group)

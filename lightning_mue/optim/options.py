@@ -160,6 +160,19 @@ def checked_process_group(group: ProcessGroup | str | None) -> ProcessGroup | No
     return group
 
 
+def check_adamw(options: dict[str, Any]) -> dict[str, Any]:
+    """Return options after a check of `adamw_lr` and `adamw_weight_decay`, where they are given.
+
+    Raises:
+        ValueError: If one is negative or not finite.
+        TypeError: If one is not a number.
+    """
+    for key in ("adamw_lr", "adamw_weight_decay"):
+        if options.get(key) is not None:
+            require_number(key, options[key], at_least=0)
+    return options
+
+
 def _check_lr(group: dict[str, Any]) -> None:
     if not (isinstance(group["lr"], Tensor) and group["capturable"]):
         do = "Pass a Python float, or set capturable." if isinstance(group["lr"], Tensor) else ""

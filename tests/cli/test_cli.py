@@ -257,6 +257,7 @@ def test_bad_input_is_reported_in_a_paragraph_before_step_0(run, corpus, tmp_pat
 OPTIONS = {
     "lr": 0.03,
     "adamw_lr": 0.02,
+    "adamw_weight_decay": 0.01,
     "momentum": 0.9,
     "nesterov": False,
     "betas": [0.8, 0.9],
@@ -267,10 +268,10 @@ OPTIONS = {
     "state_dtype": "bfloat16",
     "retraction": "geodesic",
     "zero_gradient": "momentum",
-    "normalize": "neuron",
-    "split": 2,
     "radius": 5.0,
     "lr_convention": "rms",
+    "normalize": "neuron",
+    "split": 2,
     "maximize": True,
     "capturable": True,
     "compile": True,
@@ -285,15 +286,16 @@ def test_every_option_of_the_optimizer_is_set_from_yaml(corpus, tmp_path):
     assert all(value != parameters[key].default for key, value in OPTIONS.items())
     cli = MuECLI(["--config", str(change(corpus, tmp_path, optimizer_args(**OPTIONS)))], run=False)
     optimizer = cli.model.optimizer(list(cli.model.named_parameters()))
+    own = ("adamw_lr", "adamw_weight_decay", "sphere", "process_group")
     for group in optimizer.param_groups:
         expected = {
             **OPTIONS,
-            "lr": OPTIONS["adamw_lr"] if group["kind"] == "adamw" else OPTIONS["lr"],
-            "split": OPTIONS["split"] if group["kind"] == "muon" else None,
+            **({key: OPTIONS[f"adamw_{key}"] for key in ("lr", "weight_decay")} if group["kind"] == "adamw" else {}),
             "betas": (0.8, 0.9),
+            "split": None if group["kind"] == "adamw" else OPTIONS["split"],
         }
         assert {key: group[key] for key in expected if key in group} == {
-            key: value for key, value in expected.items() if key not in ("adamw_lr", "sphere", "process_group")
+            key: value for key, value in expected.items() if key not in own
         }
     assert {group["kind"] for group in optimizer.param_groups} == {"muon", "adamw"}  # sphere
     assert optimizer.process_group is None

@@ -120,15 +120,26 @@ def test_adamw_lr_goes_to_the_adamw_side_only():
         {"params": [param(3, 3), param(3)], "lr": 0.5, "adamw_lr": 0.25},
         {"params": [param(3)], "kind": "adamw"},
         {"params": [param(3)], "kind": "adamw", "lr": 0.125},
+        {"params": [param(3)], "kind": "adamw", "lr": 0.125, "adamw_lr": 0.0625},
+        {"params": [param(3, 3), param(3)], "adamw_lr": 0.25},
+        {"params": [param(3, 3), param(3)], "lr": 0.5, "adamw_lr": None},
+        {"params": [param(3, 3)], "kind": "sphere", "adamw_lr": 0.25},
     ]
     with pytest.warns(UserWarning, match="hidden matrices"):
         optimizer = HyperSphereOptimizer(groups, lr=0.02, adamw_lr=0.001)
     rates = [group["lr"] for group in optimizer.param_groups]
-    assert rates == [0.02, 0.001, 0.5, 0.001, 0.5, 0.25, 0.001, 0.125]
-    assert not any("adamw_lr" in group for group in optimizer.param_groups)
+    assert rates == [0.02, 0.001, 0.5, 0.5, 0.5, 0.25, 0.001, 0.125, 0.0625, 0.02, 0.25, 0.5, 0.5, 0.02]
+    decays = [{key.replace("lr", "weight_decay"): value for key, value in group.items()} for group in groups]
+    with pytest.warns(UserWarning, match="hidden matrices"):
+        decayed = HyperSphereOptimizer(decays, weight_decay=0.02, adamw_weight_decay=0.001)
+    assert [group["weight_decay"] for group in decayed.param_groups] == rates
+    for group in (*optimizer.param_groups, *decayed.param_groups):
+        assert not {"adamw_lr", "adamw_weight_decay"} & group.keys()
     with pytest.warns(UserWarning, match="hidden matrices"):
         plain = HyperSphereOptimizer(groups[:1], lr=0.02)
     assert [group["lr"] for group in plain.param_groups] == [0.02, 0.02]
+    none = HyperSphereOptimizer([("b", param(3))], weight_decay=0.1, adamw_weight_decay=0)
+    assert none.param_groups[0]["weight_decay"] == 0
 
 
 def test_description_names_every_group():
@@ -301,6 +312,7 @@ def test_zero_is_found_at_the_first_step():
         ({"lr": torch.tensor(0.1)}, TypeError),
         ({"lr": True}, TypeError),
         ({"adamw_lr": -1.0}, ValueError),
+        ({"adamw_weight_decay": float("inf")}, ValueError),
         ({"momentum": 1.0}, ValueError),
         ({"momentum": -0.1}, ValueError),
         ({"nesterov": "yes"}, TypeError),
@@ -320,9 +332,8 @@ def test_options_out_of_range_are_named(options, error):
     (key,) = options
     with pytest.raises(error, match=f"^{key}: found "):
         HyperSphereOptimizer([("w", param(3, 3))], **options)
-    if key != "adamw_lr":
-        with pytest.raises(error, match=f"^{key}: found "):
-            HyperSphereOptimizer([{"params": [("w", param(3, 3))], **options}])
+    with pytest.raises(error, match=f"^{key}: found "):
+        HyperSphereOptimizer([{"params": [("w", param(3, 3))], **options}])
 
 
 def test_options_are_held_as_plain_types():

@@ -142,7 +142,7 @@ def test_state_loaded_before_the_first_step_wins_over_the_weights_of_that_moment
 
 def test_deepcopy_and_pickle_continue_alike():
     params = network()
-    optimizer = build(params, adamw_lr=0.001)
+    optimizer = build(params, adamw_lr=0.001, adamw_weight_decay=0.25)
     train(params, optimizer, range(2))
     copied, copied_optimizer = copy.deepcopy((params, optimizer))
     loaded, loaded_optimizer = pickle.loads(pickle.dumps((params, optimizer)))
@@ -151,7 +151,8 @@ def test_deepcopy_and_pickle_continue_alike():
     assert_equal(params, copied)
     assert_equal(params, loaded)
     copied_optimizer.add_param_group({"params": [("late.bias", nn.Parameter(torch.ones(3)))]})
-    assert copied_optimizer.param_groups[-1]["lr"] == 0.001
+    late = copied_optimizer.param_groups[-1]
+    assert (late["lr"], late["weight_decay"]) == (0.001, 0.25)
 
 
 def test_options_missing_from_an_older_save_get_defaults():

@@ -212,6 +212,7 @@ def test_all_options_survive_the_swap(sphere):
     assert set(optimizer.defaults) - set(OPTIONS) == {
         "lr",
         "adamw_lr",
+        "adamw_weight_decay",
         "eps",
         "weight_decay",
         "sphere",
