@@ -250,8 +250,13 @@ def grouped_ffn_backward_op(
     if backend == "torch" or not problem.fused:
         return list(module.backward(problem, dy.contiguous(), z, weights))
     grads = list(module.backward(problem.separated(), dy.contiguous(), z, weights))  # which write no fused gradients
-    joined = [torch.cat(grads[2:4], 1), grads[4]] if weights else []
-    return grads[:2] + joined + ([torch.cat(grads[5:7], 1)] if weights and b_up is not None else [])
+    joined = [_joined(w_up, grads[2:4]), grads[4]] if weights else []
+    return grads[:2] + joined + ([_joined(b_up, grads[5:7])] if weights and b_up is not None else [])
+
+
+def _joined(like: Tensor, parts: list[Tensor]) -> Tensor:
+    """Gate and up as one, with the strides of `empty_like`, which the fake implementation promises."""
+    return torch.cat(parts, 1, out=torch.empty_like(like))
 
 
 @grouped_ffn_op.register_fake
