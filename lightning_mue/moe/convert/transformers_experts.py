@@ -8,10 +8,12 @@ Shape legend: T tokens, K experts per token, E experts, d width, h expert hidden
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_mue.checks import mismatch, type_error, value_error
@@ -22,16 +24,13 @@ from lightning_mue.moe import autocast
 #: The value of `experts_implementation`.
 NAME = "lightning_mue"
 
-#: Activations by the name of their function or class, as transformers' ACT2FN makes them: gated and not gated (None: no kernel).
-_ACTIVATIONS: dict[str, tuple[str | None, str | None]] = {
+#: What the kernels have of each function, gated and not gated (None: no kernel).
+_KERNELS: dict[str, tuple[str | None, str | None]] = {
     "silu": ("swiglu", None),
-    "SiLU": ("swiglu", None),
-    "SiLUActivation": ("swiglu", None),
-    "GELUActivation": ("geglu", "gelu"),
-    "GELUTanh": ("geglu-tanh", "gelu-tanh"),
-    "NewGELUActivation": ("geglu-tanh", "gelu-tanh"),
-    "ReLU": (None, "relu"),
-    "ReLUSquaredActivation": (None, "relu2"),
+    "gelu": ("geglu", "gelu"),
+    "gelu tanh": ("geglu-tanh", "gelu-tanh"),
+    "relu": (None, "relu"),
+    "relu2": (None, "relu2"),
 }
 _OTHER = "Use experts_implementation='grouped_mm' or 'eager' for this model."
 
@@ -84,6 +83,7 @@ def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
     Raises:
         ValueError: The kernels do not have this module's activation, gate or norm.
         TypeError: Its weights are not of a floating type that the kernels have.
+        RuntimeError: An id is negative; as in the built-in "eager", on a GPU by an assertion there.
     """
     activation = _activation(module)
     dtype = _compute_dtype(module, hidden_states)
@@ -93,6 +93,7 @@ def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
     assert w_down is not None
     n_experts = len(w_up)
     with autocast.disabled(hidden_states.device.type):
+        _refuse_negative(module, top_k_index)
         ids_TK = top_k_index.clamp(max=n_experts)
         gates_TK = top_k_weights.to(torch.promote_types(dtype, torch.float32))
         plan = plan_dispatch(ids_TK, count_by_expert(ids_TK, n_experts)[0])
@@ -104,6 +105,15 @@ def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
     return y.to(hidden_states.dtype)
 
 
+def _refuse_negative(module: nn.Module, ids_TK: Tensor) -> None:
+    """Raise for ids below zero, without waiting for a GPU and without a graph break."""
+    do = "Give absent choices the id num_experts, which counts as zero."
+    message = mismatch(
+        f"{type(module).__name__}.top_k_index", found="negative ids", expected="ids of 0 and more", do=do
+    )
+    torch._assert_async((ids_TK >= 0).all(), message)
+
+
 def _activation(module: Any) -> str:
     """The kernels' name of what the module computes between its two products; raises where they have none."""
     from transformers.integrations.moe import _default_apply_gate
@@ -111,22 +121,53 @@ def _activation(module: Any) -> str:
     name = type(module).__name__
     if module.has_post_expert_norm:
         raise value_error(name, found="a norm after each expert", expected="none", do=_OTHER)
-    if module.has_gate and type(module)._apply_gate is not _default_apply_gate:
+    own_gate = "_apply_gate" in module.__dict__ or type(module)._apply_gate is not _default_apply_gate
+    if module.has_gate and own_gate:
         found = "a gate of its own (_apply_gate), such as a clamped one"
         raise value_error(name, found=found, expected="act_fn(gate) * up", do=_OTHER)
     if module.has_gate and not module.is_concatenated:
         raise value_error(name, found="gate and up interleaved", expected="one after the other", do=_OTHER)
-    function = module.act_fn
-    key = getattr(function, "__name__", type(function).__name__)
-    gated, plain = _ACTIVATIONS.get(key, (None, None))
-    if isinstance(function, nn.GELU):
-        gated, plain = ("geglu-tanh", "gelu-tanh") if function.approximate == "tanh" else ("geglu", "gelu")
+    gated, plain = _KERNELS.get(_function_of(module.act_fn), (None, None))
     chosen = gated if module.has_gate else plain
     if chosen is None:
         kind, index = ("gated", 0) if module.has_gate else ("not gated", 1)
-        known = ", ".join(sorted({pair[index] or "" for pair in _ACTIVATIONS.values()} - {""}))
-        raise value_error(name, found=f"act_fn {key}, {kind}", expected=f"one of {known}", do=_OTHER)
+        known = ", ".join(sorted({pair[index] or "" for pair in _KERNELS.values()} - {""}))
+        expected = f"torch's or transformers' own function or class for one of {known}"
+        raise value_error(name, found=f"act_fn {_words(module.act_fn)}, {kind}", expected=expected, do=_OTHER)
     return chosen
+
+
+def _function_of(act: Any) -> str:
+    """A key of `_KERNELS`, or "". By identity: a user's own `silu` may compute anything."""
+    from transformers import activations
+
+    if isinstance(act, functools.partial):
+        tanh = act.func is F.gelu and not act.args and act.keywords == {"approximate": "tanh"}
+        return "gelu tanh" if tanh else ""
+    if not isinstance(act, nn.Module):
+        functions = ((F.silu, "silu"), (F.gelu, "gelu"), (F.relu, "relu"), (torch.relu, "relu"))
+        return next((name for function, name in functions if act is function), "")
+    if "forward" in act.__dict__:  # replaced on this instance
+        return ""
+    if type(act) is nn.GELU:
+        return {"none": "gelu", "tanh": "gelu tanh"}.get(act.approximate, "")
+    classes = (
+        (nn.SiLU, "silu"),
+        (activations.SiLUActivation, "silu"),
+        (activations.GELUActivation, "gelu"),
+        (activations.GELUTanh, "gelu tanh"),
+        (activations.NewGELUActivation, "gelu tanh"),
+        (nn.ReLU, "relu"),
+        (activations.ReLUSquaredActivation, "relu2"),
+    )
+    return next((name for kind, name in classes if type(act) is kind), "")
+
+
+def _words(act: Any) -> str:
+    """Names an activation with its module: a user's own `silu` is told from torch's."""
+    named = act if hasattr(act, "__name__") else type(act)
+    words = f"{named.__module__}.{named.__name__}"
+    return f"{words} with a forward of its own" if "forward" in getattr(act, "__dict__", {}) else words
 
 
 def _compute_dtype(module: Any, x: Tensor) -> torch.dtype:

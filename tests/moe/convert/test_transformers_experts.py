@@ -6,12 +6,13 @@ import ast
 import builtins
 import copy
 import importlib
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from lightning_mue import register_experts
@@ -174,6 +175,71 @@ def test_a_wrong_gate_is_noticed():
     expected, found = run(module, "eager", *data), run(other, register_experts(), *data)
     with pytest.raises(AssertionError):
         torch.testing.assert_close(found["y"], expected["y"], rtol=1e-3, atol=1e-3)
+
+
+def own(function, **names):
+    """The same function under another's name."""
+    function.__name__ = names["like"]
+    return function
+
+
+class SiLU(nn.Module):
+    """Not torch's."""
+
+    def forward(self, x):
+        return x.tanh()
+
+
+class Changed(nn.SiLU):
+    def forward(self, x):
+        return x.tanh()
+
+
+def with_act(act):
+    module = fill(toy("silu").double())
+    del module.act_fn  # a module cannot be overwritten by a function
+    module.act_fn = act
+    return module
+
+
+def patched():
+    act = nn.SiLU()
+    act.forward = torch.tanh
+    return act
+
+
+@pytest.mark.parametrize(
+    "act",
+    [own(lambda x: x.tanh(), like="silu"), SiLU(), Changed(), patched(), partial(F.silu, inplace=True), torch.sigmoid],
+    ids=["function", "class", "subclass", "instance", "partial", "unknown"],
+)
+def test_an_activation_that_only_looks_like_a_known_one_is_refused(act):
+    module = with_act(act)
+    with pytest.raises(
+        ValueError, match=r"act_fn .*, gated, expected torch's or transformers' own .*swiglu.*'grouped_mm'"
+    ):
+        run(module, register_experts(), *inputs())
+    run(module.float(), "grouped_mm", *inputs(torch.float32))  # the remedy
+
+
+@pytest.mark.parametrize(
+    "act", [F.silu, nn.SiLU(), F.gelu, nn.GELU(approximate="tanh"), partial(F.gelu, approximate="tanh")]
+)
+def test_torchs_own_functions_and_classes_are_known(act):
+    assert_equal(with_act(act), "batched_mm", inputs(), rtol=1e-11, atol=1e-12)
+
+
+def test_a_gate_replaced_on_the_instance_is_refused():
+    module = toy("silu")
+    module._apply_gate = lambda gate_up: gate_up.chunk(2, -1)[0]
+    with pytest.raises(ValueError, match="a gate of its own"):
+        run(module, register_experts(), *inputs())
+
+
+def test_negative_ids_are_refused():
+    module, (x, ids, *rest) = toy("silu"), inputs()
+    with pytest.raises(RuntimeError, match="top_k_index: found negative ids, expected ids of 0 and more"):
+        run(module, register_experts(), x, ids - 1, *rest)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
