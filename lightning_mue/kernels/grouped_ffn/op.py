@@ -14,7 +14,6 @@ experts, G = 2 for gated activations (gate first), else 1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -250,13 +249,11 @@ def grouped_ffn_backward_op(
     if backend == "torch" or not problem.fused:
         return list(module.backward(problem, dy.contiguous(), z, weights))
     grads = list(module.backward(problem.separated(), dy.contiguous(), z, weights))  # which write no fused gradients
-    joined = [_joined(w_up, grads[2:4]), grads[4]] if weights else []
-    return grads[:2] + joined + ([_joined(b_up, grads[5:7])] if weights and b_up is not None else [])
-
-
-def _joined(like: Tensor, parts: list[Tensor]) -> Tensor:
-    """Gate and up as one, with the strides of `empty_like`, which the fake implementation promises."""
-    return torch.cat(parts, 1, out=torch.empty_like(like))
+    if weights:  # joined with the strides of `empty_like`, which the fake implementation promises
+        grads[2:4] = [torch.cat(grads[2:4], 1, out=torch.empty_like(w_up))]
+        if b_up is not None:
+            grads[4:6] = [torch.cat(grads[4:6], 1, out=torch.empty_like(b_up))]
+    return grads
 
 
 @grouped_ffn_op.register_fake
@@ -290,9 +287,7 @@ grouped_ffn_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.lightning_mue.grouped_ffn)
-def _forward_flops(
-    x: Any, gates: Sequence[int], w_gate: Any, w_up: Sequence[int], w_down: Sequence[int], *args: Any, **kwargs: Any
-) -> int:
+def _forward_flops(x: Any, gates: Any, w_gate: Any, w_up: Any, w_down: Any, *args: Any, **kwargs: Any) -> int:
     """One product more if gated; two FLOPs a multiply-add. The arguments of a FLOP formula are shapes."""
     rows = gates[0] * (gates[1] if len(gates) == 2 else 1)
     return 2 * rows * w_up[2] * (w_up[1] * (2 if w_gate is not None else 1) + w_down[2])
