@@ -9,10 +9,12 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from statistics import geometric_mean
 from threading import Thread
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -31,6 +33,7 @@ _REPEATS = 4
 #: depend on noise.
 _LEAST_GAIN = 1.25
 _STORE_KEY = "lightning_mue/cpu_product_dtype"
+_agreed: WeakKeyDictionary[Any, str] = WeakKeyDictionary()  # by job: another one may have other ranks
 
 
 def cpu_product_dtype() -> torch.dtype:
@@ -43,14 +46,28 @@ def cpu_product_dtype() -> torch.dtype:
     Raises:
         ValueError: LIGHTNING_MUE_CPU_DTYPE is neither "float32" nor "bfloat16".
     """
+    if fixed := fixed_choice():
+        return _TYPES[fixed]
+    if not (dist.is_available() and dist.is_initialized()):
+        return _TYPES[_measured()]
+    job = dist.group.WORLD
+    if job not in _agreed:
+        _agreed[job] = _first_choice()
+    return _TYPES[_agreed[job]]
+
+
+def fixed_choice() -> str | None:
+    """Return what LIGHTNING_MUE_CPU_DTYPE says, or None if it is not set.
+
+    Raises:
+        ValueError: It is neither "float32" nor "bfloat16".
+    """
     if fixed := os.environ.get(VARIABLE):
         require_choice(VARIABLE, fixed, _TYPES)
-        return _TYPES[fixed]
-    return _TYPES[_agreed(_job()) if dist.is_available() and dist.is_initialized() else _measured()]
+    return fixed or None
 
 
-@cache
-def _agreed(job: object) -> str:
+def _first_choice() -> str:
     """The choice of the first rank of the job that asks; by the job's key-value store, which needs no collective."""
     own = _measured()
     try:
@@ -60,18 +77,14 @@ def _agreed(job: object) -> str:
         return own
     if choice != own:
         logger.warning("Matrix products run in %s, another rank's choice; this processor would take %s.", choice, own)
-    return choice if choice in _TYPES else own
-
-
-def _job() -> object:
-    return dist.group.WORLD
+    return choice
 
 
 @cache
 def _measured() -> str:
     """Measure in a thread of its own: without the caller's autocast, inference mode or dispatch modes."""
     gains: list[float] = []
-    worker = Thread(target=lambda: gains.extend(_gains(_seconds)), name="lightning-mue-measurement")
+    worker = Thread(target=lambda: gains.extend(_gains()), name="lightning-mue-measurement")
     worker.start()
     worker.join()
     mean = geometric_mean(gains) if gains else 0.0
@@ -83,10 +96,10 @@ def _measured() -> str:
     return choice
 
 
-def _gains(seconds: Callable[[tuple[int, int, int], torch.dtype], float]) -> Iterator[float]:
+def _gains() -> Iterator[float]:
     """How many times as fast bfloat16 is, for each shape; ends with the first at which it is slower, to lose no time."""
     for shape in _SHAPES:
-        gain = seconds(shape, torch.float32) / seconds(shape, torch.bfloat16)
+        gain = _seconds(shape, torch.float32) / _seconds(shape, torch.bfloat16)
         yield gain
         if gain < 0.5:
             return

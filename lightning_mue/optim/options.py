@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_mue.checks import require_choice, require_number, require_type, value_error
+from lightning_mue.kernels.compute_type import fixed_choice
 from lightning_mue.optim.orthogonal.coefficients import PRESETS
 from lightning_mue.optim.split import checked_split
 from lightning_mue.parameterizations.rules.kinds import CONVENTIONS, KINDS
@@ -111,7 +112,7 @@ def checked(group: Mapping[str, Any]) -> dict[str, Any]:
     """Return a group with its options checked and converted to the plain types that a state dict should hold.
 
     Raises:
-        ValueError: If an option is out of range or unknown.
+        ValueError: If an option is out of range or unknown, or LIGHTNING_MUE_CPU_DTYPE is.
         TypeError: If an option has the wrong type.
     """
     group = dict(group)
@@ -134,6 +135,7 @@ def checked(group: Mapping[str, Any]) -> dict[str, Any]:
         if group[key] is not None:
             group[key] = str(group[key]).removeprefix("torch.")
     _check_choices(group)
+    fixed_choice()  # refuses an unknown type before the first step
     group["split"] = checked_split(group["split"])
     if group["radius"] is not None:
         require_number("radius", group["radius"], above=0, do="None keeps each matrix's own norm.")

@@ -16,10 +16,10 @@ from lightning_mue.kernels.compute_type import VARIABLE, cpu_product_dtype
 def _nothing_measured(monkeypatch):
     monkeypatch.delenv(VARIABLE)
     compute_type._measured.cache_clear()
-    compute_type._agreed.cache_clear()
+    compute_type._agreed.clear()
     yield
     compute_type._measured.cache_clear()
-    compute_type._agreed.cache_clear()
+    compute_type._agreed.clear()
 
 
 def times(monkeypatch, gains):
@@ -98,7 +98,7 @@ def test_ranks_take_the_choice_of_the_first_that_asks(monkeypatch, caplog):
         assert cpu_product_dtype() == torch.bfloat16  # the first rank's
         # Another rank of the job: another process, whose processor is another.
         compute_type._measured.cache_clear()
-        compute_type._agreed.cache_clear()
+        compute_type._agreed.clear()
         times(monkeypatch, (0.5,) * 4)
         assert compute_type._measured() == "float32"
         with caplog.at_level(logging.WARNING, logger="lightning_mue"):

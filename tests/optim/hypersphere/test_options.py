@@ -283,3 +283,9 @@ def test_memory_is_one_momentum_a_matrix_and_scratch_that_is_bounded(monkeypatch
 def test_reference_orth_agrees_with_the_library():
     u = normal((12, 40), 3, torch.float64)
     assert np.abs((orth(u, "scheduled") - newton_schulz.orthogonalize(u)).numpy()).max() < 1e-12
+
+
+def test_an_unknown_type_in_the_environment_is_refused_before_the_first_step(monkeypatch):
+    monkeypatch.setenv("LIGHTNING_MUE_CPU_DTYPE", "float8")
+    with pytest.raises(ValueError, match="LIGHTNING_MUE_CPU_DTYPE: found 'float8'"):
+        build(parameters(), "sphere")
