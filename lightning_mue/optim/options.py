@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_mue.checks import require_choice, require_number, require_type, value_error
 from lightning_mue.kernels.compute_type import fixed_choice
+from lightning_mue.optim.neuron import check_rows
 from lightning_mue.optim.orthogonal.coefficients import PRESETS
 from lightning_mue.optim.split import checked_split
 from lightning_mue.parameterizations.rules.kinds import CONVENTIONS, KINDS
@@ -137,6 +138,8 @@ def checked(group: Mapping[str, Any]) -> dict[str, Any]:
     _check_choices(group)
     fixed_choice()  # refuses an unknown type before the first step
     group["split"] = checked_split(group["split"])
+    if group["normalize"] is not None:
+        check_rows(group["split"])
     if group["radius"] is not None:
         require_number("radius", group["radius"], above=0, do="None keeps each matrix's own norm.")
     if "kind" in group:

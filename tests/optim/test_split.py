@@ -306,9 +306,11 @@ def test_second_moments_take_a_number_for_each_row():
 
 def test_neurons_of_transposed_matrices_are_refused():
     param = nn.Parameter(normal((8, 24), 3))
-    optimizer = HyperSphereOptimizer(
-        [{"params": [param], "kind": "sphere", "split": {"columns": 3}}], normalize="neuron"
-    )
+    group = {"params": [param], "kind": "sphere", "split": {"columns": 3}}
+    with pytest.raises(ValueError, match="split by columns"):
+        HyperSphereOptimizer([group], normalize="neuron")
+    optimizer = HyperSphereOptimizer([group])
+    optimizer.param_groups[0]["normalize"] = "neuron"  # later
     param.grad = torch.ones_like(param)
     with pytest.raises(ValueError, match="split by columns"):
         optimizer.step()
