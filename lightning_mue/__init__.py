@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # for type checkers and editors; tests/test_package.py compares it with `_PUBLIC`
     from lightning_mue.analysis import coordinate_check as coordinate_check
     from lightning_mue.callbacks import ActivationOutlierMonitor as ActivationOutlierMonitor
+    from lightning_mue.callbacks import HealthMonitor as HealthMonitor
     from lightning_mue.callbacks import LogitsZMonitor as LogitsZMonitor
     from lightning_mue.callbacks import MuECallback as MuECallback
     from lightning_mue.callbacks import QKClip as QKClip
@@ -51,6 +52,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "ActivationOutlierMonitor": "callbacks",
     "GlobalBatchBalance": "moe",
+    "HealthMonitor": "callbacks",
     "HyperSphereOptimizer": "optim",
     "KeepsMultipliers": "parameterizations.applying.keeps_multipliers",
     "LogitsZMonitor": "callbacks",

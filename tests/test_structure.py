@@ -19,7 +19,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
     {"names", "sharded", "checks", "console", "contract"},
     {"namespaces"},
-    {"parameterizations", "diagnostics", "kernels"},
+    {"parameterizations", "diagnostics", "kernels", "health"},
     {"optim", "moe"},
     {"models"},
     {"callbacks", "data", "analysis"},

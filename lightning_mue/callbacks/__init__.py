@@ -1,5 +1,6 @@
 """Callbacks: the parameterization, and monitors that show whether a run is healthy."""
 
+from lightning_mue.callbacks.health import HealthMonitor
 from lightning_mue.callbacks.monitors.activations import ActivationOutlierMonitor
 from lightning_mue.callbacks.monitors.logits import LogitsZMonitor
 from lightning_mue.callbacks.monitors.routing import RouterMonitor
@@ -11,6 +12,7 @@ from lightning_mue.moe import LossFreeBalance
 
 __all__ = [
     "ActivationOutlierMonitor",
+    "HealthMonitor",
     "LogitsZMonitor",
     "LossFreeBalance",
     "MuECallback",

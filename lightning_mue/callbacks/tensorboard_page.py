@@ -1,13 +1,13 @@
 """One TensorBoard page of custom scalars that answers "is this run healthy?", shared by all callbacks.
 
-TensorBoard keeps only the last page that a run writes, so callbacks `register` their charts (in ``setup`` or
-``on_fit_start``) and the first of them to reach ``on_train_start`` writes all of them (`write`).
+Callbacks `register` their charts (in ``setup`` or ``on_fit_start``) and call `write` when they have logged. The page has the
+charts that have something to show by then; it is written again when there are more, since TensorBoard keeps only the last one.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,6 +15,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 
 from lightning_mue.checks import value_error
+from lightning_mue.health.indicators import LOSS_TAGS
 from lightning_mue.namespaces import is_lightning
 
 #: category -> chart title -> regexes of tags
@@ -22,7 +23,7 @@ Charts = dict[str, dict[str, list[str]]]
 
 #: Shown for every run. `Trainer` appends "_step" to a metric logged both by step and by epoch.
 TRAINING_CHARTS: Mapping[str, Sequence[str]] = {
-    "Loss": [r"(train|val)/loss(_step|_epoch)?"],
+    "Loss": [LOSS_TAGS],
     "Bits per byte": [r"(train|val)/bits_per_byte(_step|_epoch)?"],
     "Tokens per second": [r"train/tokens_per_second"],
     "Learning rate": [r"lr(-.*)?"],
@@ -30,6 +31,8 @@ TRAINING_CHARTS: Mapping[str, Sequence[str]] = {
 
 _registered: WeakKeyDictionary[Trainer, Charts] = WeakKeyDictionary()
 _written: WeakKeyDictionary[Logger, dict[str, Any]] = WeakKeyDictionary()
+#: Tags that callbacks wrote straight to the loggers.
+_tags: WeakKeyDictionary[Trainer, set[str]] = WeakKeyDictionary()
 
 
 def register(trainer: Trainer, category: str, charts: Mapping[str, Sequence[str]]) -> None:
@@ -53,20 +56,41 @@ def register(trainer: Trainer, category: str, charts: Mapping[str, Sequence[str]
         known.extend(_valid(tag, title) for tag in tags if tag not in known)
 
 
-def write(trainer: Trainer) -> None:
-    """Writes the page of a trainer that has begun to train to each of its TensorBoardLoggers, on rank zero, unless it is there."""
+def write(trainer: Trainer, tags: Iterable[str] = ()) -> None:
+    """Writes the page to each TensorBoardLogger, on rank zero, unless it is there; charts without a tag are left out.
+
+    Args:
+        trainer: A trainer that has begun to train.
+        tags: Tags that the caller has written straight to the loggers; those of the Trainer's own metrics are known.
+    """
     registered = _registered.get(trainer)
     if registered is None or not trainer.is_global_zero:
         return
-    for logger in trainer.loggers:
+    known = _tags.setdefault(trainer, set())
+    known.update(tags, trainer.callback_metrics, trainer.logged_metrics)
+    shown = _with_tags(registered, known)
+    for logger in trainer.loggers if shown else ():
         if is_lightning(logger, "TensorBoardLogger") and _written.get(logger) != (
-            page := _page(registered, logger._prefix)  # type: ignore[attr-defined]
+            page := _page(shown, logger._prefix)  # type: ignore[attr-defined]
         ):
             logger.experiment.add_custom_scalars(page)  # type: ignore[attr-defined]
             _written[logger] = page
 
 
-def _page(registered: Charts, prefix: str) -> dict[str, Any]:
+def _with_tags(registered: Charts, known: set[str]) -> Charts:
+    """The charts, and of their regexes those, that match a known tag."""
+    found = {
+        category: {
+            title: matching
+            for title, regexes in charts.items()
+            if (matching := [regex for regex in regexes if any(re.fullmatch(regex, tag) for tag in known)])
+        }
+        for category, charts in registered.items()
+    }
+    return {category: charts for category, charts in found.items() if charts}
+
+
+def _page(charts_of: Charts, prefix: str) -> dict[str, Any]:
     """The charts in the form of ``SummaryWriter.add_custom_scalars``.
 
     TensorBoard anchors a regex at the start only: without the ``$``, ``z/router`` would also draw ``z/router_max``.
@@ -74,7 +98,7 @@ def _page(registered: Charts, prefix: str) -> dict[str, Any]:
     start = re.escape(f"{prefix}-") if prefix else ""
     return {
         category: {title: ["Multiline", [f"{start}({tag})$" for tag in tags]] for title, tags in charts.items()}
-        for category, charts in registered.items()
+        for category, charts in charts_of.items()
     }
 
 

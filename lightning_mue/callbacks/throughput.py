@@ -61,9 +61,8 @@ class ThroughputMonitor(Callback):
         tensorboard_page.register(trainer, "Training", charts)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Resets the clock, and writes the TensorBoard page, unless another callback has."""
+        """Resets the clock."""
         self._start, self._paused, self._seen = None, None, 0
-        tensorboard_page.write(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stops the clock."""
@@ -95,6 +94,7 @@ class ThroughputMonitor(Callback):
             if self._utilization is not None:
                 pl_module.log(_MFU, rate * self._utilization)
             self._start, self._seen = now, 0
+            tensorboard_page.write(trainer)
 
     def _tokens(self, batch: Any) -> int | None:
         """Number of tokens in this rank's batch; None if there is nothing to count."""

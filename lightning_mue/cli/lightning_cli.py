@@ -1,4 +1,4 @@
-"""``lightning-mue``: fit, validate, test and predict from YAML files, and ``explain`` and ``coord-check`` (trainer.py)."""
+"""``lightning-mue``: fit, validate, test and predict from YAML files, ``explain`` and ``coord-check`` (trainer.py), ``report``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lightning_mue.callbacks import ThroughputMonitor
+from lightning_mue.cli.report import report_command
 from lightning_mue.cli.summary import summarize
 from lightning_mue.cli.trainer import MuETrainer
 
@@ -21,6 +22,7 @@ _ON_META = ("explain", "coord-check")
 #: Option as users write it -> as the parser knows it; "+" appends to a list.
 _SPELLINGS = {"--axis": "--axis+", "--save-base": "--save_base"}
 _PACKAGE = Path(__file__).parents[1]
+_OTHER_COMMANDS = "lightning-mue report RUN_DIR...: one HTML page with the verdict on runs (needs no config)."
 
 
 class MuECLI(LightningCLI):
@@ -37,7 +39,7 @@ class MuECLI(LightningCLI):
             subclass_mode_model=True,
             auto_configure_optimizers=False,
             seed_everything_default=0,
-            parser_kwargs={"prog": "lightning-mue"},
+            parser_kwargs={"prog": "lightning-mue", "epilog": _OTHER_COMMANDS},
             args=args,
             run=run,
         )
@@ -91,8 +93,12 @@ def main(args: list[str] | None = None) -> None:
 
     An error in the input is printed in one paragraph, without a traceback; set LIGHTNING_MUE_TRACEBACK=1 to see it.
     """
+    given = sys.argv[1:] if args is None else args
     try:
-        MuECLI(args)
+        if given[:1] == ["report"]:
+            report_command(given[1:])
+        else:
+            MuECLI(args)
     except (ValueError, TypeError, OSError) as error:
         message = _message_of_package(error)
         if message is None or os.environ.get("LIGHTNING_MUE_TRACEBACK"):

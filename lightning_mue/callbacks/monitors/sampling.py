@@ -32,7 +32,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_mue.callbacks import tensorboard_page
+from lightning_mue.callbacks import metric_stream, tensorboard_page
 from lightning_mue.callbacks.monitors.probes import Probe
 from lightning_mue.checks import require_integer
 
@@ -124,6 +124,8 @@ class SampledMonitor(Callback, ABC):
         trainer.callback_metrics.update(zip(metrics, values.unbind(), strict=True))
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=self._step)
+        tensorboard_page.write(trainer, metrics)
+        metric_stream.tell(trainer, self._step, metrics)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove hooks left by a batch that did not end, because on_train_batch_start of the module ended the epoch."""

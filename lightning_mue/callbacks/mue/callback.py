@@ -224,8 +224,7 @@ class MuECallback(Callback):
         announce(trainer, plan, drawn=drawn, verbose=self.verbose)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Holds the sizes of the run against its data, and writes the TensorBoard page, unless another callback has."""
-        tensorboard_page.write(trainer)
+        """Holds the sizes of the run against its data."""
         early = bool(self._kept) or trainer.strategy.restore_checkpoint_after_setup
         if early and self.plan is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._kept = {}
@@ -251,8 +250,10 @@ class MuECallback(Callback):
         done = trainer.global_step // len(self._steps)
         if done // every > self._logged // every:
             self._logged = done
+            rates = self.effective_rates()
             for logger in trainer.loggers:
-                logger.log_metrics(self.effective_rates(), step=done - 1)
+                logger.log_metrics(rates, step=done - 1)
+            tensorboard_page.write(trainer, rates)
 
     def effective_rates(self) -> dict[str, float]:
         """``mue/lr/<role>`` -> learning rate of the last step.

@@ -1,0 +1,213 @@
+"""HealthMonitor: the verdict on a run while it goes on, as a card, on the terminal and as pictures."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_mue.callbacks import metric_stream, tensorboard_page
+from lightning_mue.callbacks.mue.callback import MuECallback
+from lightning_mue.checks import type_error
+from lightning_mue.health.card import LOOKS, as_markdown, sentence
+from lightning_mue.health.indicators import indicator_of, is_loss
+from lightning_mue.health.judging import Finding, RunJudge, Verdict
+from lightning_mue.health.pictures import as_pixels, heat_map, layered
+from lightning_mue.health.series import series_of
+from lightning_mue.namespaces import is_lightning
+
+_log = logging.getLogger(__name__)
+#: Samples of one layer that are kept for the pictures; older ones are thinned.
+_KEPT = 512
+#: Pictures are drawn again when the samples have grown by this factor: their cost stays small however long the run.
+_GROWTH = 1.5
+
+
+class HealthMonitor(Callback):
+    """Judges the metrics of the other monitors and the losses that the module logs, and answers "is this run healthy?".
+
+    Three verdicts: *healthy*; *watch* (an indicator left its range: it is far from its own recent history, or beyond a limit);
+    *act* (a value that is not finite, or beyond a second limit). Each finding names indicator, role, layer, step, what was
+    expected and what to do. It judges the metrics of `LogitsZMonitor`, `ActivationOutlierMonitor`, `RouterMonitor`,
+    `UpdateMonitor`, `TransferMonitor` and `StabilityGuard` where they are in the Trainer, and training losses.
+
+    It writes
+
+    - one warning for each finding;
+    - the card: in TensorBoard's TEXT tab as ``health``, and as ``health.md`` in the loggers' folders;
+    - heat maps (layer x step) of every metric by layer, in TensorBoard's IMAGES tab;
+    - at the end, hyperparameters with the final losses, in TensorBoard's HPARAMS tab.
+
+    Args:
+        losses: Tags of further training losses; those called ``loss``, ``train_loss``, ``train/loss`` and the like are known.
+        heat_maps: Whether to draw heat maps.
+
+    Raises:
+        TypeError: If ``losses`` is not a list of strings.
+    """
+
+    def __init__(self, losses: Sequence[str] = (), *, heat_maps: bool = True) -> None:
+        if isinstance(losses, str) or not all(isinstance(tag, str) for tag in losses):
+            raise type_error("losses", found=losses, expected="a list of tags", do='For example ["my_objective"].')
+        self.losses = tuple(losses)
+        self.heat_maps = heat_maps
+        self._judge = RunJudge(self.losses)
+        self._layers: dict[str, list[tuple[int, float]]] = {}
+        self._draw_at, self._told = 0, ""
+
+    @property
+    def verdict(self) -> Verdict:
+        """The verdict so far; of rank zero, which alone sees the metrics."""
+        return self._judge.verdict
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listens to the monitors."""
+        if trainer.is_global_zero:
+            metric_stream.listen(trainer, self, lambda step, metrics: self._take(trainer, step, metrics))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Takes the losses that the module logs, when the Trainer logs."""
+        step = trainer.global_step - 1
+        if trainer.is_global_zero and step >= 0 and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self._take(trainer, step, self._logged(trainer))
+            tensorboard_page.write(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the last card and pictures, and the hyperparameters."""
+        if trainer.is_global_zero:
+            self._show(trainer, max(trainer.global_step - 1, 0))
+            self._draw(trainer, max(trainer.global_step - 1, 0))
+            _write_hyperparameters(trainer, pl_module)
+            _log.info("HealthMonitor: %s", self.headline)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leaves the card as it stands when the run breaks."""
+        if trainer.is_global_zero:
+            self._show(trainer, max(trainer.global_step - 1, 0))
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Listens no more."""
+        metric_stream.forget(trainer, self)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The judge's memory, so that a resumed run is judged as an undisturbed one."""
+        return {"judge": self._judge.state_dict(), "layers": self._layers}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from a checkpoint."""
+        self._judge.load_state_dict(state_dict["judge"])
+        self._layers = {tag: [tuple(point) for point in points] for tag, points in state_dict["layers"].items()}  # type: ignore[misc]
+
+    @property
+    def headline(self) -> str:
+        """The verdict in one line."""
+        verdict = self.verdict
+        cause = f": {sentence(verdict.findings[0])}" if verdict.findings else ""
+        return f"{LOOKS[verdict.level][0]} after {verdict.samples} samples{cause}"
+
+    def _logged(self, trainer: Trainer) -> dict[str, float]:
+        """Losses and gradient norms among the Trainer's metrics, by one copy from the device."""
+        known = {
+            tag: value.detach().float().reshape(())
+            for tag, value in trainer.callback_metrics.items()
+            if (is_loss(tag) or tag in self.losses or _is_gradient(tag)) and value.numel() == 1
+        }
+        values = torch.stack(list(known.values())).tolist() if known else []
+        return dict(zip(known, values, strict=True))
+
+    def _take(self, trainer: Trainer, step: int, metrics: Mapping[str, float]) -> None:
+        findings = self._judge.add(step, metrics)
+        for tag, value in metrics.items():
+            if self.heat_maps and re.search(r"/\d+$", tag):
+                points = self._layers.setdefault(tag, [])
+                points.append((step, float(value)))
+                if len(points) > _KEPT:
+                    del points[: _KEPT // 2 : 2]
+        for finding in findings[:3]:
+            self._warn(finding)
+        if findings:
+            self._show(trainer, step)
+        samples = self._judge.verdict.samples
+        if self.heat_maps and self._layers and samples >= max(self._draw_at, 10):
+            self._draw_at = int(samples * _GROWTH) + 1
+            self._draw(trainer, step)
+
+    def _warn(self, finding: Finding) -> None:
+        place = (finding.indicator.name, finding.where)
+        known = {(f.indicator.name, f.where) for f in self.verdict.findings if f.step < finding.step}
+        if place not in known:
+            rank_zero_warn(f"HealthMonitor: {sentence(finding)}. {finding.indicator.do}")
+
+    def _show(self, trainer: Trainer, step: int) -> None:
+        card = as_markdown(self.verdict)
+        if card == self._told:
+            return
+        self._told = card
+        for logger in trainer.loggers:
+            if is_lightning(logger, "TensorBoardLogger"):
+                logger.experiment.add_text("health", card, step)  # type: ignore[attr-defined]
+            if isinstance(folder := getattr(logger, "log_dir", None), str):
+                _write(Path(folder) / "health.md", card)
+
+    def _draw(self, trainer: Trainer, step: int) -> None:
+        boards = [logger for logger in trainer.loggers if is_lightning(logger, "TensorBoardLogger")]
+        if not boards or not self.heat_maps:
+            return
+        run = {tag: series_of(points) for tag, points in self._layers.items()}
+        for group, layers in layered(run).items():
+            pixels = as_pixels(heat_map(group, layers))
+            for logger in boards:
+                logger.experiment.add_image(f"layers/{group}", pixels, step, dataformats="HWC")  # type: ignore[attr-defined]
+
+
+def _is_gradient(tag: str) -> bool:
+    found = indicator_of(tag)
+    return found is not None and found[0].name == "gradient norm"
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes a file whole or not at all; a folder that cannot be written to is no reason to stop a run."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f".{path.name}.part")
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
+    except OSError as error:
+        rank_zero_warn(f"HealthMonitor: {path} was not written ({error}). The run goes on.")
+
+
+def _write_hyperparameters(trainer: Trainer, model: LightningModule) -> None:
+    """Rule, base, learning rates and the module's own scalars with the final losses, for the HPARAMS tab.
+
+    In a folder of its own, as torch's writer does it: what the Trainer wrote at the start cannot be replaced.
+    """
+    final = {
+        f"final/{tag}": float(value)  # a name of its own: these are no points of the loss's curve
+        for tag, value in trainer.callback_metrics.items()
+        if is_loss(tag) or "bits_per_byte" in tag
+    }
+    boards = [logger for logger in trainer.loggers if is_lightning(logger, "TensorBoardLogger")]
+    if not final or not boards:
+        return
+    parameters: dict[str, Any] = {
+        name: value
+        for name, value in model.hparams.items()
+        if isinstance(value, (bool, int, float, str)) and not name.startswith("_")
+    }
+    plan = next((c.plan for c in trainer.callbacks if isinstance(c, MuECallback)), None)  # type: ignore[attr-defined]
+    if plan is not None:
+        base = ", ".join(f"{axis}={size:g}" for axis, size in plan.base_axes.items())
+        parameters |= {"rule": plan.rule, "base": base}
+    for i, optimizer in enumerate(trainer.optimizers):
+        name = "lr" if len(trainer.optimizers) == 1 else f"lr-{i}"
+        parameters[name] = float(optimizer.param_groups[0].get("initial_lr", optimizer.param_groups[0]["lr"]))
+    for logger in boards:
+        logger.experiment.add_hparams(parameters, final, run_name="hparams")  # type: ignore[attr-defined]

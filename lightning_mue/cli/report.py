@@ -1,0 +1,39 @@
+"""``lightning-mue report``: one HTML page about one run or several, from what their loggers wrote."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from lightning_mue.checks import value_error
+from lightning_mue.health.card import LOOKS, headline
+from lightning_mue.health.report import read_runs, write_report
+
+
+def report_command(args: Sequence[str]) -> None:
+    """Reads the runs, writes the page, and prints a line for each run.
+
+    Raises:
+        ValueError: If a folder holds no run, a loss is in no run, or the output is a folder.
+    """
+    parser = argparse.ArgumentParser(prog="lightning-mue report", description=__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="a logger's folder, or one that holds several")
+    parser.add_argument("--output", default="report.html", help="the page to write (default: %(default)s)")
+    parser.add_argument(
+        "--loss", action="append", default=[], metavar="TAG", help="a training loss that is not called one; repeatable"
+    )
+    options = parser.parse_args(args)
+    if Path(options.output).is_dir():
+        found = f"the folder {options.output}"
+        raise value_error("--output", found=found, expected="a file", do=f"Give {options.output}/report.html.")
+    runs = read_runs(options.runs, losses=options.loss)
+    page = write_report(runs, options.output)
+    console = Console(soft_wrap=True, highlight=False)
+    for run in runs:
+        word, colour = LOOKS[run.verdict.level]
+        console.print(f"[{colour}]{word}[/]  {run.name}: ", end="")
+        console.print(headline(run.verdict), markup=False)
+    console.print(f"written: {page}", markup=False)
