@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lightning_mue.health.judging import Finding, Level, Verdict
+from lightning_mue.health.departures import Level
+from lightning_mue.health.judging import Finding, Verdict
 
 #: Level -> (word, colour).
 LOOKS = {Level.HEALTHY: ("healthy", "#1b7837"), Level.WATCH: ("watch", "#b35806"), Level.ACT: ("act", "#b2182b")}
@@ -44,7 +45,7 @@ def sentence(finding: Finding) -> str:
     place = f" of {finding.place}" if finding.place else ""
     now = "" if finding.lasts else ", which is over"
     return (
-        f"{finding.indicator.name}{place} was {finding.value:.3g} at step {finding.step}, expected {finding.expected}{now}: "
+        f"{finding.indicator.name}{place} was {finding.value:.3g} at step {finding.step}, expected {finding.told}{now}: "
         f"{finding.indicator.means}"
     )
 
@@ -56,7 +57,7 @@ def _row(finding: Finding) -> str:
         finding.indicator.name,
         finding.place,
         f"{finding.value:.3g}",
-        finding.expected,
+        finding.told,
         finding.indicator.means,
         finding.indicator.do,
     ]

@@ -1,0 +1,187 @@
+"""How far an indicator is from where it should be: by its own recent history, by healthy runs, and by fixed limits.
+
+A departure is counted in multiples of the least one that matters, in logarithms where the indicator is a scale: 1 is just enough.
+
+Shape legend: n samples of one tag.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_mue.health.indicators import Indicator
+from lightning_mue.health.series import Run, Series
+
+#: Samples of a tag before its own history says anything.
+LEAST_HISTORY = 20
+#: Recent values whose median is expected, over a short and a long time, and what the latter multiplies the least departure by.
+SHORT, LONG, LONG_FACTOR = 12, 64, 1.5
+#: A departure from the own history is at least this many standard deviations of the noise.
+SPREADS = 6.0
+#: Departures in a row that make a finding, unless one is this many times the least.
+IN_A_ROW, AT_ONCE = 3, 3.0
+#: Values whose median is compared with the same of the healthy runs.
+SMOOTHED = 8
+#: Values on which the level of the last one depends.
+LONGEST_MEMORY = LONG + IN_A_ROW
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+
+class Level(IntEnum):
+    """The three verdicts."""
+
+    HEALTHY = 0
+    WATCH = 1
+    ACT = 2
+
+
+class Reference:
+    """Healthy runs, such as that of a tuned base, that another run is compared with at the same part of its length.
+
+    Args:
+        runs: At least one.
+        steps: Optimizer steps of the run that is compared; None: those of the reference itself.
+    """
+
+    def __init__(self, runs: Sequence[Run], steps: int | None = None) -> None:
+        self._runs = [_stretched(run, steps) for run in runs]
+
+    def of(self, tag: str) -> list[Series]:
+        """The tag in each of the runs that has it."""
+        return [run[tag] for run in self._runs if tag in run]
+
+
+def _stretched(run: Run, steps: int | None) -> dict[str, Series]:
+    last = max((int(series.steps[-1]) for series in run.values() if len(series.steps)), default=0)
+    scale = 1.0 if steps is None or last == 0 else (steps - 1) / last
+    return {tag: Series((series.steps * scale).astype(np.int64), series.values) for tag, series in run.items()}
+
+
+def levels(
+    indicator: Indicator, series: Series, healthy: Sequence[Series] = (), *, only_last: bool = False
+) -> tuple[NDArray[np.int64], Floats, list[str]]:
+    """The level of each sample [n], what was expected of it [n], and that in words [n].
+
+    Args:
+        indicator: What the samples are.
+        series: The samples.
+        healthy: The same tag in healthy runs.
+        only_last: Whether only the last level is needed; those before it are then not to be read.
+    """
+    values_n = series.values
+    first = max(0, len(values_n) - IN_A_ROW) if only_last else 0
+    y_n = _scaled(indicator, values_n)
+    expected_n, beyond_n = from_history(indicator, y_n, first)
+    expected_n = _unscaled(indicator, expected_n)
+    words = [f"about {e:.3g}" for e in expected_n]
+    departed_n = _held(beyond_n >= 1) | (beyond_n >= AT_ONCE)
+    if healthy:
+        healthy_n, beyond_n = from_healthy(indicator, series.steps, y_n, healthy)
+        left_n = _held(beyond_n >= 1) & ~departed_n
+        healthy_n = _unscaled(indicator, healthy_n)
+        told = [f"about {e:.3g} as in the reference" for e in healthy_n]
+        expected_n = np.where(left_n, healthy_n, expected_n)
+        words = [new if left else old for old, new, left in zip(words, told, left_n, strict=True)]
+        departed_n |= left_n
+    level_n = departed_n.astype(np.int64)
+    side, beyond = ("above", np.less_equal) if indicator.falls else ("below", np.greater_equal)
+    for level, bound in ((Level.WATCH, indicator.watch), (Level.ACT, indicator.act)):
+        over_n = np.zeros(len(values_n), dtype=bool) if bound is None else _held(beyond(values_n, bound))
+        newly_n = over_n & (level_n < level)
+        words = [f"{side} {bound:g}" if new else word for word, new in zip(words, newly_n, strict=True)]
+        expected_n = np.where(newly_n, np.nan if bound is None else bound, expected_n)
+        level_n = np.maximum(level_n, over_n * int(level))
+    broken_n = ~np.isfinite(values_n)
+    level_n[broken_n] = int(Level.ACT)
+    words = ["a finite number" if broken else word for word, broken in zip(words, broken_n, strict=True)]
+    return level_n, np.where(broken_n, np.nan, expected_n), words
+
+
+def is_back(indicator: Indicator, value: float, expected: float, now: float) -> bool:
+    """Whether a value that was out of range has gone at least half of the way back to what was expected."""
+    if not np.isfinite(now):
+        return False
+    if not (np.isfinite(value) and np.isfinite(expected)):
+        return True
+    y, y_expected, y_now = _scaled(indicator, np.array([value, expected, now]))
+    return bool((y_now - y_expected) * np.sign(y - y_expected) < 0.5 * abs(y - y_expected))
+
+
+def from_history(indicator: Indicator, y_n: Floats, first: int = 0) -> tuple[Floats, Floats]:
+    """(expected [n], departure [n]) of scaled values by the median of those before them; NaN and 0 up to `LEAST_HISTORY`.
+
+    A value departs that leaves the median of the last `SHORT` values and that of the last `LONG` ones (which it does not if it
+    merely returns to where it was), or the latter by `LONG_FACTOR` times as much (a slow drift). The noise is that of successive
+    differences, which a trend does not widen.
+    """
+    n = len(y_n)
+    expected_n, beyond_n = np.full(n, np.nan), np.zeros(n)
+    finite_n = np.where(np.isfinite(y_n), y_n, np.nan)
+    for i in range(max(LEAST_HISTORY, first), n):
+        past = finite_n[max(0, i - LONG) : i]
+        past = past[~np.isnan(past)]
+        if len(past) < SHORT:
+            continue
+        short, long = _median(past[-SHORT:]), _median(past)
+        noise = 1.4826 / 2**0.5 * _median(np.abs(np.diff(past)))
+        least = max(_least(indicator), SPREADS * noise)
+        near, far = _bad(indicator, y_n[i] - short) / least, _bad(indicator, y_n[i] - long) / (LONG_FACTOR * least)
+        beyond_n[i] = max(min(near, far * LONG_FACTOR), far)
+        expected_n[i] = short if near >= far else long
+    return expected_n, np.nan_to_num(beyond_n, nan=0.0, posinf=1e9)
+
+
+def from_healthy(
+    indicator: Indicator, steps_n: NDArray[np.int64], y_n: Floats, healthy: Sequence[Series]
+) -> tuple[Floats, Floats]:
+    """(expected [n], departure [n]) of scaled values, smoothed, by the range of healthy runs at the same steps."""
+    at = [_smooth(np.interp(steps_n, one.steps, _scaled(indicator, one.values))) for one in healthy]
+    low_n, high_n = np.min(at, axis=0), np.max(at, axis=0)
+    own_n = _smooth(y_n)
+    gap_n = np.where(own_n > high_n, own_n - high_n, np.where(own_n < low_n, own_n - low_n, 0.0))
+    beyond_n = np.nan_to_num(_bad(indicator, gap_n) / _least(indicator), nan=0.0, posinf=1e9)
+    beyond_n[: min(SMOOTHED, len(y_n))] = 0.0
+    return np.where(own_n > high_n, high_n, low_n), beyond_n
+
+
+def _bad(indicator: Indicator, gap: Floats) -> Floats:
+    return np.abs(gap) if indicator.both else -gap if indicator.falls else gap
+
+
+def _least(indicator: Indicator) -> float:
+    return indicator.factor if indicator.linear else float(np.log(indicator.factor))
+
+
+def _scaled(indicator: Indicator, values_n: Floats) -> Floats:
+    return values_n.astype(np.float64) if indicator.linear else np.log(np.maximum(values_n, 1e-12))
+
+
+def _unscaled(indicator: Indicator, y_n: Floats) -> Floats:
+    return y_n if indicator.linear else np.exp(y_n)
+
+
+def _smooth(y_n: Floats) -> Floats:
+    return np.array([_median(y_n[max(0, i - SMOOTHED + 1) : i + 1]) for i in range(len(y_n))])
+
+
+def _median(values: Floats) -> float:
+    """The median; several times as quick as numpy's for a few values. NaN if any of them is, or if there is none."""
+    if not len(values):
+        return float("nan")
+    ordered = np.sort(values)
+    return float(0.5 * (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]))
+
+
+def _held(flags_n: Bools) -> Bools:
+    """Where a flag is the last of `IN_A_ROW` ones."""
+    held_n = flags_n.copy()
+    for shift in range(1, min(IN_A_ROW, len(flags_n) + 1)):
+        held_n[shift:] &= flags_n[:-shift]
+        held_n[:shift] = False
+    return held_n

@@ -1,0 +1,152 @@
+"""The judge: healthy series are healthy, faults are found when and where they are, and it never looks into the future."""
+
+import numpy as np
+import pytest
+
+from lightning_mue.health.departures import LEAST_HISTORY, Level, Reference
+from lightning_mue.health.judging import RunJudge, judge
+from lightning_mue.health.series import series_of
+
+N = 200
+
+
+def learning(seed, n=N):
+    """Tags of a healthy run: a falling loss, growing Z-values, noise."""
+    rng = np.random.default_rng(seed)
+    t = np.arange(n)
+
+    def noisy(values, noise=0.04):
+        return values * np.exp(noise * rng.standard_normal(n))
+
+    return {
+        "train/loss": noisy(1.5 + 5 * np.exp(-t / 15)),
+        "stability/z/attention/00": noisy(27 + 110 * t / (t + 60)),
+        "stability/z/attention/01": noisy(27 + 60 * t / (t + 60)),
+        "stability/rms/ffn/00": noisy(0.6 + 1.0 * t / (t + 5)),
+        "routing/max_violation_max": noisy(1.2 * np.exp(-t / 60) + 0.15, 0.15),
+        "routing/token_entropy_min": 1.5 + 0.05 * rng.standard_normal(n),
+        "routing/dead_experts_max": np.zeros(n),
+    }
+
+
+def as_run(values, steps=None):
+    return {tag: series_of(zip(range(len(v)) if steps is None else steps, v, strict=True)) for tag, v in values.items()}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_healthy_run_is_healthy(seed):
+    verdict = judge(as_run(learning(seed)))
+    assert verdict.level is Level.HEALTHY, verdict.findings
+    assert (verdict.samples, verdict.last_step) == (N, N - 1)
+
+
+FAULTS = {
+    "stability/z/attention/01": lambda v: v * 8,
+    "stability/rms/ffn/00": lambda v: v / 5,
+    "routing/max_violation_max": lambda v: v + 4,
+    "routing/token_entropy_min": lambda v: v * 0.1,
+    "routing/dead_experts_max": lambda v: v + 2,
+    "train/loss": lambda v: v * 1.6,
+}
+
+
+@pytest.mark.parametrize("tag", FAULTS)
+def test_a_fault_is_found_when_and_where_it_is(tag):
+    values = learning(1)
+    values[tag][120:] = FAULTS[tag](values[tag][120:])
+    verdict = judge(as_run(values))
+    (finding,) = verdict.findings
+    assert verdict.level is Level.WATCH
+    assert 120 <= finding.step <= 123
+    assert (finding.indicator.tag in tag) or finding.indicator.name == "loss"
+    assert finding.layer == {"1": "01", "0": "00", "x": "max", "n": "min", "s": ""}[tag[-1]]
+
+
+def test_a_slow_drift_is_found():
+    values = learning(2)
+    values["stability/z/attention/00"][80:] *= np.exp(np.arange(N - 80) / 25)
+    (finding,) = judge(as_run(values)).findings
+    assert 80 < finding.step < 150
+    assert finding.lasts
+
+
+def test_what_is_over_is_said_to_be_over():
+    values = learning(3)
+    values["stability/rms/ffn/00"][100:105] *= 20
+    (finding,) = judge(as_run(values)).findings
+    assert not finding.lasts
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite_calls_for_action_at_once(bad):
+    values = learning(4)
+    values["train/loss"][3] = bad
+    verdict = judge(as_run(values))
+    (finding,) = verdict.findings
+    assert verdict.level is Level.ACT
+    assert finding.step == 3
+    assert finding.told == "a finite number"
+    assert not finding.lasts
+
+
+def test_early_values_have_no_history_to_depart_from():
+    values = learning(5)
+    values["stability/rms/ffn/00"][: LEAST_HISTORY - 1 : 2] *= 50
+    assert all(f.step >= LEAST_HISTORY for f in judge(as_run(values)).findings)
+
+
+def test_a_reference_shows_what_the_history_cannot():
+    """A load that never becomes even has nothing to depart from, but the healthy runs' became even."""
+    values = learning(6)
+    values["routing/max_violation_max"] = 1.2 * np.exp(0.1 * np.random.default_rng(0).standard_normal(N))
+    assert judge(as_run(values)).level is Level.HEALTHY
+    reference = Reference([as_run(learning(seed)) for seed in (7, 8)])
+    (finding,) = judge(as_run(values), reference=reference).findings
+    assert finding.indicator.name == "MaxVio"
+    assert finding.told.endswith("as in the reference")
+    assert judge(as_run(learning(9)), reference=reference).level is Level.HEALTHY
+
+
+def test_a_reference_of_another_length_is_stretched():
+    values = as_run(learning(10), steps=range(0, 5 * N, 5))
+    reference = Reference([as_run(learning(11))], steps=5 * N)
+    assert judge(values, reference=reference).level is Level.HEALTHY
+    unstretched = Reference([as_run({"train/loss": learning(11)["train/loss"] / 2})])
+    assert judge(values, reference=unstretched).level is Level.WATCH
+
+
+@pytest.mark.parametrize("with_reference", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_judge_beside_the_run_says_the_same_and_may_be_interrupted(seed, with_reference):
+    values = learning(seed)
+    values["stability/rms/ffn/00"][90:] *= 4
+    values["stability/z/attention/00"][70:75] *= 30
+    values["train/loss"][150] = float("nan")
+    reference = Reference([as_run(learning(seed + 50))]) if with_reference else None
+    live, told = RunJudge(reference=reference), []
+    for step in range(N):
+        if step in (71, 92, 151):
+            resumed = RunJudge(reference=reference)
+            resumed.load_state_dict(live.state_dict())
+            live = resumed
+        told += live.add(step, {tag: float(v[step]) for tag, v in values.items()})
+    offline = judge(as_run(values), reference=reference)
+    assert str(live.verdict) == str(offline)  # NaN is expected where any finite number is
+    assert len(offline.findings) >= 3
+    assert {(f.indicator.name, f.step) for f in offline.findings} <= {(f.indicator.name, f.step) for f in told}
+
+
+def test_the_past_is_not_changed_by_the_future():
+    values = learning(12)
+    values["stability/rms/ffn/00"][120:] *= 6
+    known = judge(as_run({tag: v[:130] for tag, v in values.items()})).findings
+    values["stability/rms/ffn/00"][160:] *= 100
+    assert [(f.step, f.value) for f in judge(as_run(values)).findings] == [(f.step, f.value) for f in known]
+
+
+def test_a_loss_of_another_name_can_be_given():
+    values = {"objective": learning(13)["train/loss"]}
+    values["objective"][150:] *= 2
+    assert judge(as_run(values)).level is Level.HEALTHY
+    (finding,) = judge(as_run(values), losses=["objective"]).findings
+    assert finding.indicator.name == "loss"
