@@ -40,7 +40,7 @@ class HealthMonitor(Callback):
     It writes
 
     - one warning for each finding;
-    - the card: in TensorBoard's TEXT tab as ``health``, and as ``health.md`` in the loggers' folders;
+    - the card: in TensorBoard's TEXT tab as ``health``, and as a Markdown file of that name in the loggers' folders;
     - heat maps (layer x step) of every metric by layer, in TensorBoard's IMAGES tab;
     - at the end, hyperparameters with the final losses, in TensorBoard's HPARAMS tab.
 

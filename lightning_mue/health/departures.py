@@ -92,7 +92,9 @@ def levels(
     level_n = departed_n.astype(np.int64)
     side, beyond = ("above", np.less_equal) if indicator.falls else ("below", np.greater_equal)
     for level, bound in ((Level.WATCH, indicator.watch), (Level.ACT, indicator.act)):
-        over_n = np.zeros(len(values_n), dtype=bool) if bound is None else _held(beyond(values_n, bound))
+        over_n = (
+            np.zeros(len(values_n), dtype=bool) if bound is None else _held(beyond(values_n, bound), indicator.hold)
+        )
         newly_n = over_n & (level_n < level)
         words = [f"{side} {bound:g}" if new else word for word, new in zip(words, newly_n, strict=True)]
         expected_n = np.where(newly_n, np.nan if bound is None else bound, expected_n)
@@ -178,10 +180,10 @@ def _median(values: Floats) -> float:
     return float(0.5 * (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]))
 
 
-def _held(flags_n: Bools) -> Bools:
-    """Where a flag is the last of `IN_A_ROW` ones."""
+def _held(flags_n: Bools, in_a_row: int = IN_A_ROW) -> Bools:
+    """Where a flag is the last of so many in a row."""
     held_n = flags_n.copy()
-    for shift in range(1, min(IN_A_ROW, len(flags_n) + 1)):
+    for shift in range(1, min(in_a_row, len(flags_n) + 1)):
         held_n[shift:] &= flags_n[:-shift]
         held_n[:shift] = False
     return held_n

@@ -25,6 +25,7 @@ class Indicator:
         linear: Differences count, not ratios: an entropy or a share, which may be zero; ``factor`` is then in its unit.
         falls: A fall is the bad direction (an entropy); else a rise is.
         both: Both directions are.
+        hold: Samples in a row that must be beyond ``watch`` or ``act``.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Indicator:
     linear: bool = False
     falls: bool = False
     both: bool = False
+    hold: int = 3
 
 
 _LOWER = "Lower the learning rate of the role, or clip its gradient"
@@ -124,6 +126,7 @@ INDICATORS: tuple[Indicator, ...] = (
         "experts without a token do not learn",
         "Raise aux_loss_coef or the bias update rate; lower the router's learning rate.",
         watch=1.0,
+        hold=10,  # in a small batch an expert may get nothing by chance
         linear=True,
         factor=1.0,
     ),

@@ -25,13 +25,16 @@ def test_an_indicator_is_recognized(tag, name, where, layer):
     assert (indicator.name, *place) == (name, where, layer)
 
 
-@pytest.mark.parametrize("tag", ["stability/rms_after_multiplier/ffn/00", "mue/lr/router", "epoch", "lr-AdamW", "acc", ""])
+@pytest.mark.parametrize(
+    "tag", ["stability/rms_after_multiplier/ffn/00", "mue/lr/router", "epoch", "lr-AdamW", "acc", ""]
+)
 def test_other_tags_are_none(tag):
     assert indicator_of(tag) is None
 
 
 @pytest.mark.parametrize(
-    "tag", ["loss", "train_loss", "train/loss", "training.loss", "loss_step", "loss/train", "nll", "model/cross_entropy"]
+    "tag",
+    ["loss", "train_loss", "train/loss", "training.loss", "loss_step", "loss/train", "nll", "model/cross_entropy"],
 )
 def test_a_users_own_training_loss_is_known(tag):
     assert is_training_loss(tag)
@@ -43,7 +46,9 @@ def test_a_validation_loss_is_a_loss_but_not_of_training(tag):
     assert not is_training_loss(tag)
 
 
-@pytest.mark.parametrize("tag", ["train/aux_loss", "z_loss", "balance_loss", "closs", "train/glossary", "final/train/loss"])
+@pytest.mark.parametrize(
+    "tag", ["train/aux_loss", "z_loss", "balance_loss", "closs", "train/glossary", "final/train/loss"]
+)
 def test_parts_of_a_loss_and_other_words_are_none(tag):
     assert not is_loss(tag)
 

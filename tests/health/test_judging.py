@@ -33,7 +33,7 @@ def as_run(values, steps=None):
     return {tag: series_of(zip(range(len(v)) if steps is None else steps, v, strict=True)) for tag, v in values.items()}
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(8))
 def test_a_healthy_run_is_healthy(seed):
     verdict = judge(as_run(learning(seed)))
     assert verdict.level is Level.HEALTHY, verdict.findings
@@ -45,7 +45,7 @@ FAULTS = {
     "stability/rms/ffn/00": lambda v: v / 5,
     "routing/max_violation_max": lambda v: v + 4,
     "routing/token_entropy_min": lambda v: v * 0.1,
-    "routing/dead_experts_max": lambda v: v + 2,
+    "routing/dead_experts_max": lambda v: v + 4,
     "train/loss": lambda v: v * 1.6,
 }
 
@@ -116,7 +116,7 @@ def test_a_reference_of_another_length_is_stretched():
 
 
 @pytest.mark.parametrize("with_reference", [False, True])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_judge_beside_the_run_says_the_same_and_may_be_interrupted(seed, with_reference):
     values = learning(seed)
     values["stability/rms/ffn/00"][90:] *= 4

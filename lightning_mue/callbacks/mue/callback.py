@@ -217,8 +217,7 @@ class MuECallback(Callback):
             companions.copy_to_optimizers(copies)
         companions.set_process_groups(trainer)
         if not plan.same_size:
-            self._steps = [ScaledStep(optimizer, plan, pl_module) for optimizer in trainer.optimizers]
-            self._logged = 0
+            self._steps, self._logged = [ScaledStep(each, plan, pl_module) for each in trainer.optimizers], 0
             tensorboard_page.register(trainer, "Training", {"Effective learning rate by role": ["mue/lr/.*"]})
         self._to_verify = not (plan.same_size or has_checkpoint)
         announce(trainer, plan, drawn=drawn, verbose=self.verbose)

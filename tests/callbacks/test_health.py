@@ -1,0 +1,123 @@
+"""HealthMonitor: it hears the monitors and the user's losses, tells once, writes the card, and survives a resume."""
+
+from __future__ import annotations
+
+import re
+import warnings
+
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lightning_mue.callbacks import ActivationOutlierMonitor, HealthMonitor, LogitsZMonitor, metric_stream
+from lightning_mue.health.departures import Level
+from lightning_mue.health.report import read_runs
+from lightning_mue.health.series import find_runs
+
+
+def text_of(logger, tag="health/text_summary"):
+    events = EventAccumulator(logger.log_dir).Reload()
+    return [e.tensor_proto.string_val[0].decode() for e in events.Tensors(tag)]
+
+
+def run(toy, tmp_path, *, spoil_at=None, steps=40, health=None, loggers=None, name="train/loss"):
+    health = HealthMonitor() if health is None else health
+
+    class Spoilt(toy.ToyModel):
+        """A model whose loss is multiplied from one step on."""
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            factor = 100.0 if spoil_at is not None and self.global_step >= spoil_at else 1.0
+            self.log(name, loss.detach() * factor)
+            return loss
+
+    loggers = [TensorBoardLogger(tmp_path, name="run")] if loggers is None else loggers
+    monitors = [LogitsZMonitor(), ActivationOutlierMonitor()]  # the toy's experts get nothing in many of its batches
+    trainer = toy.make_trainer([health, *monitors], loggers)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(toy.make_model(cls=Spoilt), toy.tokens(steps))
+    told = [str(w.message) for w in caught if str(w.message).startswith("HealthMonitor")]
+    return trainer, health, told
+
+
+def test_a_healthy_run(toy, tmp_path):
+    trainer, health, told = run(toy, tmp_path)
+    assert health.verdict.level is Level.HEALTHY
+    assert health.verdict.samples == 40
+    assert told == []
+    (card,) = text_of(trainer.logger)
+    assert card.startswith("# HEALTHY")
+    assert "to step 39" in card
+
+
+def test_a_fault_is_told_once_and_stands_on_the_card(toy, tmp_path):
+    trainer, health, told = run(toy, tmp_path, spoil_at=30)
+    assert health.verdict.level is Level.WATCH
+    assert len(told) == 1
+    assert re.search(r"loss of train/loss was .* at step 3\d, expected about .*: training goes backwards", told[0])
+    assert text_of(trainer.logger)[-1].startswith("# WATCH")
+    folder = trainer.logger.log_dir
+    with open(f"{folder}/health.md", encoding="utf-8") as card:
+        assert card.read() == text_of(trainer.logger)[-1]
+
+
+def test_a_loss_of_another_name(toy, tmp_path):
+    _, health, _ = run(toy, tmp_path / "a", spoil_at=30, name="objective")
+    assert health.verdict.level is Level.HEALTHY
+    _, health, _ = run(toy, tmp_path / "b", spoil_at=30, name="objective", health=HealthMonitor(["objective"]))
+    assert health.verdict.level is Level.WATCH
+
+
+def test_the_report_says_what_the_monitor_said(toy, tmp_path):
+    loggers = [TensorBoardLogger(tmp_path, name="board"), CSVLogger(tmp_path, name="csv")]
+    _, health, _ = run(toy, tmp_path, spoil_at=30, loggers=loggers)
+    assert len(find_runs(tmp_path)) == 2
+    for read in read_runs([tmp_path]):
+        assert read.verdict.level is health.verdict.level
+        assert [(f.indicator.name, f.step) for f in read.verdict.findings] == [
+            (f.indicator.name, f.step) for f in health.verdict.findings
+        ]
+
+
+def test_pictures_and_hyperparameters(toy, tmp_path):
+    trainer, _, _ = run(toy, tmp_path)
+    images = EventAccumulator(trainer.logger.log_dir).Reload().Tags()["images"]
+    assert "layers/stability/z/attention" in images
+    folder = f"{trainer.logger.log_dir}/hparams"
+    assert "final/train/loss" in EventAccumulator(folder).Reload().Tags()["scalars"]
+    _, _, _ = run(toy, tmp_path / "none", health=HealthMonitor(heat_maps=False))
+    assert EventAccumulator(str(tmp_path / "none" / "run" / "version_0")).Reload().Tags()["images"] == []
+
+
+def test_no_logger_and_unwritable_folder(toy, tmp_path):
+    _, health, _ = run(toy, tmp_path, loggers=False)
+    assert health.verdict.samples > 0  # the losses are known without a logger
+    blocked = CSVLogger(tmp_path, name="blocked")
+    (tmp_path / "blocked").mkdir()
+    trainer, health, told = run(toy, tmp_path, loggers=[blocked])
+    assert trainer.state.finished
+
+
+def test_a_resumed_judge_goes_on(toy, tmp_path):
+    _, health, _ = run(toy, tmp_path, spoil_at=30)
+    other = HealthMonitor()
+    state = health.state_dict()
+    torch.save(state, tmp_path / "state.pt")
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert str(other.verdict) == str(health.verdict)
+
+
+def test_it_listens_no_more_after_the_fit(toy, tmp_path):
+    trainer, health, _ = run(toy, tmp_path)
+    samples = health.verdict.samples
+    metric_stream.tell(trainer, 99, {"stability/z/lm_logits": 1.0})
+    assert health.verdict.samples == samples
+
+
+@pytest.mark.parametrize("losses", ["loss", [1]])
+def test_bad_losses_are_refused(losses):
+    with pytest.raises(TypeError, match="losses"):
+        HealthMonitor(losses)
