@@ -194,25 +194,10 @@ class DeadExpert(Fault):
     role, layer = "rout", "01"
 
     def begin(self, trainer: Trainer, model: LightningModule) -> None:
-        """Turns the expert's row against the mean token while a batch runs; the optimizer gets the weight as it was."""
-        self._weight = [m for m in model.modules() if isinstance(m, Router)][1].weight
-        self._row: Tensor | None = None
-
-        def away(module: nn.Module, args: tuple[Any, ...]) -> None:
-            mean = args[0].detach().flatten(0, -2).float().mean(0)
-            if self._row is None:
-                self._row = self._weight.data[0].clone()
-            self._weight.data[0] = -300 * mean / mean.square().sum().clamp(min=1e-6)
-
-        next(
-            m for m in model.modules() if isinstance(m, Router) and m.weight is self._weight
-        ).register_forward_pre_hook(away)
-
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        """Gives the row back."""
-        if trainer.global_step >= self.at and self._row is not None:
-            self._weight.data[0] = self._row
-            self._row = None
+        """Puts a bias on the choice, as a broken balance would."""
+        router = [m for m in model.modules() if isinstance(m, Router)][1]
+        router.balance_bias = torch.zeros(router.n_experts)
+        router.balance_bias[0] = -1e9
 
 
 class Beta2(Fault):

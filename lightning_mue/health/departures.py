@@ -118,24 +118,27 @@ def is_back(indicator: Indicator, value: float, expected: float, now: float) -> 
 def from_history(indicator: Indicator, y_n: Floats, first: int = 0) -> tuple[Floats, Floats]:
     """(expected [n], departure [n]) of scaled values by the median of those before them; NaN and 0 up to `LEAST_HISTORY`.
 
-    A value departs that leaves the median of the last `SHORT` values and that of the last `LONG` ones (which it does not if it
-    merely returns to where it was), or the latter by `LONG_FACTOR` times as much (a slow drift). The noise is that of successive
-    differences, which a trend does not widen.
+    Two kinds: a jump, a value far from the median of the last `SHORT` values and from that of the last `LONG` ones (near which it
+    is if it merely returns to where it was); and a drift, the median of the last `SMOOTHED` values far from that of those right
+    before them, or `LONG_FACTOR` times as far from that of all `LONG`. The noise is that of successive differences, which a trend
+    does not widen; a median has less of it.
     """
     n = len(y_n)
     expected_n, beyond_n = np.full(n, np.nan), np.zeros(n)
-    finite_n = np.where(np.isfinite(y_n), y_n, np.nan)
     for i in range(max(LEAST_HISTORY, first), n):
-        past = finite_n[max(0, i - LONG) : i]
-        past = past[~np.isnan(past)]
-        if len(past) < SHORT:
+        past = y_n[max(0, i - LONG) : i]
+        past = past[np.isfinite(past)]
+        if len(past) < LEAST_HISTORY - 1:
             continue
-        short, long = _median(past[-SHORT:]), _median(past)
         noise = 1.4826 / 2**0.5 * _median(np.abs(np.diff(past)))
-        least = max(_least(indicator), SPREADS * noise)
-        near, far = _bad(indicator, y_n[i] - short) / least, _bad(indicator, y_n[i] - long) / (LONG_FACTOR * least)
-        beyond_n[i] = max(min(near, far * LONG_FACTOR), far)
-        expected_n[i] = short if near >= far else long
+        least, least_of_median = max(_least(indicator), SPREADS * noise), max(_least(indicator), SPREADS / 2 * noise)
+        long, now = _median(past), _median(np.append(past[1 - SMOOTHED :], y_n[i]))
+        short, before = _median(past[-SHORT:]), _median(past[-SHORT - SMOOTHED : 1 - SMOOTHED])
+        jump = min(_bad(indicator, y_n[i] - short), _bad(indicator, y_n[i] - long)) / least
+        recent = _bad(indicator, now - before) / least_of_median
+        slow = _bad(indicator, now - long) / (LONG_FACTOR * least_of_median)
+        beyond_n[i] = max(jump, recent, slow)
+        expected_n[i] = short if jump == beyond_n[i] else before if recent == beyond_n[i] else long
     return expected_n, np.nan_to_num(beyond_n, nan=0.0, posinf=1e9)
 
 
