@@ -59,7 +59,7 @@ class _BranchProbe(Probe):
         found = {name: float(value) for name, value in {**summary_metrics(summary), **channel_metrics(channels)}.items()}
         self.massive = massive_channels(channels)
         if self.block is not None:
-            found[_AFTER] = found["rms"] * abs(float(getattr(self.block, declared_multipliers(self.block)["residual"])))
+            found[_AFTER] = found["rms"] * abs(float(getattr(self.block, _residual_of(self.block))))
         return {f"stability/{name}/{self.label}": value for name, value in found.items()}
 
 
@@ -123,7 +123,7 @@ class ActivationOutlierMonitor(SampledMonitor):
         reading = read(pl_module)
         branches = find_branches(reading, self.branches)
         self.findings = {"residual branches": branches}
-        blocks = {name: m for name, m in reading.modules.items() if "residual" in declared_multipliers(m)}
+        blocks = {name: m for name, m in reading.modules.items() if _residual_of(m)}
         probes: list[Probe] = []
         for kind in sorted({each.kind for each in branches.found}):
             modules = {each.name: each.module for each in branches.found if each.kind == kind}
@@ -146,6 +146,12 @@ class ActivationOutlierMonitor(SampledMonitor):
     def massive(self) -> dict[str, list[int]]:
         """Label of a branch ("ffn/03") -> indices of its massive channels in the last sample, of those that have any."""
         return {p.label: p.massive for p in self._probes if isinstance(p, _BranchProbe) and p.massive}
+
+
+def _residual_of(module: nn.Module) -> str:
+    """Name of the attribute by which a block multiplies its branches: as declared, or Granite's; empty if it has none."""
+    granite = "residual_multiplier" if isinstance(getattr(module, "residual_multiplier", None), (int, float)) else ""
+    return declared_multipliers(module).get("residual", granite)
 
 
 def _block_of(name: str, blocks: Mapping[str, nn.Module]) -> nn.Module | None:

@@ -23,6 +23,7 @@ from lightning_mue.diagnostics.attention import (
 from lightning_mue.sharded import whole
 
 _SOFTMAXES = frozenset({torch.softmax, F.softmax, Tensor.softmax, torch.special.softmax})
+_FUSED_ATTENTION = F.scaled_dot_product_attention  # kept: programs replace the name by functions that call this one
 _SDPA = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
@@ -116,7 +117,7 @@ class SeenAttentionProbe(WatchingProbe, _Attention):
     """
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
-        if func is F.scaled_dot_product_attention:
+        if func is _FUSED_ATTENTION:
             self.add(_of_sdpa({**dict(zip(_SDPA, args, strict=False)), **kwargs}))
             return
         sinks = isinstance(getattr(self.module, "sinks", None), Tensor)

@@ -30,10 +30,13 @@ _CHOICES = frozenset({torch.topk, Tensor.topk, torch.argmax, Tensor.argmax})
 class _Routing(Probe):
     """Statistics: `_HEADER`, then the counts of the E experts."""
 
-    def __init__(self, n_experts: int) -> None:
-        self.n_experts, self.size = n_experts, _HEADER + n_experts
-        self._choices_P: Tensor | None = None
-        self._weighed = False
+    _choices_P: Tensor | None = None
+    _weighed = False
+
+    @property
+    def n_experts(self) -> int:
+        """E."""
+        return self.size - _HEADER
 
     def weight(self) -> Tensor | None:
         """The router's weight [E, d], if it is whole on this rank."""
@@ -103,8 +106,8 @@ class DeclaredRouterProbe(_Routing):
     """A router whose output has ``logits`` [T, E] and ``counts`` [E], and may have ``expert_ids`` [T, K] and a ``mask`` [T]."""
 
     def __init__(self, module: nn.Module, label: str) -> None:
-        Probe.__init__(self, module, label)
-        _Routing.__init__(self, _n_experts(module, label))
+        super().__init__(module, label)
+        self.size = _HEADER + _n_experts(module, label)
 
     def weight(self) -> Tensor | None:
         """The module's ``weight`` [E, d], if it has one."""
@@ -140,8 +143,8 @@ class FoundRouterProbe(WatchingProbe, _Routing):
     def __init__(
         self, module: nn.Module, label: str, leaf: str, n_experts: int, top_k: int | None, scopes: Sequence[nn.Module]
     ) -> None:
-        WatchingProbe.__init__(self, module, label, scopes)
-        _Routing.__init__(self, n_experts)
+        super().__init__(module, label, scopes)
+        self.size = _HEADER + n_experts
         self._leaf, self._top_k, self._calls = leaf, top_k, WeightCalls(module, leaf)
         self.enter()
 
