@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_mue.callbacks.monitors.probes import first_tensor
-from lightning_mue.callbacks.qk_weights import QueryKeyRows, WeightRows, find_attentions, hidden_keys, torch_heads
+from lightning_mue.callbacks.monitors.torch_attention import (
+    QueryKeyRows,
+    WeightRows,
+    given_to,
+    hidden_keys,
+    torch_heads,
+)
+from lightning_mue.callbacks.qk_weights import find_attentions
 from lightning_mue.checks import listed, require_number, value_error
 from lightning_mue.contract import is_attention_core
 from lightning_mue.diagnostics.zvalue import attention_max_logits
@@ -41,17 +48,7 @@ class _Attention:
     def _of_torch(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not module.training or not records_gradients():
             return
-        names = (
-            "query",
-            "key",
-            "value",
-            "key_padding_mask",
-            "need_weights",
-            "attn_mask",
-            "average_attn_weights",
-            "is_causal",
-        )
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        given = given_to(args, kwargs)
         with torch.no_grad(), torch.autocast(given["query"].device.type, enabled=False):
             q, k = torch_heads(module, given["query"], given["key"])
             mask = hidden_keys(module, given, q, k)

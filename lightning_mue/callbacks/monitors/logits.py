@@ -1,141 +1,136 @@
-"""LogitsZMonitor: Z-values of LM, attention and router logits."""
+"""LogitsZMonitor: Z-values, largest logits and entropies of LM, attention and router logits."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_mue.callbacks.monitors.probes import (
-    Probe,
-    counted_logits,
-    find_modules,
-    first_tensor,
-    layer_labels,
-    over_layers,
+from lightning_mue.callbacks.monitors.finding.attentions import find_attentions_of
+from lightning_mue.callbacks.monitors.finding.heads import find_heads
+from lightning_mue.callbacks.monitors.finding.reading import Found, Reading, read
+from lightning_mue.callbacks.monitors.finding.routers import find_routers, router_scopes, weight_name
+from lightning_mue.callbacks.monitors.logit_probes import (
+    CoreProbe,
+    OutputLogitsProbe,
+    ProductLogitsProbe,
+    SeenAttentionProbe,
+    TorchAttentionProbe,
 )
+from lightning_mue.callbacks.monitors.probes import Probe, layer_labels, over_layers
 from lightning_mue.callbacks.monitors.sampling import SampledMonitor
-from lightning_mue.checks import value_error
-from lightning_mue.contract import declared_roles, is_attention_core, is_router, returns_lm_logits
-from lightning_mue.diagnostics import attention_z_value, z_value
-from lightning_mue.names import is_head
+from lightning_mue.contract import is_attention_core
 from lightning_mue.parameterizations.reading.parameters import module_form
-from lightning_mue.parameterizations.rules.roles import Role
-
-
-class _ZProbe(Probe):
-    """Statistics: [sum of squared logsumexp, positions]."""
-
-    size = 2
-
-    def measure(self, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
-        logits = first_tensor(counted_logits(output, output))
-        if logits is None or logits.ndim < 2:  # a scalar is a loss
-            return None
-        return _weighted(z_value(logits), logits.numel() // max(1, logits.shape[-1]))
-
-    def metrics(self, total: Tensor) -> dict[str, float]:
-        return {f"stability/z/{self.label}": float(total[0] / total[1])} if total[1] > 0 else {}
-
-
-class _AttentionZProbe(_ZProbe):
-    def measure(self, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
-        q, k = (first_tensor(x) for x in inputs[:2]) if len(inputs) > 1 else (None, None)  # else: passed by keyword
-        if q is None or k is None:
-            return None
-        scale: Any = self.module.scale
-        return _weighted(attention_z_value(q, k, float(scale)), q.shape[0] * q.shape[1] * q.shape[2])
 
 
 class LogitsZMonitor(SampledMonitor):
     """Logs the Z-value, the mean of ``logsumexp(logits)^2`` (docs/theory.md section 6), of every kind of logits in the model.
 
     Metrics (the layer is the block's index, "03"): ``stability/z/lm_logits``; ``stability/z/attention/<layer>`` and
-    ``stability/z/router/<layer>``, each with ``_mean`` and ``_max`` over layers. Means are over the global batch. A model
-    with several heads (multi-token prediction) logs ``stability/z/lm_logits/<head>`` for each.
+    ``stability/z/router/<layer>``, each with ``_mean`` and ``_max`` over layers; ``stability/max_logit/...`` likewise, the largest
+    logit, with ``_max``; ``stability/entropy/attention/<layer>``, the mean entropy of a query's attention weights in nats, with
+    ``_mean`` and ``_min``. Means are over the global batch. A model with several heads (multi-token prediction) logs
+    ``.../lm_logits/<head>`` for each.
 
-    The logits are found by attributes:
-
-    - LM logits: the output of a module with ``mue_role_of_output = "lm_logits"``; else of the module whose ``mue_roles``
-      give one of its own parameters the role "unembedding"; else of the outermost linear layer that is called a
-      head (`lightning_mue.names.is_head`).
-    - attention: the inputs ``forward(q, k, v)`` of modules with ``mue_attention_core = True`` and a ``scale``; q is [B,
-      Hq, S, k] and k is [B, Hkv, S, k]; causal.
-    - routers: the ``logits`` [T, E] in the output (or the output itself) of modules with ``mue_router = True``.
+    The logits are found on any model, as docs/monitors.md says: heads, attentions and routers that declare themselves come first
+    (``mue_role_of_output``, ``mue_roles``, ``mue_attention_core``, ``mue_router``), then those that the roles of the parameters
+    show. Attention logits are seen where queries meet keys: in the inputs of a declared core or of ``nn.MultiheadAttention``, in
+    calls of ``scaled_dot_product_attention``, or of softmax, inside an attention.
 
     Args:
         every_n_steps: Optimizer steps between two samples; None follows ``trainer.log_every_n_steps``.
-        lm_logits: Qualified name of the module whose output is the LM logits, where the rule above does not find it.
-        attention: Whether to measure attention logits, at the price of one more attention forward in float32.
+        lm_logits: Name of the module whose output is the LM logits, or a regular expression that matches the whole names of
+            several, in place of what is found.
+        attention: Whether to measure attention logits, at the price of one more product of queries and keys in float32; or a
+            regular expression on whole names of modules that are attentions, besides those that are found.
+        routers: A regular expression on whole names of modules that are routers, besides those that are found.
+        detail: See `SampledMonitor`.
 
     Raises:
-        ValueError: When fitting begins, if no module is called ``lm_logits``.
+        ValueError: When fitting begins, if an expression matches no module.
     """
 
     looks_for = (
         'a module with mue_role_of_output = "lm_logits", or whose mue_roles hold "unembedding", or a linear layer '
-        "called a head (lm_head, output, score, ...); modules with mue_attention_core = True; modules with mue_router = True"
+        "called a head (lm_head, output, score, ...); modules with mue_attention_core = True; modules with mue_router = True; "
+        "or heads, attentions and routers by the roles of their parameters"
     )
     category = "Stability"
     charts: ClassVar[Mapping[str, Sequence[str]]] = {
         "Z-value": [r"stability/z/(lm_logits.*|(attention|router)_(mean|max))"],
         "Z-value by layer": [r"stability/z/(attention|router)/.*"],
+        "Largest logit": [r"stability/max_logit/(lm_logits.*|(attention|router)_max)"],
+        "Attention entropy (nats)": [r"stability/entropy/attention_(mean|min)"],
     }
 
     def __init__(
-        self, every_n_steps: int | None = None, *, lm_logits: str | None = None, attention: bool = True
+        self,
+        every_n_steps: int | None = None,
+        *,
+        lm_logits: str | None = None,
+        attention: bool | str = True,
+        routers: str | None = None,
+        detail: str | None = None,
     ) -> None:
-        super().__init__(every_n_steps)
+        super().__init__(every_n_steps, detail=detail)
         self.lm_logits = lm_logits
         self.attention = attention
+        self.routers = routers
 
     def find_probes(self, pl_module: LightningModule) -> list[Probe]:
-        """Probe the LM head, the attention cores and the routers."""
-        heads = self._lm_heads(pl_module)
-        labels = {name: f"lm_logits/{label}" for name, label in layer_labels(heads).items()}
-        labels = labels if len(heads) > 1 else dict.fromkeys(heads, "lm_logits")
-        probes: list[Probe] = [_ZProbe(head, labels[name]) for name, head in heads.items()]
+        """Probe the LM head, the attentions and the routers."""
+        reading = read(pl_module)
+        heads = find_heads(reading, self.lm_logits)
+        self.findings = {"LM logits": heads}
+        labels = {name: f"lm_logits/{label}" for name, label in layer_labels(heads.names()).items()}
+        labels = labels if len(heads.found) > 1 else dict.fromkeys(labels, "lm_logits")
+        probes: list[Probe] = [_head_probe(head, labels[head.name], reading) for head in heads.found]
         if self.attention:
-            cores = find_modules(pl_module, is_attention_core)
-            labels = layer_labels(cores)
-            probes += [_AttentionZProbe(core, f"attention/{labels[name]}") for name, core in cores.items()]
-        routers = find_modules(pl_module, is_router)
-        labels = layer_labels(routers)
-        return probes + [_ZProbe(router, f"router/{labels[name]}") for name, router in routers.items()]
+            pattern = self.attention if isinstance(self.attention, str) else None
+            attentions = self.findings["attention logits"] = find_attentions_of(reading, pattern)
+            labels = layer_labels(attentions.names())
+            probes += [_attention_probe(each.module, f"attention/{labels[each.name]}") for each in attentions.found]
+        routers = self.findings["router logits"] = find_routers(reading, self.routers)
+        labels = layer_labels(routers.names())
+        return probes + [router_logits_probe(each, f"router/{labels[each.name]}", reading) for each in routers.found]
 
     def summarize(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Mean and max over layers of the attention and router Z-values."""
-        kinds = (over_layers(metrics, f"stability/z/{kind}", "mean", "max") for kind in ("attention", "router"))
-        return {tag: value for kind in kinds for tag, value in kind.items()}
-
-    def _lm_heads(self, pl_module: LightningModule) -> dict[str, nn.Module]:
-        modules = find_modules(pl_module, lambda _: True)
-        if self.lm_logits is None:
-            return _infer_lm_heads(modules)
-        if self.lm_logits not in modules:
-            expected = f"the name of a module of {type(pl_module).__name__}"
-            do = f"Give a name from named_modules(), such as one of {[name for name in modules if name][-8:]}."
-            raise value_error("lm_logits", found=repr(self.lm_logits), expected=expected, do=do)
-        return {self.lm_logits: modules[self.lm_logits]}
+        """Mean and worst over layers."""
+        found: dict[str, float] = {}
+        for kind in ("attention", "router"):
+            found |= over_layers(metrics, f"stability/z/{kind}", "mean", "max")
+            found |= over_layers(metrics, f"stability/max_logit/{kind}", "max")
+        return found | over_layers(metrics, "stability/entropy/attention", "mean", "min")
 
 
-def _infer_lm_heads(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    marked = {n: m for n, m in modules.items() if returns_lm_logits(m)}
-    by_role = {n: m for n, m in modules.items() if _owns_unembedding(m)}
-    by_name = {n: m for n, m in modules.items() if module_form(m) == "linear" and is_head(n)}
-    outermost = min((name.count(".") for name in by_name), default=0)  # blocks may have an "output" of their own
-    return marked or by_role or {name: m for name, m in by_name.items() if name.count(".") == outermost}
+def scopes_around(name: str, reading: Reading) -> list[nn.Module]:
+    """The modules round a named one, the outermost (the LightningModule) last."""
+    scopes = []
+    while name:
+        name = name.rpartition(".")[0]
+        scopes.append(reading.modules[name])
+    return scopes
 
 
-def _owns_unembedding(module: nn.Module) -> bool:
-    roles = declared_roles(module)
-    own = {name for name, _ in module.named_parameters(recurse=False)}
-    return any(role == Role.UNEMBEDDING and name in own for name, role in roles.items())
+def _head_probe(head: Found, label: str, reading: Reading) -> Probe:
+    if head.how != "tied to the table":
+        return OutputLogitsProbe(head.module, label)
+    return ProductLogitsProbe(head.module, label, "weight", scopes_around(head.name, reading))
 
 
-def _weighted(mean: Tensor, count: int) -> Tensor:
-    """[2] (sum, count) of a mean over ``count`` positions; zeros for none, whose mean is NaN."""
-    return torch.stack([mean * count, torch.full_like(mean, count)]) if count else mean.new_zeros(2)
+def _attention_probe(module: nn.Module, label: str) -> Probe:
+    if is_attention_core(module):
+        return CoreProbe(module, label)
+    if isinstance(module, nn.MultiheadAttention):
+        return TorchAttentionProbe(module, label)
+    return SeenAttentionProbe(module, label)
+
+
+def router_logits_probe(router: Found, label: str, reading: Reading) -> Probe:
+    """A probe of a router's logits: of its output where it declares itself, else of the product with its weight."""
+    if router.info is None or module_form(router.module) == "linear":
+        return OutputLogitsProbe(router.module, label)
+    leaf = weight_name(router)
+    return ProductLogitsProbe(router.module, label, leaf, router_scopes(router, reading))

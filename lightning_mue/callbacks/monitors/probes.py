@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,26 @@ from torch.utils.hooks import RemovableHandle
 from lightning_mue.moe.passes import records_gradients
 from lightning_mue.names import clean_name, metric_name, split_layer
 from lightning_mue.sharded import whole
+
+
+_measuring = False
+
+
+@contextmanager
+def measuring(device: torch.device) -> Iterator[None]:
+    """No graph is recorded, nothing is cast, and what is computed is not itself watched (`is_measuring`)."""
+    global _measuring
+    outer, _measuring = _measuring, True
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        _measuring = outer
+
+
+def is_measuring() -> bool:
+    """Whether what runs now is a probe's own computation."""
+    return _measuring
 
 
 class Probe(ABC):
@@ -37,6 +58,10 @@ class Probe(ABC):
     def measure(self, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
         """Return float32 [size] for one forward call, or None if there is nothing to measure in it."""
 
+    def measure_call(self, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Tensor | None:
+        """`measure`, for a probe that also needs the arguments that are given by keyword."""
+        return self.measure(inputs, output)
+
     def merge(self, a: Tensor, b: Tensor) -> Tensor:
         """Return the statistics [size] of two calls (or ranks) together; a sum unless overridden."""
         return a + b
@@ -44,6 +69,11 @@ class Probe(ABC):
     @abstractmethod
     def metrics(self, total: Tensor) -> dict[str, float]:
         """Return tag -> value from the merged statistics, float64 [size] on the CPU; empty if nothing was seen."""
+
+    def add(self, found: Tensor | None) -> None:
+        """Merge the statistics of one call into the total."""
+        if found is not None:
+            self.total = found if self.total is None else self.merge(self.total, found)
 
     def attach(self, device: torch.device) -> RemovableHandle:
         """Hook the module and forget the previous step. The hook keeps no graph and computes outside autocast.
@@ -54,15 +84,13 @@ class Probe(ABC):
         self.total = None
         mode = self.module.training
 
-        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
             if module.training != mode or not records_gradients():
                 return
-            with torch.no_grad(), torch.autocast(device.type, enabled=False):
-                found = self.measure(inputs, output)
-                if found is not None:
-                    self.total = found if self.total is None else self.merge(self.total, found)
+            with measuring(device):
+                self.add(self.measure_call(inputs, keywords, output))
 
-        return self.module.register_forward_hook(hook)
+        return self.module.register_forward_hook(hook, with_kwargs=True)
 
 
 def find_modules(root: nn.Module, matches: Callable[[nn.Module], bool]) -> dict[str, nn.Module]:
@@ -117,9 +145,3 @@ def first_tensor(output: Any) -> Tensor | None:
     if not isinstance(output, Tensor) or not output.is_floating_point():
         return None
     return whole(output.detach())
-
-
-def counted_logits(output: Any, default: Any = None) -> Any:
-    """The `logits` [T, E] of a router's output, without the tokens that its `mask` leaves out; `default` if it has none."""
-    logits, mask = getattr(output, "logits", default), getattr(output, "mask", None)
-    return logits if mask is None else logits[mask]

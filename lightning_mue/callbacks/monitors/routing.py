@@ -1,63 +1,27 @@
-"""RouterMonitor: load balance and token entropy of every router."""
+"""RouterMonitor: load balance, entropies and changes of every router."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, nn
 
-from lightning_mue.callbacks.monitors.probes import Probe, counted_logits, find_modules, layer_labels, over_layers
+from lightning_mue.callbacks.monitors.finding.reading import Found, Reading, read
+from lightning_mue.callbacks.monitors.finding.routers import find_routers, n_experts, router_scopes, top_k_near, weight_name
+from lightning_mue.callbacks.monitors.probes import Probe, layer_labels, over_layers
+from lightning_mue.callbacks.monitors.router_probes import DeclaredRouterProbe, FoundRouterProbe
 from lightning_mue.callbacks.monitors.sampling import SampledMonitor
-from lightning_mue.checks import value_error
-from lightning_mue.contract import is_router
-from lightning_mue.diagnostics import dead_experts, load_entropy, load_max_fraction, max_violation, router_entropy
 from lightning_mue.moe.balance_callbacks import warn_of_missing_callbacks
 from lightning_mue.moe.masks import follow_attention_mask
-
-
-class _RouterProbe(Probe):
-    """Statistics: [sum of token entropies, tokens, counts of the E experts]."""
-
-    def __init__(self, module: nn.Module, label: str) -> None:
-        super().__init__(module, label)
-        self.size = 2 + _n_experts(module, label)
-
-    def measure(self, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
-        logits_TE, counts_E = counted_logits(output), getattr(output, "counts", None)
-        if logits_TE is None or counts_E is None:
-            return None
-        if counts_E.numel() != self.size - 2:
-            found = f"counts of {counts_E.numel()} experts"
-            expected = f"{self.size - 2}, which is its n_experts (or the rows of its weight)"
-            do = "Return one count for each expert, zeros included."
-            raise value_error(f"router {self.label}", found=found, expected=expected, do=do)
-        tokens = logits_TE.shape[0]
-        entropy = router_entropy(logits_TE) * tokens if tokens else logits_TE.new_zeros((), dtype=torch.float32)
-        return torch.cat([torch.stack([entropy, torch.full_like(entropy, tokens)]), counts_E.float()])
-
-    def metrics(self, total: Tensor) -> dict[str, float]:
-        tokens, counts_E = total[1], total[2:]
-        if tokens == 0:
-            return {}
-        values = {
-            "max_violation": max_violation(counts_E),
-            "token_entropy": total[0] / tokens,
-            "load_entropy": load_entropy(counts_E),
-            "dead_experts": dead_experts(counts_E),
-            "load_max_fraction": load_max_fraction(counts_E),
-        }
-        return {f"routing/{name}/{self.label}": float(value) for name, value in values.items()}
 
 
 class RouterMonitor(SampledMonitor):
     """Logs the balance of the experts' load and the entropy of the routers' decisions (docs/theory.md section 6).
 
-    A router is a module with ``mue_router = True`` whose output has ``logits`` [T, E] and ``counts`` [E]; E is its
-    ``n_experts``, or else the rows of its ``weight``. The loads are summed over ranks before anything is computed from
-    them: MaxVio is that of the global batch. Only training passes of real tokens count: of `MoELayer`s, padding is read from
+    A router is a module with ``mue_router = True`` whose output has ``logits`` [T, E] and ``counts`` [E], where E is its
+    ``n_experts``, or else the rows of its ``weight``; or any module whose weight has the role of a router (docs/monitors.md). The
+    loads are summed over ranks before anything is computed from them: MaxVio is that of the global batch. Only training passes of real tokens count: of `MoELayer`s, padding is read from
     the ``attention_mask`` that the model is called with (`lightning_mue.moe.follow_attention_mask`). Metrics for each layer ("03"):
 
     - ``routing/max_violation/<layer>``: (max load - mean load) / mean load; 0 is balanced.
@@ -66,24 +30,45 @@ class RouterMonitor(SampledMonitor):
     - ``routing/dead_experts/<layer>``: experts without a token in this batch.
     - ``routing/load_max_fraction/<layer>``: share of the assignments on the busiest expert.
 
+    - ``routing/gate_mass/<layer>``: mean share of a token's softmax that its chosen experts hold; near top_k / E the router does
+      not distinguish experts, near 1 those left out hardly matter.
+    - ``routing/expert_similarity/<layer>``: mean over experts of the largest cosine between the weights that score an expert and
+      another one; towards 1, experts are chosen alike.
+    - ``routing/choice_churn/<layer>``: share of 256 fixed random directions whose first choice is not that of the sample before: how
+      far the router has turned. Tokens would change with the batch and with the layers below.
+
     Over layers: ``routing/max_violation_mean`` and ``_max``, ``routing/dead_experts_max``,
-    ``routing/load_max_fraction_max``, ``routing/token_entropy_min`` and ``routing/load_entropy_min``.
+    ``routing/load_max_fraction_max``, ``routing/token_entropy_min``, ``routing/load_entropy_min``, ``routing/gate_mass_mean``,
+    ``routing/expert_similarity_max`` and ``routing/choice_churn_mean``. A router whose choice cannot be seen has no metrics of load.
 
     Args:
         every_n_steps: Optimizer steps between two samples; None follows ``trainer.log_every_n_steps``.
+        routers: A regular expression on whole names of modules that are routers, besides those that are found.
+        detail: See `SampledMonitor`.
 
     Raises:
-        ValueError: When fitting begins, if a router does not say how many experts it has.
+        ValueError: When fitting begins, if a declared router does not say how many experts it has, or the expression matches
+            no module with a weight of two dimensions.
     """
 
-    looks_for = "modules with mue_router = True"
+    looks_for = "modules with mue_router = True, or weights with the role of a router"
+    worst = r"routing/(max_violation|dead_experts)_max|routing/token_entropy_min"
     category = "Routing"
     charts: ClassVar[Mapping[str, Sequence[str]]] = {
         "MaxVio": [r"routing/max_violation(_mean|_max|/.*)"],
         "Entropy (nats)": [r"routing/(token|load)_entropy(_min|/.*)"],
         "Dead experts": [r"routing/dead_experts(_max|/.*)"],
         "Largest share of the load": [r"routing/load_max_fraction(_max|/.*)"],
+        "Gate mass": [r"routing/gate_mass(_mean|/.*)"],
+        "Similarity of experts": [r"routing/expert_similarity(_max|/.*)"],
+        "Changed choices": [r"routing/choice_churn(_mean|/.*)"],
     }
+
+    def __init__(
+        self, every_n_steps: int | None = None, *, routers: str | None = None, detail: str | None = None
+    ) -> None:
+        super().__init__(every_n_steps, detail=detail)
+        self.routers = routers
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the routers, and warn of callbacks that their balance needs and the Trainer lacks."""
@@ -93,9 +78,11 @@ class RouterMonitor(SampledMonitor):
 
     def find_probes(self, pl_module: LightningModule) -> list[Probe]:
         """Probe every router."""
-        routers = find_modules(pl_module, is_router)
-        labels = layer_labels(routers)
-        return [_RouterProbe(router, labels[name]) for name, router in routers.items()]
+        reading = read(pl_module)
+        routers = find_routers(reading, self.routers)
+        self.findings = {"routers": routers}
+        labels = layer_labels(routers.names())
+        return [_probe(router, labels[router.name], reading) for router in routers.found]
 
     def summarize(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """The mean of MaxVio over layers, and the worst layer of each metric."""
@@ -105,15 +92,15 @@ class RouterMonitor(SampledMonitor):
             **over_layers(metrics, "routing/load_entropy", "min"),
             **over_layers(metrics, "routing/dead_experts", "max"),
             **over_layers(metrics, "routing/load_max_fraction", "max"),
+            **over_layers(metrics, "routing/gate_mass", "mean"),
+            **over_layers(metrics, "routing/expert_similarity", "max"),
+            **over_layers(metrics, "routing/choice_churn", "mean"),
         }
 
 
-def _n_experts(module: nn.Module, label: str) -> int:
-    n_experts, weight = getattr(module, "n_experts", None), getattr(module, "weight", None)
-    if isinstance(n_experts, int):
-        return n_experts
-    if isinstance(weight, Tensor) and weight.ndim == 2:
-        return weight.shape[0]
-    found = f"{type(module).__name__} without a number of experts"
-    expected = "an integer attribute n_experts, or a weight [n_experts, width]"
-    raise value_error(f"router {label}", found=found, expected=expected, do="Give it one of them.")
+def _probe(router: Found, label: str, reading: Reading) -> Probe:
+    if router.info is None:
+        return DeclaredRouterProbe(router.module, label)
+    experts, top_k = n_experts(router.info), top_k_near(reading, router.name)
+    leaf, scopes = weight_name(router), router_scopes(router, reading)
+    return FoundRouterProbe(router.module, label, leaf, experts, top_k, scopes)

@@ -2,8 +2,8 @@
 
 A `SampledMonitor` finds `Probe`s when fitting begins. When a batch begins whose optimizer step will be logged, each
 probe hooks its module; while the batch runs, it adds up a short float32 vector on the device; when the batch ends, the
-hooks are removed, and the vectors of all probes are gathered over ranks in ONE collective, merged, turned into metrics and
-logged.
+hooks are removed. The last of the Trainer's monitors to see that has the vectors of all of them gathered over ranks in ONE
+collective and copied to the host once (`Registry`); they are merged, turned into metrics and logged.
 
 - With gradient accumulation only the micro-batch that steps is sampled: the metrics describe one micro-batch on every
   rank.
@@ -20,9 +20,9 @@ logged.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from functools import reduce
 from typing import Any, ClassVar
 
 import torch
@@ -30,11 +30,15 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from lightning_mue.callbacks import metric_stream, tensorboard_page
+from lightning_mue.callbacks.monitors.finding.reading import Finding
 from lightning_mue.callbacks.monitors.probes import Probe
-from lightning_mue.checks import require_integer
+from lightning_mue.callbacks.monitors.registry import registry_of, worst_layers
+from lightning_mue.checks import require_choice, require_integer
+
+#: With more layers than this, `detail=None` means "brief": their lines in one chart could not be told apart.
+MOST_LAYERS_IN_FULL = 16
 
 
 class SampledMonitor(Callback, ABC):
@@ -46,10 +50,12 @@ class SampledMonitor(Callback, ABC):
 
     Args:
         every_n_steps: Optimizer steps between two samples; None follows ``trainer.log_every_n_steps``.
+        detail: "full" logs each layer and the values over layers; "brief" only the latter and, where `worst` says so, the layer
+            that is the worst (``<tag>_layer``, its index; its name is in `worst_names`); None: "brief" with more than 16 layers.
 
     Raises:
         TypeError: If ``every_n_steps`` is not an integer.
-        ValueError: If ``every_n_steps`` is not positive.
+        ValueError: If ``every_n_steps`` is not positive, or ``detail`` is something else.
     """
 
     #: What `find_probes` looks for, for the warning when there is none.
@@ -57,14 +63,22 @@ class SampledMonitor(Callback, ABC):
     #: Heading of the charts in TensorBoard, and chart title -> regexes of tags (see `tensorboard_page.register`).
     category: str
     charts: ClassVar[Mapping[str, Sequence[str]]]
+    #: Regex of the tags over layers of which "brief" also logs the layer.
+    worst: ClassVar[str] = r".*"
 
-    def __init__(self, every_n_steps: int | None = None) -> None:
+    def __init__(self, every_n_steps: int | None = None, *, detail: str | None = None) -> None:
         if every_n_steps is not None:
             do = "It counts optimizer steps; None follows log_every_n_steps. To log nothing, leave the monitor out."
             require_integer("every_n_steps", every_n_steps, 1, do)
-        self.every_n_steps = every_n_steps
+        if detail is not None:
+            require_choice("detail", detail, ("brief", "full"), "None is brief where there are many layers.")
+        self.every_n_steps, self.detail = every_n_steps, detail
+        #: What was found of each thing that it looks for, for the table at the start of a fit.
+        self.findings: dict[str, Finding] = {}
+        #: Tag over layers -> the label of the layer that is the worst, of the last sample.
+        self.worst_names: dict[str, str] = {}
         self._probes: list[Probe] = []
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[Any] = []
         self._step = 0  # of the sampled batch
         self._logged_step: int | None = None
         self._warned: set[str] = set()
@@ -79,18 +93,19 @@ class SampledMonitor(Callback, ABC):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the modules, which all exist and are wrapped by now, and register the charts."""
-        self._probes, self._logged_step = [], None
+        self._probes, self._logged_step, self.findings = [], None, {}
         if not self._period(trainer):
             return
         self._probes = self.find_probes(pl_module)
+        registry_of(trainer).join(self)
         if self._probes:
             tensorboard_page.register(trainer, self.category, self.charts)
         else:
             self._warn("empty", f"found nothing to watch, expected {self.looks_for}. It will log nothing.")
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the TensorBoard page, once for all callbacks."""
-        tensorboard_page.write(trainer)
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show what all monitors watch, once for all of them."""
+        registry_of(trainer).show(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Attach the hooks if this batch completes an optimizer step that will be logged."""
@@ -102,6 +117,7 @@ class SampledMonitor(Callback, ABC):
             _EAGER.hold(self)
         self._step = trainer.global_step
         self._handles = [probe.attach(pl_module.device) for probe in self._probes]
+        registry_of(trainer).begin(self)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Let compiled code run again: forward and backward are over, and the optimizer's own must stay compiled."""
@@ -116,28 +132,53 @@ class SampledMonitor(Callback, ABC):
             return
         self._logged_step = self._step
         self._detach()
-        metrics = self._gather(trainer)
-        metrics.update(self.summarize(metrics))
-        if not metrics:
-            return
-        values = torch.tensor(list(metrics.values()), device=trainer.strategy.root_device)
-        trainer.callback_metrics.update(zip(metrics, values.unbind(), strict=True))
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=self._step)
-        tensorboard_page.write(trainer, metrics)
-        metric_stream.tell(trainer, self._step, metrics)
+        registry_of(trainer).end(self, trainer)
+
+    @property
+    def probes(self) -> list[Probe]:
+        """The probes of this fit."""
+        return self._probes
+
+    def finish(self, trainer: Trainer, metrics: dict[str, float]) -> dict[str, float]:
+        """Log a sampled step, from the metrics of the probes over all ranks; return what was logged."""
+        silent = [probe.label for probe in self._probes if probe.total is None]
+        if silent:
+            message = f"saw no forward pass of {', '.join(silent)}, or none with an output that it can measure."
+            self._warn("silent", message)
+        logged = self.report(metrics)
+        for logger in trainer.loggers if logged else ():
+            logger.log_metrics(logged, step=self._step)
+        metric_stream.tell(trainer, self._step, {**metrics, **logged})  # every layer, whatever the detail
+        return logged
+
+    def report(self, metrics: dict[str, float]) -> dict[str, float]:
+        """What is logged, from the metrics of the probes: with those over layers, in the detail that was asked for."""
+        summary = self.summarize(metrics)
+        self.worst_names = worst_layers(metrics, summary)
+        layers = {tag for tag in metrics if any(over.startswith(f"{tag.rpartition('/')[0]}_") for over in summary)}
+        many = len({tag.rpartition("/")[2] for tag in layers}) > MOST_LAYERS_IN_FULL
+        if self.detail == "full" or (self.detail is None and not many):
+            return {**metrics, **summary}
+        order = list(dict.fromkeys(tag.rpartition("/")[2] for tag in metrics if tag in layers))
+        worst = {
+            f"{tag}_layer": float(label) if label.isdigit() else float(order.index(label))
+            for tag, label in self.worst_names.items()
+            if re.fullmatch(self.worst, tag)
+        }
+        return {**{tag: value for tag, value in metrics.items() if tag not in layers}, **summary, **worst}
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove hooks left by a batch that did not end, because on_train_batch_start of the module ended the epoch."""
-        self._detach()
+        self._abandon(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Remove hooks left by a batch that raised."""
-        self._detach()
+        self._abandon(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget the modules."""
         self._detach()
+        registry_of(trainer).leave(self)
         self._probes = []
 
     def _period(self, trainer: Trainer) -> int:
@@ -153,21 +194,9 @@ class SampledMonitor(Callback, ABC):
         is_new = trainer.global_step != self._logged_step  # manual accumulation: several batches begin at one step
         return period > 0 and (steps + 1) % period == 0 and is_new and will_step(trainer, batch_idx)
 
-    def _gather(self, trainer: Trainer) -> dict[str, float]:
-        """Metrics of the global batch, by one collective and one copy to the CPU."""
-        device = trainer.strategy.root_device
-        totals = [torch.zeros(p.size, device=device) if p.total is None else p.total.to(device) for p in self._probes]
-        silent = [probe.label for probe in self._probes if probe.total is None]
-        if silent:
-            self._warn(
-                "silent", f"saw no forward pass of {', '.join(silent)}, or none with an output that it can measure."
-            )
-        local_N = torch.cat(totals)
-        ranks_RN = trainer.strategy.all_gather(local_N).reshape(-1, local_N.numel()).cpu().double()
-        metrics: dict[str, float] = {}
-        for probe, part_Rn in zip(self._probes, ranks_RN.split([p.size for p in self._probes], dim=1), strict=True):
-            metrics.update(probe.metrics(reduce(probe.merge, part_Rn)))
-        return metrics
+    def _abandon(self, trainer: Trainer) -> None:
+        self._detach()
+        registry_of(trainer).forget(self)
 
     def _detach(self) -> None:
         for handle in self._handles:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_mue.callbacks import tensorboard_page
 from lightning_mue.callbacks.monitors.probes import Probe
+from lightning_mue.callbacks.monitors.registry import registry_of
 from lightning_mue.callbacks.monitors.sampling import SampledMonitor, will_step
 from lightning_mue.callbacks.transfer.comparison import Comparison, octaves, warn_of_other_base
 from lightning_mue.callbacks.transfer.expectation import Expectation, classes_of
@@ -165,6 +166,7 @@ class TransferMonitor(SampledMonitor):
         self._grid = sampled_steps(self._total, self.points) if self.record is not None else set()
         self._mue, self._plan = plan_in_force(trainer, pl_module, self.roles)
         self._probes = self.find_probes(pl_module)
+        registry_of(trainer).join(self)
         if self._base is not None:
             rule, drawn = (None, True) if self._mue is None else (self._mue.rule, bool(self._mue.initialize))
             expected = Expectation(self._base, self._plan, rule, self._updates, drawn)
@@ -219,9 +221,10 @@ class TransferMonitor(SampledMonitor):
         due = step in self._grid or (self._base is not None and period > 0 and (step + 1) % period == 0)
         return due and trainer.global_step != self._logged_step and will_step(trainer, batch_idx)
 
-    def _gather(self, trainer: Trainer) -> dict[str, float]:
-        raw, step = super()._gather(trainer), self._step // self._optimizers
-        values = measurements(raw, self._keys, self._updates)
+    def report(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Record a sample, or turn it into ratios to the base."""
+        step = self._step // self._optimizers
+        values = measurements(metrics, self._keys, self._updates)
         if self.record is not None:
             self._points[step] = values
         if self._comparison is None:

@@ -204,6 +204,8 @@ def measurements(raw: Mapping[str, float], keys: Mapping[str, str], updates: Seq
     """
     found: dict[str, list[float]] = defaultdict(list)
     for tag, value in raw.items():
+        if tag.startswith("stability/") and tag not in keys:
+            continue  # what else the probes of logits measure
         found[keys.get(tag, tag).rpartition("/")[0]].append(value)
     gates = {key.split("/")[2]: sum(values) / len(values) for key, values in found.items() if key.startswith("gates/")}
     if any(value for tag, value in raw.items() if tag.startswith("change/")):

@@ -47,6 +47,12 @@ def residual_ends(infos: list[ParameterInfo]) -> set[str]:
     return {path for ends in _decide(infos).values() for path in ends or ()}
 
 
+def open_branches(infos: list[ParameterInfo]) -> dict[tuple[str, str], list[ParameterInfo]]:
+    """(layer, part of it) -> the matrices of each branch whose end is not known."""
+    members = {(branch.layer, branch.part): branch.members for branch in _branches(infos)}
+    return {key: members[key] for key, ends in _decide(infos).items() if ends is None}
+
+
 def undecided_branches(infos: list[ParameterInfo], normed: Collection[str] = ()) -> str | None:
     """Why a residual multiplier cannot be folded, naming every branch whose last matrix is not known; None if it can.
 
