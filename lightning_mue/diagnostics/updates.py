@@ -81,7 +81,9 @@ def angular_step(summary: Tensor) -> Tensor:
     """
     _, change, weight, product = summary.unbind()
     orthogonal = (change - product.square() / weight).clamp(min=0)
-    return torch.where(weight > 0, torch.atan2(orthogonal.sqrt(), weight.sqrt() + product / weight.sqrt()), float("nan"))
+    return torch.where(
+        weight > 0, torch.atan2(orthogonal.sqrt(), weight.sqrt() + product / weight.sqrt()), float("nan")
+    )
 
 
 def small_second_moments(square: Tensor, threshold: Tensor | float) -> Tensor:

@@ -52,7 +52,9 @@ class NoiseProbe(UnhookedProbe):
         """Sets the batch sizes, if this step has two of them."""
         self.batches, steps = None, trainer.accumulate_grad_batches
         samples = _samples(batch)
-        if _obstacle(trainer, pl_module) or samples is None or (batch_idx + 1) % steps:  # at its end an epoch may step early
+        if (
+            _obstacle(trainer, pl_module) or samples is None or (batch_idx + 1) % steps
+        ):  # at its end an epoch may step early
             return
         sharded = any(is_sharded(weight) for probe in self._probes for weight in probe.weights)
         small = samples * trainer.world_size if sharded else samples

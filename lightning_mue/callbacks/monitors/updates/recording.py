@@ -17,7 +17,9 @@ from lightning_mue.parameterizations.applying.update_probe import inner_optimize
 
 
 class StepRecorder(UnhookedProbe):
-    """Gives probes of weights what they measure. It is a probe itself, without statistics, to be told when a sample begins and ends.
+    """Gives probes of weights what they measure.
+
+    It is a probe itself, without statistics, to be told when a sample begins and ends.
 
     Args:
         probes: Those of the weights.

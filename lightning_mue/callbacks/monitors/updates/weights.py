@@ -122,7 +122,10 @@ class RoleProbe(UnhookedProbe):
         """Measures how many of Adam's second moments eps outweighs, where the optimizer has such."""
         moment, step = state.get("max_exp_avg_sq", state.get("exp_avg_sq")), state.get("step")
         eps, betas = group.get("eps"), group.get("betas")
-        if not (isinstance(moment, Tensor) and moment.is_floating_point() and _is_number(eps) and betas) or step is None:
+        if (
+            not (isinstance(moment, Tensor) and moment.is_floating_point() and _is_number(eps) and betas)
+            or step is None
+        ):
             return
         if local(moment).shape != local(weight).shape:
             return
@@ -130,7 +133,9 @@ class RoleProbe(UnhookedProbe):
         if isinstance(threshold, Tensor):
             threshold = threshold.to(moment.device)
         taken = even_sample(local(moment), self.limit)
-        self.add(self.MOMENTS, small_second_moments(taken, threshold) * (elements(weight, self.ranks) / max(1, len(taken))))
+        self.add(
+            self.MOMENTS, small_second_moments(taken, threshold) * (elements(weight, self.ranks) / max(1, len(taken)))
+        )
 
     def metrics(self, total: Tensor) -> dict[str, float]:
         """Tag -> value, of what was seen."""
