@@ -15,8 +15,10 @@ if TYPE_CHECKING:  # for type checkers and editors; tests/test_package.py compar
     from lightning_mue.callbacks import MuECallback as MuECallback
     from lightning_mue.callbacks import QKClip as QKClip
     from lightning_mue.callbacks import RouterMonitor as RouterMonitor
+    from lightning_mue.callbacks import SpectralMonitor as SpectralMonitor
     from lightning_mue.callbacks import ThroughputMonitor as ThroughputMonitor
     from lightning_mue.callbacks import TransferMonitor as TransferMonitor
+    from lightning_mue.callbacks import UpdateMonitor as UpdateMonitor
     from lightning_mue.data import TextDataModule as TextDataModule
     from lightning_mue.data import TokenDataModule as TokenDataModule
     from lightning_mue.models import MoELanguageModel as MoELanguageModel
@@ -63,10 +65,12 @@ _PUBLIC = {
     "QKClip": "callbacks",
     "RouterMonitor": "callbacks",
     "ScalingPlan": "parameterizations",
+    "SpectralMonitor": "callbacks",
     "TextDataModule": "data",
     "ThroughputMonitor": "callbacks",
     "TokenDataModule": "data",
     "TransferMonitor": "callbacks",
+    "UpdateMonitor": "callbacks",
     "clip_grad_norm": "moe",
     "coordinate_check": "analysis",
     "initialize": "parameterizations",

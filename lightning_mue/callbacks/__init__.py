@@ -4,6 +4,8 @@ from lightning_mue.callbacks.health import HealthMonitor
 from lightning_mue.callbacks.monitors.activations import ActivationOutlierMonitor
 from lightning_mue.callbacks.monitors.logits import LogitsZMonitor
 from lightning_mue.callbacks.monitors.routing import RouterMonitor
+from lightning_mue.callbacks.monitors.spectral import SpectralMonitor
+from lightning_mue.callbacks.monitors.updates import UpdateMonitor
 from lightning_mue.callbacks.mue.callback import MuECallback
 from lightning_mue.callbacks.qk_clip import QKClip
 from lightning_mue.callbacks.throughput import ThroughputMonitor
@@ -18,6 +20,8 @@ __all__ = [
     "MuECallback",
     "QKClip",
     "RouterMonitor",
+    "SpectralMonitor",
     "ThroughputMonitor",
     "TransferMonitor",
+    "UpdateMonitor",
 ]

@@ -21,23 +21,49 @@ from lightning_mue.diagnostics.routing import (
     max_violation,
     router_entropy,
 )
-from lightning_mue.diagnostics.updates import even_sample, update_ratio, update_rms, update_summary, weight_rms
+from lightning_mue.diagnostics.spectral import (
+    alignment_summary,
+    leading_singular,
+    mean_alignment,
+    minority_share,
+    qk_spectral_entropy,
+    stable_rank,
+)
+from lightning_mue.diagnostics.updates import (
+    angular_step,
+    even_sample,
+    gradient_noise,
+    small_second_moments,
+    update_ratio,
+    update_rms,
+    update_summary,
+    weight_rms,
+)
 from lightning_mue.diagnostics.zvalue import attention_z_value, z_value
 
 __all__ = [
     "activation_summary",
+    "alignment_summary",
+    "angular_step",
     "attention_z_value",
     "dead_experts",
     "even_sample",
+    "gradient_noise",
     "kurtosis",
+    "leading_singular",
     "load_entropy",
     "load_max_fraction",
     "max_over_rms",
     "max_violation",
+    "mean_alignment",
     "merge_summaries",
+    "minority_share",
     "outlier_percent",
     "output_rms",
+    "qk_spectral_entropy",
     "router_entropy",
+    "small_second_moments",
+    "stable_rank",
     "summary_metrics",
     "update_ratio",
     "update_rms",

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lightning_mue.diagnostics import even_sample, update_ratio, update_rms, update_summary, weight_rms
+from lightning_mue.diagnostics.updates import UPDATE_SIZE
 
 #: Sums in float32 over some thousand terms.
 TIGHT = 1e-5
@@ -42,7 +43,7 @@ def test_summaries_of_shards_add_up():
     parts = [update_summary(b, a) for b, a in zip(before.split([3, 7]), after.split([3, 7]), strict=True)]
     empty = update_summary(torch.empty(0, 8), torch.empty(0, 8))
     total = parts[0] + parts[1] + empty
-    assert torch.equal(empty, torch.zeros(3))
+    assert torch.equal(empty, torch.zeros(UPDATE_SIZE))
     assert (update_rms(total) / weight_rms(total)).item() == pytest.approx(ratio(before, after), rel=TIGHT)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +15,6 @@ from torch.utils.hooks import RemovableHandle
 from lightning_mue.moe.passes import records_gradients
 from lightning_mue.names import clean_name, metric_name, split_layer
 from lightning_mue.sharded import whole
-
 
 _measuring = False
 
@@ -91,6 +90,44 @@ class Probe(ABC):
                 self.add(self.measure_call(inputs, keywords, output))
 
         return self.module.register_forward_hook(hook, with_kwargs=True)
+
+
+class UnhookedProbe(Probe):
+    """A probe that watches no forward pass: its monitor gives it what to measure.
+
+    Attributes:
+        active: True in a sampled batch, from `attach` until the handle is removed.
+    """
+
+    def __init__(self, label: str) -> None:
+        super().__init__(nn.Module(), label)
+        self.active = False
+
+    def attach(self, device: torch.device) -> RemovableHandle:
+        """Forget the previous step."""
+        self.total, self.active = torch.zeros(self.size, device=device), True
+        return _Switch(self)
+
+    def finish(self) -> None:
+        """Called when the sampled batch ends, or is given up, before the statistics are gathered."""
+
+    def measure(self, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
+        """Nothing: there is no forward pass."""
+        return None
+
+
+class _Switch(RemovableHandle):
+    """What `UnhookedProbe.attach` returns in place of a hook's handle."""
+
+    def __init__(self, probe: UnhookedProbe) -> None:
+        super().__init__(OrderedDict())
+        self._probe = probe
+
+    def remove(self) -> None:
+        super().remove()
+        if self._probe.active:
+            self._probe.active = False
+            self._probe.finish()
 
 
 def find_modules(root: nn.Module, matches: Callable[[nn.Module], bool]) -> dict[str, nn.Module]:

@@ -6,7 +6,7 @@ Shape legend: T tokens, K experts per token.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_mue.callbacks.monitors.logits import LogitsZMonitor
-from lightning_mue.callbacks.monitors.probes import Probe, find_modules, first_tensor
+from lightning_mue.callbacks.monitors.probes import Probe, UnhookedProbe, find_modules, first_tensor
 from lightning_mue.callbacks.transfer.layers import OUTSIDE, Layers
 from lightning_mue.callbacks.transfer.reach import (
     OUTSIDE_ROLES,
@@ -39,20 +39,6 @@ _MEANS = ("z/", "loss/")
 _INNER = ("change/", "gates/")
 
 
-class _Unhooked(Probe):
-    """A probe that watches no forward pass: the monitor gives it what to measure."""
-
-    def __init__(self, label: str) -> None:
-        super().__init__(nn.Module(), label)
-
-    def attach(self, device: torch.device) -> RemovableHandle:
-        self.total = torch.zeros(self.size, device=device)
-        return RemovableHandle(OrderedDict())
-
-    def measure(self, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
-        return None
-
-
 class _Mean(Probe):
     """Statistics: [sum, count]."""
 
@@ -62,7 +48,7 @@ class _Mean(Probe):
         return {self.label: float(total[0] / total[1])} if total[1] > 0 else {}
 
 
-class UpdateProbe(_Unhooked):
+class UpdateProbe(UnhookedProbe):
     """Measures the change of one weight in a step. Statistics: those of `update_summary`, on a sample of the elements.
 
     Shards of a DTensor add up over ranks; replicas on several ranks count alike in both sums.
@@ -102,7 +88,7 @@ class UpdateProbe(_Unhooked):
         return {f"change/{self.label}": float(update_rms(total)), f"weight/{self.label}": float(weight_rms(total))}
 
 
-class LossProbe(_Unhooked, _Mean):
+class LossProbe(UnhookedProbe, _Mean):
     """The mean over ranks of the loss that the training step returned."""
 
     def __init__(self) -> None:

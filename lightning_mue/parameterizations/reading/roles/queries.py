@@ -250,3 +250,27 @@ def _rows(leaf: str, out: int, heads: _Heads) -> tuple[int, int] | None:
     if leaf == "query_key_value" or "Lightning" in kind:
         return None
     return (n * dim, out) if out == (n + 2 * keys) * dim else None
+
+
+def key_of(info: ParameterInfo, infos: list[ParameterInfo], model: nn.Module) -> tuple[ParameterInfo, int, int] | None:
+    """Finds the keys that the queries of a matrix are multiplied by.
+
+    Returns:
+        (the matrix that makes them, which is ``info`` itself if fused; the first of their rows and how many, in every
+        ``info.query.rows`` period); None if ``info`` makes no queries, or the layout of its keys is not known.
+    """
+    query = info.query
+    if query is None or query.head_dim is None or len(info.shape) != 2 or info.role is Role.QK_NORM:
+        return None
+    if query.fused:
+        if query.rows is None:
+            return None
+        _, count, period = query.rows
+        keys = (period - count) // 2
+        modules = {clean_name(name): module for name, module in model.named_modules()}
+        last = any(type(module).__name__.startswith("CodeGen") for module in _ancestors(info.name, modules))
+        return info, period - keys if last else count, keys  # CodeGen's order: queries, values, keys
+    around, leaf = _split(info.name)
+    names = {(around, key) for key in _keys(leaf) if "kv" not in key}
+    other = next((o for o in infos if _split(o.name) in names and len(o.shape) == 2 and o.form == info.form), None)
+    return None if other is None or other.query is not None else (other, 0, max(other.fans[1], 1))
