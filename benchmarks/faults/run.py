@@ -25,7 +25,11 @@ def main() -> None:
     options = parser.parse_args()
     args = ["--config", str(_CONFIG), f"--seed_everything={options.seed}", f"--trainer.max_steps={options.steps}"]
     args += ["--trainer.log_every_n_steps=1", "--trainer.logger=false", f"--trainer.val_check_interval={options.steps}"]
-    args += ["--trainer.enable_progress_bar=false", "--trainer.enable_checkpointing=false"]
+    args += [
+        "--trainer.callbacks+=UpdateMonitor",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.enable_checkpointing=false",
+    ]
     cli = MuECLI(args, run=False)
     logger = CSVLogger(options.out, name="", version="")
     cli.trainer.loggers = [logger]

@@ -52,7 +52,7 @@ INDICATORS: tuple[Indicator, ...] = (
     ),
     Indicator(
         "gradient norm",
-        "guard/grad_norm|grad_norm|gradients?/norm",
+        "guard/gradient_norm|grad_norm|gradients?/norm|updates/gradient_norm",
         "a gradient far larger than those before it",
         "Clip gradients; look at the data of these steps.",
         factor=4.0,
@@ -75,7 +75,7 @@ INDICATORS: tuple[Indicator, ...] = (
     ),
     Indicator(
         "attention entropy",
-        "stability/attention_entropy",
+        "stability/entropy",
         "attention collapses onto single tokens",
         "Use QK-norm or QKClip; lower the learning rate of queries and keys.",
         factor=0.7,
@@ -161,15 +161,13 @@ INDICATORS: tuple[Indicator, ...] = (
         "the weights of the role move much further in a step than before",
         "Check the learning rate of the role, Adam's betas and eps, and gradient clipping.",
         factor=2.5,
-        both=True,
     ),
     Indicator(
         "angular step",
-        "updates/angle",
+        "updates/angular_step",
         "the weights of the role turn much further in a step than before",
         "Check the learning rate of the role.",
         factor=2.5,
-        both=True,
     ),
     Indicator(
         "weight RMS",
@@ -180,7 +178,7 @@ INDICATORS: tuple[Indicator, ...] = (
     ),
     Indicator(
         "gradient RMS",
-        "updates/grad_rms",
+        "updates/gradient_rms",
         "the gradient of the role grows",
         "Look at what the role feeds; clip gradients.",
         factor=4.0,

@@ -56,7 +56,9 @@ class _BranchProbe(Probe):
         if total[0] == 0:
             return {}
         summary, channels = total[:SUMMARY_SIZE], total[SUMMARY_SIZE:]
-        found = {name: float(value) for name, value in {**summary_metrics(summary), **channel_metrics(channels)}.items()}
+        found = {
+            name: float(value) for name, value in {**summary_metrics(summary), **channel_metrics(channels)}.items()
+        }
         self.massive = massive_channels(channels)
         if self.block is not None:
             found[_AFTER] = found["rms"] * abs(float(getattr(self.block, _residual_of(self.block))))

@@ -42,7 +42,9 @@ class _Routing(Probe):
         """The router's weight [E, d], if it is whole on this rank."""
         return None
 
-    def statistics(self, logits_TE: Tensor, ids: Tensor | None, counts_E: Tensor | None, mask_T: Tensor | None) -> Tensor:
+    def statistics(
+        self, logits_TE: Tensor, ids: Tensor | None, counts_E: Tensor | None, mask_T: Tensor | None
+    ) -> Tensor:
         """Float32 [size] of one pass; ``ids`` [T, K] are the chosen experts, where they are known token by token."""
         logits_TE = logits_TE.float()
         real_T = logits_TE.new_ones(len(logits_TE)) if mask_T is None else mask_T.reshape(-1).float()

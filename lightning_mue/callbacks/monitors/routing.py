@@ -8,7 +8,13 @@ from typing import ClassVar
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_mue.callbacks.monitors.finding.reading import Found, Reading, read
-from lightning_mue.callbacks.monitors.finding.routers import find_routers, n_experts, router_scopes, top_k_near, weight_name
+from lightning_mue.callbacks.monitors.finding.routers import (
+    find_routers,
+    n_experts,
+    router_scopes,
+    top_k_near,
+    weight_name,
+)
 from lightning_mue.callbacks.monitors.probes import Probe, layer_labels, over_layers
 from lightning_mue.callbacks.monitors.router_probes import DeclaredRouterProbe, FoundRouterProbe
 from lightning_mue.callbacks.monitors.sampling import SampledMonitor

@@ -72,12 +72,12 @@ def _read(reading: Reading, missing: list[str]) -> Iterable[Found]:
         yield from _open(reading, layer, part, members, missing)
 
 
-def _open(
-    reading: Reading, layer: str, part: str, members: list[ParameterInfo], missing: list[str]
-) -> Iterable[Found]:
+def _open(reading: Reading, layer: str, part: str, members: list[ParameterInfo], missing: list[str]) -> Iterable[Found]:
     """A branch whose last matrix is not known is the module that holds all of it, unless a norm behind it was found."""
     name = f"{layer}.{part}" if part and part != "(FFN)" else layer
-    normed = any("residual" in i.folds and i.role is Role.NORM and reading.layer(i.name) == layer for i in reading.infos)
+    normed = any(
+        "residual" in i.folds and i.role is Role.NORM and reading.layer(i.name) == layer for i in reading.infos
+    )
     if normed:
         return
     if name == layer or name not in reading.modules:

@@ -26,7 +26,10 @@ def find_routers(reading: Reading, pattern: str | None = None) -> Finding:
     found: dict[str, Found] = {}
     if pattern is not None:
         for name in by_pattern(reading, "routers", pattern, lambda m: is_router(m) or _weight(m) is not None):
-            info = next((i for i in reading.infos if i.path == name or i.path == f"{name}.{_weight(reading.modules[name])}"), None)
+            info = next(
+                (i for i in reading.infos if i.path == name or i.path == f"{name}.{_weight(reading.modules[name])}"),
+                None,
+            )
             found[name] = Found(name, reading.modules[name], "router", "named", info)
     for name, module in reading.modules.items():
         if is_router(module) and name not in found:
