@@ -15,9 +15,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_mue.callbacks import metric_stream, tensorboard_page
 from lightning_mue.callbacks.mue.callback import MuECallback
 from lightning_mue.checks import type_error
-from lightning_mue.health.card import LOOKS, as_markdown, sentence
+from lightning_mue.health.card import LOOKS, as_markdown, headline, sentence
 from lightning_mue.health.indicators import indicator_of, is_loss
-from lightning_mue.health.judging import Finding, RunJudge, Verdict
+from lightning_mue.health.judging import RunJudge, Verdict
 from lightning_mue.health.pictures import as_pixels, heat_map, layered
 from lightning_mue.health.series import series_of
 from lightning_mue.namespaces import is_lightning
@@ -39,7 +39,7 @@ class HealthMonitor(Callback):
 
     It writes
 
-    - one warning for each finding;
+    - one warning for each indicator;
     - the card: in TensorBoard's TEXT tab as ``health``, and as a Markdown file of that name in the loggers' folders;
     - heat maps (layer x step) of every metric by layer, in TensorBoard's IMAGES tab;
     - at the end, hyperparameters with the final losses, in TensorBoard's HPARAMS tab.
@@ -60,6 +60,7 @@ class HealthMonitor(Callback):
         self._judge = RunJudge(self.losses)
         self._layers: dict[str, list[tuple[int, float]]] = {}
         self._draw_at, self._told = 0, ""
+        self._warned: set[str] = set()
 
     @property
     def verdict(self) -> Verdict:
@@ -86,7 +87,7 @@ class HealthMonitor(Callback):
             self._show(trainer, max(trainer.global_step - 1, 0))
             self._draw(trainer, max(trainer.global_step - 1, 0))
             _write_hyperparameters(trainer, pl_module)
-            _log.info("HealthMonitor: %s", self.headline)
+            _log.info("HealthMonitor: %s", self.told)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leaves the card as it stands when the run breaks."""
@@ -107,11 +108,10 @@ class HealthMonitor(Callback):
         self._layers = {tag: [tuple(point) for point in points] for tag, points in state_dict["layers"].items()}  # type: ignore[misc]
 
     @property
-    def headline(self) -> str:
+    def told(self) -> str:
         """The verdict in one line."""
         verdict = self.verdict
-        cause = f": {sentence(verdict.findings[0])}" if verdict.findings else ""
-        return f"{LOOKS[verdict.level][0]} after {verdict.samples} samples{cause}"
+        return f"{LOOKS[verdict.level][0]}. {headline(verdict)}"
 
     def _logged(self, trainer: Trainer) -> dict[str, float]:
         """Losses and gradient norms among the Trainer's metrics, by one copy from the device."""
@@ -131,20 +131,16 @@ class HealthMonitor(Callback):
                 points.append((step, float(value)))
                 if len(points) > _KEPT:
                     del points[: _KEPT // 2 : 2]
-        for finding in findings[:3]:
-            self._warn(finding)
+        for group in self.verdict.groups if findings else ():
+            if group.first.indicator.name not in self._warned:
+                self._warned.add(group.first.indicator.name)
+                rank_zero_warn(f"HealthMonitor: {sentence(group)}. {group.first.indicator.do}")
         if findings:
             self._show(trainer, step)
         samples = self._judge.verdict.samples
         if self.heat_maps and self._layers and samples >= max(self._draw_at, 10):
             self._draw_at = int(samples * _GROWTH) + 1
             self._draw(trainer, step)
-
-    def _warn(self, finding: Finding) -> None:
-        place = (finding.indicator.name, finding.where)
-        known = {(f.indicator.name, f.where) for f in self.verdict.findings if f.step < finding.step}
-        if place not in known:
-            rank_zero_warn(f"HealthMonitor: {sentence(finding)}. {finding.indicator.do}")
 
     def _show(self, trainer: Trainer, step: int) -> None:
         card = as_markdown(self.verdict)

@@ -65,8 +65,8 @@ def _stretched(run: Run, steps: int | None) -> dict[str, Series]:
 
 def levels(
     indicator: Indicator, series: Series, healthy: Sequence[Series] = (), *, only_last: bool = False
-) -> tuple[NDArray[np.int64], Floats, list[str]]:
-    """The level of each sample [n], what was expected of it [n], and that in words [n].
+) -> tuple[NDArray[np.int64], Floats, Floats, list[str]]:
+    """The level of each sample [n]; what was seen there [n] (a median, for a drift) and expected [n], and that in words [n].
 
     Args:
         indicator: What the samples are.
@@ -77,16 +77,16 @@ def levels(
     values_n = series.values
     first = max(0, len(values_n) - IN_A_ROW) if only_last else 0
     y_n = _scaled(indicator, values_n)
-    expected_n, beyond_n = from_history(indicator, y_n, first)
-    expected_n = _unscaled(indicator, expected_n)
+    seen_n, expected_n, beyond_n = from_history(indicator, y_n, first)
+    seen_n, expected_n = _unscaled(indicator, seen_n), _unscaled(indicator, expected_n)
     words = [f"about {e:.3g}" for e in expected_n]
     departed_n = _held(beyond_n >= 1) | (beyond_n >= AT_ONCE)
     if healthy:
-        healthy_n, beyond_n = from_healthy(indicator, series.steps, y_n, healthy)
+        smooth_n, healthy_n, beyond_n = from_healthy(indicator, series.steps, y_n, healthy)
         left_n = _held(beyond_n >= 1) & ~departed_n
-        healthy_n = _unscaled(indicator, healthy_n)
+        smooth_n, healthy_n = _unscaled(indicator, smooth_n), _unscaled(indicator, healthy_n)
         told = [f"about {e:.3g} as in the reference" for e in healthy_n]
-        expected_n = np.where(left_n, healthy_n, expected_n)
+        seen_n, expected_n = np.where(left_n, smooth_n, seen_n), np.where(left_n, healthy_n, expected_n)
         words = [new if left else old for old, new, left in zip(words, told, left_n, strict=True)]
         departed_n |= left_n
     level_n = departed_n.astype(np.int64)
@@ -98,11 +98,12 @@ def levels(
         newly_n = over_n & (level_n < level)
         words = [f"{side} {bound:g}" if new else word for word, new in zip(words, newly_n, strict=True)]
         expected_n = np.where(newly_n, np.nan if bound is None else bound, expected_n)
+        seen_n = np.where(newly_n, values_n, seen_n)
         level_n = np.maximum(level_n, over_n * int(level))
     broken_n = ~np.isfinite(values_n)
     level_n[broken_n] = int(Level.ACT)
     words = ["a finite number" if broken else word for word, broken in zip(words, broken_n, strict=True)]
-    return level_n, np.where(broken_n, np.nan, expected_n), words
+    return level_n, np.where(broken_n, values_n, seen_n), np.where(broken_n, np.nan, expected_n), words
 
 
 def is_back(indicator: Indicator, value: float, expected: float, now: float) -> bool:
@@ -115,8 +116,8 @@ def is_back(indicator: Indicator, value: float, expected: float, now: float) -> 
     return bool((y_now - y_expected) * np.sign(y - y_expected) < 0.5 * abs(y - y_expected))
 
 
-def from_history(indicator: Indicator, y_n: Floats, first: int = 0) -> tuple[Floats, Floats]:
-    """(expected [n], departure [n]) of scaled values by the median of those before them; NaN and 0 up to `LEAST_HISTORY`.
+def from_history(indicator: Indicator, y_n: Floats, first: int = 0) -> tuple[Floats, Floats, Floats]:
+    """(seen [n], expected [n], departure [n]) of scaled values; NaN and 0 up to `LEAST_HISTORY`.
 
     Two kinds: a jump, a value far from the median of the last `SHORT` values and from that of the last `LONG` ones (near which it
     is if it merely returns to where it was); and a drift, the median of the last `SMOOTHED` values far from that of those right
@@ -124,7 +125,7 @@ def from_history(indicator: Indicator, y_n: Floats, first: int = 0) -> tuple[Flo
     does not widen; a median has less of it.
     """
     n = len(y_n)
-    expected_n, beyond_n = np.full(n, np.nan), np.zeros(n)
+    seen_n, expected_n, beyond_n = y_n.copy(), np.full(n, np.nan), np.zeros(n)
     for i in range(max(LEAST_HISTORY, first), n):
         past = y_n[max(0, i - LONG) : i]
         past = past[np.isfinite(past)]
@@ -138,21 +139,24 @@ def from_history(indicator: Indicator, y_n: Floats, first: int = 0) -> tuple[Flo
         recent = _bad(indicator, now - before) / least_of_median
         slow = _bad(indicator, now - long) / (LONG_FACTOR * least_of_median)
         beyond_n[i] = max(jump, recent, slow)
-        expected_n[i] = short if jump == beyond_n[i] else before if recent == beyond_n[i] else long
-    return expected_n, np.nan_to_num(beyond_n, nan=0.0, posinf=1e9)
+        if jump < beyond_n[i]:
+            seen_n[i], expected_n[i] = now, before if recent == beyond_n[i] else long
+        else:
+            expected_n[i] = short
+    return seen_n, expected_n, np.nan_to_num(beyond_n, nan=0.0, posinf=1e9)
 
 
 def from_healthy(
     indicator: Indicator, steps_n: NDArray[np.int64], y_n: Floats, healthy: Sequence[Series]
-) -> tuple[Floats, Floats]:
-    """(expected [n], departure [n]) of scaled values, smoothed, by the range of healthy runs at the same steps."""
+) -> tuple[Floats, Floats, Floats]:
+    """(seen [n], expected [n], departure [n]) of scaled values, smoothed, by the range of healthy runs at the same steps."""
     at = [_smooth(np.interp(steps_n, one.steps, _scaled(indicator, one.values))) for one in healthy]
     low_n, high_n = np.min(at, axis=0), np.max(at, axis=0)
     own_n = _smooth(y_n)
     gap_n = np.where(own_n > high_n, own_n - high_n, np.where(own_n < low_n, own_n - low_n, 0.0))
     beyond_n = np.nan_to_num(_bad(indicator, gap_n) / _least(indicator), nan=0.0, posinf=1e9)
     beyond_n[: min(SMOOTHED, len(y_n))] = 0.0
-    return np.where(own_n > high_n, high_n, low_n), beyond_n
+    return own_n, np.where(own_n > high_n, high_n, low_n), beyond_n
 
 
 def _bad(indicator: Indicator, gap: Floats) -> Floats:

@@ -52,7 +52,7 @@ INDICATORS: tuple[Indicator, ...] = (
     ),
     Indicator(
         "gradient norm",
-        "guard/gradient_norm|grad_norm|gradients?/norm|updates/gradient_norm",
+        "guard/gradient_norm|grad_norm|gradients?/norm|updates/gradient_norm(?=/all)",
         "a gradient far larger than those before it",
         "Clip gradients; look at the data of these steps.",
         factor=4.0,
@@ -78,7 +78,8 @@ INDICATORS: tuple[Indicator, ...] = (
         "stability/entropy",
         "attention collapses onto single tokens",
         "Use QK-norm or QKClip; lower the learning rate of queries and keys.",
-        factor=0.7,
+        watch=0.1,
+        factor=2.0,
         linear=True,
         falls=True,
     ),

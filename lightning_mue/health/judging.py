@@ -32,7 +32,7 @@ class Finding:
         layer: Layer's label, ``mean`` or ``max``; empty if it has none.
         level: How bad.
         step: The step at which it was certain.
-        value: The value there.
+        value: The value there; for a drift the median of the last ones.
         expected: What was expected there; NaN where that is any finite number.
         told: The same in words.
         lasts: Whether the last sample of the run is still nearer to the value than to what was expected.
@@ -56,6 +56,22 @@ class Finding:
 
 
 @dataclass(frozen=True)
+class Group:
+    """All findings of one indicator: the first of them, and the places of the others."""
+
+    first: Finding
+    others: tuple[str, ...]
+    level: Level
+    lasts: bool
+
+    @property
+    def place(self) -> str:
+        """Where, in words: the first place, and how many others there are."""
+        more = f" and {len(self.others)} other{'s' if len(self.others) > 1 else ''}" if self.others else ""
+        return f"{self.first.place}{more}"
+
+
+@dataclass(frozen=True)
 class Verdict:
     """What a run's metrics say: the level, and the findings, the earliest first."""
 
@@ -63,6 +79,17 @@ class Verdict:
     findings: tuple[Finding, ...]
     samples: int
     last_step: int
+
+    @property
+    def groups(self) -> list[Group]:
+        """The findings by indicator, the earliest first: one cause shows in many places at once."""
+        by_name: dict[str, list[Finding]] = {}
+        for finding in self.findings:
+            by_name.setdefault(finding.indicator.name, []).append(finding)
+        return [
+            Group(found[0], tuple(f.place for f in found[1:]), max(f.level for f in found), any(f.lasts for f in found))
+            for found in by_name.values()
+        ]
 
 
 class RunJudge:
@@ -98,12 +125,14 @@ class RunJudge:
         return new
 
     def _updated(self, tag: str, found: Placed, step: int, recent: list[tuple[int, float]]) -> Finding | None:
-        level_n, expected_n, words = levels(found[0], series_of(recent), self._expected(tag), only_last=True)
+        level_n, seen_n, expected_n, words = levels(found[0], series_of(recent), self._expected(tag), only_last=True)
         level, known = Level(int(level_n[-1])), self._findings.get(tag)
         if known is not None:
             self._findings[tag] = replace(known, level=max(known.level, level), lasts=_lasts(known, recent[-1][1]))
         elif level > 0:
-            self._findings[tag] = Finding(*found, level, step, recent[-1][1], float(expected_n[-1]), words[-1], True)
+            self._findings[tag] = Finding(
+                *found, level, step, float(seen_n[-1]), float(expected_n[-1]), words[-1], True
+            )
             return self._findings[tag]
         return None
 
@@ -156,12 +185,12 @@ def judge_series(
     found = _placed(tag, losses)
     if found is None or not len(series.steps):
         return None
-    level_n, expected_n, words = levels(found[0], series, expected)
+    level_n, seen_n, expected_n, words = levels(found[0], series, expected)
     bad = np.flatnonzero(level_n > 0)
     if not len(bad):
         return None
     first = int(bad[0])
-    step, value = int(series.steps[first]), float(series.values[first])
+    step, value = int(series.steps[first]), float(seen_n[first])
     finding = Finding(*found, Level(int(level_n.max())), step, value, float(expected_n[first]), words[first], True)
     return replace(finding, lasts=_lasts(finding, float(series.values[-1])))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_mue.checks import value_error
-from lightning_mue.health.card import LOOKS, headline
+from lightning_mue.health.card import HEADERS, LOOKS, cells, headline
 from lightning_mue.health.indicators import indicator_of, is_loss
 from lightning_mue.health.judging import Finding, Verdict, judge
 from lightning_mue.health.pictures import as_svg, heat_map, layered, lines
@@ -81,6 +81,8 @@ def write_report(runs: Sequence[ReportedRun], path: str | Path) -> Path:
         runs=runs,
         looks=LOOKS,
         headline=headline,
+        headers=HEADERS,
+        cells=cells,
         sections=_sections(runs),
         heat_maps=_heat_maps(runs),
         now=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
