@@ -19,7 +19,7 @@ from lightning_mue.health.series import Run, Series
 #: Samples of a tag before its own history says anything.
 LEAST_HISTORY = 20
 #: Recent values whose median is expected, over a short and a long time, and what the latter multiplies the least departure by.
-SHORT, LONG, LONG_FACTOR = 12, 64, 1.5
+SHORT, LONG, LONG_FACTOR = 12, 128, 1.5
 #: A departure from the own history is at least this many standard deviations of the noise.
 SPREADS = 6.0
 #: Departures in a row that make a finding, unless one is this many times the least.
