@@ -50,6 +50,10 @@ class DiagnosticMetric(Metric):
         """Plots a value, or a list of values of `forward`; as every torchmetrics metric does, with matplotlib."""
         return self._plot(val, ax)
 
+    def _wrap_update(self, update: Callable[..., None]) -> Callable[..., None]:
+        """As torchmetrics, but not traced by torch.compile, which would compile the step anew at each count of updates."""
+        return torch.compiler.disable(super()._wrap_update(update))
+
     def _real_device(self) -> torch.device:
         """The default device; the CPU for a model that is built without memory, whose zeros would become anything."""
         return torch.device("cpu") if self.device.type == "meta" else self.device

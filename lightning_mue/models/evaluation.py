@@ -1,7 +1,11 @@
-"""Evaluation of a language model: validation and test with metrics that are exact over batches and ranks."""
+"""Evaluation of a language model: validation and test with metrics that are exact over batches and ranks.
+
+Shape legend: B batch, S sequence, V vocabulary.
+"""
 
 from __future__ import annotations
 
+import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
@@ -26,9 +30,13 @@ class Evaluates(LightningModule):
 
     def evaluate(self, batch: dict[str, Tensor], stage: str) -> None:
         """Takes a batch into the metrics of a stage, which are logged at the end of the epoch."""
+        self._measure(stage, self(batch["tokens"]), batch["targets"])
+
+    @torch.compiler.disable  # the counts that metrics keep would have the step compiled anew for each batch
+    def _measure(self, stage: str, logits_BSV: Tensor, targets_BS: Tensor) -> None:
         metrics = self.get_submodule(f"{stage}_metrics")
         assert isinstance(metrics, MetricCollection)
-        metrics.update(self(batch["tokens"]), batch["targets"])
+        metrics.update(logits_BSV, targets_BS)
         self.log_dict(metrics, prog_bar=stage == "val")
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
