@@ -8,7 +8,9 @@ import pickle
 import pytest
 import torch
 from helpers.metric_cases import CASES, batches_of, heavy, predictions
+from metrics._ranks import language_model, text, trainer
 from torch import nn
+from torch.utils.data import DataLoader
 from torchmetrics import Metric, MetricCollection
 
 from lightning_mue import metrics
@@ -226,3 +228,41 @@ def test_too_few_features_for_an_outlier_are_warned_of():
     metric = metrics.OutlierPercent(5.0)
     metric.update(torch.eye(27)[:1])
     assert metric.compute().item() == pytest.approx(100 / 27)
+
+
+class CompiledStep(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.z = nn.Linear(40, 40), metrics.ZValue()
+        self.branch = MetricCollection([metrics.OutputRMS(), metrics.Kurtosis()])
+
+    def forward(self, x):
+        y = self.linear(x)
+        self.z.update(y)
+        self.branch.update(y)
+        return y.relu()
+
+
+@pytest.mark.slow
+def test_a_compiled_step_is_not_compiled_anew_for_each_batch():
+    from torch._dynamo.testing import CompileCounter  # slow to import
+
+    step, counter = CompiledStep(), CompileCounter()
+    run, batches = torch.compile(step, backend=counter), [torch.randn(4, 40) for _ in range(6)]
+    with torch.no_grad():
+        frames = [(run(x), counter.frame_count)[1] for x in batches]
+        y = step.linear(torch.cat(batches)).double()
+    assert frames == [frames[0]] * 6
+    assert step.z.compute().item() == pytest.approx(y.logsumexp(-1).square().mean().item(), rel=1e-5)
+    assert step.branch.compute()["OutputRMS"].item() == pytest.approx(y.square().mean().sqrt().item(), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_compiled_language_model_is_compiled_once(tmp_path):
+    from torch._dynamo.testing import CompileCounter
+
+    model, counter, batches = language_model(), CompileCounter(), DataLoader(text()[:1] * 12, batch_size=None)
+    eager = trainer(tmp_path).validate(model, batches, verbose=False)
+    compiled = trainer(tmp_path).validate(torch.compile(model, backend=counter), batches, verbose=False)
+    assert compiled[0] == pytest.approx(eager[0], rel=1e-5)
+    assert counter.frame_count == 1
