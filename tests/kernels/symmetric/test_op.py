@@ -78,7 +78,9 @@ def test_blocks_pay_for_large_matrices_only():
 
     large = [(512, 1408, torch.bfloat16), (512, 512, torch.bfloat16), (512, 512, torch.float32)]
     assert all(pays(*case) for case in large)
-    assert not any(pays(*case) for case in [(256, 512, torch.bfloat16), (512, 256, torch.bfloat16), (64, 1 << 20, torch.float32)])
+    assert not any(
+        pays(*case) for case in [(256, 512, torch.bfloat16), (512, 256, torch.bfloat16), (64, 1 << 20, torch.float32)]
+    )
 
 
 @pytest.mark.parametrize("dtype", symmetric._KERNEL_DTYPES)
