@@ -14,6 +14,7 @@ from lightning_mue.diagnostics.activation import (
     output_rms,
     summary_metrics,
 )
+from lightning_mue.diagnostics.code_length import bits_per_byte, cross_entropy, perplexity, token_nats
 from lightning_mue.diagnostics.routing import (
     dead_experts,
     load_entropy,
@@ -46,6 +47,8 @@ __all__ = [
     "alignment_summary",
     "angular_step",
     "attention_z_value",
+    "bits_per_byte",
+    "cross_entropy",
     "dead_experts",
     "even_sample",
     "gradient_noise",
@@ -60,11 +63,13 @@ __all__ = [
     "minority_share",
     "outlier_percent",
     "output_rms",
+    "perplexity",
     "qk_spectral_entropy",
     "router_entropy",
     "small_second_moments",
     "stable_rank",
     "summary_metrics",
+    "token_nats",
     "update_ratio",
     "update_rms",
     "update_summary",
