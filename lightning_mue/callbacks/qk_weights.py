@@ -1,5 +1,4 @@
-"""Finds attentions for `QKClip`: the rows of weights that make their queries and keys, and what cannot be bounded.
-"""
+"""Finds attentions for `QKClip`: the rows of weights that make their queries and keys, and what cannot be bounded."""
 
 from __future__ import annotations
 

@@ -56,7 +56,9 @@ class _BranchProbe(Probe):
         if total[0] == 0:
             return {}
         summary, channels = total[:SUMMARY_SIZE], total[SUMMARY_SIZE:]
-        found = {name: float(value) for name, value in {**summary_metrics(summary), **channel_metrics(channels)}.items()}
+        found = {
+            name: float(value) for name, value in {**summary_metrics(summary), **channel_metrics(channels)}.items()
+        }
         self.massive = massive_channels(channels)
         if self.block is not None:
             found[_AFTER] = found["rms"] * abs(float(getattr(self.block, _residual_of(self.block))))
@@ -68,7 +70,8 @@ class ActivationOutlierMonitor(SampledMonitor):
 
     A branch is a module with ``mue_branch = "attention"`` or ``"ffn"`` (or any other string), whose ``forward`` returns
     [..., features]; or, on any model, the module that the roles of the parameters show to end a residual branch: an output
-    projection, a down projection, an MoE block, the norm behind one of them, ``nn.MultiheadAttention`` (docs/monitors.md). Metrics, for each branch kind and layer ("ffn/03"), over the global batch:
+    projection, a down projection, an MoE block, the norm behind one of them, ``nn.MultiheadAttention`` (docs/monitors.md).
+    Metrics, for each branch kind and layer ("ffn/03"), over the global batch:
 
     - ``stability/rms/<branch>/<layer>``: root mean square of the whole tensor (docs/theory.md section 6, as all of these).
     - ``stability/rms_after_multiplier/...``: what is added to the stream, as HyperP's code logs it: RMS times the residual
@@ -76,7 +79,6 @@ class ActivationOutlierMonitor(SampledMonitor):
       other metrics are the same before and after.
     - ``stability/outlier_percent/...``: % of entries over ``threshold`` standard deviations from their token's mean.
     - ``stability/max_over_rms/...`` and ``stability/kurtosis/...``: of the whole tensor.
-
     - ``stability/massive_channels/...``: channels (at most 8 are counted) with an entry above 100 times the mean magnitude, and
       ``stability/largest_channel/...``: the index of the channel with the largest entry.
 

@@ -16,7 +16,6 @@ from lightning_mue.moe.passes import records_gradients
 from lightning_mue.names import clean_name, metric_name, split_layer
 from lightning_mue.sharded import whole
 
-
 _measuring = False
 
 

@@ -1,4 +1,4 @@
-"""What all monitors of one Trainer share: one collective and one copy to the host a sampled step, and one table of what they watch."""
+"""What all monitors of one Trainer share: one collective and one copy to the host a sampled step, and one table."""
 
 from __future__ import annotations
 
@@ -102,7 +102,9 @@ def table_of(members: list[Member]) -> Table:
             name = type(member).__name__ if i == 0 else ""
             how = ", ".join(dict.fromkeys(each.how for each in finding.found))
             missing = listed([*dict.fromkeys(all_indices(text) for text in finding.missing)], nothing="", limit=4)
-            table.add_row(name, what, _counted(finding), how, missing or ("" if finding.found else "none in this model"))
+            table.add_row(
+                name, what, _counted(finding), how, missing or ("" if finding.found else "none in this model")
+            )
     return table
 
 

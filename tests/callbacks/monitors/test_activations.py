@@ -74,7 +74,9 @@ def test_massive_channels_are_named(toy):
     massive = x.abs().amax(0) > 100 * x.abs().mean()
     assert massive.tolist() == [channel == 5 for channel in range(8)]
     assert logger.values("stability/largest_channel/ffn/01") == [5]
-    assert logger.values("stability/massive_channels/ffn/01") == logger.values("stability/massive_channels/ffn_max") == [1]
+    assert (
+        logger.values("stability/massive_channels/ffn/01") == logger.values("stability/massive_channels/ffn_max") == [1]
+    )
     assert logger.values("stability/massive_channels/ffn/00") == [0]
     assert names == {"ffn/01": [5]}
 

@@ -59,7 +59,10 @@ def test_moe_language_model(toy, scoring, shared_width):
     routings = LastRouting()
     logger = fit(toy, model, [routings])
     tags = [tag for tag in logger.tags() if tag.startswith(("stability", "routing"))]
-    logits, branches = 9 + 7 + 4, 5 * 8 + 2 * 2 + 2 * 3  # z, largest logit, entropy; five metrics of two branches, and channels
+    logits, branches = (
+        9 + 7 + 4,
+        5 * 8 + 2 * 2 + 2 * 3,
+    )  # z, largest logit, entropy; five metrics of two branches, and channels
     assert len(tags) == logits + branches + 8 * 2 + 9  # routing, and over layers
     assert not [tag for tag in tags if "shared" in tag or "." in tag]  # every layer is a plain index
     for step, layers in enumerate(routings.records):

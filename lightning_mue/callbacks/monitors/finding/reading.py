@@ -116,7 +116,9 @@ def by_pattern(reading: Reading, argument: str, pattern: str, fits: Callable[[nn
     except re.error as error:
         found = f"{pattern!r}, which is no regular expression ({error})"
         raise value_error(argument, found=found, expected="one that matches names of modules") from error
-    names = [n for n, m in reading.modules.items() if (n == pattern or compiled.fullmatch(n)) and (n == pattern or fits(m))]
+    names = [
+        n for n, m in reading.modules.items() if (n == pattern or compiled.fullmatch(n)) and (n == pattern or fits(m))
+    ]
     if not names:
         raise _unmatched(reading, argument, pattern, compiled)
     return names
