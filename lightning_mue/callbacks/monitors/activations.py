@@ -70,7 +70,8 @@ class ActivationOutlierMonitor(SampledMonitor):
 
     A branch is a module with ``mue_branch = "attention"`` or ``"ffn"`` (or any other string), whose ``forward`` returns
     [..., features]; or, on any model, the module that the roles of the parameters show to end a residual branch: an output
-    projection, a down projection, an MoE block, the norm behind one of them, ``nn.MultiheadAttention`` (docs/monitors.md). Metrics, for each branch kind and layer ("ffn/03"), over the global batch:
+    projection, a down projection, an MoE block, the norm behind one of them, ``nn.MultiheadAttention`` (docs/monitors.md).
+    Metrics, for each branch kind and layer ("ffn/03"), over the global batch:
 
     - ``stability/rms/<branch>/<layer>``: root mean square of the whole tensor (docs/theory.md section 6, as all of these).
     - ``stability/rms_after_multiplier/...``: what is added to the stream, as HyperP's code logs it: RMS times the residual
@@ -78,7 +79,6 @@ class ActivationOutlierMonitor(SampledMonitor):
       other metrics are the same before and after.
     - ``stability/outlier_percent/...``: % of entries over ``threshold`` standard deviations from their token's mean.
     - ``stability/max_over_rms/...`` and ``stability/kurtosis/...``: of the whole tensor.
-
     - ``stability/massive_channels/...``: channels (at most 8 are counted) with an entry above 100 times the mean magnitude, and
       ``stability/largest_channel/...``: the index of the channel with the largest entry.
 

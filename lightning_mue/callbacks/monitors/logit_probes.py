@@ -46,6 +46,7 @@ class OutputLogitsProbe(_Logits):
     """Logits that are a module's output, or the ``logits`` in it, without the tokens that its ``mask`` leaves out."""
 
     def measure(self, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
+        """From the output."""
         logits, mask = first_tensor(getattr(output, "logits", output)), getattr(output, "mask", None)
         if logits is None or logits.ndim < 2:  # a scalar is a loss
             return None
@@ -60,15 +61,17 @@ class ProductLogitsProbe(WatchingProbe, _Logits):
         self._calls = WeightCalls(module, leaf)
 
     def enter(self) -> None:
+        """A pass begins."""
         self._calls.forget()
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        """Measure the calls that are looked for."""
         logits = self._calls.product(func, args, kwargs, output)
         if logits is not None:
             self.add(logits_summary(whole(logits.detach())))
 
 
-class _Attention(Probe):
+class _AttentionLogits(Probe):
     """Statistics: those of `attention_summary`."""
 
     size = ATTENTION_SIZE
@@ -83,13 +86,15 @@ class _Attention(Probe):
         return {f"stability/{name}/{self.label}": float(value) for name, value in values.items()}
 
 
-class CoreProbe(_Attention):
+class CoreProbe(_AttentionLogits):
     """A declared core, ``forward(q, k, v)``, causal, with a ``scale``."""
 
     def measure(self, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
+        """From the output."""
         return self.measure_call(inputs, {}, output)
 
     def measure_call(self, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Tensor | None:
+        """From the arguments of the call."""
         q, k = (first_tensor(inputs[i] if len(inputs) > i else keywords.get(name)) for i, name in enumerate("qk"))
         if q is None or k is None:
             return None
@@ -97,19 +102,21 @@ class CoreProbe(_Attention):
         return attention_summary(q, k, float(scale), causal=True, offset=k.shape[-2] - q.shape[-2])
 
 
-class TorchAttentionProbe(_Attention):
+class TorchAttentionProbe(_AttentionLogits):
     """``nn.MultiheadAttention``, whose queries and keys are made again from its inputs."""
 
     def measure(self, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
+        """From the output."""
         return self.measure_call(inputs, {}, output)
 
     def measure_call(self, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Tensor | None:
+        """From the arguments of the call."""
         given = given_to(inputs, keywords)
         q, k = torch_heads(self.module, given["query"], given["key"])
         return attention_summary(q, k, q.shape[-1] ** -0.5, mask=added_mask(given, q, k))
 
 
-class SeenAttentionProbe(WatchingProbe, _Attention):
+class SeenAttentionProbe(WatchingProbe, _AttentionLogits):
     """An attention of any project: its calls of ``scaled_dot_product_attention``, or of softmax over logits [..., S, N].
 
     An attention with ``sinks`` (GPT-OSS) appends a logit for each head to those of the keys and subtracts the largest before its
@@ -117,6 +124,7 @@ class SeenAttentionProbe(WatchingProbe, _Attention):
     """
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        """Measure the calls that are looked for."""
         if func is _FUSED_ATTENTION:
             self.add(_of_sdpa({**dict(zip(_SDPA, args, strict=False)), **kwargs}))
             return
@@ -132,10 +140,11 @@ def _over_last(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], ndim
 
 
 def _of_sdpa(given: Mapping[str, Any]) -> Tensor | None:
-    q, k, mask = given["query"], given["key"], given.get("attn_mask")
-    if q.is_nested or k.is_nested:
+    if given["query"].is_nested or given["key"].is_nested:
         return None
-    q, k, mask = (x if x is None else whole(x.detach()) for x in (q, k, mask))
+    q, k = whole(given["query"].detach()), whole(given["key"].detach())
+    mask = given.get("attn_mask")
+    mask = None if mask is None else whole(mask.detach())
     scale = given.get("scale")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     return attention_summary(q, k, scale, causal=bool(given.get("is_causal")), mask=mask)

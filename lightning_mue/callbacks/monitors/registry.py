@@ -1,4 +1,4 @@
-"""What all monitors of one Trainer share: one collective and one copy to the host a sampled step, and one table of what they watch."""
+"""What all monitors of one Trainer share: one collective and one copy to the host a sampled step, and one table."""
 
 from __future__ import annotations
 

@@ -121,6 +121,7 @@ class DeclaredRouterProbe(_Routing):
         return super().attach(device)
 
     def measure(self, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
+        """From the output."""
         logits, counts_E = getattr(output, "logits", None), getattr(output, "counts", None)
         if logits is None or counts_E is None:
             return None
@@ -130,16 +131,22 @@ class DeclaredRouterProbe(_Routing):
             do = "Return one count for each expert, zeros included."
             raise value_error(f"router {self.label}", found=found, expected=expected, do=do)
         ids = getattr(output, "expert_ids", None)
-        by_token = isinstance(ids, Tensor) and ids.ndim == 2 and getattr(output, "token_ids", None) is None
-        by_token = by_token and len(ids) == len(logits)
-        return self.statistics(logits, ids if by_token else None, counts_E, getattr(output, "mask", None))
+        if (
+            not isinstance(ids, Tensor)
+            or ids.ndim != 2
+            or len(ids) != len(logits)
+            or getattr(output, "token_ids", None) is not None
+        ):
+            ids = None  # not by token
+        return self.statistics(logits, ids, counts_E, getattr(output, "mask", None))
 
 
 class FoundRouterProbe(WatchingProbe, _Routing):
     """A router of any project, seen at work inside the module round it.
 
     Logits are what comes of the product with its weight (else its output of E columns); the choice is the last one made over E
-    entries while the module round it runs (``topk``, ``argmax``), else the integers in its output, else the ``top_k`` largest logits.
+    entries while the module round it runs (``topk``, ``argmax``), else the integers in its output, else the ``top_k`` largest
+    logits.
     """
 
     def __init__(
@@ -171,6 +178,7 @@ class FoundRouterProbe(WatchingProbe, _Routing):
         self._returned: list[Any] = []
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        """Keep the logits and the choices of this pass."""
         product = self._calls.product(func, args, kwargs, output)
         if product is not None:
             self._logits.append(whole(product.detach()).reshape(-1, self.n_experts))

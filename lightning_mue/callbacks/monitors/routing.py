@@ -27,8 +27,9 @@ class RouterMonitor(SampledMonitor):
 
     A router is a module with ``mue_router = True`` whose output has ``logits`` [T, E] and ``counts`` [E], where E is its
     ``n_experts``, or else the rows of its ``weight``; or any module whose weight has the role of a router (docs/monitors.md). The
-    loads are summed over ranks before anything is computed from them: MaxVio is that of the global batch. Only training passes of real tokens count: of `MoELayer`s, padding is read from
-    the ``attention_mask`` that the model is called with (`lightning_mue.moe.follow_attention_mask`). Metrics for each layer ("03"):
+    loads are summed over ranks before anything is computed from them: MaxVio is that of the global batch. Only training passes
+    of real tokens count: padding is read from the ``attention_mask`` that the model is called with
+    (`lightning_mue.moe.follow_attention_mask`). Metrics for each layer ("03"):
 
     - ``routing/max_violation/<layer>``: (max load - mean load) / mean load; 0 is balanced.
     - ``routing/token_entropy/<layer>``: mean entropy of a token's softmax over the experts, in nats.
@@ -40,12 +41,13 @@ class RouterMonitor(SampledMonitor):
       not distinguish experts, near 1 those left out hardly matter.
     - ``routing/expert_similarity/<layer>``: mean over experts of the largest cosine between the weights that score an expert and
       another one; towards 1, experts are chosen alike.
-    - ``routing/choice_churn/<layer>``: share of 256 fixed random directions whose first choice is not that of the sample before: how
-      far the router has turned. Tokens would change with the batch and with the layers below.
+    - ``routing/choice_churn/<layer>``: share of 256 fixed random directions whose first choice is not that of the sample before:
+      how far the router has turned. Tokens would change with the batch and with the layers below.
 
     Over layers: ``routing/max_violation_mean`` and ``_max``, ``routing/dead_experts_max``,
     ``routing/load_max_fraction_max``, ``routing/token_entropy_min``, ``routing/load_entropy_min``, ``routing/gate_mass_mean``,
-    ``routing/expert_similarity_max`` and ``routing/choice_churn_mean``. A router whose choice cannot be seen has no metrics of load.
+    ``routing/expert_similarity_max`` and ``routing/choice_churn_mean``. A router whose choice cannot be seen has no metrics of
+    load.
 
     Args:
         every_n_steps: Optimizer steps between two samples; None follows ``trainer.log_every_n_steps``.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torch import nn
 
 from lightning_mue.callbacks.monitors.activations import ActivationOutlierMonitor
@@ -32,7 +33,9 @@ def test_exact_values_and_keys(toy):
         "ffn_max",
         "ffn_mean",
     )
-    keys = sorted(f"stability/{metric}/{end}" for metric in METRICS for end in ends)
+    keys = [f"stability/{metric}/{end}" for metric in METRICS for end in ends]
+    keys += [f"stability/massive_channels/{end}" for end in ends if not end.endswith("mean")]
+    keys = sorted(keys + [f"stability/largest_channel/{end}" for end in ends if "/" in end])
     assert [tag for tag in logger.tags() if tag.startswith("stability")] == keys
     outliers = 0.0
     for step in range(6):
@@ -47,6 +50,35 @@ def test_exact_values_and_keys(toy):
                 assert found == pytest.approx(expected, rel=1e-5), (step, branch, metric)
                 outliers += sum(expected) * (metric == "outlier_percent")
     assert outliers > 0  # the threshold is low enough for the toy to have outliers at all
+
+
+def test_massive_channels_are_named(toy):
+    """One entry of the second of two passes is far above the mean magnitude of both: its channel is named, no other is massive."""
+    model, factors = toy.make_model(passes=2), iter([1.0, 1e4])
+    plain = model.blocks[1].ffn.forward
+
+    def grown(x, keep):
+        factor = torch.ones(2, 5, 8)
+        factor[1, 3, 5] = next(factors)
+        return plain(x, keep) * factor
+
+    model.blocks[1].ffn.forward = grown
+    monitor, names = ActivationOutlierMonitor(), {}
+
+    class Named(Callback):
+        def on_train_batch_end(self, *_):
+            names.update(monitor.massive())
+
+    _, logger = toy.fit([monitor, Named()], model=model, n_batches=1)
+    x = torch.cat(model.seen["ffn"][0][1::2]).double().flatten(0, -2)
+    massive = x.abs().amax(0) > 100 * x.abs().mean()
+    assert massive.tolist() == [channel == 5 for channel in range(8)]
+    assert logger.values("stability/largest_channel/ffn/01") == [5]
+    assert (
+        logger.values("stability/massive_channels/ffn/01") == logger.values("stability/massive_channels/ffn_max") == [1]
+    )
+    assert logger.values("stability/massive_channels/ffn/00") == [0]
+    assert names == {"ffn/01": [5]}
 
 
 def test_several_forward_passes_are_one_tensor(toy):

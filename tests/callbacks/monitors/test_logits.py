@@ -13,15 +13,13 @@ from lightning_mue.parameterizations.rules.roles import Role
 RELATIVE = 2e-6
 
 KEYS = [
-    "stability/z/attention/00",
-    "stability/z/attention/01",
-    "stability/z/attention_max",
-    "stability/z/attention_mean",
+    *(f"stability/entropy/attention{end}" for end in ("/00", "/01", "_mean", "_min")),
+    *(f"stability/max_logit/attention{end}" for end in ("/00", "/01", "_max")),
+    "stability/max_logit/lm_logits",
+    *(f"stability/max_logit/router{end}" for end in ("/00", "/01", "_max")),
+    *(f"stability/z/attention{end}" for end in ("/00", "/01", "_max", "_mean")),
     "stability/z/lm_logits",
-    "stability/z/router/00",
-    "stability/z/router/01",
-    "stability/z/router_max",
-    "stability/z/router_mean",
+    *(f"stability/z/router{end}" for end in ("/00", "/01", "_max", "_mean")),
 ]
 
 
@@ -29,11 +27,15 @@ def z(logits):
     return logits.double().logsumexp(-1).square().mean().item()
 
 
-def attention_z(q, k, scale=0.5):
+def attention_logits(q, k, scale=0.5):
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     logits = scale * q.double() @ k.double().transpose(-1, -2)
     hidden = torch.ones(logits.shape[-2:]).triu(1).bool()
-    return z(logits.masked_fill(hidden, float("-inf")))
+    return logits.masked_fill(hidden, float("-inf"))
+
+
+def attention_z(q, k, scale=0.5):
+    return z(attention_logits(q, k, scale))
 
 
 def test_exact_values_and_keys(toy):
@@ -42,6 +44,16 @@ def test_exact_values_and_keys(toy):
     for step in range(6):
         by_layer = [attention_z(q, k) for q, k in zip(model.seen["q"][step], model.seen["k"][step], strict=True)]
         routers = [z(logits) for logits in model.seen["router_logits"][step]]
+        attentions = [attention_logits(q, k) for q, k in zip(model.seen["q"][step], model.seen["k"][step], strict=True)]
+        for i, logits in enumerate(attentions):
+            entropy = torch.special.entr(logits.softmax(-1)).sum(-1).mean().item()
+            assert logger.values(f"stability/entropy/attention/{i:02d}")[step] == pytest.approx(entropy, rel=1e-5)
+            largest = logger.values(f"stability/max_logit/attention/{i:02d}")[step]
+            assert largest == pytest.approx(logits.max().item(), rel=1e-5)
+        largest = max(logits.max().item() for logits in model.seen["router_logits"][step])
+        assert logger.values("stability/max_logit/router_max")[step] == pytest.approx(largest)
+        largest = model.seen["lm_logits"][step][0].max().item()
+        assert logger.values("stability/max_logit/lm_logits")[step] == pytest.approx(largest)
         expected = {
             "lm_logits": z(model.seen["lm_logits"][step][0]),
             "attention/00": by_layer[0],

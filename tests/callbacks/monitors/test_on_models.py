@@ -59,7 +59,11 @@ def test_moe_language_model(toy, scoring, shared_width):
     routings = LastRouting()
     logger = fit(toy, model, [routings])
     tags = [tag for tag in logger.tags() if tag.startswith(("stability", "routing"))]
-    assert len(tags) == 9 + 5 * 8 + 5 * 2 + 6  # z; five metrics of two branches; routing, and its worst layers
+    logits, branches = (
+        9 + 7 + 4,
+        5 * 8 + 2 * 2 + 2 * 3,
+    )  # z, largest logit, entropy; five metrics of two branches, and channels
+    assert len(tags) == logits + branches + 8 * 2 + 9  # routing, and over layers
     assert not [tag for tag in tags if "shared" in tag or "." in tag]  # every layer is a plain index
     for step, layers in enumerate(routings.records):
         for index, routing in enumerate(layers):
@@ -76,7 +80,7 @@ def test_dense_language_model(toy):
     with pytest.warns(UserWarning, match="RouterMonitor found nothing"):
         logger = fit(toy, MoELanguageModel(**SIZES, n_experts=0, tie_embeddings=True))
     tags = [tag for tag in logger.tags() if tag.startswith(("stability", "routing"))]
-    assert len(tags) == 5 + 5 * 8
+    assert len(tags) == (5 + 4 + 4) + 5 * 8 + 2 * 2 + 2 * 3
     assert len(logger.values("stability/z/lm_logits")) == 2
 
 

@@ -16,7 +16,11 @@ from lightning_mue.callbacks.monitors.logits import LogitsZMonitor
 from lightning_mue.callbacks.monitors.routing import RouterMonitor
 
 METRICS = ("dead_experts", "load_entropy", "load_max_fraction", "max_violation", "token_entropy")
+OTHERS = ("choice_churn", "expert_similarity", "gate_mass")
 WORST = (
+    "choice_churn_mean",
+    "expert_similarity_max",
+    "gate_mass_mean",
     "dead_experts_max",
     "load_entropy_min",
     "load_max_fraction_max",
@@ -41,19 +45,46 @@ def reference(logits, counts):
 
 def test_exact_values_and_keys(toy):
     model, logger = toy.fit([RouterMonitor()])
-    keys = [f"routing/{metric}/{layer}" for metric in METRICS for layer in ("00", "01")]
+    keys = [f"routing/{metric}/{layer}" for metric in METRICS + OTHERS for layer in ("00", "01")]
     keys += [f"routing/{name}" for name in WORST]
     assert [tag for tag in logger.tags() if tag.startswith("routing")] == sorted(keys)
     for step in range(6):
         routers = zip(model.seen["router_logits"][step], model.seen["counts"][step], strict=True)
         layers = [reference(logits, counts) for logits, counts in routers]
         expected = {f"{metric}/{i:02d}": layer[metric] for i, layer in enumerate(layers) for metric in METRICS}
-        for name in WORST:
+        for name in WORST[3:]:
             metric, _, reduction = name.rpartition("_")
             values = [layer[metric] for layer in layers]
             expected[name] = {"max": max, "min": min, "mean": lambda v: sum(v) / len(v)}[reduction](values)
         for name, value in expected.items():
             assert logger.values(f"routing/{name}")[step] == pytest.approx(value, rel=1e-5, abs=1e-6), (step, name)
+
+
+def test_gate_mass_similarity_and_churn(toy):
+    """The mass is the softmax of the chosen; the other two follow from the weights before each step, and move with them."""
+
+    class Keeping(toy.ToyModel):
+        def training_step(self, batch, batch_idx):
+            self.weights = [*getattr(self, "weights", []), [b.ffn.router.weight.detach().clone() for b in self.blocks]]
+            return super().training_step(batch, batch_idx)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.5)
+
+    model, logger = toy.fit([RouterMonitor()], model=toy.make_model(cls=Keeping))
+    directions = torch.randn(256, 8, generator=torch.Generator().manual_seed(0)).double()
+    churns = []
+    for step, weights in enumerate(model.weights):
+        p = model.seen["router_logits"][step][1].double().softmax(-1)
+        assert logger.values("routing/gate_mass/01")[step] == pytest.approx(p.amax(-1).mean().item(), rel=1e-5)
+        w = torch.nn.functional.normalize(weights[1].double(), dim=1)
+        cosines = (w @ w.T).fill_diagonal_(-1.0).amax(1)
+        assert logger.values("routing/expert_similarity/01")[step] == pytest.approx(cosines.mean().item(), rel=1e-5)
+        if step:
+            before, now = ((directions @ each[1].double().T).argmax(1) for each in (model.weights[step - 1], weights))
+            churns.append((before != now).double().mean().item())
+    assert logger.values("routing/choice_churn/01") == pytest.approx(churns)
+    assert max(churns) > 0.01  # the router does turn
 
 
 def test_passes_are_summed_before_the_violation(toy):

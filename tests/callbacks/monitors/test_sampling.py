@@ -131,7 +131,7 @@ def test_a_skipped_epoch_leaves_no_hooks(toy):
     assert len(logger.values(TAG)) == len(model.hooks_in_training) == 2
 
 
-def test_one_collective_a_monitor_and_sampled_step(toy, monkeypatch):
+def test_one_collective_a_sampled_step(toy, monkeypatch):
     calls = []
 
     class Spy(Callback):
@@ -153,9 +153,8 @@ def test_one_collective_a_monitor_and_sampled_step(toy, monkeypatch):
     toy.fit([monitor(2) for monitor in MONITORS] + [Spy()], n_batches=4)  # the Trainer calls Spy last
     assert "all_gather" not in without
     assert [call for call in calls if call != "all_gather"] == without
-    gathered = ["all_gather"] * len(MONITORS)
     order = [call for call in calls if call in ("all_gather", "batch")]
-    assert order == ["batch", *gathered, "batch", "batch", *gathered, "batch"]
+    assert order == ["batch", "all_gather", "batch", "batch", "all_gather", "batch"]  # whatever the number of monitors
 
 
 def test_training_is_not_changed(toy):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from os.path import commonprefix
+from itertools import takewhile
 
 from lightning_mue.callbacks.monitors.finding.reading import Finding, Found, Reading, by_pattern, inside
 from lightning_mue.contract import branch_kind
@@ -37,9 +37,9 @@ def find_branches(reading: Reading, patterns: str | Mapping[str, str] | None = N
         for name in by_pattern(reading, "branches", pattern):
             found[name] = Found(name, reading.modules[name], kind or _kind_by_name(name), "named")
     declared = [(name, str(kind)) for name, m in reading.modules.items() if (kind := branch_kind(m)) is not None]
-    for name, kind in declared:
+    for name, named in declared:
         if name not in found:
-            found[name] = Found(name, reading.modules[name], kind, "mue_branch")
+            found[name] = Found(name, reading.modules[name], named, "mue_branch")
     missing = [reading.trouble] if reading.trouble else []
     first = list(found)
     for each in _read(reading, missing):
@@ -101,8 +101,9 @@ def _blocks(reading: Reading, layer: str, downs: list[ParameterInfo]) -> list[st
 
 def _around(reading: Reading, infos: list[ParameterInfo]) -> str:
     """The innermost module that holds parameters; for a list of modules, which is never called, the module that holds it."""
-    parts = commonprefix([info.path.split(".") for info in infos])
-    name = reading.owner(".".join(parts))
+    columns = zip(*(info.path.split(".") for info in infos), strict=False)
+    shared = [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
+    name = reading.owner(".".join(shared))
     while name and not _is_called(reading, name):
         name = name.rpartition(".")[0]
     return name

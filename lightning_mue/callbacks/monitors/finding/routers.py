@@ -11,8 +11,15 @@ from lightning_mue.contract import is_router
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo
 from lightning_mue.parameterizations.rules.roles import Role
 
-_TOP_K = ("top_k", "topk", "num_experts_per_tok", "num_experts_per_token", "n_expert_per_token", "n_activated_experts")
-_TOP_K += ("moe_top_k", "moe_k", "num_selects")
+_TOP_K: tuple[str, ...] = (
+    "top_k",
+    "topk",
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "n_expert_per_token",
+    "n_activated_experts",
+)
+_TOP_K += ("n_activated_experts", "moe_top_k", "moe_k", "num_selects")
 
 
 def find_routers(reading: Reading, pattern: str | None = None) -> Finding:
