@@ -80,9 +80,9 @@ def fit(toy, model, callbacks=(), monitor=None, **options):
     return logger, witness
 
 
-def language_model(optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2), **options):
+def language_model(optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2), cls=MoELanguageModel, **options):
     torch.manual_seed(0)
-    return MoELanguageModel(**{**SIZES, **options}, optimizer=optimizer)
+    return cls(**{**SIZES, **options}, optimizer=optimizer)
 
 
 BLOCK = "transformer.blocks.1."
