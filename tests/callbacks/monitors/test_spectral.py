@@ -122,6 +122,8 @@ def test_transformer_encoder_of_torch(toy):
         check(logger, label, spectrum(packed, noise(step).double()), step)
         found = logger.values("spectral/qk_entropy/hidden/00")[step]
         assert found == pytest.approx(entropy(packed[:16], packed[16:32], 8), rel=1e-4)
+        label = "hidden/model.layers.1.self_attn.out_proj"
+        check(logger, label, spectrum(w["model.layers.1.self_attn.out_proj.weight"]), step)
     assert logger.values("updates/lr/ffn_up_mean") == pytest.approx([1e-2] * 3)
 
 
