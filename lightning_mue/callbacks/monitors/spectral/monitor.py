@@ -110,9 +110,7 @@ def _owner(info: ParameterInfo, modules: Mapping[str, nn.Module]) -> tuple[nn.Mo
     places = [name.rpartition(".")[::2] for name in (info.name, *info.also)]
     path, leaf = next((p for p in places if module_form(modules[p[0]]) == "linear"), places[0])
     around, _, own = path.rpartition(".")
-    if isinstance(
-        modules.get(around), nn.MultiheadAttention
-    ):  # which reads its output layer's weight, without running it
+    if isinstance(modules.get(around), nn.MultiheadAttention):  # reads its output layer's weight, without running it
         return modules[around], f"{own}.{leaf}"
     return modules[path], leaf
 
@@ -122,16 +120,16 @@ def _query_key_probes(
 ) -> list[Probe]:
     found: dict[str, tuple[ParameterInfo, ParameterInfo, int, int]] = {}
     for info in infos:
-        if info.trainable and (key := key_of(info, infos, pl_module)) is not None:
-            found[info.path] = (info, *key)
+        if info.trainable and (keys := key_of(info, infos, pl_module)) is not None:
+            found[info.path] = (info, *keys)
     labels = layer_labels(found)
     probes: list[Probe] = []
     for path, (info, key, first, count) in found.items():
         owner, leaf = _owner(info, modules)
-        keys, key_leaf = _owner(key, modules)
+        key_owner, key_leaf = _owner(key, modules)
         rows = (0, info.query.rows[1]) if info.query is not None and info.query.rows is not None else (0, info.fans[1])
         read: Callable[[], tuple[Tensor, Tensor]] = partial(
-            _read, info, (owner, leaf, *rows), (keys, key_leaf, first, count)
+            _read, info, (owner, leaf, *rows), (key_owner, key_leaf, first, count)
         )
         probes.append(QueryKeyProbe(f"{info.role}/{labels[path]}", owner, read))
     return probes
