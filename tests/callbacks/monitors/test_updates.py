@@ -327,3 +327,63 @@ def test_share_of_entries_that_eps_slows_down(toy):
     assert logger.values("updates/eps_share/router/01") == pytest.approx(shares)
     assert max(shares) > 0
     assert min(shares) < 1
+
+
+class Halving(torch.optim.Optimizer):
+    """A wrapper that takes half of the inner optimizer's step."""
+
+    def __init__(self, inner):
+        super().__init__(inner.param_groups, {})
+        self.inner = inner
+
+    def step(self, closure=None):
+        loss = closure()
+        weights = [p for group in self.param_groups for p in group["params"]]
+        before = [p.detach().clone() for p in weights]
+        self.inner.step()
+        with torch.no_grad():
+            for weight, old in zip(weights, before, strict=True):
+                weight.lerp_(old, 0.5)
+        return loss
+
+
+def test_what_a_wrapper_does_to_the_weights_belongs_to_the_step(toy):
+    model = language_model(lambda params: Halving(torch.optim.AdamW(params, lr=0.02)))
+    logger, witness = fit(toy, model)
+    names = role_names(model)["hidden/01"]
+    for step in range(3):
+        value = expected(witness, step, names)["update_ratio"]
+        assert logger.values("updates/update_ratio/hidden/01")[step] == pytest.approx(value, **TIGHT)
+    assert logger.values("updates/lr/hidden/01") == pytest.approx([0.02] * 3)
+    assert logger.values("updates/eps_share/hidden/01") == [0] * 3
+
+
+def test_nothing_runs_in_steps_that_are_not_sampled(toy):
+    hooks, logger, model = [], toy.MemoryLogger(), language_model()
+
+    class Hooks(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            on_weights = sum(len(p._backward_hooks or ()) for p in pl_module.parameters())
+            hooks.append((len(optimizer._optimizer_step_post_hooks), on_weights))
+
+    options = {"accumulate_grad_batches": 2, "limit_train_batches": 6}
+    monitor = UpdateMonitor(every_n_steps=3)
+    train(toy, model, [monitor, Hooks()], logger, **options)
+    weights = len(list(model.parameters()))
+    assert hooks == [(0, 0), (0, 0), (2, weights)]
+    assert not model.trainer.optimizers[0]._optimizer_step_post_hooks
+    assert not any(p._backward_hooks for p in model.parameters())
+    assert logger.steps("updates/gradient_norm/all") == [2]
+
+
+def test_a_large_weight_is_sampled_and_the_sample_is_bounded(toy):
+    model, logger, witness = language_model(width=64), toy.MemoryLogger(), Witness()
+    train(toy, model, [UpdateMonitor(max_elements=4096), witness], logger, limit_train_batches=1)
+    names = role_names(model)["expert_up/01"]
+    wanted = expected(witness, 0, names)
+    assert sum(witness.before[0][name].numel() for name in names) > 10 * 4096
+    for metric in ("update_ratio", "angular_step", "weight_rms", "gradient_rms", "gradient_norm"):
+        found = logger.values(f"updates/{metric}/expert_up/01")[0]
+        # Relative error of an RMS of 4096 / 1.5 draws, five times; gradients have heavier tails.
+        assert found == pytest.approx(wanted[metric], rel=0.07 if "gradient" not in metric else 0.3), metric
+        assert found != pytest.approx(wanted[metric], rel=1e-6)

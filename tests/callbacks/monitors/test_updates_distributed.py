@@ -48,8 +48,8 @@ def test_two_ranks_log_what_one_process_does(ranks, name):
                 metrics, wanted = ({t: v for t, v in m.items() if "noise" not in t} for m in (metrics, wanted))
             assert metrics.keys() == wanted.keys()
             for tag, value in wanted.items():
-                # Of signs of cosines near 0 (minority_share), a few may flip; there are 40 tokens.
-                tolerance = {"abs": 0.03} if "minority" in tag else {"rel": 1e-5, "abs": 1e-9}
+                # Signs of cosines near 0 may flip (there are 40 tokens); changes of a gain of 1 are rounded to 6e-8.
+                tolerance = {"abs": 0.03} if "minority" in tag else {"rel": 1e-5, "abs": 6e-8}
                 if "noise" in tag:  # a difference of nearly equal squares
                     tolerance = {"rel": 1e-3}
                 assert metrics[tag] == pytest.approx(value, **tolerance), tag
