@@ -6,6 +6,8 @@ H  query heads, G  key heads, k  head dimension, d  residual width.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -42,10 +44,10 @@ def leading_singular(weight: Tensor, start: Tensor | None = None, iterations: in
         raise value_error("weight", found=f"shape {list(weight.shape)}", expected="at least one matrix", do=do)
     weight = weight.detach().float()
     v = _random_block(weight) if start is None else start
-    finite = weight.isfinite().all(-1).all(-1)
-    weight = weight.where(finite[..., None, None], 0.0)  # QR and SVD raise on NaN
-    scale = weight.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    weight = weight / scale  # squares of small weights would underflow
+    scale = torch.linalg.vector_norm(weight, math.inf, dim=(-2, -1), keepdim=True)
+    finite = scale[..., 0, 0].isfinite()
+    # Squares of small weights would underflow; QR and SVD raise on NaN.
+    weight = (weight / scale.clamp(min=torch.finfo(torch.float32).tiny)).nan_to_num_(0.0, 0.0, 0.0)
     for _ in range(iterations if start is not None else 4 * iterations):
         v = torch.linalg.qr(weight.mT @ (weight @ v)).Q
     _, values, rotation = torch.linalg.svd(weight @ v, full_matrices=False)

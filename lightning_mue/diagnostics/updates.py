@@ -128,5 +128,6 @@ def _in_memory_order(x: Tensor) -> Tensor:
     """A view whose dimensions are in the order of the memory, where that makes it contiguous: no copy of the whole is needed."""
     if x.is_contiguous():
         return x
-    view = x.permute(sorted(range(x.ndim), key=lambda dim: -x.stride(dim)))
+    strides = x.stride()
+    view = x.permute(sorted(range(x.ndim), key=lambda dim: -strides[dim]))
     return view if view.is_contiguous() else x

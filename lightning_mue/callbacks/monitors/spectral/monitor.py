@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_mue.callbacks.monitors.probes import Probe, find_modules, layer_labels, over_layers
 from lightning_mue.callbacks.monitors.sampling import SampledMonitor
 from lightning_mue.callbacks.monitors.spectral.probes import MatrixProbe, QueryKeyProbe
-from lightning_mue.checks import require_integer
+from lightning_mue.checks import listed, require_integer
 from lightning_mue.parameterizations import MATRIX_ROLES
 from lightning_mue.parameterizations.planning.model_roles import read_parameters
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo, module_form
@@ -96,6 +96,9 @@ class SpectralMonitor(SampledMonitor):
     def summarize(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Mean over each role's layers, and the worst layer."""
         found: dict[str, float] = {}
+        seen = {tag.split("/", 2)[2] for tag in metrics}
+        if unseen := [label for label in self._labels if label not in seen]:
+            self._warn("unseen", f"saw no forward pass of the modules that hold {listed(unseen, limit=4)}.")
         for role in dict.fromkeys(label.partition("/")[0] for label in self._labels):
             for name, reductions in _OVER_LAYERS.items():
                 found |= over_layers(metrics, f"spectral/{name}/{role}", *reductions)
@@ -103,9 +106,12 @@ class SpectralMonitor(SampledMonitor):
 
 
 def _owner(info: ParameterInfo, modules: Mapping[str, nn.Module]) -> tuple[nn.Module, str]:
-    """The module that multiplies by a parameter, of several that share it a linear layer, and its attribute."""
+    """The module that runs to multiply by a parameter, of several that share it a linear layer, and its name there."""
     places = [name.rpartition(".")[::2] for name in (info.name, *info.also)]
     path, leaf = next((p for p in places if module_form(modules[p[0]]) == "linear"), places[0])
+    around, _, own = path.rpartition(".")
+    if isinstance(modules.get(around), nn.MultiheadAttention):  # reads its output layer's weight, without running it
+        return modules[around], f"{own}.{leaf}"
     return modules[path], leaf
 
 
@@ -114,16 +120,16 @@ def _query_key_probes(
 ) -> list[Probe]:
     found: dict[str, tuple[ParameterInfo, ParameterInfo, int, int]] = {}
     for info in infos:
-        if info.trainable and (key := key_of(info, infos, pl_module)) is not None:
-            found[info.path] = (info, *key)
+        if info.trainable and (keys := key_of(info, infos, pl_module)) is not None:
+            found[info.path] = (info, *keys)
     labels = layer_labels(found)
     probes: list[Probe] = []
     for path, (info, key, first, count) in found.items():
         owner, leaf = _owner(info, modules)
-        keys, key_leaf = _owner(key, modules)
+        key_owner, key_leaf = _owner(key, modules)
         rows = (0, info.query.rows[1]) if info.query is not None and info.query.rows is not None else (0, info.fans[1])
         read: Callable[[], tuple[Tensor, Tensor]] = partial(
-            _read, info, (owner, leaf, *rows), (keys, key_leaf, first, count)
+            _read, info, (owner, leaf, *rows), (key_owner, key_leaf, first, count)
         )
         probes.append(QueryKeyProbe(f"{info.role}/{labels[path]}", owner, read))
     return probes
@@ -136,7 +142,7 @@ def _read(info: ParameterInfo, queries: Any, keys: Any) -> tuple[Tensor, Tensor]
     dim, period = (query.rows[0], query.rows[2]) if query.rows is not None else (0, None)
     found = []
     for owner, leaf, first, count in (queries, keys):
-        weight = whole(getattr(owner, leaf).detach())
+        weight = whole(owner.get_parameter(leaf).detach())
         rows = weight.T if dim == 1 or type(owner).__name__ == "Conv1D" else weight
         rows = rows.unflatten(0, (-1, period or len(rows)))[:, first : first + count]
         found.append(rows.flatten(0, 1).unflatten(0, (-1, query.head_dim)))

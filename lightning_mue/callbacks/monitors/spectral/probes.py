@@ -76,13 +76,13 @@ class MatrixProbe(_WeightProbe):
         self._name, self._iterations = name, iterations
         self._vectors: Tensor | None = None
         self._watches: list[_Products] = []
-        own = [p for p in module.parameters(recurse=False) if p.ndim == 2]
-        self._alone = len(own) == 1  # what goes into the module is then what the weight is multiplied by
+        own = [leaf for leaf, p in module.named_parameters(recurse=False) if p.ndim == 2]
+        self._alone = own == [name]  # what goes into the module is then what the weight is multiplied by
 
     def _enter(self, module: nn.Module, inputs: Any) -> None:
         if not records_gradients():
             return
-        weight: Tensor = getattr(module, self._name)
+        weight = module.get_parameter(self._name)
         if not self._seen:
             self._seen = True
             with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
@@ -97,7 +97,7 @@ class MatrixProbe(_WeightProbe):
             return
         watch = self._watches.pop()
         watch.__exit__(None, None, None)
-        x, width = inputs[0] if inputs else None, getattr(module, self._name).shape[-1]
+        x, width = inputs[0] if inputs else None, module.get_parameter(self._name).shape[-1]
         if self._alone and not watch.told and isinstance(x, Tensor) and x.is_floating_point() and x.shape[-1] == width:
             self._see(x, None)  # a kernel of its own, as our routers have
 
@@ -150,10 +150,11 @@ class _Products(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.multi_head_attention_forward:  # calls the products itself
-            with self:
-                return func(*args, **kwargs)
-        if func in _PRODUCTS:
+        if func is F.multi_head_attention_forward and len(args) > 5 and args[5] is self._weight:
+            self.told = True
+            for x in {id(x): x for x in args[:3]}.values():  # queries, keys and values, which are one in self-attention
+                self._see(x.detach(), None)
+        elif func in _PRODUCTS:
             x_at, weight_at, transposed = _PRODUCTS[func]
             if len(args) > weight_at and args[weight_at] is self._weight:
                 self.told = True

@@ -126,7 +126,8 @@ class _Step:
 def _first(optimizer: Optimizer, hook: Callable[..., None]) -> RemovableHandle:
     """Registers a hook for the end of an optimizer's step that runs before those that are there."""
     handle = optimizer.register_step_post_hook(hook)
-    optimizer._optimizer_step_post_hooks.move_to_end(handle.id, last=False)
+    hooks: Any = optimizer._optimizer_step_post_hooks  # ordered; torch has no public way to prepend to it
+    hooks.move_to_end(handle.id, last=False)
     return handle
 
 

@@ -121,7 +121,8 @@ class RoleProbe(UnhookedProbe):
     def add_moments(self, weight: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> None:
         """Measures how many of Adam's second moments eps outweighs, where the optimizer has such."""
         moment, step = state.get("max_exp_avg_sq", state.get("exp_avg_sq")), state.get("step")
-        eps, betas = group.get("eps"), group.get("betas")
+        eps: Any = group.get("eps")
+        betas: Any = group.get("betas")
         if (
             not (isinstance(moment, Tensor) and moment.is_floating_point() and _is_number(eps) and betas)
             or step is None
