@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_mue.callbacks.monitors.probes import find_modules
 from lightning_mue.checks import listed, value_error
-from lightning_mue.parameterizations.planning.alone import read_alone
+from lightning_mue.parameterizations.planning.model_roles import read_alone
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo
 from lightning_mue.parameterizations.reading.stacks import Stacks
 from lightning_mue.parameterizations.rules.roles import Role
