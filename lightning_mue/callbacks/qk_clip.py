@@ -20,7 +20,7 @@ from lightning_mue.contract import is_attention_core
 from lightning_mue.diagnostics.zvalue import attention_max_logits
 from lightning_mue.moe.passes import records_gradients
 from lightning_mue.optim.split import cut_of, pieces
-from lightning_mue.parameterizations.rules.kinds import SPHERE_KINDS
+from lightning_mue.parameterizations.rules.kinds import SPHERE_KINDS, parts_of
 
 
 class _Attention:
@@ -194,21 +194,19 @@ class QKClip(Callback):
 def _scale(rows: WeightRows, factors: Tensor, optimizer: Optimizer) -> None:
     """Scale rows of a parameter, and its radius by what its norm changed by."""
     tensor, state = rows.tensor, optimizer.state.get(rows.tensor, {})
-    spheres = any(
-        tensor is p for group in optimizer.param_groups if group.get("kind") in SPHERE_KINDS for p in group["params"]
-    )
-    radius = state.get("radius") if spheres else None
-    before = _norms(tensor, optimizer, radius) if radius is not None else torch.ones(())
+    parts = [part for group in optimizer.param_groups for part in parts_of(group)]
+    group = next((part for part in parts if any(tensor is p for p in part["params"])), {})
+    radius = state.get("radius") if group.get("kind") in SPHERE_KINDS else None
+    before = _norms(tensor, group.get("split"), radius) if radius is not None else torch.ones(())
     part = tensor.data[rows.start : rows.stop]
     part.mul_(factors.to(part.dtype).view(-1, *[1] * (tensor.ndim - 1)))
     if radius is not None:
-        radius.mul_((_norms(tensor, optimizer, radius) / before).to(radius.dtype))
+        radius.mul_((_norms(tensor, group.get("split"), radius) / before).to(radius.dtype))
 
 
-def _norms(tensor: Tensor, optimizer: Optimizer, radius: Tensor) -> Tensor:
+def _norms(tensor: Tensor, split: Any, radius: Tensor) -> Tensor:
     if radius.ndim == 0:
         return torch.linalg.vector_norm(tensor.double())
-    split = next(g.get("split") for g in optimizer.param_groups for p in g["params"] if p is tensor)
     cut = cut_of(split, tensor.shape)
     assert cut is not None
     return torch.stack([torch.linalg.vector_norm(part.double()) for part in pieces(tensor, cut)])
