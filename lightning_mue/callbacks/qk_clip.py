@@ -79,7 +79,8 @@ class QKClip(Callback):
     left out is named in a warning when training begins, and after the first step what no forward was seen of.
 
     Under DDP the largest logits of all ranks count, also where only some ranks had any. All ranks must hold the same attentions,
-    in replicas, and step them together: that they have the same names and sizes is checked when training begins.
+    in replicas, and step them together: that they have the same names and sizes is checked when training begins, and where
+    parameters are added to an optimizer later (finetuning callbacks), whose attentions are clipped from then on.
 
     Compiled code does not run hooks that are added after it was made. So where attentions are compiled, ``torch.compiler.reset()``
     is called when training begins, and the first step compiles again, with them.
@@ -103,13 +104,23 @@ class QKClip(Callback):
         self.clipped = 0
         self._logged, self._largest = 0, 0.0
         self._shared = self._told = False
+        self._sizes: list[int] = []
         self._attentions: list[_Attention] = []
         self._handles: list[Any] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the attentions and the optimizer that steps them."""
-        self._release()
         self.clipped = self._logged = 0
+        self._find(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Find them again where a callback has added parameters to an optimizer."""
+        if self._sizes != _sizes(trainer):
+            self._find(trainer, pl_module)
+
+    def _find(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._release()
+        self._sizes = _sizes(trainer)
         found, left_out = find_attentions(pl_module)
         for name, module, rows in found:
             holders = [o for o in trainer.optimizers if _holds(o, rows)]
@@ -210,6 +221,11 @@ def _norms(tensor: Tensor, split: Any, radius: Tensor) -> Tensor:
     cut = cut_of(split, tensor.shape)
     assert cut is not None
     return torch.stack([torch.linalg.vector_norm(part.double()) for part in pieces(tensor, cut)])
+
+
+def _sizes(trainer: Trainer) -> list[int]:
+    """How many parameters each optimizer holds."""
+    return [sum(len(group["params"]) for group in optimizer.param_groups) for optimizer in trainer.optimizers]
 
 
 def _holds(optimizer: Optimizer, rows: QueryKeyRows) -> bool:

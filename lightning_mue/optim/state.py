@@ -40,7 +40,7 @@ def prepare(group: Mapping[str, Any], states: States, layout: LayoutOf) -> list[
         RuntimeError: If a gradient is sparse.
     """
     params, new = [], []
-    first = "radius" if group["kind"] in SPHERE_KINDS else "momentum" if group["kind"] in MUON_KINDS else "step"
+    first = _first_key(group["kind"])
     for index, param in enumerate(group["params"]):
         if param.grad is None or (param.numel() == 0 and not is_sharded(param)):
             continue
@@ -60,6 +60,11 @@ def prepare(group: Mapping[str, Any], states: States, layout: LayoutOf) -> list[
     for param in params:
         _add_buffers(states[param], param, group)
     return params
+
+
+def _first_key(kind: str | None) -> str:
+    """The state that a parameter of a kind has from its first step on."""
+    return "radius" if kind in SPHERE_KINDS else "momentum" if kind in MUON_KINDS else "step"
 
 
 def _check_parts(layout: Layout, what: str) -> None:
@@ -234,8 +239,12 @@ def check_loadable(
             do = "Parameters are matched by order: build the optimizer from the same ones in the same order and groups."
             found, expected = f"the state of {before!r}", f"that of {name!r} in this place"
             raise value_error("state_dict", found=found, expected=expected, do=do)
-    members = [each for group in groups for each in members_of(group)]
-    for state, (_, split), (name, param) in zip(states, members, pairs, strict=False):
+    members = [(group["kind"] == MIXED, *each) for group in groups for each in members_of(group)]
+    for state, (mixed, kind, split), (name, param) in zip(states, members, pairs, strict=False):
+        if mixed and state and _first_key(kind) not in state:
+            do = "The parameters of the group are in another order than those that were saved: add them in the same order."
+            found = f"the kind {kind!r} for {label(name, param)} with {listed(sorted(state))}"
+            raise value_error("state_dict", found=found, expected=f"{_first_key(kind)!r} in its state", do=do)
         cut = cut_of(split, param.shape, label(name, param))
         radius = param.shape[: int(param.ndim == 3)] + torch.Size([] if cut is None else [len(cut.bounds)])
         rows = row_shape(param.shape)

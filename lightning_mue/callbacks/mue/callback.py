@@ -215,7 +215,7 @@ class MuECallback(Callback):
         if drawn:
             companions.copy_to_averages(trainer, pl_module)
             companions.copy_to_optimizers(copies)
-        companions.set_process_groups(trainer)
+        companions.tell_optimizers(trainer, pl_module)
         if not plan.same_size:
             self._steps = [ScaledStep(optimizer, plan, pl_module) for optimizer in trainer.optimizers]
             self._logged = 0
