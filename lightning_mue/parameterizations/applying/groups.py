@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,10 +132,9 @@ def _scaled_eps(eps: Any, factor: float) -> Any:
 
 
 def scale_groups(
-    groups: Iterable[Mapping[str, Any]], plan: ScalingPlan, names: Mapping[Tensor, str]
+    groups: Sequence[Mapping[str, Any]], plan: ScalingPlan, names: Mapping[Tensor, str]
 ) -> list[dict[str, Any]]:
     """New groups, split by the plan's factors and roles (see `split`), scaled, each with its ``role`` (or ``frozen``)."""
-    groups = list(groups)
     settings = [piece for group in groups for piece in parts_of(group)]
     return [
         scaled_group(settings[part.source], part, plan.betas)
@@ -260,7 +259,7 @@ def _warn_of_kinds(changed: Sequence[str]) -> None:
             mismatch(
                 "optimizer",
                 found=f"{len(changed)} parameter(s) in groups of another kind than the plan's: {listed(changed, limit=3)}",
-                expected="the plan's kinds; they get these, with the settings of the first group of that kind",
+                expected="the plan's kinds; they get these, with the settings of the first group of that kind, or of an added group",
                 do="A run at the base keeps the group's kind. So that both train alike, pass named parameters, or set the kind or "
                 "the role that is meant.",
             ),

@@ -10,8 +10,10 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.optim.lr_scheduler import ExponentialLR
 
+from lightning_mue import plan
 from lightning_mue.optim import HyperSphereOptimizer
 from lightning_mue.optim.schedule import WarmupDecay
+from lightning_mue.parameterizations.applying.scaled_step import ScaledStep
 
 SHAPES = {"embedding.weight": (7, 5), "hidden.weight": (5, 5), "norm.bias": (5,), "lm_head.weight": (6, 5)}
 KINDS = ["adamw", "sphere", "adamw", "adam_sphere"]
@@ -142,7 +144,9 @@ def test_a_mixed_group_survives_copies_saves_and_replacement():
         assert "trainable" not in each.param_groups[-1]
         train(members, each, range(2, 4))
         assert_same(members, late)
-        each.add_param_group({"params": [("x.weight", nn.Parameter(torch.ones(2, 2))), ("x.bias", nn.Parameter(torch.ones(2)))]})
+        each.add_param_group(
+            {"params": [("x.weight", nn.Parameter(torch.ones(2, 2))), ("x.bias", nn.Parameter(torch.ones(2)))]}
+        )
         assert each.param_groups[-1]["name"] == "mixed-2"
 
 
@@ -175,7 +179,9 @@ def test_groups_without_names_join_those_with_names_and_the_other_way_round():
 
 
 def test_torch_checkpoints_of_unnamed_groups_and_their_order():
-    model = nn.ModuleDict({"head": nn.Linear(4, 3, bias=False), "body": nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))})
+    model = nn.ModuleDict(
+        {"head": nn.Linear(4, 3, bias=False), "body": nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))}
+    )
 
     def build(order=1):
         clone = copy.deepcopy(model)
@@ -193,7 +199,9 @@ def test_torch_checkpoints_of_unnamed_groups_and_their_order():
         train(dict(each.named_parameters()), stepped, range(2, 4))
     assert_same(dict(other.named_parameters()), dict(one.named_parameters()))
     turned, optimizer = build(-1)
-    with pytest.raises(ValueError, match=r"found the kind 'sphere' for parameter .*\[4\].*expected 'radius'.*same order"):
+    with pytest.raises(
+        ValueError, match=r"found the kind 'sphere' for parameter .*\[4\].*expected 'radius'.*same order"
+    ):
         set_optimizer_state_dict(turned, optimizer, saved)
 
 
@@ -241,3 +249,40 @@ def test_warmup_decay_leaves_added_groups_to_who_added_them():
     schedule.load_state_dict(schedule.state_dict())
     schedule.total_steps = 5
     assert [group["lr"] for group in optimizer.param_groups] == [pytest.approx(0.08), 0.03]
+
+
+class Tiny(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        torch.manual_seed(width)
+        self.tok, self.proj = nn.Embedding(7, width), nn.Linear(width, width)
+        self.lm_head = nn.Linear(width, 7, bias=False)
+
+
+@pytest.mark.parametrize("names", [True, False])
+def test_a_plan_scales_the_one_rate_by_each_role(names):
+    """Also where a nameless embedding was taken for a hidden matrix: it gets the plan's kind, and its own group's rate."""
+    model, twin = Tiny(16), Tiny(16)
+    table = plan(model, base=Tiny(8), rule="hyperp", family="muon")
+    optimizer = HyperSphereOptimizer(model.proj.named_parameters("proj"), lr=0.1, sphere=False, compute_dtype="float64")
+    rest = {"tok.weight": model.tok.weight, "lm_head.weight": model.lm_head.weight}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer.add_param_group({"params": list(rest.items()) if names else list(rest.values()), "lr": 0.03})
+    assert optimizer.param_groups[-1]["kind"] == ("mixed" if names else "muon")
+    groups = [
+        {"params": list(twin.proj.named_parameters("proj")), "lr": 0.1},
+        {"params": [("tok.weight", twin.tok.weight)], "kind": "adamw", "lr": 0.03},
+        {"params": [("lm_head.weight", twin.lm_head.weight)], "kind": "adamw", "lr": 0.03},
+    ]
+    reference = HyperSphereOptimizer(groups, sphere=False, compute_dtype="float64")
+    scaled = [ScaledStep(optimizer, table, model), ScaledStep(reference, table, twin)]
+    for rate in (0.03, 0.01):
+        optimizer.param_groups[-1]["lr"] = reference.param_groups[-2]["lr"] = reference.param_groups[-1]["lr"] = rate
+        train(dict(model.named_parameters()), optimizer, [3])
+        train(dict(twin.named_parameters()), reference, [3])
+        factors = {entry.role: entry.lr for entry in table.parameters}
+        assert any(factor != 1 for factor in factors.values())
+        assert scaled[0].effective_lr == scaled[1].effective_lr
+        assert scaled[0].effective_lr["embedding"] == pytest.approx(rate * factors["embedding"])
+    assert_same(dict(model.named_parameters()), dict(twin.named_parameters()))

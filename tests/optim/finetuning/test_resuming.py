@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
-
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -17,6 +14,7 @@ from lightning_mue import HyperSphereOptimizer, MuECallback, QKClip
 from lightning_mue.models.transformer import Attention, RotaryEmbedding
 
 EPOCHS, UNFROZEN = 4, 1
+NAMES = ["sphere", "adamw", "mixed"]
 DATA = torch.randint(0, 9, (8, 6), generator=torch.Generator().manual_seed(1))
 
 
@@ -76,12 +74,8 @@ class Gradual(BaseFinetuning):
             self.unfreeze_and_add_param_group(parts[epoch], optimizer, lr=0.004 / epoch)
 
 
-def backbone_finetuning():
-    return BackboneFinetuning(unfreeze_backbone_at_epoch=UNFROZEN, lambda_func=lambda epoch: 1.5)
-
-
 def fit(folder, model, callbacks, epochs=EPOCHS, ckpt_path=None):
-    saves = ModelCheckpoint(dirpath=folder, filename=f"{epochs}", save_top_k=-1)
+    saves = ModelCheckpoint(dirpath=folder, filename="{epoch}", save_top_k=-1, auto_insert_metric_name=False)
     trainer = Trainer(
         accelerator="cpu",
         devices=1,
@@ -96,35 +90,57 @@ def fit(folder, model, callbacks, epochs=EPOCHS, ckpt_path=None):
     return trainer
 
 
-def beside(case, width):
+def callbacks_of(case):
     """The callbacks of a case, made anew."""
-    finetuning = Gradual() if case == "gradual" else backbone_finetuning()
-    others = {
-        "mue": [MuECallback("hyperp", base={"width": 8}, verify=False, verbose=False)],
-        "qk_clip": [QKClip(threshold=0.2)],
-    }
-    return [*others.get(case, []), finetuning]
+    before = {"mue": [MuECallback("hyperp", base={"width": 8}, verify=False, verbose=False)], "qk_clip": [QKClip(0.2)]}
+    finetuning = BackboneFinetuning(unfreeze_backbone_at_epoch=UNFROZEN, lambda_func=lambda epoch: 1.5)
+    return [*before.get(case, []), Gradual() if case == "gradual" else finetuning, Rates()]
+
+
+def resume(case, folder, stop, whole, rates):
+    """Resume a run from its checkpoint after so many epochs, and hold it against the whole run."""
+    resumed, callbacks = Net(**CASES[case]), callbacks_of(case)
+    fit(folder / f"resumed-{stop}", resumed, callbacks, ckpt_path=str(folder / f"{stop - 1}.ckpt"))
+    for name, p in whole.state_dict().items():
+        assert torch.equal(p, resumed.state_dict()[name]), (stop, name)
+    assert callbacks[-1].seen == rates.seen[2 * stop :]
 
 
 CASES = {"plain": {}, "nameless": {"names": False}, "gradual": {}, "mue": {"width": 16, "names": False}, "qk_clip": {}}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("stop", [1, 2, 3])
 @pytest.mark.parametrize("case", CASES)
-def test_a_run_with_a_finetuning_callback_resumes_exactly(case, stop, tmp_path):
-    options = CASES[case]
-    whole, rates = Net(**options), Rates()
-    callbacks = [*beside(case, whole.hparams.width), rates]
-    trainer = fit(tmp_path / "whole", whole, callbacks)
-    fit(tmp_path / "short", Net(**options), beside(case, whole.hparams.width), epochs=stop)
-    resumed, again = Net(**options), Rates()
-    path = str(tmp_path / "short" / f"{stop}.ckpt")
-    after = fit(tmp_path / "resumed", resumed, [*beside(case, 0), again], ckpt_path=path)
-    for name, p in whole.state_dict().items():
-        assert torch.equal(p, resumed.state_dict()[name]), name
-    assert again.seen == rates.seen[2 * stop :]
-    assert len(trainer.optimizers[0].param_groups) == len(after.optimizers[0].param_groups) == 3 + (case == "gradual")
-    fresh = Net(**options)
-    moved = {n: float((p - fresh.state_dict()[n]).abs().max()) for n, p in whole.state_dict().items() if "rotary" not in n}
+def test_runs_with_finetuning_callbacks_resume_exactly(case, tmp_path):
+    """From before and after the epochs in which layers are thawed; every layer moves, in one group for each call."""
+    whole, callbacks = Net(**CASES[case]), callbacks_of(case)
+    trainer = fit(tmp_path, whole, callbacks)
+    (optimizer,) = trainer.optimizers
+    for stop in (1, 2, 3):
+        resume(case, tmp_path, stop, whole, callbacks[-1])
+    assert [group["name"] for group in optimizer.param_groups] == [*NAMES, *(["adamw-2"] if case == "gradual" else [])]
+    fresh = Net(**CASES[case]).state_dict()
+    moved = {n: float((p - fresh[n]).abs().max()) for n, p in whole.state_dict().items() if "rotary" not in n}
     assert min(moved.values()) > 1e-4, moved
+    group = optimizer.param_groups[2]
+    kinds = dict(zip(group["params"], group["kinds"], strict=True))
+    backbone = whole.backbone
+    if case != "gradual":
+        assert kinds[backbone.embedding.weight] == ("sphere" if case == "nameless" else "adamw")
+        assert callbacks[-1].seen[2::2] == [[0.02, 0.5, pytest.approx(0.002 * 1.5**epoch)] for epoch in range(3)]
+    assert kinds[backbone.attention.w_q] == "sphere"
+    if case == "qk_clip":
+        assert callbacks[0].clipped > 0
+
+
+def test_one_run_resumes_exactly_and_says_what_it_thawed(tmp_path):
+    whole, callbacks = Net(), callbacks_of("plain")
+    fit(tmp_path, whole, callbacks, epochs=3)
+    resumed, again = Net(), callbacks_of("plain")
+    with pytest.warns(
+        UserWarning, match=r"requires_grad: found 7 frozen parameters .*'backbone.*expected them trainable"
+    ):
+        fit(tmp_path, resumed, again, epochs=3, ckpt_path=str(tmp_path / "1.ckpt"))
+    assert all(torch.equal(p, resumed.state_dict()[name]) for name, p in whole.state_dict().items())
+    assert again[-1].seen == callbacks[-1].seen[4:]
