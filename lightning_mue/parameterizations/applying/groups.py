@@ -259,7 +259,7 @@ def _warn_of_kinds(changed: Sequence[str]) -> None:
             mismatch(
                 "optimizer",
                 found=f"{len(changed)} parameter(s) in groups of another kind than the plan's: {listed(changed, limit=3)}",
-                expected="the plan's kinds; they get these, with the settings of the first group of that kind, or of an added group",
+                expected="the plan's kinds; they get these, with settings of the first group of that kind (or their added group's)",
                 do="A run at the base keeps the group's kind. So that both train alike, pass named parameters, or set the kind or "
                 "the role that is meant.",
             ),
