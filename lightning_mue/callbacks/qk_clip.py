@@ -103,7 +103,7 @@ class QKClip(Callback):
         self.threshold = float(threshold)
         self.clipped = 0
         self._logged, self._largest = 0, 0.0
-        self._shared = self._told = False
+        self._shared = self._told = self._stepped = False
         self._sizes: list[int] = []
         self._attentions: list[_Attention] = []
         self._handles: list[Any] = []
@@ -152,7 +152,9 @@ class QKClip(Callback):
                     "and compile functions that call it after training began."
                 )
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
-        if self._attentions and every and trainer.global_step % every == 0:
+        # Not after batches that only accumulate: their zeros would take the place of the step's figures.
+        stepped, self._stepped = self._stepped, False
+        if stepped and every and trainer.global_step % every == 0:
             metrics = {"qk_clip/clipped": float(self.clipped - self._logged), "qk_clip/max_logit": self._largest}
             pl_module.log_dict(metrics, on_step=True, on_epoch=False, batch_size=1)
             self._logged = self.clipped
@@ -175,7 +177,7 @@ class QKClip(Callback):
 
         @torch.no_grad()
         def clip(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            self._largest = 0.0 if first else self._largest
+            self._stepped, self._largest = True, 0.0 if first else self._largest
             self._clip(attention, optimizer)
 
         return clip

@@ -14,6 +14,7 @@ from lightning_mue.diagnostics.activation import (
     output_rms,
     summary_metrics,
 )
+from lightning_mue.diagnostics.code_length import bits_per_byte, cross_entropy, perplexity, token_nats
 from lightning_mue.diagnostics.routing import (
     dead_experts,
     load_entropy,
@@ -27,6 +28,8 @@ from lightning_mue.diagnostics.zvalue import attention_z_value, z_value
 __all__ = [
     "activation_summary",
     "attention_z_value",
+    "bits_per_byte",
+    "cross_entropy",
     "dead_experts",
     "even_sample",
     "kurtosis",
@@ -37,8 +40,10 @@ __all__ = [
     "merge_summaries",
     "outlier_percent",
     "output_rms",
+    "perplexity",
     "router_entropy",
     "summary_metrics",
+    "token_nats",
     "update_ratio",
     "update_rms",
     "update_summary",

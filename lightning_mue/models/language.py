@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lightning_mue.checks import value_error
 from lightning_mue.models.arguments import check_effects, check_options, check_sizes, infer_head_dim
+from lightning_mue.models.evaluation import Evaluates
 from lightning_mue.models.generation import Generates
 from lightning_mue.models.transformer import Attention, Block, RotaryEmbedding, Transformer, draw_uniform
 from lightning_mue.moe import FeedForward, MoELayer, clip_grad_norm, parallelize_experts
@@ -29,11 +30,12 @@ def _default_optimizer(params: Iterable[Any]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
 
 
-class MoELanguageModel(KeepsMultipliers, Generates, LightningModule):
+class MoELanguageModel(KeepsMultipliers, Generates, Evaluates, LightningModule):
     """Pre-norm transformer language model: RMSNorm, RoPE, QK-norm, grouped-query attention, FFN or MoE.
 
     Batches are dicts ``{"tokens": int64 [B, S], "targets": int64 [B, S]}``. Logs ``train/loss`` (nats per token, without the
-    auxiliary losses), ``train/bits_per_byte`` and the same for ``val`` and ``test``.
+    auxiliary losses) and ``train/bits_per_byte``. ``val/loss``, ``val/bits_per_byte`` and ``val/perplexity``, and the same for
+    ``test``, are exact over all batches and ranks: each target counts the same; a target of -100 is not scored.
 
     Args:
         vocab_size: Vocabulary V; 256 for bytes.
@@ -145,6 +147,7 @@ class MoELanguageModel(KeepsMultipliers, Generates, LightningModule):
             output_multiplier=output_multiplier,
         )
         tag_roles(self)
+        self.add_metrics(bytes_per_token)
         # Counted here: strategies may shard or flatten parameters later.
         self._active_parameters, self._attention_width = self.transformer.active_parameters(), n_heads * self.head_dim
 
@@ -221,19 +224,6 @@ class MoELanguageModel(KeepsMultipliers, Generates, LightningModule):
 
     def _bits_per_byte(self, loss: Tensor) -> Tensor:
         return loss / (math.log(2) * self.bytes_per_token)
-
-    def _evaluate(self, batch: dict[str, Tensor], stage: str) -> None:
-        loss, size = self.loss(batch), batch["tokens"].shape[0]
-        values = {f"{stage}/loss": loss, f"{stage}/bits_per_byte": self._bits_per_byte(loss)}
-        self.log_dict(values, prog_bar=stage == "val", sync_dist=True, batch_size=size)
-
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Logs ``val/loss`` and ``val/bits_per_byte``."""
-        self._evaluate(batch, "val")
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Logs ``test/loss`` and ``test/bits_per_byte``."""
-        self._evaluate(batch, "test")
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Code length of each target in bits, [B, S] float32."""

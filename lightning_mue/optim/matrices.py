@@ -100,7 +100,8 @@ def sum_squares(*parts: Tensor) -> Tensor:
     # A rank may hold none of a stack's matrices; at least one part is kept for its type.
     held = [x_Eoi for x_Eoi in parts if len(x_Eoi)] or parts[:1]
     norms = [torch.linalg.vector_norm(_rows(x_Eoi), dim=-1) for x_Eoi in held]
-    return torch.cat(norms).to(sum_dtype(parts[0].device)).square_().sum(-1)
+    norms_Br = norms[0] if len(norms) == 1 else torch.cat(norms)
+    return torch.linalg.vector_norm(norms_Br, dim=-1, dtype=sum_dtype(parts[0].device)).square_()
 
 
 def _rows(x_Eoi: Tensor) -> Tensor:

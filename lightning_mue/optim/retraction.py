@@ -39,8 +39,11 @@ class MatrixBatch(NamedTuple):
 
     def pairs(self, *per_matrix: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """Iterate over the weights, their directions, and per-matrix numbers `[E, 1, 1]` in the math type."""
+        numbers_B11 = [x_B.to(self.directions.dtype)[:, None, None] for x_B in per_matrix]
+        if len(self.weights) == 1:
+            return iter([(self.weights[0], self.directions, *numbers_B11)])
         counts = [len(w_Eoi) for w_Eoi in self.weights]
-        numbers = [x_B.to(self.directions.dtype)[:, None, None].split(counts) for x_B in per_matrix]
+        numbers = [x_B11.split(counts) for x_B11 in numbers_B11]
         return zip(self.weights, self.directions.split(counts), *numbers, strict=True)
 
     @property
@@ -72,7 +75,7 @@ def apply_directions(batches: Sequence[MatrixBatch], step: StepOptions, total: S
     if not on_sphere:
         return
     lengths = [square_B.sqrt() for square_B in total([sum_squares(batch.directions) for batch in on_sphere])]
-    lengths = [length_B + (length_B == 0) for length_B in lengths]
+    lengths = [length_B.masked_fill_(length_B == 0, 1) for length_B in lengths]
     known = step.retraction == "project" and not isinstance(step.lr, Tensor) and step.lr * step.weight_decay != 1
     if known and all(batch.all_move and batch.in_math_type for batch in on_sphere):
         _project_in_place(on_sphere, lengths, step, total)
@@ -95,9 +98,9 @@ def _project_in_place(
     for batch, size_B, square_B in zip(batches, sizes, squares, strict=True):
         assert batch.radius is not None
         # A step of one radius to the center (lr = 1) leaves no direction to scale back along: undo it.
-        at_center_B = square_B == 0
-        scale_B = batch.radius.to(square_B.dtype) / square_B.sqrt()
-        if bool(at_center_B.any()):
+        scale_B = batch.radius / square_B.sqrt()
+        if not bool(square_B.all()):
+            at_center_B = square_B == 0
             for w_Eoi, o_Eoi, back_E11 in batch.pairs(-size_B * at_center_B):
                 w_Eoi.addcmul_(o_Eoi, back_E11)
             scale_B = torch.where(at_center_B, 1 / keep, scale_B)
@@ -122,7 +125,7 @@ def _retract(batches: Sequence[MatrixBatch], lengths: Sequence[Tensor], step: St
 def _step_size(batch: MatrixBatch, length_B: Tensor, step: StepOptions) -> Tensor:
     """Return the factors `[B]` of the directions in a step of `lr` radii."""
     assert batch.radius is not None
-    return -step.lr * batch.radius.to(length_B.dtype) / length_B
+    return batch.radius / length_B * -step.lr
 
 
 def _step_from_weights(batches: Sequence[MatrixBatch], lengths: Sequence[Tensor], step: StepOptions) -> None:

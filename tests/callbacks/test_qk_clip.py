@@ -42,9 +42,15 @@ def sphere(lr=0.0, **options):
     return lambda named: HyperSphereOptimizer(named, lr=lr, compute_dtype="float32", **options)
 
 
-def fit(module, clip, batches=1):
+def fit(module, clip, batches=1, **more):
     data = [torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(7)) for _ in range(batches)]
-    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    options = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "accelerator": "cpu",
+        **more,
+    }
     trainer = Trainer(max_epochs=1, callbacks=[clip], enable_model_summary=False, log_every_n_steps=1, **options)
     trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=None))
     return trainer, data[0]
@@ -157,6 +163,19 @@ def test_attentions_that_were_compiled_before_are_clipped(how):
     assert clip.clipped > 0
     torch.testing.assert_close(heads(module, x).max(), before.max() / 2, rtol=1e-5, atol=1e-6)
     torch.compiler.reset()
+
+
+def test_the_largest_logit_of_accumulated_batches_counts_and_is_logged():
+    """Two steps of two batches each: one line a step, with the heads that it clipped."""
+    module, logged = Model(attention(), sphere()), []
+    module.log_dict = lambda metrics, **_: logged.append(metrics)
+    x = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(7))
+    top = float(heads(module, x).max())
+    fit(module, clip := QKClip(top / 2), batches=4, accumulate_grad_batches=2)
+    assert len(logged) == 2  # one a step, none for the batches between
+    assert logged[0]["qk_clip/clipped"] >= 1
+    assert sum(metrics["qk_clip/clipped"] for metrics in logged) == clip.clipped
+    assert logged[0]["qk_clip/max_logit"] >= top * (1 - 1e-5)
 
 
 def test_attentions_whose_forward_no_hook_sees_are_named():

@@ -76,9 +76,11 @@ def test_blocks_pay_for_large_matrices_only():
     def pays(n, k, dtype):
         return symmetric._pays_in_blocks(torch.empty(1, n, k, dtype=dtype, device="meta"))
 
-    large = [(512, 1408, torch.bfloat16), (1024, 1024, torch.bfloat16), (512, 512, torch.float32)]
+    large = [(512, 1408, torch.bfloat16), (512, 512, torch.bfloat16), (512, 512, torch.float32)]
     assert all(pays(*case) for case in large)
-    assert not any(pays(*case) for case in [(512, 512, torch.bfloat16), (64, 1 << 20, torch.float32)])
+    assert not any(
+        pays(*case) for case in [(256, 512, torch.bfloat16), (512, 256, torch.bfloat16), (64, 1 << 20, torch.float32)]
+    )
 
 
 @pytest.mark.parametrize("dtype", symmetric._KERNEL_DTYPES)
