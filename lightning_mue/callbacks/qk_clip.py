@@ -27,7 +27,7 @@ from lightning_mue.contract import is_attention_core
 from lightning_mue.diagnostics.zvalue import attention_max_logits
 from lightning_mue.moe.passes import records_gradients
 from lightning_mue.optim.split import cut_of, pieces
-from lightning_mue.parameterizations.rules.kinds import SPHERE_KINDS
+from lightning_mue.parameterizations.rules.kinds import SPHERE_KINDS, parts_of
 
 
 class _Attention:
@@ -76,7 +76,8 @@ class QKClip(Callback):
     left out is named in a warning when training begins, and after the first step what no forward was seen of.
 
     Under DDP the largest logits of all ranks count, also where only some ranks had any. All ranks must hold the same attentions,
-    in replicas, and step them together: that they have the same names and sizes is checked when training begins.
+    in replicas, and step them together: that they have the same names and sizes is checked when training begins, and where
+    parameters are added to an optimizer later (finetuning callbacks), whose attentions are clipped from then on.
 
     Compiled code does not run hooks that are added after it was made. So where attentions are compiled, ``torch.compiler.reset()``
     is called when training begins, and the first step compiles again, with them.
@@ -100,13 +101,23 @@ class QKClip(Callback):
         self.clipped = 0
         self._logged, self._largest = 0, 0.0
         self._shared = self._told = self._stepped = False
+        self._sizes: list[int] = []
         self._attentions: list[_Attention] = []
         self._handles: list[Any] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the attentions and the optimizer that steps them."""
-        self._release()
         self.clipped = self._logged = 0
+        self._find(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Find them again where a callback has added parameters to an optimizer."""
+        if self._sizes != _sizes(trainer):
+            self._find(trainer, pl_module)
+
+    def _find(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._release()
+        self._sizes = _sizes(trainer)
         found, left_out = find_attentions(pl_module)
         for name, module, rows in found:
             holders = [o for o in trainer.optimizers if _holds(o, rows)]
@@ -193,24 +204,27 @@ class QKClip(Callback):
 def _scale(rows: WeightRows, factors: Tensor, optimizer: Optimizer) -> None:
     """Scale rows of a parameter, and its radius by what its norm changed by."""
     tensor, state = rows.tensor, optimizer.state.get(rows.tensor, {})
-    spheres = any(
-        tensor is p for group in optimizer.param_groups if group.get("kind") in SPHERE_KINDS for p in group["params"]
-    )
-    radius = state.get("radius") if spheres else None
-    before = _norms(tensor, optimizer, radius) if radius is not None else torch.ones(())
+    parts = [part for group in optimizer.param_groups for part in parts_of(group)]
+    group = next((part for part in parts if any(tensor is p for p in part["params"])), {})
+    radius = state.get("radius") if group.get("kind") in SPHERE_KINDS else None
+    before = _norms(tensor, group.get("split"), radius) if radius is not None else torch.ones(())
     part = tensor.data[rows.start : rows.stop]
     part.mul_(factors.to(part.dtype).view(-1, *[1] * (tensor.ndim - 1)))
     if radius is not None:
-        radius.mul_((_norms(tensor, optimizer, radius) / before).to(radius.dtype))
+        radius.mul_((_norms(tensor, group.get("split"), radius) / before).to(radius.dtype))
 
 
-def _norms(tensor: Tensor, optimizer: Optimizer, radius: Tensor) -> Tensor:
+def _norms(tensor: Tensor, split: Any, radius: Tensor) -> Tensor:
     if radius.ndim == 0:
         return torch.linalg.vector_norm(tensor.double())
-    split = next(g.get("split") for g in optimizer.param_groups for p in g["params"] if p is tensor)
     cut = cut_of(split, tensor.shape)
     assert cut is not None
     return torch.stack([torch.linalg.vector_norm(part.double()) for part in pieces(tensor, cut)])
+
+
+def _sizes(trainer: Trainer) -> list[int]:
+    """How many parameters each optimizer holds."""
+    return [sum(len(group["params"]) for group in optimizer.param_groups) for optimizer in trainer.optimizers]
 
 
 def _holds(optimizer: Optimizer, rows: QueryKeyRows) -> bool:

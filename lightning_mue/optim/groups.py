@@ -193,7 +193,7 @@ def unique_name(name: str, taken: Iterable[str]) -> str:
     return next(candidate for candidate in numbered if candidate not in taken)
 
 
-def announce(groups: Sequence[Mapping[str, Any]], *, sphere: bool) -> None:
+def announce(groups: Sequence[Mapping[str, Any]], *, sphere: bool, what: str = "has these groups") -> None:
     """Log, as INFO and on the first rank only, which parameter is in which group.
 
     The package shows its INFO records on stderr unless the program configures logging itself. To silence them:
@@ -207,7 +207,7 @@ def announce(groups: Sequence[Mapping[str, Any]], *, sphere: bool) -> None:
     )
     if content not in _logged:
         _logged.add(content)
-        logger.info("HyperSphereOptimizer has these groups:\n%s", describe(groups, sphere=sphere))
+        logger.info("HyperSphereOptimizer %s:\n%s", what, describe(groups, sphere=sphere))
 
 
 def describe(groups: Iterable[Mapping[str, Any]], *, sphere: bool = True) -> str:
@@ -231,20 +231,30 @@ def describe(groups: Iterable[Mapping[str, Any]], *, sphere: bool = True) -> str
     return "\n".join(lines)
 
 
-def warn_of_guesses(groups: Iterable[Mapping[str, Any]]) -> None:
-    """Warn of parameters that were classified by shape although shape cannot tell: nameless tables, convolutions."""
+def warn_of_guesses(groups: Iterable[Mapping[str, Any]], *, added: bool = False) -> None:
+    """Warn of parameters that were classified by shape although shape cannot tell: nameless tables, convolutions.
+
+    Of nameless tensors with three dimensions, stacks or convolutions, only in a group that is `added`: by a finetuning
+    callback, which has modules of any kind and no names, where who builds an optimizer chooses what to pass.
+    """
     pairs = [(*pair, "kind" in group) for group in groups for pair in named(group)]
     guesses = [
         (index, name, param)
         for index, (name, param, given) in enumerate(pairs)
         if not given and classify(name, param)[1] == "shape"
     ]
-    nameless = [index for index, name, param in guesses if not name and param.ndim == 2]
+    nameless = [index for index, name, param in guesses if not name and param.ndim in ((2, 3) if added else (2,))]
     if nameless:
+        do = "Pass model.named_parameters(), or groups with a `kind`."
+        if added:
+            do = (
+                "Call optimizer.note_names(model) before they are added (in configure_optimizers), add (name, parameter) "
+                "pairs, or give the group a `kind`."
+            )
         warnings.warn(
-            f"params: found {len(nameless)} of {len(pairs)} parameters (numbers {listed(nameless)}) with two dimensions but "
-            "no name and no role. They are taken for hidden matrices and put on the sphere, where an embedding or an output "
-            "head does not belong. Pass model.named_parameters(), or groups with a `kind`.",
+            f"params: found {len(nameless)} of {len(pairs)} parameters (numbers {listed(nameless)}) with two "
+            f"{'or three ' if added else ''}dimensions but no name and no role. They are taken for hidden matrices and put on "
+            f"the sphere, where an embedding or an output head does not belong. {do}",
             stacklevel=3,
         )
     convolutions = [name for _, name, param in guesses if name and param.ndim == 3 and "conv" in name.lower()]

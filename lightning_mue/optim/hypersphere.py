@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import inspect
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_mue.checks import require_choice, value_error
 from lightning_mue.optim.distributed.agreement import check_replicas
 from lightning_mue.optim.distributed.layout import Layout, layout_of
-from lightning_mue.optim.groups import announce, describe, named, split_group, to_groups, unique_name, warn_of_guesses
-from lightning_mue.optim.options import check_adamw, checked, checked_process_group, is_zero
+from lightning_mue.optim.finetuning.adding import match_names, new_groups, with_names
+from lightning_mue.optim.finetuning.resuming import note_trainable, thaw
+from lightning_mue.optim.groups import announce, describe, named, to_groups, unique_name, warn_of_guesses
+from lightning_mue.optim.options import OWN, check_adamw, checked, checked_process_group, is_zero
 from lightning_mue.optim.split import warn_of_other_splits
-from lightning_mue.optim.state import check_loadable, check_new_group, prepare, restore_dtypes
+from lightning_mue.optim.state import check_loadable, prepare, restore_dtypes, state_bytes
 from lightning_mue.optim.updates import update
-from lightning_mue.parameterizations.rules.kinds import KINDS, SPHERE_KINDS
-from lightning_mue.sharded import local
+from lightning_mue.parameterizations.reading.parameters import named_tensors
+from lightning_mue.parameterizations.rules.kinds import KINDS, SPHERE_KINDS, parts_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-#: Options of the optimizer, not of a group, that are saved with it.
-_OWN = ("adamw_lr", "adamw_weight_decay", "sphere")
 
 
 class HyperSphereOptimizer(Optimizer):
@@ -103,6 +101,9 @@ class HyperSphereOptimizer(Optimizer):
         ['sphere', 'adamw']
     """
 
+    _built = False
+    _names: Mapping[Tensor, str] = {}
+
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]],
@@ -130,26 +131,16 @@ class HyperSphereOptimizer(Optimizer):
         sphere: bool = True,
         process_group: ProcessGroup | str | None = None,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "preset": preset,
-            "compute_dtype": compute_dtype,
+        defaults: dict[str, Any] = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "betas": betas, "eps": eps}
+        defaults |= {"weight_decay": weight_decay, "preset": preset, "compute_dtype": compute_dtype}
+        defaults |= {
             "state_dtype": state_dtype,
             "retraction": retraction,
             "zero_gradient": zero_gradient,
             "radius": radius,
-            "lr_convention": lr_convention,
-            "normalize": normalize,
-            "split": split,
-            "maximize": maximize,
-            "capturable": capturable,
-            "compile": compile,
         }
+        defaults |= {"lr_convention": lr_convention, "normalize": normalize, "split": split, "maximize": maximize}
+        defaults |= {"capturable": capturable, "compile": compile}
         own = {"adamw_lr": adamw_lr, "adamw_weight_decay": adamw_weight_decay, "sphere": sphere}
         groups = to_groups(params)
         if not any(group["params"] for group in groups):
@@ -160,6 +151,7 @@ class HyperSphereOptimizer(Optimizer):
         self._scratch_bytes = 0
         # The last three are among the defaults: a pickle keeps only these.
         super().__init__(groups, {**checked(defaults), **check_adamw(own)})
+        self._built = True
         warn_of_guesses(groups)
         announce(self.param_groups, sphere=sphere)
 
@@ -181,42 +173,41 @@ class HyperSphereOptimizer(Optimizer):
     @property
     def mue_family(self) -> str:
         """Which table of a parameterization has its factors: "sphere", or "muon" off the sphere."""
-        kinds = {group["kind"] for group in self.param_groups}
+        kinds = {part["kind"] for part in self._parts()}
         return "muon" if "muon" in kinds and not kinds & set(SPHERE_KINDS) else "sphere"
 
+    def note_names(self, model: nn.Module) -> None:
+        """Note a model's names for groups that are added without; MuECallback calls it. A copy does not have them."""
+        self._names = {param: name for name, param in named_tensors(model).items()}
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, split by kind if it does not set `kind` (so more than one group may be added).
+        """Add a group, with or without names. It stays one group: of kind `mixed` if its parameters are of several kinds.
 
         Raises:
             ValueError: As the constructor does.
             TypeError: As the constructor does.
         """
-        (param_group,) = to_groups([param_group])
-        if "kind" in param_group:
-            require_choice("kind", param_group["kind"], KINDS)
-        sphere, start = self.defaults["sphere"], sum(len(group["params"]) for group in self.param_groups)
-        check_new_group(param_group, self.param_groups, start=start, sphere=sphere)
-        options = {key: value for key, value in self.defaults.items() if key not in _OWN}
-        for group in split_group(param_group, self.defaults):
-            group = checked({**options, **group})
+        (given,) = to_groups([param_group])
+        given = with_names(given, self._names)
+        for group in new_groups(given, self.param_groups, self.defaults, built=self._built):
             group["name"] = unique_name(group["name"], (other["name"] for other in self.param_groups))
+            match_names(group, self.param_groups)
+            default = [key for key in OWN if key not in group]
             super().add_param_group(group)
-            for key in _OWN:  # put there by the base class; only the defaults should hold them
+            for key in default:  # put there by the base class; only the defaults should hold them
                 self.param_groups[-1].pop(key, None)
+        if self._built:
+            warn_of_guesses([given], added=True)
+            announce(parts_of(self.param_groups[-1]), sphere=self.defaults["sphere"], what="has this new group")
         self._replicas_checked = False
 
     def describe(self) -> str:
         """Return which parameter is in which group, and what decided it."""
-        return describe(self.param_groups, sphere=self.defaults["sphere"])
+        return describe(self._parts(), sphere=self.defaults["sphere"])
 
     def memory(self) -> dict[str, int]:
         """Return the bytes of this rank's state, by name, and of the last step's scratch memory."""
-        found: dict[str, int] = defaultdict(int)
-        for state in self.state.values():
-            for key, value in state.items():
-                if isinstance(value, Tensor):
-                    found[key] += local(value).nbytes
-        return {**found, "scratch": self._scratch_bytes}
+        return {**state_bytes(self.state), "scratch": self._scratch_bytes}
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -241,14 +232,17 @@ class HyperSphereOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
+        for group in (groups := self._parts()):
             require_choice("kind", group.get("kind"), KINDS)
         self._check_replicas()
         self._scratch_bytes = 0
-        for group in self.param_groups:
+        for group in groups:
             if params := prepare(group, self.state, self._layout):
                 self._scratch_bytes = max(self._scratch_bytes, update(group, params, self.state, self._layout))
         return loss
+
+    def _parts(self) -> list[Mapping[str, Any]]:
+        return [part for group in self.param_groups for part in parts_of(group)]
 
     def _layout(self, param: Tensor) -> Layout:
         if param not in self._layouts:
@@ -263,8 +257,14 @@ class HyperSphereOptimizer(Optimizer):
         """
         if self._replicas_checked or self._process_group is None or all(is_zero(g["lr"]) for g in self.param_groups):
             return
-        check_replicas(self.param_groups, self._process_group)
+        check_replicas(self._parts(), self._process_group)
         self._replicas_checked = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return groups and state; of groups that were added also which parameters are `trainable`."""
+        state_dict = super().state_dict()
+        note_trainable(state_dict["param_groups"], self.param_groups)
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load groups and state, exactly.
@@ -280,10 +280,12 @@ class HyperSphereOptimizer(Optimizer):
         for state, (_, param) in zip(saved, pairs, strict=True):
             if state:
                 restore_dtypes(self.state[param], state, param)
+        thaw(self.param_groups, self.state)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle or a state dict; options that an older version did not save get their defaults."""
         super().__setstate__(state)
+        self._built = True
         self.defaults.pop("process_group", None)  # "auto" or None, of older versions
         if not hasattr(self, "_process_group"):
             self.process_group, self._scratch_bytes = None, 0
@@ -293,5 +295,5 @@ class HyperSphereOptimizer(Optimizer):
         for group in self.param_groups:
             group.setdefault("split", None)  # radii of an older version are those of whole matrices
             for key, value in self.defaults.items():
-                if key not in (*_OWN, "differentiable"):
+                if key not in (*OWN, "differentiable"):
                     group.setdefault(key, value)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lightning_mue.checks import require_choice, require_number, require_type, value_error
+from lightning_mue.checks import listed, require_choice, require_number, require_type, value_error
 from lightning_mue.kernels.compute_type import fixed_choice
 from lightning_mue.optim.neuron import check_rows
 from lightning_mue.optim.orthogonal.coefficients import PRESETS
@@ -33,6 +34,8 @@ COMPUTE_DTYPES = {
 #: Types of the momentum.
 STATE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
+#: Options of the optimizer, not of a group, that are saved with it.
+OWN = ("adamw_lr", "adamw_weight_decay", "sphere")
 #: Options that a group cannot set: they are the optimizer's, or those of torch's optimizers that this one does not have.
 _NOT_OF_A_GROUP = {
     "sphere": "Pass it to the optimizer, or give the group a `kind`.",
@@ -43,6 +46,13 @@ _NOT_OF_A_GROUP = {
     "ns_coefficients": "`preset` chooses the Newton-Schulz schedule.",
     "adjust_lr_fn": "It is `lr_convention` here.",
 }
+
+#: Keys of a group besides options: this package's, and those that torch's optimizers and schedulers put there.
+_OTHER_KEYS = {"params", "param_names", "kind", "name", "role", "roles", "added", "kinds", "splits", "adamw_lr_factor"}
+_OTHER_KEYS |= {"mue_scaled", "initial_lr", "max_lr", "min_lr", "base_lr", "swa_lr", "max_momentum", "base_momentum"}
+_OTHER_KEYS |= {"foreach", "fused", "differentiable", "decoupled_weight_decay"}
+#: Other names of options that are not near their names here.
+_SYNONYMS = {"learning_rate": "lr", "wd": "weight_decay", "decay": "weight_decay", "beta": "betas", "epsilon": "eps"}
 
 #: Ways back onto the sphere. `project`: along the radius (arXiv:2603.28743). `geodesic`: the step is a rotation by exactly
 #: `lr` radians (docs/derivations/hypersphere.md).
@@ -145,6 +155,28 @@ def checked(group: Mapping[str, Any]) -> dict[str, Any]:
     if "kind" in group:
         require_choice("kind", group["kind"], KINDS)
     return group
+
+
+def check_keys(group: Mapping[str, Any], options: Collection[str]) -> None:
+    """Refuse keys of a param group that look like an option's; warn of others that nothing here reads.
+
+    Raises:
+        ValueError: If a key is near the name of an option, or another name of one.
+    """
+    names = {*options, *_SYNONYMS, "params", "param_names", "kind", "name"}
+    unknown = [key for key in group if key not in {*options, *_NOT_OF_A_GROUP, *_OTHER_KEYS}]
+    for key in unknown:
+        near = difflib.get_close_matches(str(key).lower(), sorted(names), n=1, cutoff=0.75)
+        if near:
+            meant = _SYNONYMS.get(near[0], near[0])
+            do = f"Did you mean {meant!r}? Nothing reads {key!r}; if it is a note of your own, give it another name."
+            raise value_error("param group", found=f"the key {key!r}", expected="options of the optimizer", do=do)
+    if unknown:
+        warnings.warn(
+            f"param group: found the keys {listed([repr(key) for key in unknown])}, which are no options. They are kept in the "
+            f"group, and have no effect here. Options are {listed(sorted(options), limit=30)}.",
+            stacklevel=4,
+        )
 
 
 def checked_process_group(group: ProcessGroup | str | None) -> ProcessGroup | None:

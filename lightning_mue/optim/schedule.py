@@ -16,6 +16,7 @@ class WarmupDecay(LRScheduler):
     """Linear warm-up, then a plateau, then decay to a fraction of the peak.
 
     The factor is a closed form of the step, so a resumed run continues exactly. The ratios between the groups' rates stay.
+    Groups that are added to the optimizer later, as finetuning callbacks do, keep the rates that their callback sets.
 
     Args:
         optimizer: The optimizer.
@@ -97,4 +98,5 @@ class WarmupDecay(LRScheduler):
 
     def get_lr(self) -> list[float | Tensor]:
         """Return the groups' learning rates at the current step."""
-        return [float(base) * self.factor(self.last_epoch) for base in self.base_lrs]
+        added = self.optimizer.param_groups[len(self.base_lrs) :]
+        return [float(base) * self.factor(self.last_epoch) for base in self.base_lrs] + [group["lr"] for group in added]

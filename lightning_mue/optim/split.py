@@ -243,10 +243,11 @@ def by_split(
 def warn_of_other_splits(groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> None:
     """Warn where a checkpoint's groups are split otherwise: its radii fit its own splits only, with which training goes on."""
     for own, other in zip(groups, saved, strict=False):
-        if own.get("split") != other.get("split"):
+        theirs, ours = (group.get("splits", group.get("split")) for group in (other, own))
+        if theirs != ours:
             warnings.warn(
-                f"split: found {other.get('split')!r} in the checkpoint, expected {own.get('split')!r} in group "
-                f"{own.get('name')!r}. Training goes on as in the checkpoint, whose radii are for its own parts. For the other "
+                f"split: found {theirs!r} in the checkpoint, expected {ours!r} in group {own.get('name')!r}. Training goes on as "
+                "in the checkpoint, whose radii are for its own parts. For the other "
                 "split load the model's weights only.",
                 stacklevel=3,
             )

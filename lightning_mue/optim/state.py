@@ -19,7 +19,7 @@ from lightning_mue.optim.neuron import check_rows, row_shape, zero_rows
 from lightning_mue.optim.options import STATE_DTYPES
 from lightning_mue.optim.precision import math_dtype
 from lightning_mue.optim.split import PartBounds, cut_of, pieces
-from lightning_mue.parameterizations.rules.kinds import KINDS, MUON_KINDS, SPHERE_KINDS
+from lightning_mue.parameterizations.rules.kinds import KINDS, MIXED, MUON_KINDS, SPHERE_KINDS, members_of
 from lightning_mue.sharded import is_sharded, local
 
 #: Options and state of torch's own optimizers that this one does not have.
@@ -40,7 +40,7 @@ def prepare(group: Mapping[str, Any], states: States, layout: LayoutOf) -> list[
         RuntimeError: If a gradient is sparse.
     """
     params, new = [], []
-    first = "radius" if group["kind"] in SPHERE_KINDS else "momentum" if group["kind"] in MUON_KINDS else "step"
+    first = _first_key(group["kind"])
     for index, param in enumerate(group["params"]):
         if param.grad is None or (param.numel() == 0 and not is_sharded(param)):
             continue
@@ -60,6 +60,11 @@ def prepare(group: Mapping[str, Any], states: States, layout: LayoutOf) -> list[
     for param in params:
         _add_buffers(states[param], param, group)
     return params
+
+
+def _first_key(kind: str | None) -> str:
+    """The state that a parameter of a kind has from its first step on."""
+    return "radius" if kind in SPHERE_KINDS else "momentum" if kind in MUON_KINDS else "step"
 
 
 def _check_parts(layout: Layout, what: str) -> None:
@@ -220,7 +225,7 @@ def check_loadable(
     for index, group in enumerate(groups):
         # torch.distributed.checkpoint's full state dicts merge what was saved into this optimizer's own groups.
         foreign = sorted((_FOREIGN_OPTIONS & set(group)) | foreign_state)
-        if group.get("kind") not in KINDS or foreign:
+        if group.get("kind") not in (*KINDS, MIXED) or foreign:
             found = f"param group {index} with {listed(foreign)}" if foreign else f"param group {index} without a kind"
             expected = f"a HyperSphereOptimizer's, with a kind among {', '.join(KINDS)}"
             do = (
@@ -234,8 +239,12 @@ def check_loadable(
             do = "Parameters are matched by order: build the optimizer from the same ones in the same order and groups."
             found, expected = f"the state of {before!r}", f"that of {name!r} in this place"
             raise value_error("state_dict", found=found, expected=expected, do=do)
-    splits = [group.get("split") for group in groups for _ in group["params"]]
-    for state, split, (name, param) in zip(states, splits, pairs, strict=False):
+    members = [(group["kind"] == MIXED, *each) for group in groups for each in members_of(group)]
+    for state, (mixed, kind, split), (name, param) in zip(states, members, pairs, strict=False):
+        if mixed and state and _first_key(kind) not in state:
+            do = "The parameters of the group are in another order than those that were saved: add them in the same order."
+            found = f"the kind {kind!r} for {label(name, param)} with {listed(sorted(state))}"
+            raise value_error("state_dict", found=found, expected=f"{_first_key(kind)!r} in its state", do=do)
         cut = cut_of(split, param.shape, label(name, param))
         radius = param.shape[: int(param.ndim == 3)] + torch.Size([] if cut is None else [len(cut.bounds)])
         rows = row_shape(param.shape)
@@ -255,3 +264,13 @@ def restore_dtypes(state: dict[str, Any], saved: Mapping[str, Any], param: Tenso
     for key in ("radius", "momentum", "row_square"):
         if key in saved:
             state[key] = saved[key].to(device=param.device, copy=True)
+
+
+def state_bytes(states: States) -> dict[str, int]:
+    """Return the bytes of this rank's state, by name."""
+    found: dict[str, int] = defaultdict(int)
+    for state in states.values():
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                found[key] += local(value).nbytes
+    return dict(found)

@@ -212,7 +212,7 @@ def test_generators_single_tensors_and_later_groups():
     optimizer = HyperSphereOptimizer(p for p in network.named_parameters() if "blocks" in p[0])
     optimizer.add_param_group({"params": (p for p in network.named_parameters() if "blocks" not in p[0]), "lr": 0.5})
     assert len(kinds(optimizer)) == len(list(network.named_parameters()))
-    assert [group["name"] for group in optimizer.param_groups][:3] == ["sphere", "adamw", "sphere-2"]
+    assert [group["name"] for group in optimizer.param_groups][:3] == ["sphere", "adamw", "mixed"]
     assert optimizer.param_groups[2]["lr"] == 0.5
     single = HyperSphereOptimizer([{"params": param(3, 3), "kind": "sphere"}])
     assert len(single.param_groups[0]["params"]) == 1

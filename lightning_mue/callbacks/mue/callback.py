@@ -215,7 +215,7 @@ class MuECallback(Callback):
         if drawn:
             companions.copy_to_averages(trainer, pl_module)
             companions.copy_to_optimizers(copies)
-        companions.set_process_groups(trainer)
+        companions.tell_optimizers(trainer, pl_module)
         if not plan.same_size:
             self._steps, self._logged = [ScaledStep(each, plan, pl_module) for each in trainer.optimizers], 0
             tensorboard_page.register(trainer, "Training", {"Effective learning rate by role": ["mue/lr/.*"]})

@@ -1,4 +1,4 @@
-"""What MuECallback tells others at fit start: the drawn weights to weight averages, the replicas to HyperSphereOptimizer."""
+"""What MuECallback tells others at fit start: weight averages the drawn weights, HyperSphereOptimizer names and replicas."""
 
 from __future__ import annotations
 
@@ -79,3 +79,11 @@ def set_process_groups(trainer: Trainer) -> None:
     for optimizer in trainer.optimizers:
         if isinstance(optimizer, HyperSphereOptimizer) and optimizer.process_group is None:
             optimizer.process_group = ddp.process_group
+
+
+def tell_optimizers(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Tells each HyperSphereOptimizer which ranks are replicas, and the names of what finetuning callbacks may add to it."""
+    set_process_groups(trainer)
+    for optimizer in trainer.optimizers:
+        if isinstance(optimizer, HyperSphereOptimizer):
+            optimizer.note_names(pl_module)

@@ -69,7 +69,7 @@ def check_replicas(groups: Iterable[Mapping[str, Any]], process_group: ProcessGr
                 expected, found = f"{difference[0]} as on its rank 0", f"{difference[1]} on rank {rank} of the group"
                 do = (
                     "Pass a group of ranks that hold the same plain parameters in the same param groups and synchronize "
-                    "gradients (DDP), or None."
+                    "gradients (DDP), or None. DDP synchronizes only what was trainable when it wrapped the model."
                 )
                 raise value_error("process_group", found=found, expected=expected, do=do)
     log = logger.info if dist.get_rank(process_group) == 0 else logger.debug

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from lightning_mue.checks import listed, mismatch, value_error
 from lightning_mue.parameterizations.applying.initial_weights import check_covers
 from lightning_mue.parameterizations.planning.scaling_plan import ParameterPlan, ScalingPlan
 from lightning_mue.parameterizations.reading.parameters import named_tensors
-from lightning_mue.parameterizations.rules.kinds import CONVENTIONS, SPHERE_KINDS, matrix_sides
+from lightning_mue.parameterizations.rules.kinds import CONVENTIONS, SPHERE_KINDS, matrix_sides, parts_of
 
 #: Marks a parameter group whose factors are already in it.
 SCALED = "mue_scaled"
@@ -26,8 +26,8 @@ class Part:
     """Parameters of one of the user's groups that a plan treats alike.
 
     Attributes:
-        group: Index of the group that holds them.
-        source: Index of the group whose settings they take.
+        group: Index of the user's group that holds them.
+        source: Index, among the `parts_of` all groups, of the one whose settings they take.
         entry: The plan of one of them; None for frozen parameters outside the plan.
         muon: Factor on the learning rate that corrects for a Muon's own dependence on the shape.
         params: The parameters.
@@ -54,17 +54,18 @@ def split(
 
     Returns:
         The parts, in order. Where the plan gives a parameter another ``kind`` than its group has, it takes the settings of the
-        first group of that kind, if there is one.
+        first group of that kind, if there is one; in a group that was added later, only those of that group.
 
     Raises:
         ValueError: For a parameter that the plan does not know or knows for another optimizer, groups that are scaled already, or
             a given `radius`, for which a plan that changes sizes has no factor.
     """
     entries = {entry.name: entry for entry in plan.parameters}
-    by_kind = {group["kind"]: i for i, group in reversed(list(enumerate(groups))) if "kind" in group}
+    settings = [(i, piece) for i, group in enumerate(groups) for piece in parts_of(group)]
+    by_kind = {(i, piece.get("kind")): j for j, (i, piece) in reversed(list(enumerate(settings)))}
     parts: dict[tuple[Any, ...], Part] = {}
     changed: list[str] = []
-    for i, group in enumerate(groups):
+    for j, (i, group) in enumerate(settings):
         _refuse_scaled(group)
         for parameter in group["params"]:
             name = names.get(parameter)
@@ -72,16 +73,19 @@ def split(
             if entry is None:
                 if name is None or parameter.requires_grad:
                     raise _unknown(parameter, name)
-                parts.setdefault((i,), Part(i, i, None, 1.0)).params.append(parameter)
+                parts.setdefault((j,), Part(i, j, None, 1.0)).params.append(parameter)
                 continue
-            source = i
+            source = j
             if group.get("kind") not in (None, entry.kind):
-                source = by_kind.get(entry.kind, i)
+                among = [i] if group.get("added") else [i, *range(len(groups))]
+                source = next((by_kind[k, entry.kind] for k in among if (k, entry.kind) in by_kind), j)
                 changed.append(f"{name} ({entry.role}): {group['kind']} -> {entry.kind}")
-            _refuse_radius(groups[source], entry, plan)
-            muon = _muon_correction(groups[source], entry)
+            _refuse_radius(settings[source][1], entry, plan)
+            muon = _muon_correction(settings[source][1], entry)
             factors = (entry.kind, entry.lr * muon, entry.weight_decay / muon, entry.eps)
-            part = parts.setdefault((i, *factors, entry.role if by_role else None), Part(i, source, entry, muon))
+            part = parts.setdefault(
+                (i, source, *factors, entry.role if by_role else None), Part(i, source, entry, muon)
+            )
             part.params.append(parameter)
             part.roles[entry.role] = None
     _warn_of_kinds(changed)
@@ -128,18 +132,15 @@ def _scaled_eps(eps: Any, factor: float) -> Any:
 
 
 def scale_groups(
-    groups: Iterable[Mapping[str, Any]], plan: ScalingPlan, names: Mapping[Tensor, str]
+    groups: Sequence[Mapping[str, Any]], plan: ScalingPlan, names: Mapping[Tensor, str]
 ) -> list[dict[str, Any]]:
-    """Splits parameter groups by the plan's factors and roles (see `split`) and applies them.
-
-    Returns:
-        New groups, each with the ``role`` of its parameters (``frozen`` for frozen ones outside the plan).
-    """
-    groups, scaled = list(groups), []
-    for part in split(groups, plan, names, by_role=True):
-        group = scaled_group(groups[part.source], part, plan.betas)
-        scaled.append({**group, "params": part.params, "role": next(iter(part.roles), "frozen")})
-    return scaled
+    """New groups, split by the plan's factors and roles (see `split`), scaled, each with its ``role`` (or ``frozen``)."""
+    settings = [piece for group in groups for piece in parts_of(group)]
+    return [
+        scaled_group(settings[part.source], part, plan.betas)
+        | {"params": part.params, "role": next(iter(part.roles), "frozen")}
+        for part in split(groups, plan, names, by_role=True)
+    ]
 
 
 def param_groups(
@@ -258,7 +259,7 @@ def _warn_of_kinds(changed: Sequence[str]) -> None:
             mismatch(
                 "optimizer",
                 found=f"{len(changed)} parameter(s) in groups of another kind than the plan's: {listed(changed, limit=3)}",
-                expected="the plan's kinds; they get these, with the settings of the first group of that kind",
+                expected="the plan's kinds; they get these, with settings of the first group of that kind (or their added group's)",
                 do="A run at the base keeps the group's kind. So that both train alike, pass named parameters, or set the kind or "
                 "the role that is meant.",
             ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from operator import is_
 from typing import Any
 
@@ -15,6 +15,7 @@ from lightning_mue.parameterizations.applying.groups import Part, rate_tags, sca
 from lightning_mue.parameterizations.applying.update_probe import inner_optimizer
 from lightning_mue.parameterizations.planning.scaling_plan import ScalingPlan
 from lightning_mue.parameterizations.reading.parameters import named_tensors
+from lightning_mue.parameterizations.rules.kinds import parts_of
 
 _MISSING = object()
 #: Settings that this class sets while the groups are swapped in.
@@ -90,21 +91,22 @@ class ScaledStep:
 
     def _scale(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Scaled groups for the user's; the split is kept between steps and only the numbers are computed again."""
-        if not self._is_split(groups):
+        settings = [piece for group in groups for piece in parts_of(group)]
+        if not self._is_split(settings):
             self._parts = split(groups, self.plan, self.names, by_role=False)
-            self._shape = [(group.get("kind"), list(group["params"])) for group in groups]
+            self._shape = [(piece.get("kind"), list(piece["params"])) for piece in settings]
             self._tags = rate_tags(self._parts, groups)
             entries = {entry.name: entry for entry in self.plan.parameters if entry.rows is not None}
             held = [p for part in self._parts for p in part.params if self.names.get(p) in entries]
             self._folds = RowFolds((p, entries[self.names[p]]) for p in held)
         self._scaled = []
         for part in self._parts:
-            scaled = scaled_group(groups[part.source], part, self.plan.betas)
+            scaled = scaled_group(settings[part.source], part, self.plan.betas)
             scaled["params"], scaled["roles"] = part.params, tuple(part.roles)
             self._scaled.append(scaled)
         return self._scaled
 
-    def _is_split(self, groups: list[dict[str, Any]]) -> bool:
+    def _is_split(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """True if the groups hold what they held when they were split."""
         if len(groups) != len(self._shape) or any(part.entry is None for part in self._parts):
             return False  # a frozen parameter may have been unfrozen

@@ -236,8 +236,8 @@ def _small_step(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         rate = float(group.get("initial_lr", group["lr"])) or 1e-3
         group["lr"] = rate * _RATE
-        if "weight_decay" in group:
-            group["weight_decay"] = 0.0
+        for key in {"weight_decay", "adamw_weight_decay"} & group.keys():
+            group[key] = 0.0
 
 
 def _step(optimizers: list[Optimizer]) -> None:
