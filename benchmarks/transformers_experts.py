@@ -19,7 +19,15 @@ from collections.abc import Sequence
 
 import torch
 from common import Claim, parse, result_name, save
-from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from lightning_mue import register_experts
 
@@ -37,11 +45,14 @@ STEPS = 20
 
 
 def build(name: str, dtype: torch.dtype) -> PreTrainedModel:
-    """mixtral: 8 experts of width 1152, 2 a token. qwen3: 64 of width 128, 8 a token."""
+    """mixtral: 8 experts of width 1152, 2 a token. qwen3: 64 of width 128, 8 a token. gpt_oss: 32 of width 512, 4 a token."""
     torch.manual_seed(0)
     if name == "mixtral":
         sizes = {"num_hidden_layers": 6, "num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 1152}
         return MixtralForCausalLM(MixtralConfig(**SHARED, **sizes)).to(dtype)
+    if name == "gpt_oss":
+        sizes = {"num_hidden_layers": 4, "num_local_experts": 32, "num_experts_per_tok": 4, "intermediate_size": 512}
+        return GptOssForCausalLM(GptOssConfig(**SHARED, **sizes, head_dim=64)).to(dtype)
     sizes = {"num_hidden_layers": 7, "num_experts": 64, "num_experts_per_tok": 8, "moe_intermediate_size": 128}
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHARED, **sizes, head_dim=64)).to(dtype)
 

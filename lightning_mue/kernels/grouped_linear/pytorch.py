@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from lightning_mue.kernels.grouped_ffn.pytorch.blocks import plan_blocks
-from lightning_mue.kernels.grouped_ffn.pytorch.running import WeightGradients, cutting, gather, run_blocks
+from lightning_mue.kernels.grouped_ffn.pytorch.running import (
+    WeightGradients,
+    cutting,
+    gather,
+    outer_product,
+    run_blocks,
+)
 from lightning_mue.kernels.grouped_linear.op import LinearProblem
 from lightning_mue.kernels.scratch import Scratch, in_large_pages
 
@@ -124,6 +130,6 @@ class _LinearBackward(_Rows):
             dy_BCo.mul_(self.real_N1[i].view(*block.shape, 1))
         self.keep(self.multiply(scratch, "dx", dy_BCo, self.weight[i], self.dx_n, i), self.dx_n, i)
         if self.results:
-            torch.bmm(dy_BCo.mT, self.x_of(scratch, i), out=self.grads.parts["weight"][i])
+            outer_product(dy_BCo, self.x_of(scratch, i), self.grads.parts["weight"][i])
         if "bias" in self.results:
             torch.sum(dy_BCo, 1, out=self.grads.parts["bias"][i])

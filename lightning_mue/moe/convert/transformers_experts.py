@@ -72,7 +72,7 @@ def register_experts() -> str:
     return NAME
 
 
-def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """What transformers calls in place of an experts module's own forward.
 
     Args:

@@ -21,7 +21,13 @@ from lightning_mue.kernels.activations import ACTIVATIONS
 from lightning_mue.kernels.grouped_ffn.op import Problem
 from lightning_mue.kernels.grouped_ffn.pytorch.blocks import plan_blocks
 from lightning_mue.kernels.grouped_ffn.pytorch.elementwise import ELEMENTWISE
-from lightning_mue.kernels.grouped_ffn.pytorch.running import WeightGradients, cutting, gather, run_blocks
+from lightning_mue.kernels.grouped_ffn.pytorch.running import (
+    WeightGradients,
+    cutting,
+    gather,
+    outer_product,
+    run_blocks,
+)
 from lightning_mue.kernels.scratch import Scratch, borrowed, in_large_pages
 
 _WEIGHTS = ("w_gate", "w_up", "w_down", "b_gate", "b_up")  # in the order of `Problem.trained`
@@ -166,11 +172,11 @@ class _Backward(_Pass):
         torch.bmm(dy_BCd, self.parts["w_down"][i], out=da_BCh)
         self._differentiate(scratch, i, da_BCh, a_BCh, list(dz.values()))
         if self.grads.parts:
-            torch.bmm(dy_BCd.mT, a_BCh, out=self.grads.parts["w_down"][i])
+            outer_product(dy_BCd, a_BCh, self.grads.parts["w_down"][i])
         dx_BCd = self.results_N[i].view(*shape, self.width)
         for name, dz_BCh in dz.items():
             if self.grads.parts:
-                torch.bmm(dz_BCh.mT, x_BCd, out=self.grads.parts[f"w_{name}"][i])
+                outer_product(dz_BCh, x_BCd, self.grads.parts[f"w_{name}"][i])
             if f"b_{name}" in self.grads.parts:
                 torch.sum(dz_BCh, 1, out=self.grads.parts[f"b_{name}"][i])
             weight = self.parts[f"w_{name}"][i]

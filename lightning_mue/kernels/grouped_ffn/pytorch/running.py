@@ -1,6 +1,7 @@
 """What every pass over blocks shares: how rows are cut, the loop in worker threads, where weight gradients are written.
 
-Shape legend: B experts of a block, C rows of each, N = B * C, E experts. A trailing c is any number of columns.
+Shape legend: B experts of a block, C rows of each, N = B * C, i and o input and output width, E experts. A trailing c is any
+number of columns.
 """
 
 from __future__ import annotations
@@ -57,6 +58,17 @@ def gather(scratch: Scratch, name: str, source: Tensor, index_N: Tensor, shape: 
     out_BCc = scratch.get(name, shape)
     torch.index_select(source, 0, index_N, out=out_BCc.view(len(index_N), -1))
     return out_BCc
+
+
+def outer_product(dy_BCo: Tensor, x_BCi: Tensor, out_Boi: Tensor) -> None:
+    """Write ``dy^T x`` whichever way the result lies, in rows or (for weights kept transposed) in columns.
+
+    A low-precision product written into columns leaves the library: measured 2000 times as slow on AVX512-BF16.
+    """
+    if out_Boi.stride(-1) == 1:
+        torch.bmm(dy_BCo.mT, x_BCi, out=out_Boi)
+    else:
+        torch.bmm(x_BCi.mT, dy_BCo, out=out_Boi.mT)
 
 
 class WeightGradients:
