@@ -17,6 +17,7 @@ from lightning_mue.kernels.grouped_ffn.pytorch.running import (
     cutting,
     gather,
     outer_product,
+    packed,
     run_blocks,
 )
 from lightning_mue.kernels.grouped_linear.op import LinearProblem
@@ -91,14 +92,14 @@ class _Rows:
 class _LinearForward(_Rows):
     def run(self) -> Tensor:
         p, cut = self.p, self.layout.by_expert
-        self.weight, self.bias = cut(p.weight.mT), None if p.bias is None else cut(p.bias.unsqueeze(1))
+        self.weight, self.bias = cut(p.weight), None if p.bias is None else cut(p.bias.unsqueeze(1))
         y_So = self.new_rows(self.n_out)
         self.y_n = self.layout.by_sorted_row(y_So)
         run_blocks(self.layout, p.x, {"x": self.n_in, "y": self.n_out}, self.block, self.flops(1))
         return y_So
 
     def block(self, scratch: Scratch, i: int) -> None:
-        y_BCo = self.multiply(scratch, "y", self.x_of(scratch, i), self.weight[i], self.y_n, i)
+        y_BCo = self.multiply(scratch, "y", self.x_of(scratch, i), packed(self.weight[i]).mT, self.y_n, i)
         if self.bias is not None:
             y_BCo.add_(self.bias[i])
         self.keep(y_BCo, self.y_n, i)
@@ -128,7 +129,7 @@ class _LinearBackward(_Rows):
         dy_BCo = self.padded(scratch, "dy", self.dy, self.dy_n, i)
         if block.is_padded and self.real_N1 is not None:  # padding repeats a row, which must count once
             dy_BCo.mul_(self.real_N1[i].view(*block.shape, 1))
-        self.keep(self.multiply(scratch, "dx", dy_BCo, self.weight[i], self.dx_n, i), self.dx_n, i)
+        self.keep(self.multiply(scratch, "dx", dy_BCo, packed(self.weight[i]), self.dx_n, i), self.dx_n, i)
         if self.results:
             outer_product(dy_BCo, self.x_of(scratch, i), self.grads.parts["weight"][i])
         if "bias" in self.results:

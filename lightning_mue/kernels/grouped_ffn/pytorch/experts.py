@@ -26,6 +26,7 @@ from lightning_mue.kernels.grouped_ffn.pytorch.running import (
     cutting,
     gather,
     outer_product,
+    packed,
     run_blocks,
 )
 from lightning_mue.kernels.scratch import Scratch, borrowed, in_large_pages
@@ -101,9 +102,9 @@ class _Forward(_Pass):
         self.z = in_large_pages(p.x.new_empty(len(p.up), len(p.order) if keep else 0, self.hidden))
         self.z[:, self.n_routed :].zero_()
         cut = self.layout.by_expert
-        self.weights = [cut(w.mT) for w, _ in p.up]
+        self.weights = [cut(w) for w, _ in p.up]
         self.biases = [None if b is None else cut(b.unsqueeze(1)) for _, b in p.up]
-        self.w_down = cut(p.w_down.mT)
+        self.w_down = cut(p.w_down)
         self.z_nh = [self.layout.by_sorted_row(plane) for plane in self.z] if keep else []
         self.slots_n = None if self.layout.slot_S is None else self.layout.by_sorted_row(self.layout.slot_S)
 
@@ -117,14 +118,14 @@ class _Forward(_Pass):
         a_BCh = self.elementwise.function(z_BCh[0], scratch.get("a", shape))
         if self.gated:
             torch.mul(a_BCh, z_BCh[1], out=a_BCh)
-        torch.bmm(a_BCh, self.w_down[i], out=self.results_N[i].view(*shape, self.width))
+        torch.bmm(a_BCh, packed(self.w_down[i]).mT, out=self.results_N[i].view(*shape, self.width))
 
     def _project(self, scratch: Scratch, x_BCd: Tensor, plane: int, i: int) -> Tensor:
         """One pre-activation, [B, C, h]; rows that are not padding are also written to z."""
         block, biases = self.layout.blocks[i], self.biases[plane]
         in_place = self.keep and not block.is_padded
         z_BCh = self.z_nh[plane][i].view(*block.shape, -1) if in_place else scratch.get(f"z{plane}", block.shape)
-        torch.bmm(x_BCd, self.weights[plane][i], out=z_BCh)
+        torch.bmm(x_BCd, packed(self.weights[plane][i]).mT, out=z_BCh)
         if biases is not None:
             z_BCh.add_(biases[i])
         if self.keep and block.is_padded and self.slots_n is not None:
@@ -169,7 +170,7 @@ class _Backward(_Pass):
         da_BCh, a_BCh = scratch.get("da", shape), scratch.get("a", shape)
         names = ("gate", "up") if self.gated else ("up",)
         dz = {name: scratch.get(f"dz{plane}", shape) for plane, name in enumerate(names)}
-        torch.bmm(dy_BCd, self.parts["w_down"][i], out=da_BCh)
+        torch.bmm(dy_BCd, packed(self.parts["w_down"][i]), out=da_BCh)
         self._differentiate(scratch, i, da_BCh, a_BCh, list(dz.values()))
         if self.grads.parts:
             outer_product(dy_BCd, a_BCh, self.grads.parts["w_down"][i])
@@ -179,7 +180,7 @@ class _Backward(_Pass):
                 outer_product(dz_BCh, x_BCd, self.grads.parts[f"w_{name}"][i])
             if f"b_{name}" in self.grads.parts:
                 torch.sum(dz_BCh, 1, out=self.grads.parts[f"b_{name}"][i])
-            weight = self.parts[f"w_{name}"][i]
+            weight = packed(self.parts[f"w_{name}"][i])
             dx_BCd.baddbmm_(dz_BCh, weight) if name != names[0] else torch.bmm(dz_BCh, weight, out=dx_BCd)
 
     def _differentiate(self, scratch: Scratch, i: int, da_BCh: Tensor, a_BCh: Tensor, dz_BCh: list[Tensor]) -> None:
