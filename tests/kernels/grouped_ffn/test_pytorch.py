@@ -9,7 +9,7 @@ from helpers import experts
 from lightning_mue.kernels import scratch
 from lightning_mue.kernels.activations import ACTIVATIONS
 from lightning_mue.kernels.grouped_ffn.op import grouped_ffn_backward_op, grouped_ffn_op
-from lightning_mue.kernels.grouped_ffn.pytorch import blocks
+from lightning_mue.kernels.grouped_ffn.pytorch import blocks, running
 from lightning_mue.kernels.grouped_ffn.pytorch import experts as grouped_ffn
 
 Case = experts.Case
@@ -50,7 +50,7 @@ CASES = [
 @pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
 def threads(request, monkeypatch):
     """With two threads, experts of more than 16 rows are cut."""
-    monkeypatch.setattr(grouped_ffn, "_PARALLEL_FLOPS", 0)
+    monkeypatch.setattr(running, "_PARALLEL_FLOPS", 0)
     monkeypatch.setattr(blocks, "_CUT_ROWS", 16)
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -133,7 +133,7 @@ def test_nothing_undefined_is_read_or_returned(threads, case, dtype, monkeypatch
 def test_repeats_are_equal_and_threads_round_alike(dtype, monkeypatch):
     """GEMM kernels may differ in the last bits from one row count to another."""
     made, results = problem_of(Case(400, 16, 24, 8, 2), dtype), {}
-    monkeypatch.setattr(grouped_ffn, "_PARALLEL_FLOPS", 0)
+    monkeypatch.setattr(running, "_PARALLEL_FLOPS", 0)
     for n in (1, 2):
         torch.set_num_threads(n)
         results[n] = computed(made)
