@@ -109,7 +109,6 @@ class RoutingInfo:
         return self.gates if self.token_ids is None else self.gates.flatten()[plan.inverse]
 
 
-
 class Router(nn.Module):
     """A linear router with top-k selection. Everything is computed in float32, under autocast too.
 

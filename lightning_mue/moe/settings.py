@@ -150,7 +150,9 @@ def warn_of_constant_gates(scoring: str, choice: str, *, top_k: int, n_experts: 
     normalized = choice == "token" and scoring in ("topk-softmax", "sigmoid-normalized")
     if top_k == 1 and n_experts > 1 and normalized:
         other = "softmax-topk" if scoring == "topk-softmax" else "sigmoid"
-        found = f"1 with scoring={scoring!r}: the only gate of a token is 1, and the output gives the router no gradient"
+        found = (
+            f"1 with scoring={scoring!r}: the only gate of a token is 1, and the output gives the router no gradient"
+        )
         do = f"Use scoring={other!r}, or a larger top_k."
         expected = "a gate that depends on the router where one expert is active"
         warnings.warn(mismatch("top_k", found=found, expected=expected, do=do), stacklevel=3)

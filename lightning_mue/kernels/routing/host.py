@@ -83,7 +83,9 @@ def backward(
         if dz_N is not None:
             from_z_T1 = log_sum_T1 * np.repeat(2 * dz_N.numpy(), length)[:, None]
             row_T1 = from_z_T1 if row_T1 is None else row_T1 + from_z_T1
-        _through_probabilities(None if dprobability_NE is None else dprobability_NE.numpy(), row_T1, x_TE, log_sum_T1, out_TE)
+        _through_probabilities(
+            None if dprobability_NE is None else dprobability_NE.numpy(), row_T1, x_TE, log_sum_T1, out_TE
+        )
         if dchosen_TK is not None:
             dlogits_TE.scatter_add_(1, ids_TK, torch.from_numpy(dchosen_TK))
         if mask_T is not None:

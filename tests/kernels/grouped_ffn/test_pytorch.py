@@ -100,12 +100,18 @@ def test_where_bfloat16_is_slow_float32_is_multiplied(threads, case, monkeypatch
     made = problem_of(case, torch.bfloat16)
     assert grouped_ffn._Forward(made.problem, False).dtype == torch.float32
     found = computed(made)
-    assert [f.dtype for f in found] == [torch.bfloat16, torch.bfloat16, torch.float32, *[torch.bfloat16] * (len(found) - 3)]
+    assert [f.dtype for f in found] == [
+        torch.bfloat16,
+        torch.bfloat16,
+        torch.float32,
+        *[torch.bfloat16] * (len(found) - 3),
+    ]
     assert_close(found, experts.reference(made), torch.bfloat16, case.tokens)
     if case == CASES[0]:
         monkeypatch.setenv(VARIABLE, "bfloat16")
         errors = [
-            [experts.error(f, e) for f, e in zip(each, experts.reference(made), strict=True)] for each in (found, computed(made))
+            [experts.error(f, e) for f, e in zip(each, experts.reference(made), strict=True)]
+            for each in (found, computed(made))
         ]
         assert sum(errors[0]) < sum(errors[1])
 
