@@ -3,7 +3,7 @@
 Arrays of a router are small: a threaded operator of torch takes less time for them than waking its threads, which sleep while
 workers compute experts. With the same formulas on whole arrays, numpy takes half the time.
 
-Shape legend: T tokens, E experts, K experts per token (top-k), N sequences of L tokens, G groups of experts; R rows and n columns
+Shape legend: T tokens, E experts, K experts per token (top-k), N sequences of L tokens, G groups; R rows and n columns
 of any matrix. A trailing 1 is a column.
 """
 
