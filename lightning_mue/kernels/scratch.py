@@ -21,9 +21,10 @@ _spare: dict[str, list[UntypedStorage]] = {}  # by purpose, as many as were ever
 
 
 class Scratch:
-    """Named work buffers of one thread; each holds the rows of one block."""
+    """Named work buffers of one thread; each holds the rows of one block. `weight` holds one weight of it."""
 
-    def __init__(self, flat: Tensor, columns: Mapping[str, int], max_rows: int) -> None:
+    def __init__(self, flat: Tensor, columns: Mapping[str, int], max_rows: int, weight: Tensor) -> None:
+        self._weight = weight
         parts = flat.split([max_rows * width for width in columns.values()])
         self._parts = dict(zip(columns, zip(parts, columns.values(), strict=True), strict=True))
         self._views: dict[tuple[str, int, int], Tensor] = {}
@@ -35,6 +36,14 @@ class Scratch:
             part, width = self._parts[name]
             self._views[key] = part.as_strided((*shape, width), (shape[1] * width, width, 1))
         return self._views[key]
+
+    def weight_like(self, weight: Tensor) -> Tensor:
+        """Undefined content of a weight's shape; one at a time."""
+        return self._weight[: weight.numel()].view(weight.shape)
+
+    def converted(self, weight: Tensor) -> Tensor:
+        """A weight in the type of the buffers; until the next one."""
+        return self.weight_like(weight).copy_(weight)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from helpers import experts
 
 from lightning_mue.kernels import scratch
 from lightning_mue.kernels.activations import ACTIVATIONS
+from lightning_mue.kernels.compute_type import VARIABLE
 from lightning_mue.kernels.grouped_ffn.op import grouped_ffn_backward_op, grouped_ffn_op
 from lightning_mue.kernels.grouped_ffn.pytorch import blocks, running
 from lightning_mue.kernels.grouped_ffn.pytorch import experts as grouped_ffn
@@ -45,6 +46,11 @@ CASES = [
     Case(70, 16, 8, 64, 4),  # many small experts
     Case(200, 8, 8, 32, 2),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _bfloat16_as_it_is(monkeypatch):
+    monkeypatch.setenv(VARIABLE, "bfloat16")
 
 
 @pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
@@ -85,6 +91,29 @@ def test_equals_a_loop_in_float64(threads, case, dtype):
     assert found[0].dtype == dtype
     assert found[2].dtype == made.problem.gates.dtype
     assert_close(found, experts.reference(made), dtype, case.tokens)
+
+
+@pytest.mark.parametrize("case", CASES[::2], ids=str)
+def test_where_bfloat16_is_slow_float32_is_multiplied(threads, case, monkeypatch):
+    """Operands and results have 8 bits, and so has z; no other intermediate. So it is no less exact than bfloat16 products."""
+    monkeypatch.setenv(VARIABLE, "float32")
+    made = problem_of(case, torch.bfloat16)
+    assert grouped_ffn._Forward(made.problem, False).dtype == torch.float32
+    found = computed(made)
+    assert [f.dtype for f in found] == [
+        torch.bfloat16,
+        torch.bfloat16,
+        torch.float32,
+        *[torch.bfloat16] * (len(found) - 3),
+    ]
+    assert_close(found, experts.reference(made), torch.bfloat16, case.tokens)
+    if case == CASES[0]:
+        monkeypatch.setenv(VARIABLE, "bfloat16")
+        errors = [
+            [experts.error(f, e) for f, e in zip(each, experts.reference(made), strict=True)]
+            for each in (found, computed(made))
+        ]
+        assert sum(errors[0]) < sum(errors[1])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)

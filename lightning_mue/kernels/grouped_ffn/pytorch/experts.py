@@ -1,7 +1,7 @@
 """The experts in plain PyTorch: a loop over blocks of experts, each a few GEMMs; on the CPU in worker threads.
 
 Every block's rows are gathered into work buffers that are kept, and its weight gradients are written in place. No two blocks write
-to the same memory.
+to the same memory. Where the CPU is slow at bfloat16, the buffers are float32, and what is bfloat16 is converted block by block.
 
 Shape legend: T tokens, S rows sorted by expert, P rows in the padded layout of `blocks`, B experts of a block, C rows of
 each, N = B * C, n those that are not padding, d width, h expert hidden width, E experts, G = 2 for gated activations (gate
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_mue.kernels.activations import ACTIVATIONS
+from lightning_mue.kernels.compute_type import bfloat16_is_slow
 from lightning_mue.kernels.grouped_ffn.op import Problem
 from lightning_mue.kernels.grouped_ffn.pytorch.blocks import plan_blocks
 from lightning_mue.kernels.grouped_ffn.pytorch.elementwise import ELEMENTWISE
@@ -48,6 +49,12 @@ def backward(p: Problem, dy: Tensor, z: Tensor, weights: bool) -> list[Tensor]:
     return [dx_Td, run.dgates_P[run.slots], *run.results]
 
 
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """The type that matrices are multiplied in: x's, or float32 where that is faster in spite of conversions."""
+    slow = x.device.type == "cpu" and x.dtype == torch.bfloat16 and bfloat16_is_slow()
+    return torch.float32 if slow else x.dtype
+
+
 class _Pass:
     """What both passes share: the layout, the loop over blocks, the sum over each token's rows."""
 
@@ -56,7 +63,9 @@ class _Pass:
         self.gated, self.hidden, self.width = ACTIVATIONS[p.activation].gated, p.w_up.shape[1], p.x.shape[1]
         ends = p.offsets.tolist()  # the one host synchronization of this backend
         self.n_routed = ends[-1]  # padding rows (masked tokens) follow
-        self.layout = plan_blocks(ends, len(p.order), self.hidden, cutting(p.x))
+        self.dtype = _product_dtype(p.x)
+        self.converts = self.dtype != p.x.dtype
+        self.layout = plan_blocks(ends, len(p.order), self.hidden, cutting(p.x, self.dtype))
         source_P, slot_S = self.layout.source_P, self.layout.slot_S
         self.slots = p.inverse if slot_S is None else slot_S[p.inverse]  # the padded row of each assignment
         self.tokens_N = self.layout.by_padded_row(p.tokens if source_P is None else p.tokens[source_P])
@@ -77,22 +86,28 @@ class _Pass:
 
     def over_blocks(self, products: int, gates: Tensor | None) -> Tensor:
         """Compute all blocks, each `products` GEMMs of [N, d, h], and sum their rows: [T, d]."""
-        p, flops = self.p, 2 * products * self.layout.n_rows * self.hidden * self.width
+        flops = 2 * products * self.layout.n_rows * self.hidden * self.width
+        like = self.p.x.new_empty(0, dtype=self.dtype)
+        largest = self.hidden * self.width if self.converts else 0  # blocks are of one expert each then
         # No mode is set here: an interrupt could leave the main thread in it. As an operator this runs below autograd.
-        with borrowed("rows", p.x, self.layout.n_rows * self.width) as flat:
+        with borrowed("rows", like, self.layout.n_rows * self.width) as flat:
             rows_Pd = flat.view(-1, self.width)
             rows_Pd[self.idle_P].zero_()
             self.results_N = self.layout.by_padded_row(rows_Pd)
-            run_blocks(self.layout, p.x, self.columns(), self.block, flops)
+            run_blocks(self.layout, like, self.columns(), self.block, flops, largest)
             return self.combine(rows_Pd, gates)
 
     def combine(self, rows_Pd: Tensor, gates: Tensor | None) -> Tensor:
-        """The sum over each token's rows in float32, weighted by the gates where given: [T, d], of the rows' type."""
+        """The sum over each token's rows in float32, weighted by the gates where given: [T, d], of x's type."""
         gates = None if gates is None else gates.to(rows_Pd.dtype).contiguous()
         bags = self.p.bags
         return F.embedding_bag(
             self.slots, rows_Pd, bags, mode="sum", per_sample_weights=gates, include_last_offset=bags is not None
-        )
+        ).to(self.p.x.dtype)
+
+    def in_type(self, scratch: Scratch, weight: Tensor) -> Tensor:
+        """A block's weight in the type of products; a converted one lasts until the next."""
+        return scratch.converted(weight) if self.converts else packed(weight)
 
 
 class _Forward(_Pass):
@@ -118,19 +133,21 @@ class _Forward(_Pass):
         a_BCh = self.elementwise.function(z_BCh[0], scratch.get("a", shape))
         if self.gated:
             torch.mul(a_BCh, z_BCh[1], out=a_BCh)
-        torch.bmm(a_BCh, packed(self.w_down[i]).mT, out=self.results_N[i].view(*shape, self.width))
+        torch.bmm(a_BCh, self.in_type(scratch, self.w_down[i]).mT, out=self.results_N[i].view(*shape, self.width))
 
     def _project(self, scratch: Scratch, x_BCd: Tensor, plane: int, i: int) -> Tensor:
         """One pre-activation, [B, C, h]; rows that are not padding are also written to z."""
         block, biases = self.layout.blocks[i], self.biases[plane]
-        in_place = self.keep and not block.is_padded
+        in_place = self.keep and not block.is_padded and not self.converts
         z_BCh = self.z_nh[plane][i].view(*block.shape, -1) if in_place else scratch.get(f"z{plane}", block.shape)
-        torch.bmm(x_BCd, packed(self.weights[plane][i]).mT, out=z_BCh)
+        torch.bmm(x_BCd, self.in_type(scratch, self.weights[plane][i]).mT, out=z_BCh)
         if biases is not None:
             z_BCh.add_(biases[i])
         if self.keep and block.is_padded and self.slots_n is not None:
             slots_n = self.slots_n[i] - block.padded.start
             torch.index_select(z_BCh.view(-1, self.hidden), 0, slots_n, out=self.z_nh[plane][i])
+        elif self.keep and self.converts:
+            self.z_nh[plane][i].copy_(z_BCh[0])
         return z_BCh
 
 
@@ -146,7 +163,7 @@ class _Backward(_Pass):
         super().__init__(p)
         layout = self.layout
         self.dy, self.z = dy, z
-        gates_S1 = p.gates.flatten()[p.order].to(p.x.dtype)[:, None]
+        gates_S1 = p.gates.flatten()[p.order].to(self.dtype)[:, None]
         if layout.source_P is not None and layout.real_P is not None:
             gates_S1 = gates_S1[layout.source_P].mul_(layout.real_P[:, None])
         self.gates_N1 = layout.by_padded_row(gates_S1)
@@ -160,7 +177,7 @@ class _Backward(_Pass):
         self.source_N = None if layout.source_P is None else layout.by_padded_row(layout.source_P)
 
     def columns(self) -> dict[str, int]:
-        names = ["da", "a", "dz0", "dz1", *(["z0", "z1"] if self.source_N is not None else [])]
+        names = ["da", "a", "dz0", "dz1", *(["z0", "z1"] if self.source_N is not None or self.converts else [])]
         return {"x": self.width, "dy": self.width, **dict.fromkeys(names, self.hidden)}
 
     def block(self, scratch: Scratch, i: int) -> None:
@@ -170,17 +187,18 @@ class _Backward(_Pass):
         da_BCh, a_BCh = scratch.get("da", shape), scratch.get("a", shape)
         names = ("gate", "up") if self.gated else ("up",)
         dz = {name: scratch.get(f"dz{plane}", shape) for plane, name in enumerate(names)}
-        torch.bmm(dy_BCd, packed(self.parts["w_down"][i]), out=da_BCh)
+        torch.bmm(dy_BCd, self.in_type(scratch, self.parts["w_down"][i]), out=da_BCh)
         self._differentiate(scratch, i, da_BCh, a_BCh, list(dz.values()))
         if self.grads.parts:
-            outer_product(dy_BCd, a_BCh, self.grads.parts["w_down"][i])
+            outer_product(dy_BCd, a_BCh, self.grads.parts["w_down"][i], scratch)
         dx_BCd = self.results_N[i].view(*shape, self.width)
         for name, dz_BCh in dz.items():
             if self.grads.parts:
-                outer_product(dz_BCh, x_BCd, self.grads.parts[f"w_{name}"][i])
+                outer_product(dz_BCh, x_BCd, self.grads.parts[f"w_{name}"][i], scratch)
             if f"b_{name}" in self.grads.parts:
-                torch.sum(dz_BCh, 1, out=self.grads.parts[f"b_{name}"][i])
-            weight = packed(self.parts[f"w_{name}"][i])
+                grad = self.grads.parts[f"b_{name}"][i]
+                grad.copy_(dz_BCh.sum(1)) if self.converts else torch.sum(dz_BCh, 1, out=grad)
+            weight = self.in_type(scratch, self.parts[f"w_{name}"][i])
             dx_BCd.baddbmm_(dz_BCh, weight) if name != names[0] else torch.bmm(dz_BCh, weight, out=dx_BCd)
 
     def _differentiate(self, scratch: Scratch, i: int, da_BCh: Tensor, a_BCh: Tensor, dz_BCh: list[Tensor]) -> None:
@@ -203,5 +221,6 @@ class _Backward(_Pass):
         """One pre-activation of the block's rows, [B, C, h]."""
         block = self.layout.blocks[i]
         if not block.is_padded or self.source_N is None:
-            return self.z_nh[plane][i].view(*block.shape, self.hidden)
+            z_BCh = self.z_nh[plane][i].view(*block.shape, self.hidden)
+            return scratch.get(f"z{plane}", block.shape).copy_(z_BCh) if self.converts else z_BCh
         return gather(scratch, f"z{plane}", self.z[plane], self.source_N[i], block.shape)

@@ -20,17 +20,22 @@ _PARALLEL_FLOPS = 1e7
 _BLOCKS_PER_THREAD = 4
 
 
-def cutting(x: Tensor) -> Cutting:
-    """How rows of x's type are cut on its device, with this many threads."""
+def cutting(x: Tensor, dtype: torch.dtype | None = None) -> Cutting:
+    """How rows are cut on x's device, with this many threads, for products in a type (x's, if None)."""
     if x.device.type != "cpu":
         return Cutting(row_multiple=1, batch=False, parts=0)
-    threads, low = torch.get_num_threads(), x.dtype in (torch.bfloat16, torch.float16)
+    threads, low = torch.get_num_threads(), (dtype or x.dtype) in (torch.bfloat16, torch.float16)
     # 32: one step of AMX along the dimension that is summed over. MKL's float32 gains nothing from batches.
     return Cutting(row_multiple=32 if low else 1, batch=low, parts=_BLOCKS_PER_THREAD * threads if threads > 1 else 0)
 
 
 def run_blocks(
-    layout: RowLayout, like: Tensor, columns: Mapping[str, int], block: Callable[[Scratch, int], None], flops: float
+    layout: RowLayout,
+    like: Tensor,
+    columns: Mapping[str, int],
+    block: Callable[[Scratch, int], None],
+    flops: float,
+    largest_weight: int = 0,
 ) -> None:
     """Call `block` with work buffers and the number of each block, in worker threads where `flops` are many.
 
@@ -40,13 +45,15 @@ def run_blocks(
         columns: Names and widths of the buffers, each as long as the longest block.
         block: Writes its results to places of its own.
         flops: Of all blocks.
+        largest_weight: Elements of the largest weight that a block converts.
     """
     rows = [each.n_rows for each in layout.blocks]
 
     def work(indices: Iterable[int]) -> None:
         longest = max(rows, default=0)
-        with borrowed("scratch", like, longest * sum(columns.values())) as flat:
-            scratch = Scratch(flat, columns, longest)
+        size = longest * sum(columns.values())
+        with borrowed("scratch", like, size) as flat, borrowed("weight", like, largest_weight) as weight:
+            scratch = Scratch(flat, columns, longest, weight)
             for i in indices:
                 block(scratch, i)
 
@@ -54,8 +61,10 @@ def run_blocks(
 
 
 def gather(scratch: Scratch, name: str, source: Tensor, index_N: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Rows of `source`, [B, C, c]."""
+    """Rows of `source`, [B, C, c], in the type of the buffers."""
     out_BCc = scratch.get(name, shape)
+    if out_BCc.dtype != source.dtype:
+        return out_BCc.copy_(source.index_select(0, index_N).view_as(out_BCc))
     torch.index_select(source, 0, index_N, out=out_BCc.view(len(index_N), -1))
     return out_BCc
 
@@ -76,12 +85,15 @@ def packed(w_Boi: Tensor) -> Tensor:
     return w_Boi.contiguous()
 
 
-def outer_product(dy_BCo: Tensor, x_BCi: Tensor, out_Boi: Tensor) -> None:
+def outer_product(dy_BCo: Tensor, x_BCi: Tensor, out_Boi: Tensor, scratch: Scratch | None = None) -> None:
     """Write ``dy^T x`` whichever way the result lies, in rows or (for weights kept transposed) in columns.
 
-    A low-precision product written into columns leaves the library: measured 2000 times as slow on AVX512-BF16.
+    A low-precision product written into columns leaves the library: measured 2000 times as slow on AVX512-BF16. A result
+    of another type goes through `scratch`.
     """
-    if out_Boi.stride(-1) == 1:
+    if scratch is not None and out_Boi.dtype != dy_BCo.dtype:
+        out_Boi.copy_(torch.bmm(dy_BCo.mT, x_BCi, out=scratch.weight_like(out_Boi)))
+    elif out_Boi.stride(-1) == 1:
         torch.bmm(dy_BCo.mT, x_BCi, out=out_Boi)
     else:
         torch.bmm(x_BCi.mT, dy_BCo, out=out_Boi.mT)
