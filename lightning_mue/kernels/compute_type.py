@@ -32,6 +32,10 @@ _REPEATS = 4
 #: bfloat16 must be so much faster in the geometric mean to be taken, since float32 is more exact, and the choice should not
 #: depend on noise.
 _LEAST_GAIN = 1.25
+#: One shape of which bfloat16 is no more than so many times as fast ends the measurement.
+_HOPELESS = 0.5
+#: Below this, converting operands and results of bfloat16 costs less than multiplying in it.
+_SLOW = 0.7
 _STORE_KEY = "lightning_mue/cpu_product_dtype"
 _agreed: WeakKeyDictionary[Any, str] = WeakKeyDictionary()  # by job: another one may have other ranks
 
@@ -54,6 +58,20 @@ def cpu_product_dtype() -> torch.dtype:
     if job not in _agreed:
         _agreed[job] = _first_choice()
     return _TYPES[_agreed[job]]
+
+
+def bfloat16_is_slow() -> bool:
+    """Return whether products of bfloat16 matrices gain from being computed in float32, conversions included.
+
+    By the same measurement, each rank for its own processor, or by LIGHTNING_MUE_CPU_DTYPE. Between the two bounds neither
+    type is sure to be faster, and what is bfloat16 is multiplied as it is.
+
+    Raises:
+        ValueError: LIGHTNING_MUE_CPU_DTYPE is neither "float32" nor "bfloat16".
+    """
+    if fixed := fixed_choice():
+        return fixed == "float32"
+    return _gain() < _SLOW
 
 
 def fixed_choice() -> str | None:
@@ -82,13 +100,8 @@ def _first_choice() -> str:
 
 @cache
 def _measured() -> str:
-    """Measure in a thread of its own: without the caller's autocast, inference mode or dispatch modes."""
-    gains: list[float] = []
-    worker = Thread(target=lambda: gains.extend(_gains()), name="lightning-mue-measurement")
-    worker.start()
-    worker.join()
-    mean = geometric_mean(gains) if gains else 0.0
-    choice = "bfloat16" if mean >= _LEAST_GAIN and len(gains) == len(_SHAPES) else "float32"
+    mean = _gain()
+    choice = "bfloat16" if mean >= _LEAST_GAIN else "float32"
     logger.info(
         "Matrix products whose type is free run in %s on this CPU: bfloat16 is %.2g times as fast as float32. %s=%s fixes it.",
         *(choice, mean, VARIABLE, choice),
@@ -96,12 +109,24 @@ def _measured() -> str:
     return choice
 
 
+@cache
+def _gain() -> float:
+    """How many times as fast bfloat16 is. Measured in a thread of its own: without the caller's autocast or other modes."""
+    gains: list[float] = []
+    worker = Thread(target=lambda: gains.extend(_gains()), name="lightning-mue-measurement")
+    worker.start()
+    worker.join()
+    if len(gains) == len(_SHAPES):
+        return geometric_mean(gains)
+    return gains[-1] if gains and gains[-1] < _HOPELESS else 1.0  # 1: the measurement failed
+
+
 def _gains() -> Iterator[float]:
     """How many times as fast bfloat16 is, for each shape; ends with the first at which it is slower, to lose no time."""
     for shape in _SHAPES:
         gain = _seconds(shape, torch.float32) / _seconds(shape, torch.bfloat16)
         yield gain
-        if gain < 0.5:
+        if gain < _HOPELESS:
             return
 
 

@@ -18,7 +18,7 @@ from lightning_mue.checks import (
     value_error,
 )
 from lightning_mue.moe import MoELayer
-from lightning_mue.moe.router import require_groups
+from lightning_mue.moe.settings import require_groups
 
 
 def check_sizes(given: Mapping[str, Any]) -> None:

@@ -5,7 +5,6 @@ Shape legend: T tokens, d width, E experts, K experts per token (top-k), C token
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -13,20 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_mue.checks import (
-    listed,
-    mismatch,
-    require_choice,
-    require_non_negative,
-    require_number,
-    require_positive,
-    value_error,
-)
+from lightning_mue.checks import require_choice, require_non_negative, require_number, require_positive
 from lightning_mue.kernels.backends import BACKENDS
 from lightning_mue.kernels.dispatch.op import DispatchPlan, plan_dispatch, plan_expert_choice
 from lightning_mue.kernels.routing.op import GATES, SCORINGS, route, router_logits
 from lightning_mue.moe import autocast
 from lightning_mue.moe.drawing import normal_
+from lightning_mue.moe.settings import require_active, require_expert_choice, require_groups, warn_of_constant_gates
 from lightning_mue.parameterizations.rules.roles import Role
 
 CHOICES = ("token", "expert")
@@ -117,16 +109,6 @@ class RoutingInfo:
         return self.gates if self.token_ids is None else self.gates.flatten()[plan.inverse]
 
 
-def require_groups(n_groups: int, n_experts: int, top_k: int, name: str = "n_groups") -> None:
-    """Raises a ValueError unless the number of groups divides that of the experts and of the active experts."""
-    for what, size in (("n_experts", n_experts), ("top_k", top_k)):
-        if size % n_groups:
-            fitting = [g for g in range(1, min(n_experts, top_k) + 1) if n_experts % g == 0 and top_k % g == 0]
-            expected = f"a divisor of {what}={size}: every group has equally many experts and equally many active ones"
-            do = f"With n_experts={n_experts} and top_k={top_k} it may be {listed(fitting)}."
-            raise value_error(name, found=n_groups, expected=expected, do=do)
-
-
 class Router(nn.Module):
     """A linear router with top-k selection. Everything is computed in float32, under autocast too.
 
@@ -196,17 +178,17 @@ class Router(nn.Module):
         require_choice("gate", gate, GATES)
         require_choice("choice", choice, CHOICES)
         require_choice("backend", backend, BACKENDS)
-        _require_active(n_experts, top_k, init_std)
+        require_active(n_experts, top_k, init_std)
         require_groups(n_groups, n_experts, top_k)
         if choice == "expert":
-            _require_expert_choice(scoring, n_groups)
+            require_expert_choice(scoring, n_groups)
         self.width, self.n_experts, self.top_k = width, n_experts, top_k
         self.scoring, self.gate, self.init_std, self.n_groups = scoring, gate, init_std, n_groups
         self.choice, self.jitter, self.backend = choice, jitter, backend
         self.weight = nn.Parameter(torch.empty(n_experts, width))
         self.register_buffer("balance_bias", torch.empty(n_experts, dtype=torch.float32))
         self.reset_parameters()
-        warn_of_constant_gates(self)
+        warn_of_constant_gates(scoring, choice, top_k=top_k, n_experts=n_experts)
 
     def reset_parameters(self) -> None:
         """Draws the weight anew and clears the balance bias."""
@@ -304,35 +286,3 @@ class Router(nn.Module):
         """Keeps the bias in float32 when a state of another dtype is assigned."""
         super()._load_from_state_dict(*args)
         self.balance_bias = self.balance_bias.float()
-
-
-def warn_of_constant_gates(router: Router) -> None:
-    """Warns of a router whose gates are constant: top-1 with gates normalized over the active set."""
-    normalized = router.choice == "token" and router.scoring in ("topk-softmax", "sigmoid-normalized")
-    if router.top_k == 1 and router.n_experts > 1 and normalized:
-        other = "softmax-topk" if router.scoring == "topk-softmax" else "sigmoid"
-        found = f"1 with scoring={router.scoring!r}: the only gate of a token is 1, and the output gives the router no gradient"
-        do = f"Use scoring={other!r}, or a larger top_k."
-        expected = "a gate that depends on the router where one expert is active"
-        warnings.warn(mismatch("top_k", found=found, expected=expected, do=do), stacklevel=3)
-
-
-def _require_active(n_experts: int, top_k: int, init_std: float | None) -> None:
-    if top_k > n_experts:
-        expected = f"at most n_experts={n_experts}: a token cannot choose more experts than there are"
-        raise value_error("top_k", found=top_k, expected=expected, do="Lower it, or add experts.")
-    if init_std == 0 and top_k < n_experts:
-        found = "0 for the router (router_init_std of MoELayer)"
-        expected = (
-            f"above 0 with top_k={top_k} of n_experts={n_experts}: all experts then tie, and the same ones always win"
-        )
-        do = f"Give a value such as 0.02, or make every expert active (top_k={n_experts})."
-        raise value_error("init_std", found=found, expected=expected, do=do)
-
-
-def _require_expert_choice(scoring: str, n_groups: int) -> None:
-    why = "choice='expert' has no set of experts to normalize a token's gates over."
-    require_choice("scoring", scoring, ("softmax-topk", "sigmoid"), do=why)
-    if n_groups > 1:
-        expected = "1 with choice='expert', where every expert takes equally many tokens anyway"
-        raise value_error("n_groups", found=n_groups, expected=expected)

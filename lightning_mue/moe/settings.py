@@ -1,4 +1,4 @@
-"""How a layer is balanced: checks its arguments, and refuses those that have no effect."""
+"""Arguments of a layer and of its router that depend on each other: checks them, and refuses those that have no effect."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from lightning_mue.checks import mismatch, require_choice, require_non_negative, type_error, value_error
+from lightning_mue.checks import listed, mismatch, require_choice, require_non_negative, type_error, value_error
 from lightning_mue.moe.balance import BIAS_UPDATES, SCOPES
 
 BALANCES = ("none", "switch", "sequence", "bias")
@@ -110,3 +110,49 @@ def require_consistent(choice: str, kinds: tuple[str, ...], shared_width: int, *
     if shared_gate and not shared_width:
         expected = "a shared expert for shared_gate=True to multiply"
         raise value_error("shared_width", found=0, expected=expected, do="Give it a width.")
+
+
+def require_groups(n_groups: int, n_experts: int, top_k: int, name: str = "n_groups") -> None:
+    """Raises a ValueError unless the number of groups divides that of the experts and of the active experts."""
+    for what, size in (("n_experts", n_experts), ("top_k", top_k)):
+        if size % n_groups:
+            fitting = [g for g in range(1, min(n_experts, top_k) + 1) if n_experts % g == 0 and top_k % g == 0]
+            expected = f"a divisor of {what}={size}: every group has equally many experts and equally many active ones"
+            do = f"With n_experts={n_experts} and top_k={top_k} it may be {listed(fitting)}."
+            raise value_error(name, found=n_groups, expected=expected, do=do)
+
+
+def require_active(n_experts: int, top_k: int, init_std: float | None) -> None:
+    """Raises a ValueError for more active experts than there are, and for a router of zeros that has to choose."""
+    if top_k > n_experts:
+        expected = f"at most n_experts={n_experts}: a token cannot choose more experts than there are"
+        raise value_error("top_k", found=top_k, expected=expected, do="Lower it, or add experts.")
+    if init_std == 0 and top_k < n_experts:
+        found = "0 for the router (router_init_std of MoELayer)"
+        expected = (
+            f"above 0 with top_k={top_k} of n_experts={n_experts}: all experts then tie, and the same ones always win"
+        )
+        do = f"Give a value such as 0.02, or make every expert active (top_k={n_experts})."
+        raise value_error("init_std", found=found, expected=expected, do=do)
+
+
+def require_expert_choice(scoring: str, n_groups: int) -> None:
+    """Raises a ValueError for what goes together only with tokens that choose experts."""
+    why = "choice='expert' has no set of experts to normalize a token's gates over."
+    require_choice("scoring", scoring, ("softmax-topk", "sigmoid"), do=why)
+    if n_groups > 1:
+        expected = "1 with choice='expert', where every expert takes equally many tokens anyway"
+        raise value_error("n_groups", found=n_groups, expected=expected)
+
+
+def warn_of_constant_gates(scoring: str, choice: str, *, top_k: int, n_experts: int) -> None:
+    """Warns of a router whose gates are constant: top-1 with gates normalized over the active set."""
+    normalized = choice == "token" and scoring in ("topk-softmax", "sigmoid-normalized")
+    if top_k == 1 and n_experts > 1 and normalized:
+        other = "softmax-topk" if scoring == "topk-softmax" else "sigmoid"
+        found = (
+            f"1 with scoring={scoring!r}: the only gate of a token is 1, and the output gives the router no gradient"
+        )
+        do = f"Use scoring={other!r}, or a larger top_k."
+        expected = "a gate that depends on the router where one expert is active"
+        warnings.warn(mismatch("top_k", found=found, expected=expected, do=do), stacklevel=3)

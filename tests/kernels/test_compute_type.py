@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import logging
+import threading
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from lightning_mue.kernels import compute_type
-from lightning_mue.kernels.compute_type import VARIABLE, cpu_product_dtype
+from lightning_mue.kernels.compute_type import VARIABLE, bfloat16_is_slow, cpu_product_dtype
+
+
+def forget():
+    compute_type._measured.cache_clear()
+    compute_type._gain.cache_clear()
+    compute_type._agreed.clear()
 
 
 @pytest.fixture(autouse=True)
 def _nothing_measured(monkeypatch):
     monkeypatch.delenv(VARIABLE)
-    compute_type._measured.cache_clear()
-    compute_type._agreed.clear()
+    forget()
     yield
-    compute_type._measured.cache_clear()
-    compute_type._agreed.clear()
+    forget()
 
 
 def times(monkeypatch, gains):
@@ -66,11 +71,36 @@ def test_it_is_measured_and_told_once(monkeypatch, caplog):
     assert f"{VARIABLE}=bfloat16" in record.getMessage()
 
 
+@pytest.mark.parametrize(
+    ("gains", "slow"),
+    [
+        ((0.02, 9.0, 9.0, 9.0), True),
+        ((0.6, 0.7, 0.6, 0.6), True),
+        ((0.9, 1.0, 0.8, 0.9), False),  # conversions would cost what is gained
+        ((2.0,) * 4, False),
+    ],
+)
+def test_bfloat16_is_slow_only_by_a_margin(monkeypatch, gains, slow):
+    times(monkeypatch, gains)
+    assert bfloat16_is_slow() == slow
+
+
+def test_a_measurement_that_fails_calls_nothing_slow(monkeypatch):
+    def seconds(shape, dtype):
+        raise RuntimeError("no such product")
+
+    monkeypatch.setattr(compute_type, "_seconds", seconds)
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+    assert not bfloat16_is_slow()
+    assert cpu_product_dtype() == torch.float32
+
+
 @pytest.mark.parametrize("name", ["float32", "bfloat16"])
 def test_the_variable_fixes_it(monkeypatch, name):
     asked = times(monkeypatch, (2.0,) * 4)
     monkeypatch.setenv(VARIABLE, name)
     assert cpu_product_dtype() == getattr(torch, name)
+    assert bfloat16_is_slow() == (name == "float32")
     assert not asked
 
 
@@ -97,8 +127,7 @@ def test_ranks_take_the_choice_of_the_first_that_asks(monkeypatch, caplog):
         times(monkeypatch, (2.0,) * 4)
         assert cpu_product_dtype() == torch.bfloat16  # the first rank's
         # Another rank of the job: another process, whose processor is another.
-        compute_type._measured.cache_clear()
-        compute_type._agreed.clear()
+        forget()
         times(monkeypatch, (0.5,) * 4)
         assert compute_type._measured() == "float32"
         with caplog.at_level(logging.WARNING, logger="lightning_mue"):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lightning_mue.kernels import workers
-from lightning_mue.kernels.grouped_ffn.pytorch import experts as grouped_ffn
+from lightning_mue.kernels.grouped_ffn.pytorch import experts, running
 from lightning_mue.kernels.grouped_ffn.pytorch.elementwise import ELEMENTWISE
 from lightning_mue.kernels.workers import run_in_threads, run_over_experts
 from lightning_mue.moe import MoELayer
@@ -196,7 +196,7 @@ class Problem:
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
 def problem(request, monkeypatch):
-    monkeypatch.setattr(grouped_ffn, "_PARALLEL_FLOPS", 0)
+    monkeypatch.setattr(running, "_PARALLEL_FLOPS", 0)
     return Problem(request.param)
 
 
@@ -288,7 +288,7 @@ def slow_blocks(problem):
             ended.append(threading.current_thread())
             return out
 
-        patch.setitem(grouped_ffn.ELEMENTWISE, "swiglu", ELEMENTWISE["swiglu"]._replace(function=silu))
+        patch.setitem(experts.ELEMENTWISE, "swiglu", ELEMENTWISE["swiglu"]._replace(function=silu))
         return begun, ended, patch.undo
 
     yield patched

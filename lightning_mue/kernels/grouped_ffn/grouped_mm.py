@@ -19,8 +19,9 @@ def forward(p: Problem, keep: bool) -> tuple[Tensor, Tensor]:
     if not len(p.order):  # the grouped GEMM refuses the strides of empty tensors
         return torch.zeros_like(p.x), p.x.new_zeros(len(p.up), 0, p.w_up.shape[1])
     x_Sd = p.x[p.tokens]
-    planes = [_product(x_Sd, w.mT, p) if b is None else _product(x_Sd, w.mT, p) + _of_rows(b, p) for w, b in p.up]
-    y_Sd = _product(_activate(planes, p.activation)[1], p.w_down.mT, p)
+    planes = [product(x_Sd, w.mT, p.offsets) for w, _ in p.up]
+    planes = [z if b is None else z + of_rows(b, p.offsets, len(z)) for z, (_, b) in zip(planes, p.up, strict=True)]
+    y_Sd = product(_activate(planes, p.activation)[1], p.w_down.mT, p.offsets)
     y_Td = combine_rows(y_Sd, p.plan, p.gates, backend="grouped_mm")
     return y_Td, torch.stack(planes) if keep else x_Sd.new_empty(len(planes), 0, p.w_up.shape[1])
 
@@ -30,7 +31,7 @@ def backward(p: Problem, dy: Tensor, z: Tensor, weights: bool) -> list[Tensor]:
     if not len(p.order):
         return [torch.zeros_like(t) for t in (p.trained if weights else p.trained[:2])]
     dy_Sd, (f_Sh, a_Sh) = dy[p.tokens], _activate(list(z), p.activation)
-    da_Sh = _product(dy_Sd, p.w_down, p)
+    da_Sh = product(dy_Sd, p.w_down, p.offsets)
     gates_S1 = p.gates.flatten()[p.order, None]
     masked_S1 = (torch.arange(len(p.order), device=p.x.device) >= p.offsets[-1])[:, None]
     dgates_S1 = (a_Sh * da_Sh).sum(1, keepdim=True, dtype=p.gates.dtype).masked_fill_(masked_S1, 0)
@@ -39,21 +40,21 @@ def backward(p: Problem, dy: Tensor, z: Tensor, weights: bool) -> list[Tensor]:
     dz = [ELEMENTWISE[p.activation].derivative(df_Sh, z[0], torch.empty_like(z[0]))]
     dz += [da_Sh * f_Sh] if len(z) == 2 else []
     up = p.up
-    dx_Sd = _product(dz[0], up[0][0], p)
+    dx_Sd = product(dz[0], up[0][0], p.offsets)
     for dz_Sh, (weight, _) in zip(dz[1:], up[1:], strict=True):
-        dx_Sd += _product(dz_Sh, weight, p)
+        dx_Sd += product(dz_Sh, weight, p.offsets)
     grads = [combine_rows(dx_Sd, p.plan, backend="grouped_mm"), dgates_S1[p.inverse.flatten(), 0].view_as(p.gates)]
     if weights:
         x_Sd = p.x[p.tokens]
-        grads += [_product(dz_Sh.mT, x_Sd, p) for dz_Sh in dz]
-        grads += [_product(dy_Sd.mT, a_Sh.mul_(gates_S1.to(a_Sh.dtype)), p)]
-        grads += [_sums_by_expert(dz_Sh, p) for dz_Sh, (_, bias) in zip(dz, up, strict=True) if bias is not None]
-    return [_laid_out_as(t, grad) for t, grad in zip(p.trained, grads, strict=False)]
+        grads += [product(dz_Sh.mT, x_Sd, p.offsets) for dz_Sh in dz]
+        grads += [product(dy_Sd.mT, a_Sh.mul_(gates_S1.to(a_Sh.dtype)), p.offsets)]
+        grads += [sums_by_expert(dz_Sh, p.offsets) for dz_Sh, (_, bias) in zip(dz, up, strict=True) if bias is not None]
+    return [laid_out_as(t, grad) for t, grad in zip(p.trained, grads, strict=False)]
 
 
-def _product(a: Tensor, b: Tensor, p: Problem) -> Tensor:
+def product(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     """Rows by expert: [S, i] times [E, i, j], or [i, S] times [S, j] to [E, i, j]. Masked rows are not written."""
-    return F.grouped_mm(_aligned(a), _aligned(b), offs=p.offsets[1:])
+    return F.grouped_mm(_aligned(a), _aligned(b), offs=offsets[1:])
 
 
 def _aligned(t: Tensor) -> Tensor:
@@ -71,7 +72,7 @@ def _aligned(t: Tensor) -> Tensor:
     return rows.copy_(t)
 
 
-def _laid_out_as(t: Tensor, grad: Tensor) -> Tensor:
+def laid_out_as(t: Tensor, grad: Tensor) -> Tensor:
     """The gradient with the strides that `empty_like` gives, which is what a compiler is told."""
     out = torch.empty_like(t)
     return grad if grad.stride() == out.stride() else out.copy_(grad)
@@ -84,15 +85,15 @@ def _activate(planes: list[Tensor], activation: str) -> tuple[Tensor, Tensor]:
     return f, f * planes[1] if len(planes) == 2 else f
 
 
-def _of_rows(bias_Eh: Tensor, p: Problem) -> Tensor:
+def of_rows(bias_Eh: Tensor, offsets: Tensor, n_rows: int) -> Tensor:
     """The bias of each row's expert: [S, h]; masked rows get the last expert's."""
-    rows_S = torch.arange(len(p.order), device=p.x.device, dtype=torch.int32)
-    expert_S = torch.searchsorted(p.offsets[1:], rows_S, right=True, out_int32=True)
+    rows_S = torch.arange(n_rows, device=bias_Eh.device, dtype=torch.int32)
+    expert_S = torch.searchsorted(offsets[1:], rows_S, right=True, out_int32=True)
     return bias_Eh[expert_S.clamp_(max=len(bias_Eh) - 1)]
 
 
-def _sums_by_expert(dz_Sh: Tensor, p: Problem) -> Tensor:
+def sums_by_expert(dz_Sh: Tensor, offsets: Tensor) -> Tensor:
     """Sum of each expert's rows, [E, h]: in float32 and in a fixed order, which index_add does not promise on CUDA."""
-    offsets = F.pad(p.offsets.long(), (0, 1), value=len(dz_Sh))  # one segment more: the masked rows
-    sums = torch.segment_reduce(dz_Sh.float(), "sum", offsets=offsets)
+    ends = F.pad(offsets.long(), (0, 1), value=len(dz_Sh))  # one segment more: the masked rows
+    sums = torch.segment_reduce(dz_Sh.float(), "sum", offsets=ends)
     return sums[:-1].to(dz_Sh.dtype)

@@ -3,15 +3,16 @@
     logits = x W^T                                              `router_logits`, in logits.py
     experts, gates, counts, sums for the auxiliary losses       `route`
 
-Each has one hand-written backward pass and saves its inputs by reference. Two implementations stand behind `route`
-(`kernels.backends`): pytorch.py for every device and type, triton.py for float32 on CUDA. Nothing is
-copied to the host on CUDA, and no shape depends on the routing.
+Each has one hand-written backward pass and saves its inputs by reference. Implementations stand behind `route`
+(`kernels.backends`): pytorch.py for every device and type, triton.py for float32 on CUDA; and host.py, in numpy, for the CPU.
+Nothing is copied to the host on CUDA, and no shape depends on the routing.
 
 Shape legend: T tokens, d width, E experts, K experts per token (top-k), N sequences of T / N tokens.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -142,7 +143,9 @@ def _check(logits_TE: Tensor, bias_E: Tensor, mask_T: Tensor | None, s: Settings
         raise value_error("mask_T", found=found, expected=expected, do="Flatten it.")
 
 
-def _module(backend: str) -> ModuleType:
+def _module(backend: str, logits: Tensor) -> ModuleType:
+    if backend != "triton" and logits.device.type == "cpu":
+        return import_module("lightning_mue.kernels.routing.host")
     return implementation("routing", "triton" if backend == "triton" else "torch")
 
 
@@ -163,7 +166,7 @@ torch.library.define(
 def _forward(logits: Tensor, bias: Tensor, mask: Tensor | None, *settings: Any) -> tuple[Tensor, ...]:
     """Return the gates, the ids, the other fields of `Routed`, and each token's logsumexp [T] (0 for a masked one)."""
     *values, backend = settings
-    return tuple(_module(backend).forward(logits.contiguous(), bias, mask, Settings(*values)))
+    return tuple(_module(backend, logits).forward(logits.contiguous(), bias, mask, Settings(*values)))
 
 
 @torch.library.register_fake("lightning_mue::route")
@@ -181,7 +184,7 @@ def _backward(
 ) -> Tensor:
     ids, gates, log_sum, mask, *values, backend = rest
     grads = [None if t is None else t.contiguous() for t in (dgates, dprobability, dz)]
-    dlogits: Tensor = _module(backend).backward(
+    dlogits: Tensor = _module(backend, logits).backward(
         *grads, logits.contiguous(), ids, gates, log_sum, mask, Settings(*values)
     )
     return dlogits

@@ -21,7 +21,7 @@ from lightning_mue.moe.base import MoEBase
 from lightning_mue.moe.convert.transformers_state import state_dict_from_transformers
 from lightning_mue.moe.convert.trial import call, places, require_module
 from lightning_mue.moe.convert.upcycling import Layer, empty_layer
-from lightning_mue.moe.router import warn_of_constant_gates
+from lightning_mue.moe.settings import warn_of_constant_gates
 from lightning_mue.parameterizations.applying.initial_weights import keep_weights
 
 #: Median relative error over tokens below which block and layer are taken to be equal. In half precision the block's router
@@ -83,7 +83,8 @@ def moe_from_transformers(
     _copy_requires_grad(layer, block)
     if verify and not state["router.weight"].is_meta:
         _choose_scoring(block, layer, (layer_arguments["scoring"],) if "scoring" in layer_arguments else scorings)
-    warn_of_constant_gates(layer.router)
+    router = layer.router
+    warn_of_constant_gates(router.scoring, router.choice, top_k=router.top_k, n_experts=router.n_experts)
     layer.train(block.training)
     keep_weights(layer)
     return layer

@@ -1,7 +1,8 @@
 """The experts of transformers' own models computed by this package's kernels: ``experts_implementation="lightning_mue"``.
 
 transformers 5 looks up by name what computes a model's experts, each time that they run. Modules, parameters and state dicts
-stay as they are. What the kernels cannot compute is refused before anything is computed.
+stay as they are. Experts whose activation the fused kernels have run as one operator; the others as two grouped products with
+the module's own gate, activation and norm between and after them.
 
 Shape legend: T tokens, K experts per token, E experts, d width, h expert hidden width.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,14 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_mue.checks import mismatch, type_error, value_error
-from lightning_mue.kernels.dispatch.op import count_by_expert, plan_dispatch
+from lightning_mue.kernels.combine.op import combine_rows
+from lightning_mue.kernels.dispatch.op import DispatchPlan, count_by_expert, plan_dispatch
 from lightning_mue.kernels.grouped_ffn.op import grouped_ffn
+from lightning_mue.kernels.grouped_linear.op import grouped_linear
 from lightning_mue.moe import autocast
 
 #: The value of `experts_implementation`.
 NAME = "lightning_mue"
 
-#: What the kernels have of each function, gated and not gated (None: no kernel).
+#: What the fused kernels have of each function, gated and not gated (None: no kernel).
 _KERNELS: dict[str, tuple[str | None, str | None]] = {
     "silu": ("swiglu", None),
     "gelu": ("geglu", "gelu"),
@@ -32,7 +36,7 @@ _KERNELS: dict[str, tuple[str | None, str | None]] = {
     "relu": (None, "relu"),
     "relu2": (None, "relu2"),
 }
-_OTHER = "Use experts_implementation='grouped_mm' or 'eager' for this model."
+_OTHER = "Use experts_implementation='eager' for this model."
 
 
 def register_experts() -> str:
@@ -68,7 +72,7 @@ def register_experts() -> str:
     return NAME
 
 
-def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """What transformers calls in place of an experts module's own forward.
 
     Args:
@@ -81,28 +85,47 @@ def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
         [T, d], of the type of `hidden_states`.
 
     Raises:
-        ValueError: The kernels do not have this module's activation, gate or norm.
-        TypeError: Its weights are not of a floating type that the kernels have.
+        ValueError: Gate and up are interleaved without a gate function that knows it.
+        TypeError: The weights are not of a floating type that the kernels have.
         RuntimeError: An id is negative; as in the built-in "eager", on a GPU by an assertion there.
     """
-    activation = _activation(module)
     dtype = _compute_dtype(module, hidden_states)
     parts = {name: None if t is None else t.to(dtype) for name, t in _weights(module).items()}
+    _refuse_negative(module, top_k_index)
+    n_experts = len(module.down_proj)
+    ids_TK = top_k_index.clamp(max=n_experts)
+    gates_TK = top_k_weights.to(torch.promote_types(dtype, torch.float32))
+    plan = plan_dispatch(ids_TK, count_by_expert(ids_TK, n_experts)[0])
+    x, activation = hidden_states.to(dtype), _fused_activation(module)
+    if activation is None:
+        return _unfused(module, x, gates_TK, plan, parts).to(hidden_states.dtype)
     w_up, w_down, b_up, b_down = (parts[name] for name in ("w_up", "w_down", "b_up", "b_down"))
     assert w_up is not None
     assert w_down is not None
-    n_experts = len(w_up)
-    with autocast.disabled(hidden_states.device.type):
-        _refuse_negative(module, top_k_index)
-        ids_TK = top_k_index.clamp(max=n_experts)
-        gates_TK = top_k_weights.to(torch.promote_types(dtype, torch.float32))
-        plan = plan_dispatch(ids_TK, count_by_expert(ids_TK, n_experts)[0])
-        y = grouped_ffn(hidden_states.to(dtype), gates_TK, w_up, w_down, plan, b_up=b_up, activation=activation)
+    with autocast.disabled(x.device.type):
+        y = grouped_ffn(x, gates_TK, w_up, w_down, plan, b_up=b_up, activation=activation)
         if b_down is not None:  # sum_k gate_tk * b_down_e, as a product with the gates of all experts
             zeros = gates_TK.new_zeros(len(gates_TK), n_experts + 1)
             gates_TE = zeros.scatter_add(1, ids_TK, gates_TK)[:, :n_experts]
             y = y + (gates_TE @ b_down.to(gates_TE.dtype)).to(dtype)
     return y.to(hidden_states.dtype)
+
+
+def _unfused(
+    module: Any, x: Tensor, gates_TK: Tensor, plan: DispatchPlan, parts: Mapping[str, Tensor | None]
+) -> Tensor:
+    """[T, d]; all that is between the products is the module's own, and runs as autocast would have it."""
+    w_up, w_down = parts["w_up"], parts["w_down"]
+    assert w_up is not None
+    assert w_down is not None
+    with autocast.disabled(x.device.type):
+        z_Sh = grouped_linear(x, w_up, plan, bias=parts["b_up"], by_token=True)
+    a_Sh = module._apply_gate(z_Sh) if module.has_gate else module.act_fn(z_Sh)
+    with autocast.disabled(x.device.type):
+        y_Sd = grouped_linear(a_Sh.to(x.dtype), w_down, plan, bias=parts["b_down"])
+    if module.has_post_expert_norm:
+        y_Sd = module.post_expert_norm(y_Sd).to(x.dtype)
+    return combine_rows(y_Sd, plan, gates_TK)
 
 
 def _refuse_negative(module: nn.Module, ids_TK: Tensor) -> None:
@@ -114,27 +137,18 @@ def _refuse_negative(module: nn.Module, ids_TK: Tensor) -> None:
     torch._assert_async((ids_TK >= 0).all(), message)
 
 
-def _activation(module: Any) -> str:
-    """The kernels' name of what the module computes between its two products; raises where they have none."""
+def _fused_activation(module: Any) -> str | None:
+    """The kernels' name of all that the module computes between and after its two products; None where they lack it."""
     from transformers.integrations.moe import _default_apply_gate
 
-    name = type(module).__name__
-    if module.has_post_expert_norm:
-        raise value_error(name, found="a norm after each expert", expected="none", do=_OTHER)
     own_gate = "_apply_gate" in module.__dict__ or type(module)._apply_gate is not _default_apply_gate
-    if module.has_gate and own_gate:
-        found = "a gate of its own (_apply_gate), such as a clamped one"
-        raise value_error(name, found=found, expected="act_fn(gate) * up", do=_OTHER)
-    if module.has_gate and not module.is_concatenated:
-        raise value_error(name, found="gate and up interleaved", expected="one after the other", do=_OTHER)
+    if module.has_gate and not own_gate and not module.is_concatenated:
+        found = "gate and up interleaved, and the default gate, which cuts in the middle"
+        raise value_error(type(module).__name__, found=found, expected="a gate of its own (_apply_gate)", do=_OTHER)
+    if module.has_post_expert_norm or (module.has_gate and own_gate):
+        return None
     gated, plain = _KERNELS.get(_function_of(module.act_fn), (None, None))
-    chosen = gated if module.has_gate else plain
-    if chosen is None:
-        kind, index = ("gated", 0) if module.has_gate else ("not gated", 1)
-        known = ", ".join(sorted({pair[index] or "" for pair in _KERNELS.values()} - {""}))
-        expected = f"torch's or transformers' own function or class for one of {known}"
-        raise value_error(name, found=f"act_fn {_words(module.act_fn)}, {kind}", expected=expected, do=_OTHER)
-    return chosen
+    return gated if module.has_gate else plain
 
 
 def _function_of(act: Any) -> str:
@@ -147,7 +161,8 @@ def _function_of(act: Any) -> str:
     if not isinstance(act, nn.Module):
         functions = ((F.silu, "silu"), (F.gelu, "gelu"), (F.relu, "relu"), (torch.relu, "relu"))
         return next((name for function, name in functions if act is function), "")
-    if "forward" in act.__dict__:  # replaced on this instance
+    hooks = (act._forward_pre_hooks, act._forward_hooks, act._backward_pre_hooks, act._backward_hooks)
+    if "forward" in act.__dict__ or any(hooks):  # changed on this instance
         return ""
     if type(act) is nn.GELU:
         return {"none": "gelu", "tanh": "gelu tanh"}.get(act.approximate, "")
@@ -161,13 +176,6 @@ def _function_of(act: Any) -> str:
         (activations.ReLUSquaredActivation, "relu2"),
     )
     return next((name for kind, name in classes if type(act) is kind), "")
-
-
-def _words(act: Any) -> str:
-    """Names an activation with its module: a user's own `silu` is told from torch's."""
-    named = act if hasattr(act, "__name__") else type(act)
-    words = f"{named.__module__}.{named.__name__}"
-    return f"{words} with a forward of its own" if "forward" in getattr(act, "__dict__", {}) else words
 
 
 def _compute_dtype(module: Any, x: Tensor) -> torch.dtype:

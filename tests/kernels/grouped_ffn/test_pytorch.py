@@ -8,8 +8,9 @@ from helpers import experts
 
 from lightning_mue.kernels import scratch
 from lightning_mue.kernels.activations import ACTIVATIONS
+from lightning_mue.kernels.compute_type import VARIABLE
 from lightning_mue.kernels.grouped_ffn.op import grouped_ffn_backward_op, grouped_ffn_op
-from lightning_mue.kernels.grouped_ffn.pytorch import blocks
+from lightning_mue.kernels.grouped_ffn.pytorch import blocks, running
 from lightning_mue.kernels.grouped_ffn.pytorch import experts as grouped_ffn
 
 Case = experts.Case
@@ -47,10 +48,15 @@ CASES = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _bfloat16_as_it_is(monkeypatch):
+    monkeypatch.setenv(VARIABLE, "bfloat16")
+
+
 @pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
 def threads(request, monkeypatch):
     """With two threads, experts of more than 16 rows are cut."""
-    monkeypatch.setattr(grouped_ffn, "_PARALLEL_FLOPS", 0)
+    monkeypatch.setattr(running, "_PARALLEL_FLOPS", 0)
     monkeypatch.setattr(blocks, "_CUT_ROWS", 16)
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -85,6 +91,29 @@ def test_equals_a_loop_in_float64(threads, case, dtype):
     assert found[0].dtype == dtype
     assert found[2].dtype == made.problem.gates.dtype
     assert_close(found, experts.reference(made), dtype, case.tokens)
+
+
+@pytest.mark.parametrize("case", CASES[::2], ids=str)
+def test_where_bfloat16_is_slow_float32_is_multiplied(threads, case, monkeypatch):
+    """Operands and results have 8 bits, and so has z; no other intermediate. So it is no less exact than bfloat16 products."""
+    monkeypatch.setenv(VARIABLE, "float32")
+    made = problem_of(case, torch.bfloat16)
+    assert grouped_ffn._Forward(made.problem, False).dtype == torch.float32
+    found = computed(made)
+    assert [f.dtype for f in found] == [
+        torch.bfloat16,
+        torch.bfloat16,
+        torch.float32,
+        *[torch.bfloat16] * (len(found) - 3),
+    ]
+    assert_close(found, experts.reference(made), torch.bfloat16, case.tokens)
+    if case == CASES[0]:
+        monkeypatch.setenv(VARIABLE, "bfloat16")
+        errors = [
+            [experts.error(f, e) for f, e in zip(each, experts.reference(made), strict=True)]
+            for each in (found, computed(made))
+        ]
+        assert sum(errors[0]) < sum(errors[1])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -133,7 +162,7 @@ def test_nothing_undefined_is_read_or_returned(threads, case, dtype, monkeypatch
 def test_repeats_are_equal_and_threads_round_alike(dtype, monkeypatch):
     """GEMM kernels may differ in the last bits from one row count to another."""
     made, results = problem_of(Case(400, 16, 24, 8, 2), dtype), {}
-    monkeypatch.setattr(grouped_ffn, "_PARALLEL_FLOPS", 0)
+    monkeypatch.setattr(running, "_PARALLEL_FLOPS", 0)
     for n in (1, 2):
         torch.set_num_threads(n)
         results[n] = computed(made)

@@ -1,4 +1,4 @@
-"""`route` in plain PyTorch against formulas in float64, and what holds for every backend of it."""
+"""`route` on the CPU, in numpy and in plain PyTorch, against formulas in float64, and what holds for every backend of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from helpers.routing_cases import CASES, Case, check, close, gradient, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_mue.kernels.routing import pytorch as twin
+from lightning_mue.kernels.routing import host, op
+from lightning_mue.kernels.routing import pytorch as any_device
 from lightning_mue.kernels.routing.op import GATES, SCORINGS, route
 
 #: A few roundings of float32 each, in sums of up to 30 terms; gradients multiply several of them.
@@ -30,6 +31,16 @@ def test_values_and_gradients(case):
     assert routed.gates.dtype == routed.z_sum.dtype == routed.probability_sum.dtype == torch.float32
     if case.tokens:
         close(gradient(routed, logits), gradient(expected, exact), scale * GRADIENTS, "gradient")
+
+
+@pytest.mark.parametrize("case", CASES[::5], ids=str)
+def test_the_form_for_any_device_agrees(case, monkeypatch):
+    (routed, logits), _ = both(case, torch.float64)
+    monkeypatch.setattr(op, "_module", lambda *_: any_device)
+    (other, own), _ = both(case, torch.float64)
+    check(other, routed, 1e-14)
+    if case.tokens:
+        close(gradient(other, own), gradient(routed, logits), 1e-13, "gradient")
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.kind == "normal" and c.tokens], ids=str)
@@ -93,20 +104,17 @@ def test_any_problem(data):
         close(gradient(routed, logits), gradient(expected, exact), GRADIENTS, "gradient")
 
 
-@pytest.fixture(params=["rounds", "topk"])
-def way(request, monkeypatch):
-    """Both ways in which the CPU finds the largest, whatever the size."""
-    monkeypatch.setattr(twin, "_FEW", -1 if request.param == "rounds" else 1 << 60)
-    return request.param
-
-
 def stable(values, k):
     return values.sort(dim=1, descending=True, stable=True).indices[:, :k]
 
 
+def top(values, k):
+    return torch.from_numpy(host.top(values.numpy(), k))
+
+
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (2, 1), (5, 5), (6, 4), (16, 3), (17, 2), (24, 24), (64, 8), (100, 10)])
 @pytest.mark.parametrize("kind", ["normal", "quantized", "equal", "close", "zeros", "tiny", "nan", "infinite", "minus"])
-def test_top_is_a_stable_sort(way, kind, n, k):
+def test_top_is_a_stable_sort(kind, n, k):
     generator = torch.Generator().manual_seed(n)
     x = torch.randn(300, n, generator=generator)
     some = torch.rand(300, n, generator=generator) < 0.1
@@ -122,30 +130,31 @@ def test_top_is_a_stable_sort(way, kind, n, k):
         "minus": x.masked_fill(some, -torch.inf),
     }[kind]
     kept = values.clone()
-    assert torch.equal(twin.top(values, k), stable(values, k))
+    assert torch.equal(top(values, k), stable(values, k))
+    assert torch.equal(top(values.double(), k), stable(values, k))
+    assert torch.equal(any_device.top(values, k), stable(values, k))
     assert torch.equal(values.view(torch.int32), kept.view(torch.int32))  # nothing was written into the logits
 
 
-def test_top_repairs_only_where_it_must(way, monkeypatch):
+def test_top_repairs_only_where_it_must(monkeypatch):
     """Negative control of the above: without the repair equal values do come out of order; and rows apart are not sorted."""
     x = torch.randn(200, 20, generator=torch.Generator().manual_seed(0))
     sorted_rows, whole = [], torch.Tensor.sort
     monkeypatch.setattr(torch.Tensor, "sort", lambda self, **kw: sorted_rows.append(len(self)) or whole(self, **kw))
-    twin.top(x, 4)
+    top(x, 4)
     assert sum(sorted_rows) <= 2
     x[7, 3] = x[7].max() + 1
     x[7, 9] = x[7, 3]
-    twin.top(x, 4)
+    top(x, 4)
     assert 1 <= sorted_rows[-1] <= 3
     tied = x.round()
-    by = twin._by_rounds if way == "rounds" else twin._by_topk
-    ids, clear = by(tied, 4)
+    ids, clear = map(torch.from_numpy, host._by_keys(tied.numpy(), 4))
     assert torch.equal(ids[clear], stable(tied, 4)[clear])
     assert not torch.equal(ids, stable(tied, 4))
 
 
 @pytest.mark.parametrize("n_groups", [1, 2])
-def test_equal_logits_go_to_the_lowest_indices(way, n_groups):
+def test_equal_logits_go_to_the_lowest_indices(n_groups):
     routed = route(
         torch.zeros(50, 12),
         torch.zeros(12),
@@ -230,10 +239,9 @@ def test_permuting_tokens_permutes_the_route():
     assert torch.equal(permuted.counts, straight.counts)
 
 
-def test_large_problems_take_the_fast_way_and_agree():
+def test_large_problems_agree():
     case = Case(2048, 64, 8)
     logits, bias, _ = tensors(case)
-    assert logits.numel() > twin._FEW
     routed = run(case, logits, bias, None)
     assert torch.equal(routed.expert_ids, stable(logits, 8))
     close(routed.gates, logits.double().gather(1, routed.expert_ids).softmax(1), VALUES, "gates")
@@ -332,8 +340,13 @@ def test_what_is_refused(changed, error, words):
 
 def test_a_wrong_gradient_is_caught(monkeypatch):
     """Negative control of the comparison with float64."""
-    whole = twin._through_probabilities
-    monkeypatch.setattr(twin, "_through_probabilities", lambda *args: whole(*args) * (1 + 1e-4))
+    whole = host._through_probabilities
+
+    def wrong(*args):
+        whole(*args)
+        args[-1][:] *= 1 + 1e-4
+
+    monkeypatch.setattr(host, "_through_probabilities", wrong)
     (routed, logits), (expected, exact) = both(Case(), torch.float32)
     with pytest.raises(AssertionError, match="gradient"):
         close(gradient(routed, logits), gradient(expected, exact), GRADIENTS, "gradient")

@@ -195,7 +195,7 @@ def within(mode, logits, bias, mask, case, kernels):
 
 @needs_interpreter
 def test_nothing_goes_to_the_host(kernels, monkeypatch):
-    from lightning_mue.kernels.routing import pytorch as twin
+    from lightning_mue.kernels.routing import host
 
     case = Case(masked=True, biased=True, n_sequences=2)
     args = (*tensors(case), case)
@@ -210,8 +210,8 @@ def test_nothing_goes_to_the_host(kernels, monkeypatch):
         monkeypatch.setattr(with_backward(kernels) if "backward" in name else kernels, name, Silent())
     within(NoHost(), *args, kernels)
     assert len(launches) == 3
-    with pytest.raises(RuntimeError, match="host synchronization"):  # negative control: the twin on the CPU looks
-        within(NoHost(), *args, twin)
+    with pytest.raises(RuntimeError, match="host synchronization"):  # negative control
+        within(NoHost(), *args, host)
 
 
 def test_operator_is_well_formed(kernels, device):

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -185,12 +186,13 @@ def _padded(blocks: Sequence[RowBlock], ends: Sequence[int], n_rows: int) -> Row
         else:
             experts = range(block.experts.start, block.experts.stop)
             runs += [(ends[e], ends[e + 1] - 1, block.length) for e in experts]
-    first, last, lengths = torch.tensor(runs, dtype=torch.int32).T.contiguous()
+    # In numpy, which does not have to wake threads for so little.
+    first, last, lengths = np.array(runs, np.int32).T
     n_padded, idle = blocks[-1].padded.stop, n_rows - ends[-1]
-    shift = lengths.cumsum(0, dtype=torch.int32) - lengths - first  # from a sorted to its padded row
-    shift_P, last_P = torch.repeat_interleave(torch.stack([shift, last]), lengths, dim=1, output_size=n_padded)
-    sorted_P = torch.arange(n_padded, dtype=torch.int32).sub_(shift_P)
-    shifts = torch.cat([shift, shift.new_tensor([n_padded - ends[-1]])])
-    slot_S = torch.repeat_interleave(shifts, torch.cat([last - first + 1, last.new_tensor([idle])]), output_size=n_rows)
-    slot_S += torch.arange(n_rows, dtype=torch.int32)
-    return RowLayout(list(blocks), n_padded + idle, torch.minimum(sorted_P, last_P), sorted_P <= last_P, slot_S)
+    shift = lengths.cumsum(dtype=np.int32) - lengths - first  # from a sorted to its padded row
+    sorted_P = np.arange(n_padded, dtype=np.int32) - shift.repeat(lengths)
+    last_P = last.repeat(lengths)
+    sorted_n = [*(last - first + 1), idle]
+    slot_S = np.append(shift, np.int32(n_padded - ends[-1])).repeat(sorted_n) + np.arange(n_rows, dtype=np.int32)
+    maps = (np.minimum(sorted_P, last_P), sorted_P <= last_P, slot_S)
+    return RowLayout(list(blocks), n_padded + idle, *map(torch.from_numpy, maps))

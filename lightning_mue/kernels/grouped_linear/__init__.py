@@ -1,0 +1,1 @@
+"""One linear layer of all experts."""
