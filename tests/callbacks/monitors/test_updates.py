@@ -381,7 +381,7 @@ def test_a_large_weight_is_sampled_and_the_sample_is_bounded(toy):
     train(toy, model, [UpdateMonitor(max_elements=4096), witness], logger, limit_train_batches=1)
     names = role_names(model)["expert_up/01"]
     wanted = expected(witness, 0, names)
-    assert sum(witness.before[0][name].numel() for name in names) > 10 * 4096
+    assert sum(witness.before[0][name].numel() for name in names) > 8 * 4096
     for metric in ("update_ratio", "angular_step", "weight_rms", "gradient_rms", "gradient_norm"):
         found = logger.values(f"updates/{metric}/expert_up/01")[0]
         # Relative error of an RMS of 4096 / 1.5 draws, five times; gradients have heavier tails.
