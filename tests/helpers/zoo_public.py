@@ -173,7 +173,9 @@ class Encoder(nn.Module):
         hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
         padded = torch.zeros(tokens.shape, dtype=torch.bool)
         padded[0, -3:] = True
-        return self.encoder(self.embed(tokens), mask=hidden, src_key_padding_mask=padded) @ self.embed.weight.T
+        x = self.encoder(self.embed(tokens), mask=hidden, src_key_padding_mask=padded)
+        self.last = x @ self.embed.weight.T
+        return self.last
 
 
 PUBLIC = {

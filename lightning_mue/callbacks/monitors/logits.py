@@ -119,9 +119,11 @@ def scopes_around(name: str, reading: Reading) -> list[nn.Module]:
 
 
 def _head_probe(head: Found, label: str, reading: Reading) -> Probe:
-    if head.how != "tied to the table":
+    if "the table" not in head.how:
         return OutputLogitsProbe(head.module, label)
-    return ProductLogitsProbe(head.module, label, "weight", scopes_around(head.name, reading))
+    probe = ProductLogitsProbe(head.module, label, "weight", scopes_around(head.name, reading))
+    probe.optional = head.how != "tied to the table"
+    return probe
 
 
 def _attention_probe(module: nn.Module, label: str) -> Probe:

@@ -146,7 +146,7 @@ class SampledMonitor(Callback, ABC):
 
     def finish(self, trainer: Trainer, metrics: dict[str, float]) -> dict[str, float]:
         """Log a sampled step, from the metrics of the probes over all ranks; return what was logged."""
-        silent = [probe.label for probe in self._probes if probe.total is None]
+        silent = [probe.label for probe in self._probes if probe.total is None and not probe.optional]
         if silent:
             message = f"saw no forward pass of {', '.join(silent)}, or none with an output that it can measure."
             self._warn("silent", message)

@@ -70,7 +70,7 @@ def test_patterns_name_the_rest(toy):
     assert len(logger.values("stability/rms/side/00")) == 1
     assert len(logger.values("stability/rms/ffn/01")) == 1  # the others are still found
     for monitor, message in (
-        (ActivationOutlierMonitor(branches=r"extras\.\d+"), r"branches: found 'extras.*nearest names are .*extra"),
+        (ActivationOutlierMonitor(branches=r"blocks\.\d\.fnn"), r"branches: found 'blocks.*nearest names are .*ffn'"),
         (LogitsZMonitor(attention="blocks.0.atention"), r"attention: found 'blocks.0.atention'.*'blocks.0.attention'"),
         (RouterMonitor(routers=r"blocks\.\d\.fn\.router"), r"routers: found .*ffn.router"),
         (LogitsZMonitor(lm_logits="lm_(head"), "no regular expression"),

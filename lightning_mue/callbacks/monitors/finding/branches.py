@@ -118,8 +118,9 @@ def _kind(reading: Reading, info: ParameterInfo, layer: str) -> str:
     if info.role in _FFN:
         return "ffn"
     beside = info.path.rpartition(".")[0]
-    queries = (other.path for other in reading.infos if other.query is not None and reading.layer(other.name) == layer)
-    if in_attention(f"{rest}.x") or (beside != layer and any(inside(path, [beside]) for path in queries)):
+    queries = [other.path for other in reading.infos if other.query is not None and reading.layer(other.name) == layer]
+    around = any(path.rpartition(".")[0] == beside or (beside != layer and inside(path, [beside])) for path in queries)
+    if in_attention(f"{rest}.x") or around:
         return "attention"
     return _kind_by_name(rest)
 

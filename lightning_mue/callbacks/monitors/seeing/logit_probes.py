@@ -148,10 +148,19 @@ class SeenAttentionProbe(WatchingProbe, _AttentionLogits):
         if func is _FUSED_ATTENTION:
             self.add(_of_sdpa({**dict(zip(_SDPA, args, strict=False)), **kwargs}))
             return
-        sinks = isinstance(getattr(self.module, "sinks", None), Tensor)
-        x = output if sinks and func is torch.cat else args[0] if func in _SOFTMAXES and not sinks and args else None
+        sinks = getattr(self.module, "sinks", None)
+        if isinstance(sinks, Tensor):
+            x = output if func is torch.cat and _joins(args, sinks) else None
+        else:
+            x = args[0] if func in _SOFTMAXES and args else None
         if isinstance(x, Tensor) and x.ndim >= 3 and x.is_floating_point() and _over_last(func, args, kwargs, x.ndim):
             self.add(softmax_summary(whole(x.detach())))
+
+
+def _joins(args: tuple[Any, ...], sinks: Tensor) -> bool:
+    """Whether a concatenation has (a view of) the sinks among its parts; rotations of queries and keys have not."""
+    parts = args[0] if args and isinstance(args[0], (tuple, list)) else ()
+    return any(part is sinks or part._base is sinks for part in parts if isinstance(part, Tensor))
 
 
 def _over_last(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], ndim: int) -> bool:
