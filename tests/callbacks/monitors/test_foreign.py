@@ -69,7 +69,7 @@ LAYOUTS = {
         r"transformer\.h\.\d\.mlp\.gate",
     ),
     "DiT": (r"final_layer\.linear", r"blocks\.\d\.attn\.proj", r"blocks\.\d\.mlp\.fc2", None),
-    "x-transformers": (r"to_logits", r"attn_layers\.layers\.\d\.1\.to_out", r"attn_layers\.layers\.\d\.1\.ff\.2", None),
+    "x-transformers": (r"to_logits", r"attn_layers\.layers\.[02]\.1", r"attn_layers\.layers\.\d\.1\.ff\.2", None),
     "torchtitan": (r"output", r"layers\.\d\.attention\.wo", r"layers\.\d\.feed_forward\.w2", None),
     "timm ViT": (r"head", r"blocks\.\d\.attn\.proj", r"blocks\.\d\.mlp\.fc2", None),
     "nn.TransformerEncoder": (None, r"encoder\.layers\.\d\.self_attn", r"encoder\.layers\.\d\.linear2", None),
@@ -106,7 +106,16 @@ class Seen(TorchFunctionMode):
             self.fused(*args, **(kwargs or {}))
         elif func in (F.softmax, torch.Tensor.softmax, torch.softmax) and args[0].ndim == 4:
             self.logits.append(args[0].detach().double())
+        elif func is F.multi_head_attention_forward:
+            self.torch_own(*args, **kwargs)
         return func(*args, **(kwargs or {}))
+
+    def torch_own(self, query, key, value, d, n, weight, bias, *args, attn_mask, key_padding_mask, **kwargs):
+        """Of positions [S, B, d], with masks that are added."""
+        rows = zip((query, key), weight.double().split(d), bias.double().split(d), strict=False)
+        q, k = ((x.double() @ w.T + b).unflatten(-1, (n, -1)).permute(1, 2, 0, 3).detach() for x, w, b in rows)
+        added = attn_mask.double() + key_padding_mask.double()[:, None, None]
+        self.logits.append(q @ k.mT * q.shape[-1] ** -0.5 + added)
 
     def fused(self, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
         keys = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)

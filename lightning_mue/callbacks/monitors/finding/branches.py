@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from itertools import takewhile
 
+from lightning_mue.callbacks.monitors.finding.attentions import round_queries
 from lightning_mue.callbacks.monitors.finding.reading import Finding, Found, Reading, by_pattern, inside
 from lightning_mue.contract import branch_kind
 from lightning_mue.names import in_attention
@@ -45,6 +46,13 @@ def find_branches(reading: Reading, patterns: str | Mapping[str, str] | None = N
     for each in _read(reading, missing):
         if not inside(each.name, first) and not any(inside(name, [each.name]) for name in first):
             found.setdefault(each.name, each)
+    for name in round_queries(
+        reading
+    ):  # where the reading shows no end, an attention returns its branch's output itself
+        layer = reading.layer(f"{name}.x")
+        known = any(each.kind == "attention" and inside(each.name, [layer]) for each in found.values())
+        if layer and not known and not inside(name, list(found)):
+            found[name] = Found(name, reading.modules[name], "attention", "query matrix")
     order = {name: i for i, name in enumerate(reading.modules)}
     return Finding(sorted(found.values(), key=lambda each: order[each.name]), missing)
 
