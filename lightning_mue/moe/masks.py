@@ -87,7 +87,7 @@ def mask_readers(model: nn.Module) -> list[tuple[nn.Module, MaskReader]]:
 
     A reader takes the arguments and keywords of a call, and returns bool [B, S], or None if the call has no such mask.
     """
-    found = []
+    found: list[tuple[nn.Module, MaskReader]] = []
     for name, module in model.named_modules():
         if not isinstance(module, MoEBase) and _takes_mask(module, is_root=not name):
             found.append((module, partial(_given, _places(_forward_of(module))[0])))

@@ -37,7 +37,7 @@ def find_branches(reading: Reading, patterns: str | Mapping[str, str] | None = N
     for kind, pattern in given.items():
         for name in by_pattern(reading, "branches", pattern):
             found[name] = Found(name, reading.modules[name], kind or _kind_by_name(name), "named")
-    declared = [(name, str(kind)) for name, m in reading.modules.items() if (kind := branch_kind(m)) is not None]
+    declared = [(name, str(branch_kind(m))) for name, m in reading.modules.items() if branch_kind(m) is not None]
     for name, named in declared:
         if name not in found:
             found[name] = Found(name, reading.modules[name], named, "mue_branch")

@@ -52,10 +52,10 @@ def _of_role(reading: Reading, info: ParameterInfo) -> Found | None:
 
 
 def _table(reading: Reading) -> list[Found]:
-    """The largest look-up table, which a model without a head may multiply with."""
+    """The largest look-up table, which a model of layers without a head may multiply with."""
     tables = [info for info in reading.of_role(Role.EMBEDDING) if info.form == "embedding" and reading.owner(info.path)]
     largest = max(tables, key=lambda info: info.shape[0], default=None)
-    if largest is None:
+    if largest is None or not any(reading.layer(info.name) for info in reading.infos):
         return []
     name = reading.owner(largest.path)
     return [Found(name, reading.modules[name], "head", "the table, if the model multiplies with it", largest)]
