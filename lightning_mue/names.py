@@ -33,8 +33,8 @@ _ELEMENTWISE = frozenset(
 )
 #: Those of S4's kernels, whose names mean other things elsewhere.
 _KERNEL = frozenset({"b", "c", "p"})
-#: A part of a path that names an attention layer.
-_ATTENTION = re.compile(r"(^|\.)(\w*(attn|attention)\w*|(self_|cross_)?att)(\.|$)", re.IGNORECASE)
+#: A part of a path that names an attention layer (x-transformers' ``attn_layers`` holds FFNs, too).
+_ATTENTION = re.compile(r"(^|\.)(?!attn_layers\.)(\w*(attn|attention)\w*|(self_|cross_)?att)(\.|$)", re.IGNORECASE)
 _EXPERT_NAME = re.compile(r"expert_?\d+$")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_mue.callbacks.monitors.probes import first_tensor
-from lightning_mue.callbacks.monitors.torch_attention import (
+from lightning_mue.callbacks.monitors.seeing.torch_attention import (
     QueryKeyRows,
     WeightRows,
     given_to,

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_mue.callbacks.monitors.probes import find_modules
-from lightning_mue.callbacks.monitors.torch_attention import QueryKeyRows, WeightRows, rows_of_torch
+from lightning_mue.callbacks.monitors.seeing.torch_attention import QueryKeyRows, WeightRows, rows_of_torch
 from lightning_mue.checks import listed
 from lightning_mue.contract import is_attention_core
 from lightning_mue.sharded import is_sharded

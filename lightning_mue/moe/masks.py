@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
@@ -22,6 +22,8 @@ from lightning_mue.checks import mismatch, type_error
 from lightning_mue.moe.base import MoEBase
 
 _NAME = "attention_mask"
+#: (arguments, keywords) of a call -> the mask that it is given.
+MaskReader = Callable[[tuple[Any, ...], dict[str, Any]], Tensor | None]
 _INPUTS = ("input_ids", "inputs_embeds", "tokens", "x", "inputs")
 
 
@@ -78,6 +80,18 @@ def follow_attention_mask(model: nn.Module) -> list[str]:
             module.register_forward_pre_hook(partial(_read, names), with_kwargs=True, prepend=True)
             module.register_forward_hook(_done, always_call=True)
     return watched
+
+
+def mask_readers(model: nn.Module) -> list[tuple[nn.Module, MaskReader]]:
+    """The modules of any model that are called with tokens and an ``attention_mask``, each with what reads it from a call.
+
+    A reader takes the arguments and keywords of a call, and returns bool [B, S], or None if the call has no such mask.
+    """
+    found: list[tuple[nn.Module, MaskReader]] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, MoEBase) and _takes_mask(module, is_root=not name):
+            found.append((module, partial(_given, _places(_forward_of(module))[0])))
+    return found
 
 
 def mask_of(mask: Tensor) -> Tensor:
@@ -148,6 +162,10 @@ def _takes_mask(module: nn.Module, *, is_root: bool) -> bool:
 
 
 def _read(names: dict[str, int], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    _enter(module, _given(names, args, kwargs))
+
+
+def _given(names: dict[str, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     given = _argument(_NAME, names, args, kwargs)
     if isinstance(given, dict):  # one mask for each kind of attention
         given = given.get("full_attention")
@@ -156,7 +174,7 @@ def _read(names: dict[str, int], module: nn.Module, args: tuple[Any, ...], kwarg
     sizes = [each.shape[1] for each in tokens if isinstance(each, Tensor) and each.ndim > 1]
     if mask is not None and sizes and mask.ndim in (2, 3, 4):
         mask = mask_of(mask)[:, -sizes[0] :]  # with a cache of keys, the mask is longer than the tokens
-    _enter(module, mask)
+    return mask
 
 
 def _argument(name: str, names: dict[str, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

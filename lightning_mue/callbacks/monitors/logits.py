@@ -12,15 +12,16 @@ from lightning_mue.callbacks.monitors.finding.attentions import find_attentions_
 from lightning_mue.callbacks.monitors.finding.heads import find_heads
 from lightning_mue.callbacks.monitors.finding.reading import Found, Reading, read
 from lightning_mue.callbacks.monitors.finding.routers import find_routers, router_scopes, weight_name
-from lightning_mue.callbacks.monitors.logit_probes import (
+from lightning_mue.callbacks.monitors.probes import Probe, layer_labels, over_layers
+from lightning_mue.callbacks.monitors.sampling import SampledMonitor
+from lightning_mue.callbacks.monitors.seeing.logit_probes import (
     CoreProbe,
     OutputLogitsProbe,
     ProductLogitsProbe,
     SeenAttentionProbe,
     TorchAttentionProbe,
 )
-from lightning_mue.callbacks.monitors.probes import Probe, layer_labels, over_layers
-from lightning_mue.callbacks.monitors.sampling import SampledMonitor
+from lightning_mue.callbacks.monitors.seeing.padding import PaddingMask
 from lightning_mue.contract import is_attention_core
 from lightning_mue.parameterizations.reading.parameters import module_form
 
@@ -94,7 +95,10 @@ class LogitsZMonitor(SampledMonitor):
             probes += [_attention_probe(each.module, f"attention/{labels[each.name]}") for each in attentions.found]
         routers = self.findings["router logits"] = find_routers(reading, self.routers)
         labels = layer_labels(routers.names())
-        return probes + [router_logits_probe(each, f"router/{labels[each.name]}", reading) for each in routers.found]
+        padding = PaddingMask(pl_module)
+        return probes + [
+            router_logits_probe(each, f"router/{labels[each.name]}", reading, padding) for each in routers.found
+        ]
 
     def summarize(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Mean and worst over layers."""
@@ -115,9 +119,11 @@ def scopes_around(name: str, reading: Reading) -> list[nn.Module]:
 
 
 def _head_probe(head: Found, label: str, reading: Reading) -> Probe:
-    if head.how != "tied to the table":
+    if "the table" not in head.how:
         return OutputLogitsProbe(head.module, label)
-    return ProductLogitsProbe(head.module, label, "weight", scopes_around(head.name, reading))
+    probe = ProductLogitsProbe(head.module, label, "weight", scopes_around(head.name, reading))
+    probe.optional = head.how != "tied to the table"
+    return probe
 
 
 def _attention_probe(module: nn.Module, label: str) -> Probe:
@@ -128,9 +134,10 @@ def _attention_probe(module: nn.Module, label: str) -> Probe:
     return SeenAttentionProbe(module, label)
 
 
-def router_logits_probe(router: Found, label: str, reading: Reading) -> Probe:
+def router_logits_probe(router: Found, label: str, reading: Reading, padding: PaddingMask) -> Probe:
     """A probe of a router's logits: of its output where it declares itself, else of the product with its weight."""
-    if router.info is None or module_form(router.module) == "linear":
+    if router.info is None:
         return OutputLogitsProbe(router.module, label)
-    leaf = weight_name(router)
-    return ProductLogitsProbe(router.module, label, leaf, router_scopes(router, reading))
+    if module_form(router.module) == "linear":
+        return OutputLogitsProbe(router.module, label, padding)
+    return ProductLogitsProbe(router.module, label, weight_name(router), router_scopes(router, reading), padding)

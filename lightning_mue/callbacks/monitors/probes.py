@@ -47,6 +47,8 @@ class Probe(ABC):
     """
 
     size: int
+    #: True: that its module does nothing to measure is no surprise.
+    optional = False
 
     def __init__(self, module: nn.Module, label: str) -> None:
         self.module = module

@@ -16,8 +16,9 @@ from lightning_mue.callbacks.monitors.finding.routers import (
     weight_name,
 )
 from lightning_mue.callbacks.monitors.probes import Probe, layer_labels, over_layers
-from lightning_mue.callbacks.monitors.router_probes import DeclaredRouterProbe, FoundRouterProbe
 from lightning_mue.callbacks.monitors.sampling import SampledMonitor
+from lightning_mue.callbacks.monitors.seeing.padding import PaddingMask
+from lightning_mue.callbacks.monitors.seeing.router_probes import DeclaredRouterProbe, FoundRouterProbe
 from lightning_mue.moe.balance_callbacks import warn_of_missing_callbacks
 from lightning_mue.moe.masks import follow_attention_mask
 
@@ -90,7 +91,8 @@ class RouterMonitor(SampledMonitor):
         routers = find_routers(reading, self.routers)
         self.findings = {"routers": routers}
         labels = layer_labels(routers.names())
-        return [_probe(router, labels[router.name], reading) for router in routers.found]
+        padding = PaddingMask(pl_module)
+        return [_probe(router, labels[router.name], reading, padding) for router in routers.found]
 
     def summarize(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """The mean of MaxVio over layers, and the worst layer of each metric."""
@@ -106,9 +108,9 @@ class RouterMonitor(SampledMonitor):
         }
 
 
-def _probe(router: Found, label: str, reading: Reading) -> Probe:
+def _probe(router: Found, label: str, reading: Reading, padding: PaddingMask) -> Probe:
     if router.info is None:
         return DeclaredRouterProbe(router.module, label)
     experts, top_k = n_experts(router.info), top_k_near(reading, router.name)
     leaf, scopes = weight_name(router), router_scopes(router, reading)
-    return FoundRouterProbe(router.module, label, leaf, experts, top_k, scopes)
+    return FoundRouterProbe(router.module, label, leaf, experts, top_k, scopes, padding)

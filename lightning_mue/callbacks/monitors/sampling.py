@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -141,7 +142,7 @@ class SampledMonitor(Callback, ABC):
 
     def finish(self, trainer: Trainer, metrics: dict[str, float]) -> dict[str, float]:
         """Log a sampled step, from the metrics of the probes over all ranks; return what was logged."""
-        silent = [probe.label for probe in self._probes if probe.total is None]
+        silent = [probe.label for probe in self._probes if probe.total is None and not probe.optional]
         if silent:
             message = f"saw no forward pass of {', '.join(silent)}, or none with an output that it can measure."
             self._warn("silent", message)
@@ -155,9 +156,11 @@ class SampledMonitor(Callback, ABC):
         """What is logged, from the metrics of the probes: with those over layers, in the detail that was asked for."""
         summary = self.summarize(metrics)
         self.worst_names = worst_layers(metrics, summary)
-        layers = {tag for tag in metrics if any(over.startswith(f"{tag.rpartition('/')[0]}_") for over in summary)}
-        many = len({tag.rpartition("/")[2] for tag in layers}) > MOST_LAYERS_IN_FULL
-        if self.detail == "full" or (self.detail is None and not many):
+        by_layer = (tag for tag in metrics if any(over.startswith(f"{tag.rpartition('/')[0]}_") for over in summary))
+        places = {tag.split("/", 2)[2] for tag in by_layer}  # "ffn/03"
+        layers = {tag for tag in metrics if tag.split("/", 2)[2:] and tag.split("/", 2)[2] in places}
+        most = max(Counter(tag.rpartition("/")[0] for tag in layers).values(), default=0)
+        if self.detail == "full" or (self.detail is None and most <= MOST_LAYERS_IN_FULL):
             return {**metrics, **summary}
         order = list(dict.fromkeys(tag.rpartition("/")[2] for tag in metrics if tag in layers))
         worst = {

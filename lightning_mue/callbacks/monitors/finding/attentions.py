@@ -22,7 +22,7 @@ def find_attentions_of(reading: Reading, pattern: str | None = None) -> Finding:
     kinds = (
         ("mue_attention_core", [n for n, m in reading.modules.items() if is_attention_core(m)]),
         ("nn.MultiheadAttention", [n for n, m in reading.modules.items() if isinstance(m, nn.MultiheadAttention)]),
-        ("query matrix", _round_queries(reading)),
+        ("query matrix", round_queries(reading)),
         ("class", [n for n, m in reading.modules.items() if _is_called_attention(m)]),
     )
     for how, candidates in kinds:
@@ -47,7 +47,7 @@ def _has_extra_keys(module: nn.Module) -> bool:
     return torch_own and (module.bias_k is not None or bool(module.add_zero_attn))
 
 
-def _round_queries(reading: Reading) -> list[str]:
+def round_queries(reading: Reading) -> list[str]:
     """Names of the modules that hold query matrices beside matrices of keys."""
     names = []
     for info in reading.infos:

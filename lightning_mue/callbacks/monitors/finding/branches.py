@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from itertools import takewhile
 
+from lightning_mue.callbacks.monitors.finding.attentions import round_queries
 from lightning_mue.callbacks.monitors.finding.reading import Finding, Found, Reading, by_pattern, inside
 from lightning_mue.contract import branch_kind
 from lightning_mue.names import in_attention
@@ -36,7 +37,7 @@ def find_branches(reading: Reading, patterns: str | Mapping[str, str] | None = N
     for kind, pattern in given.items():
         for name in by_pattern(reading, "branches", pattern):
             found[name] = Found(name, reading.modules[name], kind or _kind_by_name(name), "named")
-    declared = [(name, str(kind)) for name, m in reading.modules.items() if (kind := branch_kind(m)) is not None]
+    declared = [(name, str(branch_kind(m))) for name, m in reading.modules.items() if branch_kind(m) is not None]
     for name, named in declared:
         if name not in found:
             found[name] = Found(name, reading.modules[name], named, "mue_branch")
@@ -45,6 +46,13 @@ def find_branches(reading: Reading, patterns: str | Mapping[str, str] | None = N
     for each in _read(reading, missing):
         if not inside(each.name, first) and not any(inside(name, [each.name]) for name in first):
             found.setdefault(each.name, each)
+    for name in round_queries(
+        reading
+    ):  # where the reading shows no end, an attention returns its branch's output itself
+        layer = reading.layer(f"{name}.x")
+        known = any(each.kind == "attention" and inside(each.name, [layer]) for each in found.values())
+        if layer and not known and not inside(name, list(found)):
+            found[name] = Found(name, reading.modules[name], "attention", "query matrix")
     order = {name: i for i, name in enumerate(reading.modules)}
     return Finding(sorted(found.values(), key=lambda each: order[each.name]), missing)
 
@@ -118,8 +126,9 @@ def _kind(reading: Reading, info: ParameterInfo, layer: str) -> str:
     if info.role in _FFN:
         return "ffn"
     beside = info.path.rpartition(".")[0]
-    queries = (other.path for other in reading.infos if other.query is not None and reading.layer(other.name) == layer)
-    if in_attention(f"{rest}.x") or (beside != layer and any(inside(path, [beside]) for path in queries)):
+    queries = [other.path for other in reading.infos if other.query is not None and reading.layer(other.name) == layer]
+    around = any(path.rpartition(".")[0] == beside or (beside != layer and inside(path, [beside])) for path in queries)
+    if in_attention(f"{rest}.x") or around:
         return "attention"
     return _kind_by_name(rest)
 

@@ -27,7 +27,9 @@ def find_heads(reading: Reading, pattern: str | None = None) -> Finding:
             return Finding([Found(name, reading.modules[name], "head", how) for name in names])
     found = {each.name: each for info in reading.of_role(Role.UNEMBEDDING) if (each := _of_role(reading, info))}
     heads = list(found.values()) or _by_name(reading)
-    return Finding(heads, [] if heads else ["a head: no parameter is an unembedding"])
+    if heads:
+        return Finding(heads)
+    return Finding(_table(reading), ["a head: no parameter is an unembedding"])
 
 
 def _owns_unembedding(module: object) -> bool:
@@ -47,6 +49,16 @@ def _of_role(reading: Reading, info: ParameterInfo) -> Found | None:
         tables = [name for name in owners if is_embedding(name)] or owners
         return Found(tables[-1], reading.modules[tables[-1]], "head", "tied to the table", info)
     return None
+
+
+def _table(reading: Reading) -> list[Found]:
+    """The largest look-up table, which a model of layers without a head may multiply with."""
+    tables = [info for info in reading.of_role(Role.EMBEDDING) if info.form == "embedding" and reading.owner(info.path)]
+    largest = max(tables, key=lambda info: info.shape[0], default=None)
+    if largest is None or not any(reading.layer(info.name) for info in reading.infos):
+        return []
+    name = reading.owner(largest.path)
+    return [Found(name, reading.modules[name], "head", "the table, if the model multiplies with it", largest)]
 
 
 def _by_name(reading: Reading) -> list[Found]:

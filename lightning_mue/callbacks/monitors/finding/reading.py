@@ -50,6 +50,10 @@ class Finding:
         return [each.name for each in self.found]
 
 
+#: Model -> (its modules, its parameters, trouble): plain data, which keeps no model alive.
+_known: WeakKeyDictionary[nn.Module, tuple[Any, list[ParameterInfo], str]] = WeakKeyDictionary()
+
+
 class Reading:
     """A model as its monitors read it.
 
@@ -61,12 +65,11 @@ class Reading:
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = find_modules(model, lambda _: True)
-        self.infos: list[ParameterInfo] = []
-        self.trouble = ""
-        try:
-            self.infos = read_alone(model)
-        except (ValueError, TypeError, RuntimeError, KeyError, IndexError, AttributeError) as error:
-            self.trouble = f"the roles of parameters could not be read ({error})"
+        shape = tuple((name, id(module)) for name, module in model.named_modules())
+        known = _known.get(model)
+        if known is None or known[0] != shape:
+            known = _known[model] = (shape, *_infos_of(model))
+        _, self.infos, self.trouble = known
         self._stacks = Stacks(self.infos)
 
     def of_role(self, *roles: Role) -> list[ParameterInfo]:
@@ -88,16 +91,16 @@ class Reading:
         return parent if path and isinstance(self.modules.get(parent), nn.MultiheadAttention) else path
 
 
-_readings: WeakKeyDictionary[nn.Module, tuple[Any, Reading]] = WeakKeyDictionary()
-
-
 def read(model: nn.Module) -> Reading:
-    """The reading of a model, made once while its modules stay the same ones."""
-    shape = tuple((name, id(module)) for name, module in model.named_modules())
-    known = _readings.get(model)
-    if known is None or known[0] != shape:
-        known = _readings[model] = (shape, Reading(model))
-    return known[1]
+    """The reading of a model; its roles are read once while its modules stay the same ones."""
+    return Reading(model)
+
+
+def _infos_of(model: nn.Module) -> tuple[list[ParameterInfo], str]:
+    try:
+        return read_alone(model), ""
+    except (ValueError, TypeError, RuntimeError, KeyError, IndexError, AttributeError) as error:
+        return [], f"the roles of parameters could not be read ({error})"
 
 
 def inside(name: str, others: Iterable[str]) -> bool:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mue.callbacks.monitors.probes import Probe, first_tensor
-from lightning_mue.callbacks.monitors.watching import Handles, WatchingProbe, WeightCalls
+from lightning_mue.callbacks.monitors.seeing.padding import PaddingMask
+from lightning_mue.callbacks.monitors.seeing.watching import Handles, WatchingProbe, WeightCalls
 from lightning_mue.checks import value_error
 from lightning_mue.diagnostics import dead_experts, load_entropy, load_max_fraction, max_violation
 from lightning_mue.sharded import is_sharded, whole
@@ -150,10 +151,18 @@ class FoundRouterProbe(WatchingProbe, _Routing):
     """
 
     def __init__(
-        self, module: nn.Module, label: str, leaf: str, n_experts: int, top_k: int | None, scopes: Sequence[nn.Module]
+        self,
+        module: nn.Module,
+        label: str,
+        leaf: str,
+        n_experts: int,
+        top_k: int | None,
+        scopes: Sequence[nn.Module],
+        padding: PaddingMask,
     ) -> None:
         super().__init__(module, label, scopes)
         self.size = _HEADER + n_experts
+        self._padding = padding
         self._leaf, self._top_k, self._calls = leaf, top_k, WeightCalls(module, leaf)
         self.enter()
 
@@ -168,7 +177,7 @@ class FoundRouterProbe(WatchingProbe, _Routing):
         def keep(module: nn.Module, inputs: Any, output: Any) -> None:
             self._returned.append(output)
 
-        return Handles(super().attach(device), self.module.register_forward_hook(keep))
+        return Handles(super().attach(device), self.module.register_forward_hook(keep), self._padding.attach())
 
     def enter(self) -> None:
         """A pass begins."""
@@ -199,7 +208,7 @@ class FoundRouterProbe(WatchingProbe, _Routing):
                 ids = self._integers(i, len(logits_TE))
             if ids is None and self._top_k is not None:
                 ids = logits_TE.topk(min(self._top_k, self.n_experts), dim=-1).indices
-            self.add(self.statistics(logits_TE, ids, None, None))
+            self.add(self.statistics(logits_TE, ids, None, self._padding.real(len(logits_TE))))
         self.enter()
 
     def _columns(self, output: Any) -> Tensor | None:

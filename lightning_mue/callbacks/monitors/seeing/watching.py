@@ -42,7 +42,7 @@ class _Mode(TorchFunctionMode):
 class Handles:
     """Several hooks that are removed together."""
 
-    def __init__(self, *handles: RemovableHandle) -> None:
+    def __init__(self, *handles: RemovableHandle | Any) -> None:
         self.handles = handles
 
     def remove(self) -> None:

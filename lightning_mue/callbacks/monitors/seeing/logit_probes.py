@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_mue.callbacks.monitors.probes import Probe, first_tensor
-from lightning_mue.callbacks.monitors.torch_attention import added_mask, given_to, torch_heads
-from lightning_mue.callbacks.monitors.watching import WatchingProbe, WeightCalls
+from lightning_mue.callbacks.monitors.seeing.padding import PaddingMask
+from lightning_mue.callbacks.monitors.seeing.torch_attention import added_mask, given_to, torch_heads
+from lightning_mue.callbacks.monitors.seeing.watching import Handles, WatchingProbe, WeightCalls
 from lightning_mue.diagnostics.attention import (
     ATTENTION_SIZE,
     LOGITS_SIZE,
@@ -43,22 +44,40 @@ class _Logits(Probe):
 
 
 class OutputLogitsProbe(_Logits):
-    """Logits that are a module's output, or the ``logits`` in it, without the tokens that its ``mask`` leaves out."""
+    """Logits that are a module's output, or the ``logits`` in it; not of tokens that its ``mask`` or the padding leaves out."""
+
+    def __init__(self, module: nn.Module, label: str, padding: PaddingMask | None = None) -> None:
+        super().__init__(module, label)
+        self._padding = padding
+
+    def attach(self, device: torch.device) -> Any:
+        """Hook the module and forget the previous step."""
+        handle = super().attach(device)
+        return handle if self._padding is None else Handles(handle, self._padding.attach())
 
     def measure(self, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
         """From the output."""
         logits, mask = first_tensor(getattr(output, "logits", output)), getattr(output, "mask", None)
         if logits is None or logits.ndim < 2:  # a scalar is a loss
             return None
+        if mask is None and self._padding is not None:
+            mask = self._padding.real(logits.shape[:-1].numel())
         return logits_summary(logits, mask)
 
 
 class ProductLogitsProbe(WatchingProbe, _Logits):
     """Logits that are a product with a weight: of a tied table, or of a router in whatever form."""
 
-    def __init__(self, module: nn.Module, label: str, leaf: str, scopes: Sequence[nn.Module]) -> None:
+    def __init__(
+        self, module: nn.Module, label: str, leaf: str, scopes: Sequence[nn.Module], padding: PaddingMask | None = None
+    ) -> None:
         super().__init__(module, label, scopes)
-        self._calls = WeightCalls(module, leaf)
+        self._calls, self._padding = WeightCalls(module, leaf), padding
+
+    def attach(self, device: torch.device) -> Any:
+        """Hook the scopes and forget the previous step."""
+        handle = super().attach(device)
+        return handle if self._padding is None else Handles(handle, self._padding.attach())
 
     def enter(self) -> None:
         """A pass begins."""
@@ -68,7 +87,8 @@ class ProductLogitsProbe(WatchingProbe, _Logits):
         """Measure the calls that are looked for."""
         logits = self._calls.product(func, args, kwargs, output)
         if logits is not None:
-            self.add(logits_summary(whole(logits.detach())))
+            mask = None if self._padding is None else self._padding.real(logits.shape[:-1].numel())
+            self.add(logits_summary(whole(logits.detach()), mask))
 
 
 class _AttentionLogits(Probe):
@@ -128,10 +148,19 @@ class SeenAttentionProbe(WatchingProbe, _AttentionLogits):
         if func is _FUSED_ATTENTION:
             self.add(_of_sdpa({**dict(zip(_SDPA, args, strict=False)), **kwargs}))
             return
-        sinks = isinstance(getattr(self.module, "sinks", None), Tensor)
-        x = output if sinks and func is torch.cat else args[0] if func in _SOFTMAXES and not sinks and args else None
+        sinks = getattr(self.module, "sinks", None)
+        if isinstance(sinks, Tensor):
+            x = output if func is torch.cat and _joins(args, sinks) else None
+        else:
+            x = args[0] if func in _SOFTMAXES and args else None
         if isinstance(x, Tensor) and x.ndim >= 3 and x.is_floating_point() and _over_last(func, args, kwargs, x.ndim):
             self.add(softmax_summary(whole(x.detach())))
+
+
+def _joins(args: tuple[Any, ...], sinks: Tensor) -> bool:
+    """Whether a concatenation has (a view of) the sinks among its parts; rotations of queries and keys have not."""
+    parts = args[0] if args and isinstance(args[0], (tuple, list)) else ()
+    return any(part is sinks or part._base is sinks for part in parts if isinstance(part, Tensor))
 
 
 def _over_last(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], ndim: int) -> bool:

@@ -1,0 +1,1 @@
+"""How probes see logits, attention and routing inside modules of any project."""
