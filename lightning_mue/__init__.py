@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # for type checkers and editors; tests/test_package.py compar
     from lightning_mue.callbacks import MuECallback as MuECallback
     from lightning_mue.callbacks import QKClip as QKClip
     from lightning_mue.callbacks import RouterMonitor as RouterMonitor
+    from lightning_mue.callbacks import StabilityGuard as StabilityGuard
     from lightning_mue.callbacks import ThroughputMonitor as ThroughputMonitor
     from lightning_mue.callbacks import TransferMonitor as TransferMonitor
     from lightning_mue.data import TextDataModule as TextDataModule
@@ -61,6 +62,7 @@ _PUBLIC = {
     "QKClip": "callbacks",
     "RouterMonitor": "callbacks",
     "ScalingPlan": "parameterizations",
+    "StabilityGuard": "callbacks",
     "TextDataModule": "data",
     "ThroughputMonitor": "callbacks",
     "TokenDataModule": "data",

@@ -1,5 +1,6 @@
 """Callbacks: the parameterization, and monitors that show whether a run is healthy."""
 
+from lightning_mue.callbacks.guard.callback import StabilityGuard
 from lightning_mue.callbacks.monitors.activations import ActivationOutlierMonitor
 from lightning_mue.callbacks.monitors.logits import LogitsZMonitor
 from lightning_mue.callbacks.monitors.routing import RouterMonitor
@@ -16,6 +17,7 @@ __all__ = [
     "MuECallback",
     "QKClip",
     "RouterMonitor",
+    "StabilityGuard",
     "ThroughputMonitor",
     "TransferMonitor",
 ]

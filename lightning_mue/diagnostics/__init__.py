@@ -21,12 +21,14 @@ from lightning_mue.diagnostics.routing import (
     max_violation,
     router_entropy,
 )
+from lightning_mue.diagnostics.spikes import cusum, spike_score
 from lightning_mue.diagnostics.updates import even_sample, update_ratio, update_rms, update_summary, weight_rms
 from lightning_mue.diagnostics.zvalue import attention_z_value, z_value
 
 __all__ = [
     "activation_summary",
     "attention_z_value",
+    "cusum",
     "dead_experts",
     "even_sample",
     "kurtosis",
@@ -38,6 +40,7 @@ __all__ = [
     "outlier_percent",
     "output_rms",
     "router_entropy",
+    "spike_score",
     "summary_metrics",
     "update_ratio",
     "update_rms",
