@@ -12,14 +12,14 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_mue.callbacks.guard import snapshot
+from lightning_mue.callbacks.guard.deciding.verdict import SERIES, Verdict
 from lightning_mue.callbacks.guard.findings import Finding, strongest
 from lightning_mue.callbacks.guard.samples import Samples
-from lightning_mue.callbacks.guard.settings import Settings
-from lightning_mue.callbacks.guard.verdict import SERIES, Verdict
+from lightning_mue.callbacks.guard.settings import GuardSettings
 from lightning_mue.checks import require_choice
 
 if TYPE_CHECKING:
-    from lightning_mue.callbacks.guard.judging import Judging
+    from lightning_mue.callbacks.guard.deciding.judging import Judging
 
 _log = logging.getLogger(__name__)
 #: Entries of `decisions` that are kept.
@@ -38,7 +38,7 @@ class Acting:
     def __init__(
         self,
         guard: Callback,
-        settings: Settings,
+        settings: GuardSettings,
         keep: str,
         dirpath: str | Path | None,
         sample_ids: str | Callable[[Any], Any] | None,

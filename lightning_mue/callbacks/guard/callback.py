@@ -15,13 +15,12 @@ from torch.optim import Optimizer
 from lightning_mue.callbacks import tensorboard_page
 from lightning_mue.callbacks.guard import serving
 from lightning_mue.callbacks.guard.acting import Acting
-from lightning_mue.callbacks.guard.findings import Finding, Record
+from lightning_mue.callbacks.guard.deciding.judging import Decided, Judging
+from lightning_mue.callbacks.guard.deciding.verdict import Judge
+from lightning_mue.callbacks.guard.findings import Finding, Reader, StepHistory
 from lightning_mue.callbacks.guard.indicators import Indicators
-from lightning_mue.callbacks.guard.judging import Decided, Judging
-from lightning_mue.callbacks.guard.settings import Settings, bounds_of, patterns_of
-from lightning_mue.callbacks.guard.verdict import Verdict
+from lightning_mue.callbacks.guard.settings import GuardSettings, bounds_of, patterns_of
 from lightning_mue.checks import listed, mismatch, require_type, value_error
-from lightning_mue.names import clean_name
 
 _CHARTS = {
     "Skipped steps": ["guard/(skipped_steps|rollbacks)"],
@@ -99,7 +98,7 @@ class StabilityGuard(Callback):
         dirpath: str | Path | None = None,
         sample_ids: str | Callable[[Any], Any] | None = None,
     ) -> None:
-        self.settings = Settings(
+        self.settings = GuardSettings(
             nonfinite,
             spike,
             threshold,
@@ -122,23 +121,16 @@ class StabilityGuard(Callback):
         self.indicators = Indicators(self.settings)
         self.acting = Acting(self, self.settings, keep, dirpath, sample_ids)
         self._judging: Judging | None = None
-        self._records: list[Record] = []
-        self._last: Verdict | None = None
+        self._reader = Reader(self.settings, self.indicators, 0)
         #: States: to be put in place when training begins, and of when it ended.
         self._restored: dict[str, Any] = {}
         self._ended: dict[str, Any] = {}
         self._in_batch = False
         self._step = self._kept_at = 0
 
-    @property
-    def decisions(self) -> list[dict[str, Any]]:
-        """What was found and done, oldest first: step, kind, indicator, value, expected, action, done."""
-        return self.acting.decisions
-
-    @property
-    def skipped_steps(self) -> int:
-        """Optimizer steps that were not taken."""
-        return self.acting.skipped
+    # What was found and done, oldest first (step, kind, indicator, value, expected, action, done), and the steps not taken.
+    decisions = property(lambda self: self.acting.decisions)
+    skipped_steps = property(lambda self: self.acting.skipped)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses strategies that the guard cannot serve, and a second guard."""
@@ -155,8 +147,8 @@ class StabilityGuard(Callback):
         self._remove()
         options = (lambda: self._in_batch, self.decides_on_device_everywhere)
         self._judging = judging = Judging(self.settings, trainer, pl_module, *options)
-        self._records = [Record(self.settings) for _ in trainer.optimizers]
-        self._step, self._last = _steps(trainer), None
+        self._reader = Reader(self.settings, self.indicators, len(trainer.optimizers))
+        self._step = _steps(trainer)
         self.acting.begin(trainer, self._restored.get("acting", {}).get("kept_steps", []))
         self._restore(judging)
         self._set_rates()
@@ -189,19 +181,17 @@ class StabilityGuard(Callback):
         """Acts on what was decided, logs, and keeps a good state from time to time."""
         assert self._judging is not None
         self._in_batch = False
-        findings: list[Finding] = []
-        for decided in self._judging.take():
-            findings += self._read(trainer, pl_module, decided)
+        findings = self._read(trainer, pl_module, self._judging.take())
         if self.acting.act(trainer, pl_module, self._judging, findings):
-            for record in self._records:
-                record.forget()
+            self._reader.went_back()
             serving.tell(trainer, pl_module)
         self.acting.cool_down(trainer, self._step + 1)
         self._set_rates()
         done = _steps(trainer)
         if done > self._step:
             self._log(trainer, always=bool(findings))
-            if self.settings.rolls_back and done - self._kept_at >= self.settings.every_n_steps and self._is_good():
+            due = self.settings.rolls_back and done - self._kept_at >= self.settings.every_n_steps
+            if due and self._reader.is_good(self._step):
                 self.acting.keep_state(trainer, pl_module, self._judging, done)
                 self._kept_at = done
 
@@ -209,8 +199,7 @@ class StabilityGuard(Callback):
         """Reads the last steps, gives the optimizers their own steps back, and says what was never seen."""
         if self._judging is not None:
             last = [*self._judging.take(), *self._judging.take()]
-            findings = [finding for decided in last for finding in self._read(trainer, pl_module, decided)]
-            self.acting.note_late(trainer, findings)
+            self.acting.note_late(trainer, self._read(trainer, pl_module, last))
         unseen = self.indicators.unseen()
         if unseen and self._step:
             found = f"no indicator called {listed(unseen)} in trainer.callback_metrics during the run"
@@ -229,7 +218,12 @@ class StabilityGuard(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keeps what is saved as a state to come back to as well, if it is good: a resumed run begins with it."""
-        if self._judging is None or not self.settings.rolls_back or self._in_batch or not self._is_good():
+        if (
+            self._judging is None
+            or not self.settings.rolls_back
+            or self._in_batch
+            or not self._reader.is_good(self._step)
+        ):
             return
         self._kept_at = _steps(trainer)
         self.acting.keep_state(trainer, pl_module, self._judging, self._kept_at)
@@ -243,7 +237,7 @@ class StabilityGuard(Callback):
             "acting": self.acting.state_dict(),
             "indicators": self.indicators.state_dict(),
             "judges": [judge.state_dict() for judge in self._judging.judges],
-            "records": [record.state_dict() for record in self._records],
+            "records": [record.state_dict() for record in self._reader.records],
             "pending": self._judging.pending(),
         }
 
@@ -260,38 +254,23 @@ class StabilityGuard(Callback):
             raise value_error("ckpt_path", found=found, expected="as many", do="Resume with the same optimizers.")
         self.acting.load_state_dict(state["acting"])
         self.indicators.load_state_dict(state["indicators"])
-        for parts, states in ((judging.judges, state["judges"]), (self._records, state["records"])):
-            for part, kept in zip(parts, states, strict=True):  # type: ignore[call-overload]
-                part.load_state_dict(kept)
+        parts: list[Judge | StepHistory] = [*judging.judges, *self._reader.records]
+        for part, kept in zip(parts, [*state["judges"], *state["records"]], strict=True):
+            part.load_state_dict(kept)
         judging.decided = [Decided(step, index, record) for step, index, record in state["pending"]]
 
-    def _read(self, trainer: Trainer, pl_module: LightningModule, decided: Decided) -> list[Finding]:
-        """Findings of one judged step."""
-        self._last = verdict = decided.verdict()
+    def _read(self, trainer: Trainer, pl_module: LightningModule, steps: list[Decided]) -> list[Finding]:
+        """Findings of judged steps; counts those that were skipped."""
+        names = {id(p): name for name, p in pl_module.named_parameters()} if steps else {}
         scaler = serving.scaler_of(trainer) is not None
-        found = self._records[decided.index].read(decided.step, verdict, scaler=scaler)
-        if verdict.skip:
-            self.acting.skipped += 1
-            serving.tell(trainer, pl_module)
-        if verdict.alarm:
-            found.append(self._of_indicator(decided.step, verdict))
-            self._records[decided.index].last_fault = decided.step
-        if verdict.bad_gradient and found:
-            ids = {id(p): name for name, p in pl_module.named_parameters()}
-            names = [clean_name(ids.get(id(p), "a parameter of another module")) for p in decided.spoilt()]
-            if names:
-                found[0] = found[0]._replace(
-                    expected=f"{found[0].expected}, as the gradients of {listed(names, limit=3)} are not"
-                )
-        return found
-
-    def _of_indicator(self, step: int, verdict: Verdict) -> Finding:
-        pattern, expected, kind = self.indicators.described(int(verdict.alarm))
-        action = self.settings.threshold if kind == "threshold" else self.settings.drift
-        return Finding(step, kind, pattern, verdict.alarm_value, expected, action or "warn")
-
-    def _is_good(self) -> bool:
-        return all(record.is_good(self._step, self._last) for record in self._records)
+        findings: list[Finding] = []
+        for decided in steps:
+            found, skipped = self._reader.read(decided, names, scaler=scaler)
+            findings += found
+            if skipped:
+                self.acting.skipped += 1
+                serving.tell(trainer, pl_module)
+        return findings
 
     def _set_rates(self) -> None:
         for guarded in self._judging.steps if self._judging is not None else ():
@@ -299,7 +278,7 @@ class StabilityGuard(Callback):
 
     def _log(self, trainer: Trainer, *, always: bool) -> None:
         """To the loggers, at the Trainer's logging steps and wherever something was found."""
-        every, last = trainer.log_every_n_steps, self._last  # type: ignore[attr-defined]  # by a connector
+        every, last = trainer.log_every_n_steps, self._reader.last  # type: ignore[attr-defined]  # by a connector
         if last is None or not (always or (every and (self._step + 1) % every == 0)):
             return
         metrics = self.acting.metrics(last)

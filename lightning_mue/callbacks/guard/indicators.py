@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import Trainer
 
-from lightning_mue.callbacks.guard.settings import Settings
+from lightning_mue.callbacks.guard.settings import GRADIENT, LOSS, GuardSettings
 from lightning_mue.diagnostics.spikes import cusum, new_cusum, push, spike_score
 
-#: As of the loss (`lightning_mue.callbacks.guard.verdict.FLOORS`).
+#: As of the loss (`lightning_mue.callbacks.guard.deciding.verdict.FLOORS`).
 _FLOOR = 0.02
 
 
-class Alarm(NamedTuple):
+class IndicatorAlarm(NamedTuple):
     """An indicator that is amiss.
 
     Attributes:
@@ -42,7 +42,7 @@ class _Series:
         self.window_SW = torch.full((1, window), torch.nan)
         self.sum_S3 = new_cusum(1)
 
-    def add(self, value: float, settings: Settings) -> tuple[bool, float]:
+    def add(self, value: float, settings: GuardSettings) -> tuple[bool, float]:
         """Whether the sum passes its limit with this value, and the median that it was held against."""
         if value == self.last:  # most indicators are sampled, and stay in the metrics until the next sample
             return False, 0.0
@@ -63,22 +63,27 @@ class Indicators:
     Ranks may see different values: what is amiss goes to all ranks with the figures of the next step.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: GuardSettings) -> None:
         self.settings = settings
-        self.watches = bool(settings.bounds) or bool(settings.drifts)
+        #: Patterns of drifts; the guard's own series are followed elsewhere.
+        self._drifting = [pattern for pattern in settings.drifts if pattern.pattern not in (LOSS, GRADIENT)]
+        self._patterns = [bound.pattern for bound in settings.bounds] + self._drifting
+        #: Number of a pattern -> the indicator that was amiss last.
+        self._latest: dict[int, str] = {}
         self._outside: set[str] = set()
         self._series: dict[str, _Series] = {}
         self._seen: set[int] = set()
 
-    def look(self, trainer: Trainer) -> Alarm | None:
+    def look(self, trainer: Trainer) -> IndicatorAlarm | None:
         """The first indicator that has just left its range, or whose sum has passed its limit."""
-        if not self.watches:
+        if not self._patterns:
             return None
         values = self._values(trainer)
         alarms = [*self._thresholds(values), *self._drifts(values)]
+        self._latest.update({alarm.code: alarm.tag for alarm in alarms})
         return max(alarms, key=lambda alarm: alarm.code) if alarms else None
 
-    def _thresholds(self, values: dict[str, float]) -> list[Alarm]:
+    def _thresholds(self, values: dict[str, float]) -> list[IndicatorAlarm]:
         alarms = []
         for code, bound in enumerate(self.settings.bounds, 1):
             for tag, value in values.items():
@@ -90,12 +95,12 @@ class Indicators:
                     self._outside.discard(key)
                 elif key not in self._outside:  # NaN is outside, too
                     self._outside.add(key)
-                    alarms.append(Alarm(code, tag, value, str(bound), "threshold"))
+                    alarms.append(IndicatorAlarm(code, tag, value, str(bound), "threshold"))
         return alarms
 
-    def _drifts(self, values: dict[str, float]) -> list[Alarm]:
+    def _drifts(self, values: dict[str, float]) -> list[IndicatorAlarm]:
         alarms = []
-        for code, pattern in enumerate(self.settings.drifts, 1 + len(self.settings.bounds)):
+        for code, pattern in enumerate(self._drifting, 1 + len(self.settings.bounds)):
             for tag, value in values.items():
                 if pattern.fullmatch(tag):
                     self._seen.add(code)
@@ -103,16 +108,15 @@ class Indicators:
                         value, self.settings
                     )
                     if passed:
-                        alarms.append(Alarm(code, tag, value, f"about {median:g}", "drift"))
+                        alarms.append(IndicatorAlarm(code, tag, value, f"about {median:g}", "drift"))
         return alarms
 
     def _values(self, trainer: Trainer) -> dict[str, float]:
         """The numbers of the indicators that are watched, by one copy to the host."""
-        patterns = [bound.pattern for bound in self.settings.bounds] + self.settings.drifts
         found = {
             tag: value
             for tag, value in trainer.callback_metrics.items()
-            if any(pattern.fullmatch(tag) for pattern in patterns) and value.numel() == 1
+            if any(pattern.fullmatch(tag) for pattern in self._patterns) and value.numel() == 1
         }
         if not found:
             return {}
@@ -122,15 +126,15 @@ class Indicators:
 
     def unseen(self) -> list[str]:
         """Patterns that no indicator has matched so far."""
-        patterns = [bound.pattern for bound in self.settings.bounds] + self.settings.drifts
-        return [pattern.pattern for code, pattern in enumerate(patterns, 1) if code not in self._seen]
+        own = [p for p in self._drifting if any(own_series([p], (LOSS, GRADIENT)))]
+        patterns = enumerate(self._patterns, 1)
+        return [pattern.pattern for code, pattern in patterns if code not in self._seen and pattern not in own]
 
     def described(self, code: int) -> tuple[str, str, str]:
-        """Pattern, what is expected, and kind of an alarm that another rank raised."""
+        """Of an alarm: the indicator (its pattern, if another rank raised it), what is expected, and the kind."""
         bounds = self.settings.bounds
-        if code <= len(bounds):
-            return bounds[code - 1].pattern.pattern, str(bounds[code - 1]), "threshold"
-        return self.settings.drifts[code - 1 - len(bounds)].pattern, "no steady rise", "drift"
+        tag = self._latest.get(code, self._patterns[code - 1].pattern)
+        return (tag, str(bounds[code - 1]), "threshold") if code <= len(bounds) else (tag, "no steady rise", "drift")
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types and tensors."""

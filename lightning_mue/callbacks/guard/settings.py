@@ -97,7 +97,7 @@ def _pattern(key: str, tag: Any) -> re.Pattern[str]:
         raise value_error(key, found=f"{tag!r} ({error})", expected="a regular expression on whole tags") from None
 
 
-class Settings(NamedTuple):
+class GuardSettings(NamedTuple):
     """The checked arguments of `StabilityGuard`, which documents them."""
 
     nonfinite: str

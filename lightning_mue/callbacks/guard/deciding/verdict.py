@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_mue.callbacks.guard.settings import GRADIENT, LOSS, Settings
+from lightning_mue.callbacks.guard.settings import GRADIENT, LOSS, GuardSettings
 from lightning_mue.diagnostics.spikes import cusum, new_cusum, push, spike_score
 
 SERIES = (LOSS, GRADIENT)
@@ -50,8 +50,8 @@ class Verdict(NamedTuple):
     def of(cls, record: list[float]) -> Verdict:
         """From the record that `Judge.decide` made."""
         skip, bad_loss, bad_gradient, rank, alarm, value, losses, gradients, *series = record
-        pairs = [(series[i], series[i + 1]) for i in range(0, len(series), 2)]
-        return cls(skip, bad_loss, bad_gradient, rank, *pairs, alarm, value, losses, gradients)  # type: ignore[arg-type]
+        values, scores, medians, drifts = ((series[i], series[i + 1]) for i in range(0, len(series), 2))
+        return cls(skip, bad_loss, bad_gradient, rank, values, scores, medians, drifts, alarm, value, losses, gradients)
 
     @property
     def finite(self) -> bool:
@@ -62,7 +62,7 @@ class Verdict(NamedTuple):
 class Judge:
     """Decides about the steps of one optimizer; its series and sums are tensors on the device."""
 
-    def __init__(self, settings: Settings, drifting: tuple[bool, bool], device: torch.device) -> None:
+    def __init__(self, settings: GuardSettings, drifting: tuple[bool, bool], device: torch.device) -> None:
         self.settings = settings
         self.device = device
         self.window_SW = torch.full((2, settings.window), torch.nan, device=device)

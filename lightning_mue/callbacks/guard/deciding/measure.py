@@ -88,6 +88,6 @@ def gather(figures_F: Tensor, world_size: int) -> Tensor:
     """The figures of all ranks, [R, F], the same on each; one collective, none in a single process."""
     if world_size == 1:
         return figures_F.unsqueeze(0)
-    ranks_RF = figures_F.new_empty(world_size, figures_F.numel())
-    torch.distributed.all_gather_into_tensor(ranks_RF, figures_F)
-    return ranks_RF
+    ranks = figures_F.new_empty(world_size * figures_F.numel())
+    torch.distributed.all_gather_into_tensor(ranks, figures_F)
+    return ranks.view(world_size, -1)

@@ -11,26 +11,26 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_mue.callbacks.guard import serving
-from lightning_mue.callbacks.guard.buffers import ChangingBuffers
-from lightning_mue.callbacks.guard.indicators import Alarm, own_series
-from lightning_mue.callbacks.guard.measure import LossSum, Share, gather, gradients_of, norms_of
-from lightning_mue.callbacks.guard.settings import Settings
-from lightning_mue.callbacks.guard.stepping import GuardedStep
-from lightning_mue.callbacks.guard.verdict import SERIES, Judge, Verdict
+from lightning_mue.callbacks.guard.deciding.buffers import ChangingBuffers
+from lightning_mue.callbacks.guard.deciding.measure import LossSum, Share, gather, gradients_of, norms_of
+from lightning_mue.callbacks.guard.deciding.stepping import GuardedStep
+from lightning_mue.callbacks.guard.deciding.verdict import SERIES, Judge, Verdict
+from lightning_mue.callbacks.guard.indicators import IndicatorAlarm, own_series
+from lightning_mue.callbacks.guard.settings import GuardSettings
 
 
 class Decided(NamedTuple):
     """One judged step.
 
     Attributes:
-        step, index: Optimizer step from 0 on, and which optimizer.
+        step, optimizer: Optimizer step from 0 on, and which optimizer.
         record: The record, on the host or on its way there.
         arrival: What to wait for; None where it is there.
         norms, params: Norms of this rank's gradients, on the device, and their parameters, to name those that are not finite.
     """
 
     step: int
-    index: int
+    optimizer: int
     record: Tensor
     arrival: Any = None
     norms: Tensor | None = None
@@ -72,7 +72,7 @@ class Judging:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: GuardSettings,
         trainer: Trainer,
         pl_module: LightningModule,
         active: Callable[[], bool],
@@ -85,7 +85,7 @@ class Judging:
         self.judges = [Judge(settings, (drifting[0], drifting[1]), self.device) for _ in trainer.optimizers]
         self.steps = [GuardedStep(o, i, self._judge, active) for i, o in enumerate(trainer.optimizers)]
         self.buffers = ChangingBuffers(pl_module)
-        self.alarm: Alarm | None = None
+        self.alarm: IndicatorAlarm | None = None
         self.step = 0
         #: Steps to be read: now; of this batch; of this batch, once the next one has been through.
         self.decided: list[Decided] = []
@@ -94,7 +94,7 @@ class Judging:
         self._losses, self._share = LossSum(), Share(trainer.world_size)
         self._begins = True
 
-    def begin_batch(self, step: int, alarm: Alarm | None) -> None:
+    def begin_batch(self, step: int, alarm: IndicatorAlarm | None) -> None:
         """Before a batch: copies what its passes may spoil, if it is the first of a step."""
         self.step = step
         self.alarm = self.alarm or alarm
@@ -127,7 +127,7 @@ class Judging:
         waiting = [*self.decided, *self._fresh, *self._late]
         for each in waiting:
             each.verdict()
-        return [(each.step, each.index, each.record.cpu().clone()) for each in waiting]
+        return [(each.step, each.optimizer, each.record.cpu().clone()) for each in waiting]
 
     def drop(self) -> None:
         """After a rollback: forgets what has not been taken."""

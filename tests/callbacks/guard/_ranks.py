@@ -1,0 +1,86 @@
+"""What test_distributed.py runs under torchrun on two CPU processes: every fault on one rank, under DDP and FSDP2."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+from pathlib import Path
+
+import torch
+from helpers.guarded import Fault, Regression, batches, rank, train, weights
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+
+from lightning_mue import StabilityGuard
+
+STRATEGIES = ("ddp", "fsdp2")
+CASES = list(itertools.product(("loss", "gradient"), (math.nan, math.inf), (False, True), (1, 2)))
+
+
+def strategy(name):
+    if name == "ddp":
+        return DDPStrategy(process_group_backend="gloo")
+    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+
+
+def options(name, clip, accumulate):
+    return {
+        "strategy": strategy(name),
+        "devices": 2,
+        "gradient_clip_val": 0.1 if clip else None,
+        "accumulate_grad_batches": accumulate,
+    }
+
+
+def fault(where, value, accumulate):
+    """On rank 1 alone, in the first micro-batch of the fourth step: the window is spoilt before it is complete."""
+    return Fault(where, value, (3 * accumulate,), rank=1)
+
+
+def window(accumulate):
+    return tuple(range(3 * accumulate, 4 * accumulate))
+
+
+def one(name, where, value, clip, accumulate):
+    model, guard = Regression(fault(where, value, accumulate)), StabilityGuard()
+    train(model, guard, batches(6 * accumulate), **options(name, clip, accumulate))
+    return {"weights": weights(model), "skipped": guard.skipped_steps, "decisions": guard.decisions}
+
+
+def reference(name, clip, accumulate):
+    model = Regression()
+    train(model, None, batches(6 * accumulate, without=window(accumulate)), **options(name, clip, accumulate))
+    return weights(model)
+
+
+def rollback(name):
+    """A loss that rank 1 alone sees explode."""
+    model = Regression(scale={30: 100.0} if rank() else None)
+    guard = StabilityGuard(spike="rollback", min_history=16, window=32, every_n_steps=10)
+    trainer = train(model, guard, batches(60), **options(name, False, 1))
+    path = guard.acting.folder / "skipped_samples.jsonl"
+    trainer.strategy.barrier()
+    return {
+        "weights": weights(model),
+        "decisions": guard.decisions,
+        "samples": path.read_text() if rank() == 0 else "",
+    }
+
+
+def main(folder):
+    torch.set_num_threads(1)
+    report = {}
+    for name in STRATEGIES:
+        for clip, accumulate in itertools.product((False, True), (1, 2)):
+            report[name, "reference", clip, accumulate] = reference(name, clip, accumulate)
+        for case in CASES:
+            report[(name, *map(str, case))] = one(name, *case)
+        report[name, "rollback"] = rollback(name)
+    model = Regression(fault("gradient", math.nan, 1))
+    train(model, None, batches(6), **options("fsdp2", True, 1))
+    report["without"] = weights(model)
+    torch.save(report, Path(folder) / f"rank{rank()}.pt")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
