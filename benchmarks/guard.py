@@ -43,9 +43,11 @@ class Alternating(Callback):
         return hook
 
     def on_train_start(self, trainer, pl_module):
+        """The guard's."""
         self.guard.on_train_start(trainer, pl_module)
 
     def on_train_end(self, trainer, pl_module):
+        """The guard's."""
         self.guard.on_train_end(trainer, pl_module)
 
 
@@ -68,6 +70,7 @@ class First(Clock):
     """Starts it."""
 
     def on_train_batch_start(self, *_):
+        """Notes the time."""
         self.of.start = time.perf_counter()
         self.of.inner["now"] = []
 
@@ -76,6 +79,7 @@ class Last(Clock):
     """Stops it."""
 
     def on_train_batch_end(self, trainer, *_):
+        """Notes the seconds since."""
         kind = "guarded" if trainer.fit_loop.epoch_loop.batch_progress.total.ready % 2 else "plain"
         self.of.seconds[kind].append(time.perf_counter() - self.of.start)
         if kind == "guarded":

@@ -29,7 +29,12 @@ class SpikeScore(NamedTuple):
 
 
 def spike_score(
-    values_S: Tensor, window_SW: Tensor, *, min_history: int = 64, floor: float | Tensor = 0.02
+    values_S: Tensor,
+    window_SW: Tensor,
+    *,
+    min_history: int = 64,
+    floor: float | Tensor = 0.02,
+    least: float | Tensor = 1e-30,
 ) -> SpikeScore:
     """Distance of each value from the median of its window, in units of the window's median absolute deviation (MAD).
 
@@ -43,6 +48,7 @@ def spike_score(
         min_history: Values that a window must have; with fewer the score is NaN.
         floor: Least scale, as a fraction of the median's size: a series that hardly varies must not turn every
             small change into a spike. A number or [S].
+        least: Least scale as a number of its own, for series whose size means nothing, such as logarithms. A number or [S].
 
     Returns:
         Score, median and scale, float32 [S] each. Of an even number of values the median is the lower middle one.
@@ -55,8 +61,8 @@ def spike_score(
     window_SW = window_SW.float()
     median_S = window_SW.nanmedian(dim=-1).values
     mad_S = (window_SW - median_S.unsqueeze(-1)).abs().nanmedian(dim=-1).values
-    least_S = (floor * median_S.abs()).clamp_min(torch.finfo(torch.float32).tiny)
-    scale_S = torch.maximum(MAD_TO_STD * mad_S, least_S)
+    least_S = torch.as_tensor(least, dtype=torch.float32, device=window_SW.device)
+    scale_S = torch.maximum(torch.maximum(MAD_TO_STD * mad_S, floor * median_S.abs()), least_S)
     score_S = (values_S.float() - median_S) / scale_S
     counts_S = window_SW.isfinite().sum(-1)
     known_S = (counts_S >= min_history) & values_S.isfinite()
@@ -74,24 +80,38 @@ def new_cusum(n_series: int, device: torch.device | str = "cpu") -> Tensor:
     return torch.zeros(n_series, 3, device=device)
 
 
-def cusum(values_S: Tensor, found: SpikeScore, state_S3: Tensor, *, slack: float = 1.0, cap: float = 4.0) -> Tensor:
+def cusum(
+    values_S: Tensor,
+    window_SW: Tensor,
+    state_S3: Tensor,
+    *,
+    min_history: int = 64,
+    floor: float | Tensor = 0.02,
+    least: float | Tensor = 1e-30,
+    slack: float = 1.5,
+    cap: float = 4.0,
+) -> Tensor:
     """One step of a one-sided cumulative sum, which a slow rise raises although no value of it stands out.
 
     ``sum <- max(0, sum + min(z, cap) - slack)``, with z the value's distance from a median in robust standard deviations
-    (Page, "Continuous inspection schemes", 1954). When the sum leaves zero, it keeps the median and scale of then until
-    it returns: against a window that moves along, a slow rise would never sum up.
+    (Page, "Continuous inspection schemes", 1954): the median of the older half of the window, because a steady rise is never
+    far above that of the whole. When the sum leaves zero, it keeps the median and scale of then until it returns.
 
     Args:
         values_S: The new values, [S].
-        found: `spike_score` of them, whose NaN leaves the state as it is.
+        window_SW: The values before, [S, W].
         state_S3: The state, from `new_cusum` or the last call.
-        slack: Part of a standard deviation that is no rise. In a series that is normally distributed a sum reaches h by
-            chance once in about ``exp(2 * slack * h)`` values.
+        min_history: Values that the older half must have: half of this number.
+        floor: As of `spike_score`.
+        least: As of `spike_score`.
+        slack: Part of a standard deviation that is no rise. The longer the tail of the noise, the more it takes.
         cap: Most that one value adds: a spike alone is no drift.
 
     Returns:
-        The new state, float32 [S, 3].
+        The new state, float32 [S, 3]; the old one for a series without enough history, or a value that is not finite.
     """
+    older_SW = window_SW[:, : (window_SW.shape[1] + 1) // 2]
+    found = spike_score(values_S, older_SW, min_history=(min_history + 1) // 2, floor=floor, least=least)
     sum_S, median_S, scale_S = state_S3.unbind(-1)
     starts_S = sum_S <= 0
     median_S, scale_S = torch.where(starts_S, found.median, median_S), torch.where(starts_S, found.scale, scale_S)

@@ -53,7 +53,7 @@ def test_no_score_without_history_or_for_what_is_not_finite():
     assert spike_score(torch.tensor([1e9]), window).score > 1e6
     for value in (torch.nan, torch.inf):
         assert spike_score(torch.tensor([value]), window).score.isnan()
-        assert torch.equal(push(torch.tensor([value]), window), window)
+        assert torch.equal(push(torch.tensor([value]), window).nan_to_num(-1), window.nan_to_num(-1))
 
 
 def test_a_series_that_hardly_varies_has_no_spikes():
@@ -62,12 +62,11 @@ def test_a_series_that_hardly_varies_has_no_spikes():
     assert float(spike_score(torch.tensor([2.2]), window, floor=0.0).score) > 1e6  # the control
 
 
-def first_alarm(series, limit=12.0):
+def first_alarm(series, limit=20.0):
     window, state = torch.full((1, 128), torch.nan), new_cusum(1)
     for step, value in enumerate(series):
         values = torch.tensor([float(value)])
-        found = spike_score(values, window)
-        state = cusum(values, found, state)
+        state = cusum(values, window, state)
         window = push(values, window)
         if state[0, 0] > limit:
             return step
@@ -82,7 +81,7 @@ def test_a_slow_rise_is_a_drift_and_noise_is_none():
     assert first_alarm(falling) is None
     rising = falling + 0.002 * np.clip(np.arange(2000) - 1000, 0, None)  # a fiftieth of the noise a step
     step = first_alarm(rising)
-    assert 1000 < step < 1400
+    assert 1000 < step < 1500
     # No value stands out: the largest score until then is no spike.
     window = torch.tensor(rising[step - 128 : step])[None]
     assert spike_score(torch.tensor([rising[step]]), window).score < 10
@@ -96,18 +95,18 @@ def test_a_spike_alone_is_no_drift():
 
 def test_sum_by_its_recursion():
     rng = np.random.default_rng(5)
-    series = 1 + 0.05 * rng.standard_normal(300) + 0.001 * np.arange(300)
+    series = 1 + 0.05 * rng.standard_normal(300) + 0.002 * np.arange(300)
     window, state = torch.full((1, 128), torch.nan), new_cusum(1)
     total, kept = 0.0, (0.0, 1.0)
     for n, value in enumerate(series):
-        past = series[max(0, n - 128) : n]
-        if n >= 64:
+        past = series[max(0, n - 128) : max(0, n - 64)]  # the older half of the last 128
+        if len(past) >= 32:
             median = lower_median(past)
             scale = max(MAD_TO_STD * lower_median(np.abs(past - median)), 0.02 * abs(median))
             kept = (median, scale) if total <= 0 else kept
-            total = max(0.0, total + min(4.0, (value - kept[0]) / kept[1]) - 1)
+            total = max(0.0, total + min(4.0, (value - kept[0]) / kept[1]) - 1.5)
         values = torch.tensor([value])
-        state = cusum(values, spike_score(values, window), state)
+        state = cusum(values, window, state)
         window = push(values, window)
         assert abs(float(state[0, 0]) - total) < 1e-3 * max(1, total), n
     assert total > 5

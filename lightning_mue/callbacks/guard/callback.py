@@ -55,7 +55,7 @@ class StabilityGuard(Callback):
         drifts: Series in which drifts are looked for: ``loss``, ``gradient_norm``, tags of ``trainer.callback_metrics``, or
             regular expressions on these.
         spike_score: Robust standard deviations above the median from which on a value is a spike.
-        drift_sum: Sum of robust standard deviations (less 1 a step) from which on a rise is a drift.
+        drift_sum: Sum of robust standard deviations (less 1.5 a step) from which on a rise is a drift.
         window: Steps of the history.
         min_history: Steps before the first spike or drift can be found: until then nothing is an alarm.
         max_skips_in_row: More skipped steps in a row end the run, as ``stop`` does.
@@ -86,7 +86,7 @@ class StabilityGuard(Callback):
         *,
         drifts: Sequence[str] = ("loss",),
         spike_score: float = 10.0,
-        drift_sum: float = 12.0,
+        drift_sum: float = 20.0,
         window: int = 128,
         min_history: int = 64,
         max_skips_in_row: int = 20,

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from lightning_mue.callbacks.guard.settings import GRADIENT, LOSS, GuardSettings
-from lightning_mue.diagnostics.spikes import cusum, new_cusum, push, spike_score
+from lightning_mue.diagnostics.spikes import cusum, new_cusum, push
 
 #: As of the loss (`lightning_mue.callbacks.guard.deciding.verdict.FLOORS`).
 _FLOOR = 0.02
@@ -48,8 +48,7 @@ class _Series:
             return False, 0.0
         self.last = value
         values_S = torch.tensor([value])
-        found = spike_score(values_S, self.window_SW, min_history=settings.min_history, floor=_FLOOR)
-        self.sum_S3 = cusum(values_S, found, self.sum_S3)
+        self.sum_S3 = cusum(values_S, self.window_SW, self.sum_S3, min_history=settings.min_history, floor=_FLOOR)
         self.window_SW = push(values_S, self.window_SW)
         total, median = float(self.sum_S3[0, 0]), float(self.sum_S3[0, 1])
         if total > settings.drift_sum:

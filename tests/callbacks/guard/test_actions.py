@@ -60,6 +60,13 @@ def test_a_spike_is_skipped():
     assert furthest(weights(model), weights(other)) == 0
 
 
+class Decaying(Regression):
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 400)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
 def validation_loss(model):
     model.eval()
     with torch.no_grad():
@@ -72,7 +79,7 @@ def test_rollback(tmp_path, keep):
     bad = dict.fromkeys(range(203, 206), 300.0)
 
     def run(action, scale, name):
-        model = Regression(scale=scale, lr=0.01)
+        model = Decaying(scale=scale, lr=0.02)
         folder = tmp_path / name
         guard = StabilityGuard(spike=action, every_n_steps=50, keep=keep, dirpath=folder, **SHORT)
         train(model, guard, batches(400))
@@ -122,7 +129,7 @@ def test_rollback_restores_what_it_says():
 
 
 def test_after_the_last_rollback_the_run_is_stopped(tmp_path):
-    scale = {n: 100.0 for n in (30, 45, 60, 75)}
+    scale = dict.fromkeys((30, 45, 60, 75), 100.0)
     model = Regression(scale=scale)
     guard = StabilityGuard(spike="rollback", every_n_steps=10, max_rollbacks=2, dirpath=tmp_path, **SHORT)
     trainer = train(model, guard, batches(100))
@@ -133,7 +140,7 @@ def test_after_the_last_rollback_the_run_is_stopped(tmp_path):
 
 
 def test_stop_saves_and_ends_the_run(tmp_path):
-    _, guard, trainer = spiking("stop", dirpath=tmp_path)
+    _, _, trainer = spiking("stop", dirpath=tmp_path)
     assert trainer.global_step == 41
     saved = torch.load(tmp_path / "stop-step=40.ckpt", weights_only=True)
     assert saved["callbacks"]["StabilityGuard"]["acting"]["skipped"] == 1

@@ -185,7 +185,7 @@ def test_the_bias_of_a_balanced_layer_and_its_counts():
             vocab_size=11, context_length=8, width=16, depth=1, n_heads=2, n_experts=4, balance="bias"
         )
         step = model.training_step
-        model.training_step = lambda batch, i: step(batch, i) * (math.nan if i == bad else 1.0)
+        model.training_step = lambda batch, batch_idx: step(batch, batch_idx) * (math.nan if batch_idx == bad else 1.0)
         guard = StabilityGuard()
         train(model, guard, data)
         return model, guard

@@ -12,16 +12,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_mue import StabilityGuard
 
 STEPS = 90
+DATA = list(batches(STEPS))
 OPTIONS = {"min_history": 16, "window": 32, "every_n_steps": 25, "lr_factor": 0.5, "cool_down": 12}
 
 
 class Numbered(Regression):
     """Looks its batches up by the number of the step, as step-indexed data does, so that a resume sees the right ones."""
 
-    data = list(batches(STEPS))
-
     def training_step(self, batch, batch_idx):
-        batch = self.data[self.trainer.global_step]
+        batch = DATA[self.trainer.global_step]
         return self.loss(batch, int(batch["number"]))
 
 

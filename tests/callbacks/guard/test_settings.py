@@ -39,8 +39,15 @@ def test_bad_arguments_are_named(key, value):
 
 
 def test_two_guards_are_refused():
+    """Lightning refuses two of one class when it makes the Trainer."""
+
+    class Another(StabilityGuard):
+        pass
+
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `StabilityGuard`"):
+        trainer([StabilityGuard(), StabilityGuard(spike=None)])
     with pytest.raises(ValueError, match=r"trainer\.callbacks: found 2 StabilityGuards, expected one"):
-        trainer([StabilityGuard(), StabilityGuard(spike=None)]).fit(Regression(), batches(2))
+        trainer([StabilityGuard(), Another(spike=None)]).fit(Regression(), batches(2))
 
 
 class DeepSpeedStrategy(SingleDeviceStrategy):

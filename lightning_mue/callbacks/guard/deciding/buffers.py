@@ -15,9 +15,10 @@ from lightning_mue.sharded import local
 
 
 class ChangingBuffers:
-    """Copies of the buffers that training changes. They show themselves by their changes: from the next step on they are copied.
+    """Copies of the buffers that training changes.
 
-    All are copied before the first step, so that it can be undone too.
+    All are copied before the first step, and compared after its passes: those that changed are copied from then on, and any that
+    shows a change later. (A version counter alone does not tell: batch normalization does not advance it.)
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -37,14 +38,19 @@ class ChangingBuffers:
 
     def settle(self) -> None:
         """After the passes of a step: notes what they changed."""
-        changed = set(self._changed())
-        self._changing = changed if self._first else self._changing | changed
+        found = set()
+        for i, (before, version, copy) in self._before.items():
+            now: Any = self._all[i][0]._buffers.get(self._all[i][1])
+            differs = now is not before or now._version != version
+            if differs or (self._first and copy is not None and not torch.equal(local(now), copy)):
+                found.add(i)
+        self._changing = found if self._first else self._changing | found
         self._first = False
 
     @torch.no_grad()
     def undo(self, where: Tensor | None = None) -> None:
         """Puts the copies back; with a flag on the device only where it is not zero."""
-        for i in self._changed():
+        for i in self._changing & self._before.keys():
             (owner, name), (before, _, copy) = self._all[i], self._before[i]
             now: Any = owner._buffers[name]
             if copy is None or now is None:
@@ -53,11 +59,3 @@ class ChangingBuffers:
                 owner._buffers[name] = now = before
             part = local(now)
             part.copy_(copy if where is None else torch.where(where.to(part.device).bool(), copy, part))
-
-    def _changed(self) -> list[int]:
-        found = []
-        for i, (before, version, _) in self._before.items():
-            now: Any = self._all[i][0]._buffers.get(self._all[i][1])
-            if now is not before or now._version != version:
-                found.append(i)
-        return found

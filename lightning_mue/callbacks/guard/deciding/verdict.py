@@ -14,9 +14,10 @@ from lightning_mue.callbacks.guard.settings import GRADIENT, LOSS, GuardSettings
 from lightning_mue.diagnostics.spikes import cusum, new_cusum, push, spike_score
 
 SERIES = (LOSS, GRADIENT)
-#: Least robust standard deviation, as a part of the median: at the default score of 10, a loss 20 % above the median and a
-#: gradient of twice its size are the smallest spikes.
-FLOORS = (0.02, 0.1)
+#: Least robust standard deviation: 2 % of the median for the loss, 0.1 for the logarithm of the gradient norm. (Norms have long
+#: tails upward; their logarithms hardly.) At the default score of 10 a loss 20 % above the median and a gradient of e times
+#: its size are the smallest spikes.
+FLOORS, LEAST = (0.02, 0.0), (1e-30, 0.1)
 
 
 class Verdict(NamedTuple):
@@ -67,7 +68,7 @@ class Judge:
         self.device = device
         self.window_SW = torch.full((2, settings.window), torch.nan, device=device)
         self.sums_S3 = new_cusum(2, device)
-        self._floor_S = torch.tensor(FLOORS, device=device)
+        self._floor_S, self._least_S = (torch.tensor(each, device=device) for each in (FLOORS, LEAST))
         #: A sum that is not asked for stays at zero.
         self._drifting_S1 = torch.tensor(drifting, device=device).unsqueeze(-1)
 
@@ -81,9 +82,10 @@ class Judge:
         bad_loss_R, bad_gradient_R = ~loss_R.isfinite(), ~square_R.isfinite()
         bad_R = bad_loss_R | bad_gradient_R
         nonfinite = bad_R.any()
-        values_S = torch.stack([loss, norm])
-        found = spike_score(values_S, self.window_SW, min_history=self.settings.min_history, floor=self._floor_S)
-        sums_S3 = cusum(values_S, found, self.sums_S3)
+        values_S = torch.stack([loss, norm.log()])
+        floors = {"floor": self._floor_S, "least": self._least_S}
+        found = spike_score(values_S, self.window_SW, min_history=self.settings.min_history, **floors)
+        sums_S3 = cusum(values_S, self.window_SW, self.sums_S3, min_history=self.settings.min_history, **floors)
         self.sums_S3 = torch.where(self._drifting_S1 & ~nonfinite, sums_S3, self.sums_S3)
         self.window_SW = torch.where(nonfinite, self.window_SW, push(values_S, self.window_SW))
         drifts_S = self.sums_S3[:, 0]
@@ -95,7 +97,8 @@ class Judge:
         alarming = alarm_R.argmax()
         head = [skip, bad_loss_R.sum(), bad_gradient_R.sum(), first, alarm_R[alarming], alarm_value_R[alarming]]
         head = [each.float() for each in (*head, losses, gradients)]
-        return torch.cat([torch.stack(head), values_S, found.score, found.median, drifts_S])
+        medians = [found.median[0], found.median[1].exp()]
+        return torch.cat([torch.stack([*head, loss, norm]), found.score, torch.stack(medians), drifts_S])
 
     @staticmethod
     def _skips(action: str | None) -> bool:
