@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 #: Entries of `decisions` that are kept.
 _MOST_DECISIONS = 1000
+#: File of the samples that were skipped.
+_SAMPLES = "skipped_samples.jsonl"
 
 
 class Acting:
@@ -51,6 +53,7 @@ class Acting:
         self.skipped = self.rollbacks = 0
         self.lr_factor, self.lowered_until = 1.0, -1
         self.stopped = False
+        self._to_list: list[int] = []
         self.folder = Path()
         self.snapshots = snapshot.Snapshots(None, 0)
 
@@ -77,6 +80,7 @@ class Acting:
         """Carries out the strongest action, and the learning rate's as well. Returns whether the run went back."""
         first = strongest(findings)
         if first is None:
+            self._list_skipped(trainer, False)
             return False
         done = {finding: _PLAIN.get(finding.action, "") for finding in findings}
         lowering = [finding for finding in findings if finding.action == "lower_lr"]
@@ -89,7 +93,20 @@ class Acting:
             done[first] += self._stop(trainer, first.step)
         for finding in findings:
             self._note(trainer, finding, done[finding] or f"see {first.kind} of {first.indicator}")
+        self._list_skipped(trainer, went_back)
         return went_back
+
+    def count_skip(self, step: int) -> None:
+        """Counts a step that was not taken."""
+        self.skipped += 1
+        self._to_list.append(step)
+
+    def _list_skipped(self, trainer: Trainer, went_back: bool) -> None:
+        """Lists the samples of skipped steps, unless a rollback has; batches are noted only where there may be one."""
+        for step in self._to_list if self.settings.rolls_back and not went_back else ():
+            what = {"rollback": None, "kind": "skip", "indicator": None, "found_at": step}
+            self.samples.write(self.folder / _SAMPLES, trainer, since=step, until=step, what=what)
+        self._to_list = []
 
     def cool_down(self, trainer: Trainer, step: int) -> None:
         """Gives the learning rate back when the cool-down is over."""
@@ -118,7 +135,7 @@ class Acting:
             return False, "there is no state of these parameters to go back to, so "
         since, state = kept
         self.rollbacks += 1
-        path = self.folder / "skipped_samples.jsonl"
+        path = self.folder / _SAMPLES
         what = {
             "rollback": self.rollbacks,
             "kind": finding.kind,

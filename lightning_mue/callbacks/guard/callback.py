@@ -268,7 +268,7 @@ class StabilityGuard(Callback):
             found, skipped = self._reader.read(decided, names, scaler=scaler)
             findings += found
             if skipped:
-                self.acting.skipped += 1
+                self.acting.count_skip(decided.step)
                 serving.tell(trainer, pl_module)
         return findings
 

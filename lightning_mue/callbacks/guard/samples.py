@@ -47,8 +47,13 @@ class Samples:
         while self._seen and self._seen[0].step < step:
             self._seen.popleft()
 
-    def write(self, path: Path, trainer: Trainer, *, since: int, what: Mapping[str, Any]) -> int:
-        """Appends one line a batch of every rank to a file, on rank zero; a collective. Returns the number of batches."""
+    def write(
+        self, path: Path, trainer: Trainer, *, since: int, until: int | None = None, what: Mapping[str, Any]
+    ) -> int:
+        """Appends one line a batch of every rank, of these steps, to a file, on rank zero. Returns the number of batches.
+
+        A collective.
+        """
         rows = [
             {
                 **what,
@@ -59,7 +64,7 @@ class Samples:
                 "ids": _plain(s.ids),
             }
             for s in self._seen
-            if s.step >= since
+            if s.step >= since and (until is None or s.step <= until)
         ]
         ranks: list[Any] = [rows]
         if trainer.world_size > 1:

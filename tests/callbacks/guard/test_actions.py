@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_mue import StabilityGuard
 
-SHORT = {"min_history": 16, "window": 32}
+SHORT = {"min_history": 16, "window": 32, "drift": None}
 
 
 def kinds(guard):
@@ -98,6 +98,10 @@ def test_rollback(tmp_path, keep):
     rows = [json.loads(line) for line in (folder / "skipped_samples.jsonl").read_text().splitlines()]
     assert [row["total_batch"] for row in rows if row["rollback"] == 1] == [200, 201, 202, 203]
     assert rows[3]["ids"] == [[20300 + 8 * r + i for i in range(8)] for r in range(2)]
+    assert [(row["kind"], row["total_batch"]) for row in rows if row["rollback"] is None] == [
+        ("skip", 204),
+        ("skip", 205),
+    ]
     if keep == "disk":
         assert len(list(folder.glob("guard-step=*"))) == 2
 
@@ -228,11 +232,11 @@ def test_ranges_and_nan(bound, value):
 
 
 def test_an_indicator_creeps():
-    options = {"drifts": ["stability/.*"], "min_history": 10, "window": 64}
-    guard, _ = watched(lambda n: 10 + 0.3 * math.sin(n) + 0.02 * max(0, n - 150), steps=500, **options)
+    options = {"drift": "warn", "drifts": ["stability/.*"], "min_history": 16, "window": 64}
+    guard, _ = watched(lambda n: 10 + 0.3 * math.sin(n) + 0.02 * max(0, n - 250), steps=450, **options)
     assert kinds(guard)[0][1:3] == ("drift", "stability/z/lm_logits")
-    assert 150 < guard.decisions[0]["step"] < 300
-    healthy, _ = watched(lambda n: 10 + 0.3 * math.sin(n), steps=500, **options)
+    assert 250 < guard.decisions[0]["step"] < 450
+    healthy, _ = watched(lambda n: 10 + 0.3 * math.sin(n), steps=450, **options)
     assert healthy.decisions == []
 
 

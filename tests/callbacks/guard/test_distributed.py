@@ -43,6 +43,14 @@ def test_all_ranks_skip_exactly_one_step(seen, name, case):
         assert "rank 1" in decision["where"]
 
 
+def test_ranks_that_hold_different_experts_skip_together(seen):
+    ranks = [run["experts"] for run in seen]
+    assert [run["skipped"] for run in ranks] == [1, 1]
+    assert furthest(ranks[0]["weights"], ranks[1]["weights"]) == 0
+    assert furthest(ranks[0]["weights"], seen[0]["experts, never seen"]["weights"]) == 0
+    assert ranks[0]["weights"]["bias"].abs().max() > 0
+
+
 def test_without_the_guard_the_weights_are_lost(seen):
     """The control: FSDP2 with clipping, where Lightning has no check of its own that holds."""
     assert not all(bool(w.isfinite().all()) for w in seen[0]["without"].values())

@@ -13,7 +13,7 @@ from lightning_mue import StabilityGuard
 
 STEPS = 90
 DATA = list(batches(STEPS))
-OPTIONS = {"min_history": 16, "window": 32, "every_n_steps": 25, "lr_factor": 0.5, "cool_down": 12}
+OPTIONS = {"min_history": 16, "window": 32, "every_n_steps": 25, "lr_factor": 0.5, "cool_down": 12, "drift": None}
 
 
 class Numbered(Regression):
