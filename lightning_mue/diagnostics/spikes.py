@@ -32,7 +32,7 @@ def spike_score(
     values_S: Tensor,
     window_SW: Tensor,
     *,
-    min_history: int = 64,
+    min_history: int | Tensor = 64,
     floor: float | Tensor = 0.02,
     least: float | Tensor = 1e-30,
 ) -> SpikeScore:
@@ -45,7 +45,7 @@ def spike_score(
     Args:
         values_S: The new values, [S]. A value that is not finite scores NaN: it is no spike but a fault of its own.
         window_SW: The values before, [S, W].
-        min_history: Values that a window must have; with fewer the score is NaN.
+        min_history: Values that a window must have; with fewer the score is NaN. A number or [S].
         floor: Least scale, as a fraction of the median's size: a series that hardly varies must not turn every
             small change into a spike. A number or [S].
         least: Least scale as a number of its own, for series whose size means nothing, such as logarithms. A number or [S].
@@ -110,11 +110,22 @@ def cusum(
     Returns:
         The new state, float32 [S, 3]; the old one for a series without enough history, or a value that is not finite.
     """
-    older_SW = window_SW[:, : (window_SW.shape[1] + 1) // 2]
-    found = spike_score(values_S, older_SW, min_history=(min_history + 1) // 2, floor=floor, least=least)
+    history = (min_history + 1) // 2
+    found = spike_score(values_S, older_half(window_SW), min_history=history, floor=floor, least=least)
+    return advance(values_S, found, state_S3, slack=slack, cap=cap)
+
+
+def older_half(window_SW: Tensor) -> Tensor:
+    """The window with NaN in place of the newer half, [S, W]."""
+    older = (window_SW.shape[1] + 1) // 2
+    return torch.nn.functional.pad(window_SW[:, :older], (0, window_SW.shape[1] - older), value=float("nan"))
+
+
+def advance(values_S: Tensor, found: SpikeScore, state_S3: Tensor, *, slack: float = 1.5, cap: float = 4.0) -> Tensor:
+    """The step of `cusum`, from the scores against the older half."""
     sum_S, median_S, scale_S = state_S3.unbind(-1)
     starts_S = sum_S <= 0
     median_S, scale_S = torch.where(starts_S, found.median, median_S), torch.where(starts_S, found.scale, scale_S)
-    z_S = ((values_S.float() - median_S) / scale_S).clamp(max=cap)
+    z_S = ((values_S - median_S) / scale_S).clamp(max=cap)
     new_S3 = torch.stack([(sum_S + z_S - slack).clamp_min(0), median_S, scale_S], dim=-1)
     return torch.where(found.score.isnan().unsqueeze(-1), state_S3, new_S3)

@@ -73,6 +73,7 @@ def first_alarm(series, limit=20.0):
     return None
 
 
+@pytest.mark.slow
 def test_a_slow_rise_is_a_drift_and_noise_is_none():
     rng = np.random.default_rng(3)
     noise = 3 + 0.1 * rng.standard_normal(2000)

@@ -261,11 +261,10 @@ class StabilityGuard(Callback):
 
     def _read(self, trainer: Trainer, pl_module: LightningModule, steps: list[Decided]) -> list[Finding]:
         """Findings of judged steps; counts those that were skipped."""
-        names = {id(p): name for name, p in pl_module.named_parameters()} if steps else {}
         scaler = serving.scaler_of(trainer) is not None
         findings: list[Finding] = []
         for decided in steps:
-            found, skipped = self._reader.read(decided, names, scaler=scaler)
+            found, skipped = self._reader.read(decided, pl_module, scaler=scaler)
             findings += found
             if skipped:
                 self.acting.count_skip(decided.step)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from lightning_mue.callbacks.guard.deciding.judging import Decided
 from lightning_mue.callbacks.guard.deciding.verdict import SERIES, Verdict
 from lightning_mue.callbacks.guard.indicators import Indicators
@@ -136,12 +138,13 @@ class Reader:
         self.records = [StepHistory(settings) for _ in range(optimizers)]
         self.last: Verdict | None = None
 
-    def read(self, decided: Decided, names: dict[int, str], *, scaler: bool) -> tuple[list[Finding], bool]:
-        """Findings of a step, and whether it was skipped; `names` maps the ids of parameters to their names."""
+    def read(self, decided: Decided, module: nn.Module, *, scaler: bool) -> tuple[list[Finding], bool]:
+        """Findings of a step, and whether it was skipped."""
         self.last = verdict = decided.verdict()
         record = self.records[decided.optimizer]
         found = record.read(decided.step, verdict, scaler=scaler)
         if found and found[0].kind == "nonfinite" and verdict.bad_gradient:
+            names = {id(p): name for name, p in module.named_parameters()}
             spoilt = [clean_name(names.get(id(p), "a parameter outside of the module")) for p in decided.spoilt()]
             where = f"{found[0].where}, in gradients of {listed(spoilt, limit=3)}" if spoilt else found[0].where
             found[0] = found[0]._replace(where=where)

@@ -56,7 +56,7 @@ def reference(name, clip, accumulate):
 def rollback(name):
     """A loss that rank 1 alone sees explode."""
     model = Regression(scale={30: 100.0} if rank() else None)
-    guard = StabilityGuard(spike="rollback", drift=None, min_history=16, window=32, every_n_steps=10)
+    guard = StabilityGuard(spike="rollback", drift=None, min_history=16, window=32, every_n_steps=10, dirpath=name)
     trainer = train(model, guard, batches(60), **options(name, False, 1))
     path = guard.acting.folder / "skipped_samples.jsonl"
     trainer.strategy.barrier()

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_mue import StabilityGuard
 
+pytestmark = pytest.mark.slow
 STEPS = 90
 DATA = list(batches(STEPS))
 OPTIONS = {"min_history": 16, "window": 32, "every_n_steps": 25, "lr_factor": 0.5, "cool_down": 12, "drift": None}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_mue.callbacks.guard.settings import GRADIENT, LOSS, GuardSettings
-from lightning_mue.diagnostics.spikes import cusum, new_cusum, push, spike_score
+from lightning_mue.diagnostics.spikes import SpikeScore, advance, new_cusum, older_half, push, spike_score
 
 SERIES = (LOSS, GRADIENT)
 #: Least robust standard deviation: 2 % of the median for the loss, 0.1 for the logarithm of the gradient norm. (Norms have long
@@ -68,25 +68,29 @@ class Judge:
         self.device = device
         self.window_SW = torch.full((2, settings.window), torch.nan, device=device)
         self.sums_S3 = new_cusum(2, device)
-        self._floor_S, self._least_S = (torch.tensor(each, device=device) for each in (FLOORS, LEAST))
+        history = [settings.min_history] * 2 + [(settings.min_history + 1) // 2] * 2
+        self._history_2S = torch.tensor(history, device=device)
+        self._floor_2S, self._least_2S = (torch.tensor(each * 2, device=device) for each in (FLOORS, LEAST))
         #: A sum that is not asked for stays at zero.
         self._drifting_S1 = torch.tensor(drifting, device=device).unsqueeze(-1)
 
     @torch.no_grad()
     def decide(self, ranks_RF: Tensor) -> Tensor:
         """The record of a step, float32, in the order of `Verdict.of`; nothing is read on the host."""
-        loss_R, losses_R, square_R, gradients_R, alarm_R, alarm_value_R = ranks_RF.unbind(-1)
-        losses, gradients = losses_R.sum(), gradients_R.sum()
-        loss = torch.where(losses > 0, loss_R.sum() / (losses_R > 0).sum(), torch.nan)
-        norm = torch.where(gradients > 0, square_R.sum().sqrt(), torch.nan)
-        bad_loss_R, bad_gradient_R = ~loss_R.isfinite(), ~square_R.isfinite()
-        bad_R = bad_loss_R | bad_gradient_R
+        finite_R2 = ranks_RF[:, 0:3:2].isfinite()  # loss and square
+        totals_F, bad_R = ranks_RF.sum(0), ~finite_R2.all(1)
         nonfinite = bad_R.any()
+        # NaN where there are no losses, and a logarithm that is not finite where there are no gradients.
+        loss, norm = totals_F[0] / (ranks_RF[:, 1] > 0).sum(), totals_F[2].sqrt()
         values_S = torch.stack([loss, norm.log()])
-        floors = {"floor": self._floor_S, "least": self._least_S}
-        found = spike_score(values_S, self.window_SW, min_history=self.settings.min_history, **floors)
-        sums_S3 = cusum(values_S, self.window_SW, self.sums_S3, min_history=self.settings.min_history, **floors)
-        self.sums_S3 = torch.where(self._drifting_S1 & ~nonfinite, sums_S3, self.sums_S3)
+        # Against the window, and against its older half: one call for both.
+        both = torch.cat([self.window_SW, older_half(self.window_SW)])
+        scored = spike_score(
+            values_S.repeat(2), both, min_history=self._history_2S, floor=self._floor_2S, least=self._least_2S
+        )
+        found, older = (SpikeScore(*(each[part] for each in scored)) for part in (slice(0, 2), slice(2, 4)))
+        moves = self._drifting_S1 & ~nonfinite
+        self.sums_S3 = torch.where(moves, advance(values_S, older, self.sums_S3), self.sums_S3)
         self.window_SW = torch.where(nonfinite, self.window_SW, push(values_S, self.window_SW))
         drifts_S = self.sums_S3[:, 0]
         # An alarm is given once: the sum begins anew.
@@ -94,11 +98,10 @@ class Judge:
         spike = (found.score > self.settings.spike_score).any()
         skip = (nonfinite & self._skips(self.settings.nonfinite)) | (spike & self._skips(self.settings.spike))
         first = torch.where(nonfinite, bad_R.float().argmax().float(), -1.0)
-        alarming = alarm_R.argmax()
-        head = [skip, bad_loss_R.sum(), bad_gradient_R.sum(), first, alarm_R[alarming], alarm_value_R[alarming]]
-        head = [each.float() for each in (*head, losses, gradients)]
+        alarm_2 = ranks_RF[ranks_RF[:, 4].argmax(), 4:6]
+        head = torch.stack([skip.float(), *(~finite_R2).sum(0).float(), first, *alarm_2, totals_F[1], totals_F[3]])
         medians = [found.median[0], found.median[1].exp()]
-        return torch.cat([torch.stack([*head, loss, norm]), found.score, torch.stack(medians), drifts_S])
+        return torch.cat([head, torch.stack([loss, norm]), found.score, torch.stack(medians), drifts_S])
 
     @staticmethod
     def _skips(action: str | None) -> bool:
