@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # for type checkers and editors; tests/test_package.py compar
     from lightning_mue.callbacks import QKClip as QKClip
     from lightning_mue.callbacks import RouterMonitor as RouterMonitor
     from lightning_mue.callbacks import SpectralMonitor as SpectralMonitor
+    from lightning_mue.callbacks import StabilityGuard as StabilityGuard
     from lightning_mue.callbacks import ThroughputMonitor as ThroughputMonitor
     from lightning_mue.callbacks import TransferMonitor as TransferMonitor
     from lightning_mue.callbacks import UpdateMonitor as UpdateMonitor
@@ -66,6 +67,7 @@ _PUBLIC = {
     "RouterMonitor": "callbacks",
     "ScalingPlan": "parameterizations",
     "SpectralMonitor": "callbacks",
+    "StabilityGuard": "callbacks",
     "TextDataModule": "data",
     "ThroughputMonitor": "callbacks",
     "TokenDataModule": "data",

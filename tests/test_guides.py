@@ -10,7 +10,7 @@ import pytest
 DOCS = Path(__file__).parent.parent / "docs"
 
 
-@pytest.mark.parametrize("name", ["metrics.md", "moe.md", "transformers.md"])
+@pytest.mark.parametrize("name", ["guard.md", "health.md", "metrics.md", "moe.md", "transformers.md"])
 def test_guide_runs(name, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / name).read_text(encoding="utf-8"), flags=re.DOTALL)
     assert blocks

@@ -1,5 +1,6 @@
 """Callbacks: the parameterization, and monitors that show whether a run is healthy."""
 
+from lightning_mue.callbacks.guard.callback import StabilityGuard
 from lightning_mue.callbacks.health import HealthMonitor
 from lightning_mue.callbacks.monitors.activations import ActivationOutlierMonitor
 from lightning_mue.callbacks.monitors.logits import LogitsZMonitor
@@ -21,6 +22,7 @@ __all__ = [
     "QKClip",
     "RouterMonitor",
     "SpectralMonitor",
+    "StabilityGuard",
     "ThroughputMonitor",
     "TransferMonitor",
     "UpdateMonitor",

@@ -156,6 +156,11 @@ class QKClip(Callback):
             pl_module.log_dict(metrics, on_step=True, on_epoch=False, batch_size=1)
             self._logged = self.clipped
 
+    def on_step_skipped(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the logits of a step that StabilityGuard did not take, which may be NaN."""
+        for attention in self._attentions:
+            attention.largest_N = None
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Remove the hooks."""
         self._release()

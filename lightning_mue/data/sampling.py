@@ -159,9 +159,11 @@ class StepLoader:
 
     def batch(self, step: int) -> TokenBatch:
         """Returns the batch of any step, without advancing the stream."""
-        n_starts = len(self.tokens_N) - self.context_length
-        starts_B = window_starts(self.seed, step, self.rank, batch_size=self.batch_size, n_starts=n_starts)
-        return gather_windows(self.tokens_N, starts_B, self.context_length)
+        return gather_windows(self.tokens_N, self._starts(step), self.context_length)
+
+    def sample_ids(self, step: int) -> list[int]:
+        """Returns the starts of the windows of any step's batch, by which StabilityGuard names samples."""
+        return self._starts(step).tolist()
 
     def state_dict(self) -> dict[str, int]:
         """Returns the number of batches trained on, and the settings that determine the stream."""
@@ -187,6 +189,10 @@ class StepLoader:
                 stacklevel=2,
             )
         self.step = int(state_dict["step"])
+
+    def _starts(self, step: int) -> Int64Array:
+        n_starts = len(self.tokens_N) - self.context_length
+        return window_starts(self.seed, step, self.rank, batch_size=self.batch_size, n_starts=n_starts)
 
     def _stream(self) -> dict[str, int]:
         return {

@@ -30,6 +30,7 @@ from lightning_mue.diagnostics.spectral import (
     qk_spectral_entropy,
     stable_rank,
 )
+from lightning_mue.diagnostics.spikes import cusum, spike_score
 from lightning_mue.diagnostics.updates import (
     angular_step,
     even_sample,
@@ -49,6 +50,7 @@ __all__ = [
     "attention_z_value",
     "bits_per_byte",
     "cross_entropy",
+    "cusum",
     "dead_experts",
     "even_sample",
     "gradient_noise",
@@ -67,6 +69,7 @@ __all__ = [
     "qk_spectral_entropy",
     "router_entropy",
     "small_second_moments",
+    "spike_score",
     "stable_rank",
     "summary_metrics",
     "token_nats",

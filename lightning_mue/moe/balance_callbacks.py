@@ -155,6 +155,12 @@ class LossFreeBalance(_PerStep):
         if self._unhooked and trainer.global_step > self._step_before:
             self._update(trainer, self._unhooked)
 
+    def on_step_skipped(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forgets the counts of a step that StabilityGuard did not take: NaN routes anywhere."""
+        for layer in self._layers.values():
+            if layer.pending_counts is not None:
+                layer.pending_counts.zero_()
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Removes the hooks."""
         self._remove()

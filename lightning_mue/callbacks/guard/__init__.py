@@ -1,0 +1,1 @@
+"""StabilityGuard: sees a step that must not be taken before it is taken, and acts."""
