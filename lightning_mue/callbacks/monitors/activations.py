@@ -99,11 +99,13 @@ class ActivationOutlierMonitor(SampledMonitor):
     worst = r"stability/(rms|outlier_percent|kurtosis|massive_channels)/.*_max"
     category = "Stability"
     charts: ClassVar[Mapping[str, Sequence[str]]] = {
-        "Branch output RMS": [rf"stability/(rms|{_AFTER})/.*"],
-        "Outliers (%)": [r"stability/outlier_percent/.*"],
-        "Max over RMS": [r"stability/max_over_rms/.*"],
-        "Kurtosis": [r"stability/kurtosis/.*"],
-        "Massive channels": [r"stability/massive_channels/.*"],
+        "Branch output RMS": [r"stability/rms/[^/]+_(mean|max)"],
+        "Branch output RMS after the multiplier": [rf"stability/{_AFTER}/[^/]+_(mean|max)"],
+        "Branch output RMS by layer": [r"stability/rms/[^/]+/.*"],
+        "Outliers (%)": [r"stability/outlier_percent/[^/]+_(mean|max)"],
+        "Max over RMS": [r"stability/max_over_rms/[^/]+_(mean|max)"],
+        "Kurtosis": [r"stability/kurtosis/[^/]+_(mean|max)"],
+        "Massive channels": [r"stability/massive_channels/[^/]+_max"],
     }
 
     def __init__(

@@ -64,13 +64,14 @@ class RouterMonitor(SampledMonitor):
     worst = r"routing/(max_violation|dead_experts)_max|routing/token_entropy_min"
     category = "Routing"
     charts: ClassVar[Mapping[str, Sequence[str]]] = {
-        "MaxVio": [r"routing/max_violation(_mean|_max|/.*)"],
-        "Entropy (nats)": [r"routing/(token|load)_entropy(_min|/.*)"],
-        "Dead experts": [r"routing/dead_experts(_max|/.*)"],
-        "Largest share of the load": [r"routing/load_max_fraction(_max|/.*)"],
-        "Gate mass": [r"routing/gate_mass(_mean|/.*)"],
-        "Similarity of experts": [r"routing/expert_similarity(_max|/.*)"],
-        "Changed choices": [r"routing/choice_churn(_mean|/.*)"],
+        "MaxVio": [r"routing/max_violation_(mean|max)"],
+        "MaxVio by layer": [r"routing/max_violation/.*"],
+        "Entropy (nats)": [r"routing/(token|load)_entropy_min"],
+        "Dead experts": [r"routing/dead_experts_max"],
+        "Largest share of the load": [r"routing/load_max_fraction_max"],
+        "Gate mass": [r"routing/gate_mass_mean"],
+        "Similarity of experts": [r"routing/expert_similarity_max"],
+        "Changed choices": [r"routing/choice_churn_mean"],
     }
 
     def __init__(
