@@ -135,7 +135,9 @@ def test_plan_optimizer_and_monitor_read_a_name_alike(path, make, expected):
     optimizer = HyperSphereOptimizer((name, p) for name, p in parameters.items() if not name.endswith("original0"))
     assert {group["kind"] for group in optimizer.param_groups} == {kind}
 
-    probes = LogitsZMonitor().find_probes(model)
+    probes = [
+        probe for probe in LogitsZMonitor().find_probes(model) if not probe.optional
+    ]  # a table may be a head, too
     found = [probe for probe in probes if probe.label.startswith("lm_logits")]
     assert bool(found) is watched
 
