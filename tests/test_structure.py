@@ -161,7 +161,8 @@ TEXTS = [
 ]
 _FILE = re.compile(r"(?<![\w/.*{<-])((?:[\w-]+/)*[\w-]+\.(?:md|py|yaml|sh))(?![\w/])")
 #: Files that users, tests or runs write; other projects' files.
-_NOT_OURS = {"health.md", 
+_NOT_OURS = {
+    "health.md",
     "base.yaml",
     "plan.yaml",
     "config.yaml",

@@ -1,7 +1,7 @@
 """Scores the fault bench: what rose first in each faulty run, how long before the loss showed it, and what it named.
 
 The loss shows a fault when its median over 5 steps is 5 % above that of the healthy run of the same seed for 5 steps, or is not
-finite. A fault is flagged by the first finding, from its first step on, that the healthy run of the same seed does not have.
+finite. A fault is flagged by the first symptom, from its first step on, that the healthy run of the same seed does not have.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_mue.health.departures import Level, Reference
-from lightning_mue.health.judging import Finding, Verdict, judge
+from lightning_mue.health.judging import Health, Symptom, judge
 from lightning_mue.health.series import Run, read_run
 
 _LOSS = "train/loss"
@@ -67,9 +67,9 @@ def loss_shows(run: Run, healthy: Run, at: int) -> int | None:
 def score(told: dict[str, object], run: Run, healthy: Run, reference: Reference | None) -> Score:
     """The score of one run."""
     fault, at = FAULTS[str(told["fault"])], int(str(told["at"]))
-    usual = {(f.indicator.name, f.where) for f in judge(healthy, reference=reference).findings}
+    usual = {(f.indicator.name, f.where) for f in judge(healthy, reference=reference).symptoms}
     found = [
-        f for f in judge(run, reference=reference).findings if f.step >= at and (f.indicator.name, f.where) not in usual
+        f for f in judge(run, reference=reference).symptoms if f.step >= at and (f.indicator.name, f.where) not in usual
     ]
     first = found[0] if found else None
     return Score(
@@ -79,16 +79,16 @@ def score(told: dict[str, object], run: Run, healthy: Run, reference: Reference 
         indicator="" if first is None else first.indicator.name,
         place="" if first is None else first.place,
         shown=loss_shows(run, healthy, at),
-        named=any(_names(finding, fault.role, fault.layer) for finding in found if finding.step <= found[0].step + 2),
+        named=any(_names(symptom, fault.role, fault.layer) for symptom in found if symptom.step <= found[0].step + 2),
     )
 
 
-def _names(finding: Finding, role: str, layer: str | None) -> bool:
-    text = f"{finding.indicator.tag} {finding.where}"
-    return role in text and layer in (None, finding.layer)
+def _names(symptom: Symptom, role: str, layer: str | None) -> bool:
+    text = f"{symptom.indicator.tag} {symptom.where}"
+    return role in text and layer in (None, symptom.layer)
 
 
-def table(scores: Sequence[Score], calm: Sequence[Verdict]) -> Table:
+def table(scores: Sequence[Score], calm: Sequence[Health]) -> Table:
     """The scores of all runs."""
     shown = Table(title="Faults: what rose first, and when (steps from the fault)")
     for column in ("fault", "seed", "flagged", "loss shows", "lead", "indicator", "place", "named"):

@@ -17,7 +17,7 @@ from lightning_mue.callbacks.mue.callback import MuECallback
 from lightning_mue.checks import type_error
 from lightning_mue.health.card import LOOKS, as_markdown, headline, sentence
 from lightning_mue.health.indicators import indicator_of, is_loss
-from lightning_mue.health.judging import RunJudge, Verdict
+from lightning_mue.health.judging import Health, RunJudge
 from lightning_mue.health.pictures import as_pixels, heat_map, layered
 from lightning_mue.health.series import series_of
 from lightning_mue.namespaces import is_lightning
@@ -33,7 +33,7 @@ class HealthMonitor(Callback):
     """Judges the metrics of the other monitors and the losses that the module logs, and answers "is this run healthy?".
 
     Three verdicts: *healthy*; *watch* (an indicator left its range: it is far from its own recent history, or beyond a limit);
-    *act* (a value that is not finite, or beyond a second limit). Each finding names indicator, role, layer, step, what was
+    *act* (a value that is not finite, or beyond a second limit). Each symptom names indicator, role, layer, step, what was
     expected and what to do. It judges the metrics of `LogitsZMonitor`, `ActivationOutlierMonitor`, `RouterMonitor`,
     `UpdateMonitor`, `TransferMonitor` and `StabilityGuard` where they are in the Trainer, and training losses.
 
@@ -63,7 +63,7 @@ class HealthMonitor(Callback):
         self._warned: set[str] = set()
 
     @property
-    def verdict(self) -> Verdict:
+    def verdict(self) -> Health:
         """The verdict so far; of rank zero, which alone sees the metrics."""
         return self._judge.verdict
 
@@ -124,18 +124,18 @@ class HealthMonitor(Callback):
         return dict(zip(known, values, strict=True))
 
     def _take(self, trainer: Trainer, step: int, metrics: Mapping[str, float]) -> None:
-        findings = self._judge.add(step, metrics)
+        symptoms = self._judge.add(step, metrics)
         for tag, value in metrics.items():
             if self.heat_maps and re.search(r"/\d+$", tag):
                 points = self._layers.setdefault(tag, [])
                 points.append((step, float(value)))
                 if len(points) > _KEPT:
                     del points[: _KEPT // 2 : 2]
-        for group in self.verdict.groups if findings else ():
+        for group in self.verdict.groups if symptoms else ():
             if group.first.indicator.name not in self._warned:
                 self._warned.add(group.first.indicator.name)
                 rank_zero_warn(f"HealthMonitor: {sentence(group)}. {group.first.indicator.do}")
-        if findings:
+        if symptoms:
             self._show(trainer, step)
         samples = self._judge.verdict.samples
         if self.heat_maps and self._layers and samples >= max(self._draw_at, 10):

@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 from lightning_mue.health.departures import Level
-from lightning_mue.health.judging import Finding, Group, Verdict
+from lightning_mue.health.judging import Group, Health, Symptom
 
 #: Level -> (word, colour).
 LOOKS = {Level.HEALTHY: ("healthy", "#1b7837"), Level.WATCH: ("watch", "#b35806"), Level.ACT: ("act", "#b2182b")}
-#: Of the table of findings, one line an indicator.
+#: Of the table of symptoms, one line an indicator.
 HEADERS = ("since step", "level", "indicator", "where", "value", "expected", "what it says", "what to do")
 _LEGEND = (
     "*healthy*: nothing left its range. *watch*: an indicator did. *act*: a value is not finite or beyond its limit."
 )
 
 
-def as_markdown(verdict: Verdict) -> str:
-    """The card: the verdict, its first cause, and a table of the findings with what to do."""
+def as_markdown(verdict: Health) -> str:
+    """The card: the verdict, its first cause, and a table of the symptoms with what to do."""
     lines = [f"# {LOOKS[verdict.level][0].upper()}", "", headline(verdict), ""]
-    if verdict.findings:
+    if verdict.symptoms:
         lines += [f"| {' | '.join(HEADERS)} |", "|---" * len(HEADERS) + "|"]
         lines += ["| " + " | ".join(cell.replace("|", "/") for cell in cells(group)) + " |" for group in verdict.groups]
     return "\n".join([*lines, "", _LEGEND])
 
 
-def headline(verdict: Verdict) -> str:
-    """One sentence: the verdict and the finding that came first."""
+def headline(verdict: Health) -> str:
+    """One sentence: the verdict and the symptom that came first."""
     if verdict.samples == 0:
         return "No samples yet."
-    if not verdict.findings:
+    if not verdict.symptoms:
         return f"Nothing left its healthy range in {verdict.samples} samples to step {verdict.last_step}."
     more = len(verdict.groups) - 1
     others = f", then {more} other indicator{'s' if more > 1 else ''}" if more else ""
@@ -35,7 +35,7 @@ def headline(verdict: Verdict) -> str:
 
 
 def sentence(group: Group) -> str:
-    """The findings of one indicator in words, without a full stop."""
+    """The symptoms of one indicator in words, without a full stop."""
     first = group.first
     where = f" of {group.place}" if group.place else ""
     now = "" if group.lasts else ", which is over"
@@ -46,8 +46,8 @@ def sentence(group: Group) -> str:
 
 
 def cells(group: Group) -> list[str]:
-    """One line of the table of findings."""
-    first: Finding = group.first
+    """One line of the table of symptoms."""
+    first: Symptom = group.first
     return [
         f"{first.step}{'' if group.lasts else ' (over)'}",
         LOOKS[group.level][0],

@@ -22,7 +22,7 @@ LEAST_HISTORY = 20
 SHORT, LONG, LONG_FACTOR = 12, 128, 1.5
 #: A departure from the own history is at least this many standard deviations of the noise.
 SPREADS = 6.0
-#: Departures in a row that make a finding, unless one is this many times the least.
+#: Departures in a row that make a symptom, unless one is this many times the least.
 IN_A_ROW, AT_ONCE = 3, 3.0
 #: Values whose median is compared with the same of the healthy runs.
 SMOOTHED = 8

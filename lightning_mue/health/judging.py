@@ -23,7 +23,7 @@ Placed = tuple[Indicator, str, str]
 
 
 @dataclass(frozen=True)
-class Finding:
+class Symptom:
     """One indicator that left its healthy range.
 
     Attributes:
@@ -57,9 +57,9 @@ class Finding:
 
 @dataclass(frozen=True)
 class Group:
-    """All findings of one indicator: the first of them, and the places of the others."""
+    """All symptoms of one indicator: the first of them, and the places of the others."""
 
-    first: Finding
+    first: Symptom
     others: tuple[str, ...]
     level: Level
     lasts: bool
@@ -72,20 +72,20 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What a run's metrics say: the level, and the findings, the earliest first."""
+class Health:
+    """What a run's metrics say: the level, and the symptoms, the earliest first."""
 
     level: Level
-    findings: tuple[Finding, ...]
+    symptoms: tuple[Symptom, ...]
     samples: int
     last_step: int
 
     @property
     def groups(self) -> list[Group]:
-        """The findings by indicator, the earliest first: one cause shows in many places at once."""
-        by_name: dict[str, list[Finding]] = {}
-        for finding in self.findings:
-            by_name.setdefault(finding.indicator.name, []).append(finding)
+        """The symptoms by indicator, the earliest first: one cause shows in many places at once."""
+        by_name: dict[str, list[Symptom]] = {}
+        for symptom in self.symptoms:
+            by_name.setdefault(symptom.indicator.name, []).append(symptom)
         return [
             Group(found[0], tuple(f.place for f in found[1:]), max(f.level for f in found), any(f.lasts for f in found))
             for found in by_name.values()
@@ -103,12 +103,12 @@ class RunJudge:
     def __init__(self, losses: Iterable[str] = (), reference: Reference | None = None) -> None:
         self.losses, self.reference = tuple(losses), reference
         self._recent: dict[str, list[tuple[int, float]]] = {}
-        self._findings: dict[str, Finding] = {}
+        self._symptoms: dict[str, Symptom] = {}
         self._samples: dict[str, int] = {}
         self._last_step = 0
 
-    def add(self, step: int, metrics: Mapping[str, float]) -> list[Finding]:
-        """Takes the metrics of one step, and returns the findings that are new."""
+    def add(self, step: int, metrics: Mapping[str, float]) -> list[Symptom]:
+        """Takes the metrics of one step, and returns the symptoms that are new."""
         new = []
         for tag, value in metrics.items():
             self._samples[tag] = self._samples.get(tag, 0) + 1
@@ -119,50 +119,50 @@ class RunJudge:
             recent = self._recent.setdefault(tag, [])
             recent.append((step, value))
             del recent[:-LONGEST_MEMORY]
-            finding = self._updated(tag, found, step, recent)
-            if finding is not None:
-                new.append(finding)
+            symptom = self._updated(tag, found, step, recent)
+            if symptom is not None:
+                new.append(symptom)
         return new
 
-    def _updated(self, tag: str, found: Placed, step: int, recent: list[tuple[int, float]]) -> Finding | None:
+    def _updated(self, tag: str, found: Placed, step: int, recent: list[tuple[int, float]]) -> Symptom | None:
         level_n, seen_n, expected_n, words = levels(found[0], series_of(recent), self._expected(tag), only_last=True)
-        level, known = Level(int(level_n[-1])), self._findings.get(tag)
+        level, known = Level(int(level_n[-1])), self._symptoms.get(tag)
         if known is not None:
-            self._findings[tag] = replace(known, level=max(known.level, level), lasts=_lasts(known, recent[-1][1]))
+            self._symptoms[tag] = replace(known, level=max(known.level, level), lasts=_lasts(known, recent[-1][1]))
         elif level > 0:
-            self._findings[tag] = Finding(
+            self._symptoms[tag] = Symptom(
                 *found, level, step, float(seen_n[-1]), float(expected_n[-1]), words[-1], True
             )
-            return self._findings[tag]
+            return self._symptoms[tag]
         return None
 
     def _expected(self, tag: str) -> list[Series]:
         return [] if self.reference is None else self.reference.of(tag)
 
     @property
-    def verdict(self) -> Verdict:
+    def verdict(self) -> Health:
         """The verdict so far."""
-        return _verdict(self._findings.values(), max(self._samples.values(), default=0), self._last_step)
+        return _verdict(self._symptoms.values(), max(self._samples.values(), default=0), self._last_step)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to judge as an undisturbed one, in plain types."""
-        findings = {
-            tag: (int(f.level), f.step, f.value, f.expected, f.told, f.lasts) for tag, f in self._findings.items()
+        symptoms = {
+            tag: (int(f.level), f.step, f.value, f.expected, f.told, f.lasts) for tag, f in self._symptoms.items()
         }
-        return {"recent": self._recent, "findings": findings, "samples": self._samples, "last_step": self._last_step}
+        return {"recent": self._recent, "symptoms": symptoms, "samples": self._samples, "last_step": self._last_step}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a saved state."""
         self._recent = {tag: [(int(s), float(v)) for s, v in points] for tag, points in state["recent"].items()}
         self._samples, self._last_step = dict(state["samples"]), int(state["last_step"])
-        self._findings = {
-            tag: Finding(*found, Level(level), *rest)
-            for tag, (level, *rest) in state["findings"].items()
+        self._symptoms = {
+            tag: Symptom(*found, Level(level), *rest)
+            for tag, (level, *rest) in state["symptoms"].items()
             if (found := _placed(tag, self.losses)) is not None
         }
 
 
-def judge(run: Run, *, losses: Iterable[str] = (), reference: Reference | None = None) -> Verdict:
+def judge(run: Run, *, losses: Iterable[str] = (), reference: Reference | None = None) -> Health:
     """Judges all indicators of a run.
 
     Args:
@@ -172,16 +172,16 @@ def judge(run: Run, *, losses: Iterable[str] = (), reference: Reference | None =
     """
     expected = {tag: [] if reference is None else reference.of(tag) for tag in run}
     found = [judge_series(tag, series, losses=losses, expected=expected[tag]) for tag, series in run.items()]
-    findings = [finding for finding in found if finding is not None]
+    symptoms = [symptom for symptom in found if symptom is not None]
     samples = max((len(series.steps) for series in run.values()), default=0)
     last = max((int(series.steps[-1]) for series in run.values() if len(series.steps)), default=0)
-    return _verdict(findings, samples, last)
+    return _verdict(symptoms, samples, last)
 
 
 def judge_series(
     tag: str, series: Series, *, losses: Iterable[str] = (), expected: Sequence[Series] = ()
-) -> Finding | None:
-    """The first finding in one tag, or None if it is healthy or no indicator; ``expected`` is the tag in healthy runs."""
+) -> Symptom | None:
+    """The first symptom in one tag, or None if it is healthy or no indicator; ``expected`` is the tag in healthy runs."""
     found = _placed(tag, losses)
     if found is None or not len(series.steps):
         return None
@@ -191,12 +191,12 @@ def judge_series(
         return None
     first = int(bad[0])
     step, value = int(series.steps[first]), float(seen_n[first])
-    finding = Finding(*found, Level(int(level_n.max())), step, value, float(expected_n[first]), words[first], True)
-    return replace(finding, lasts=_lasts(finding, float(series.values[-1])))
+    symptom = Symptom(*found, Level(int(level_n.max())), step, value, float(expected_n[first]), words[first], True)
+    return replace(symptom, lasts=_lasts(symptom, float(series.values[-1])))
 
 
-def _lasts(finding: Finding, now: float) -> bool:
-    return not is_back(finding.indicator, finding.value, finding.expected, now)
+def _lasts(symptom: Symptom, now: float) -> bool:
+    return not is_back(symptom.indicator, symptom.value, symptom.expected, now)
 
 
 def _placed(tag: str, losses: Iterable[str]) -> Placed | None:
@@ -207,15 +207,15 @@ def _placed(tag: str, losses: Iterable[str]) -> Placed | None:
     return None if found is not None and found[0] is INDICATORS[0] and not is_training_loss(tag) else found
 
 
-def _verdict(findings: Iterable[Finding], samples: int, last_step: int) -> Verdict:
-    kept = _one_a_place(findings)
-    level = max((finding.level for finding in kept), default=Level.HEALTHY)
-    return Verdict(level, tuple(kept), samples, last_step)
+def _verdict(symptoms: Iterable[Symptom], samples: int, last_step: int) -> Health:
+    kept = _one_a_place(symptoms)
+    level = max((symptom.level for symptom in kept), default=Level.HEALTHY)
+    return Health(level, tuple(kept), samples, last_step)
 
 
-def _one_a_place(findings: Iterable[Finding]) -> list[Finding]:
-    """The earliest finding of each indicator and place, a layer before a mean over layers; the earliest first."""
-    best: dict[tuple[str, str], Finding] = {}
-    for finding in sorted(findings, key=lambda f: (f.step, f.layer in ("mean", "max", "min"), -f.level)):
-        best.setdefault((finding.indicator.name, finding.where), finding)
+def _one_a_place(symptoms: Iterable[Symptom]) -> list[Symptom]:
+    """The earliest symptom of each indicator and place, a layer before a mean over layers; the earliest first."""
+    best: dict[tuple[str, str], Symptom] = {}
+    for symptom in sorted(symptoms, key=lambda f: (f.step, f.layer in ("mean", "max", "min"), -f.level)):
+        best.setdefault((symptom.indicator.name, symptom.where), symptom)
     return sorted(best.values(), key=lambda f: (f.step, -f.level))

@@ -89,7 +89,7 @@ def lines(
         title: What is shown.
         runs: Lines of one run have one colour where there are several runs.
         band: (watch, act) limits, drawn where they are within reach of the lines.
-        marks: (step, colour) of findings, drawn as vertical lines.
+        marks: (step, colour) of symptoms, drawn as vertical lines.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure

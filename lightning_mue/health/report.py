@@ -12,7 +12,7 @@ from typing import Any
 from lightning_mue.checks import value_error
 from lightning_mue.health.card import HEADERS, LOOKS, cells, headline
 from lightning_mue.health.indicators import indicator_of, is_loss
-from lightning_mue.health.judging import Finding, Verdict, judge
+from lightning_mue.health.judging import Health, Symptom, judge
 from lightning_mue.health.pictures import as_svg, heat_map, layered, lines
 from lightning_mue.health.series import Run, Series, find_runs, read_run
 
@@ -40,7 +40,7 @@ class ReportedRun:
     name: str
     folder: Path
     metrics: Run
-    verdict: Verdict
+    verdict: Health
     plan: str
 
     @property
@@ -123,7 +123,7 @@ def _panel(title: str, tags: Sequence[str], runs: Sequence[ReportedRun]) -> Any:
     }
     found = indicator_of(tags[0])
     band = (None, None) if found is None else (found[0].watch, found[0].act)
-    marks = [(f.step, LOOKS[f.level][1]) for run in runs for f in run.verdict.findings if _is_shown(f, found)]
+    marks = [(f.step, LOOKS[f.level][1]) for run in runs for f in run.verdict.symptoms if _is_shown(f, found)]
     return lines(title, shown, band=band, marks=marks)
 
 
@@ -131,8 +131,8 @@ def _label(tag: str, title: str) -> str:
     return tag if title == "loss" else tag.removeprefix(title.removesuffix(" by layer")).strip("/_")
 
 
-def _is_shown(finding: Finding, found: tuple[Any, str, str] | None) -> bool:
-    return found is not None and finding.indicator == found[0] and finding.where == found[1]
+def _is_shown(symptom: Symptom, found: tuple[Any, str, str] | None) -> bool:
+    return found is not None and symptom.indicator == found[0] and symptom.where == found[1]
 
 
 def _heat_maps(runs: Sequence[ReportedRun]) -> dict[str, list[str]]:

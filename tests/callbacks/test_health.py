@@ -77,8 +77,8 @@ def test_the_report_says_what_the_monitor_said(toy, tmp_path):
     assert len(find_runs(tmp_path)) == 2
     for read in read_runs([tmp_path]):
         assert read.verdict.level is health.verdict.level
-        assert [(f.indicator.name, f.step) for f in read.verdict.findings] == [
-            (f.indicator.name, f.step) for f in health.verdict.findings
+        assert [(f.indicator.name, f.step) for f in read.verdict.symptoms] == [
+            (f.indicator.name, f.step) for f in health.verdict.symptoms
         ]
 
 

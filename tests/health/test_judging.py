@@ -36,7 +36,7 @@ def as_run(values, steps=None):
 @pytest.mark.parametrize("seed", range(8))
 def test_a_healthy_run_is_healthy(seed):
     verdict = judge(as_run(learning(seed)))
-    assert verdict.level is Level.HEALTHY, verdict.findings
+    assert verdict.level is Level.HEALTHY, verdict.symptoms
     assert (verdict.samples, verdict.last_step) == (N, N - 1)
 
 
@@ -55,26 +55,26 @@ def test_a_fault_is_found_when_and_where_it_is(tag):
     values = learning(1)
     values[tag][120:] = FAULTS[tag](values[tag][120:])
     verdict = judge(as_run(values))
-    (finding,) = verdict.findings
+    (symptom,) = verdict.symptoms
     assert verdict.level is Level.WATCH
-    assert 120 <= finding.step <= 123
-    assert (finding.indicator.tag in tag) or finding.indicator.name == "loss"
-    assert finding.layer == {"1": "01", "0": "00", "x": "max", "n": "min", "s": ""}[tag[-1]]
+    assert 120 <= symptom.step <= 123
+    assert (symptom.indicator.tag in tag) or symptom.indicator.name == "loss"
+    assert symptom.layer == {"1": "01", "0": "00", "x": "max", "n": "min", "s": ""}[tag[-1]]
 
 
 def test_a_slow_drift_is_found():
     values = learning(2)
     values["stability/z/attention/00"][80:] *= np.exp(np.arange(N - 80) / 25)
-    (finding,) = judge(as_run(values)).findings
-    assert 80 < finding.step < 150
-    assert finding.lasts
+    (symptom,) = judge(as_run(values)).symptoms
+    assert 80 < symptom.step < 150
+    assert symptom.lasts
 
 
 def test_what_is_over_is_said_to_be_over():
     values = learning(3)
     values["stability/rms/ffn/00"][100:105] *= 20
-    (finding,) = judge(as_run(values)).findings
-    assert not finding.lasts
+    (symptom,) = judge(as_run(values)).symptoms
+    assert not symptom.lasts
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -82,17 +82,17 @@ def test_a_value_that_is_not_finite_calls_for_action_at_once(bad):
     values = learning(4)
     values["train/loss"][3] = bad
     verdict = judge(as_run(values))
-    (finding,) = verdict.findings
+    (symptom,) = verdict.symptoms
     assert verdict.level is Level.ACT
-    assert finding.step == 3
-    assert finding.told == "a finite number"
-    assert not finding.lasts
+    assert symptom.step == 3
+    assert symptom.told == "a finite number"
+    assert not symptom.lasts
 
 
 def test_early_values_have_no_history_to_depart_from():
     values = learning(5)
     values["stability/rms/ffn/00"][: LEAST_HISTORY - 1 : 2] *= 50
-    assert all(f.step >= LEAST_HISTORY for f in judge(as_run(values)).findings)
+    assert all(f.step >= LEAST_HISTORY for f in judge(as_run(values)).symptoms)
 
 
 def test_a_reference_shows_what_the_history_cannot():
@@ -101,9 +101,9 @@ def test_a_reference_shows_what_the_history_cannot():
     values["routing/max_violation_max"] = 1.2 * np.exp(0.1 * np.random.default_rng(0).standard_normal(N))
     assert judge(as_run(values)).level is Level.HEALTHY
     reference = Reference([as_run(learning(seed)) for seed in (7, 8)])
-    (finding,) = judge(as_run(values), reference=reference).findings
-    assert finding.indicator.name == "MaxVio"
-    assert finding.told.endswith("as in the reference")
+    (symptom,) = judge(as_run(values), reference=reference).symptoms
+    assert symptom.indicator.name == "MaxVio"
+    assert symptom.told.endswith("as in the reference")
     assert judge(as_run(learning(9)), reference=reference).level is Level.HEALTHY
 
 
@@ -132,21 +132,21 @@ def test_a_judge_beside_the_run_says_the_same_and_may_be_interrupted(seed, with_
         told += live.add(step, {tag: float(v[step]) for tag, v in values.items()})
     offline = judge(as_run(values), reference=reference)
     assert str(live.verdict) == str(offline)  # NaN is expected where any finite number is
-    assert len(offline.findings) >= 3
-    assert {(f.indicator.name, f.step) for f in offline.findings} <= {(f.indicator.name, f.step) for f in told}
+    assert len(offline.symptoms) >= 3
+    assert {(f.indicator.name, f.step) for f in offline.symptoms} <= {(f.indicator.name, f.step) for f in told}
 
 
 def test_the_past_is_not_changed_by_the_future():
     values = learning(12)
     values["stability/rms/ffn/00"][120:] *= 6
-    known = judge(as_run({tag: v[:130] for tag, v in values.items()})).findings
+    known = judge(as_run({tag: v[:130] for tag, v in values.items()})).symptoms
     values["stability/rms/ffn/00"][160:] *= 100
-    assert [(f.step, f.value) for f in judge(as_run(values)).findings] == [(f.step, f.value) for f in known]
+    assert [(f.step, f.value) for f in judge(as_run(values)).symptoms] == [(f.step, f.value) for f in known]
 
 
 def test_a_loss_of_another_name_can_be_given():
     values = {"objective": learning(13)["train/loss"]}
     values["objective"][150:] *= 2
     assert judge(as_run(values)).level is Level.HEALTHY
-    (finding,) = judge(as_run(values), losses=["objective"]).findings
-    assert finding.indicator.name == "loss"
+    (symptom,) = judge(as_run(values), losses=["objective"]).symptoms
+    assert symptom.indicator.name == "loss"

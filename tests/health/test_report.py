@@ -45,8 +45,8 @@ def test_every_logger_is_read_alike(tmp_path, kind):
     assert run["train/loss"].values[0] == pytest.approx(5.0, rel=1e-6)
     (read,) = read_runs([folder])
     assert read.verdict.level is Level.WATCH
-    (finding,) = read.verdict.findings
-    assert (finding.where, finding.layer, finding.step) == ("attention", "00", 40)
+    (symptom,) = read.verdict.symptoms
+    assert (symptom.where, symptom.layer, symptom.step) == ("attention", "00", 40)
 
 
 def test_a_line_that_was_cut_off_and_other_text_are_left_out(tmp_path):

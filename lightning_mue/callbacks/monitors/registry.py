@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from lightning_mue.callbacks import tensorboard_page
-from lightning_mue.callbacks.monitors.finding.reading import Finding
+from lightning_mue.callbacks.monitors.finding.reading import SearchResult
 from lightning_mue.callbacks.monitors.probes import Probe
 from lightning_mue.checks import listed
 from lightning_mue.console import wide_console
@@ -23,7 +23,7 @@ from lightning_mue.names import all_indices
 class Member(Protocol):
     """What the registry needs of a monitor."""
 
-    findings: dict[str, Finding]
+    findings: dict[str, SearchResult]
 
     @property
     def probes(self) -> list[Probe]:
@@ -110,7 +110,7 @@ def table_of(members: list[Member]) -> Table:
     return table
 
 
-def _counted(finding: Finding) -> str:
+def _counted(finding: SearchResult) -> str:
     counts: dict[tuple[str, str], int] = {}
     for each in finding.found:
         key = all_indices(each.name) or "the model itself", each.kind

@@ -33,7 +33,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_mue.callbacks import metric_stream, tensorboard_page
-from lightning_mue.callbacks.monitors.finding.reading import Finding
+from lightning_mue.callbacks.monitors.finding.reading import SearchResult
 from lightning_mue.callbacks.monitors.probes import Probe
 from lightning_mue.callbacks.monitors.registry import registry_of, worst_layers
 from lightning_mue.checks import require_choice, require_integer
@@ -75,7 +75,7 @@ class SampledMonitor(Callback, ABC):
             require_choice("detail", detail, ("brief", "full"), "None is brief where there are many layers.")
         self.every_n_steps, self.detail = every_n_steps, detail
         #: What was found of each thing that it looks for, for the table at the start of a fit.
-        self.findings: dict[str, Finding] = {}
+        self.findings: dict[str, SearchResult] = {}
         #: Tag over layers -> the label of the layer that is the worst, of the last sample.
         self.worst_names: dict[str, str] = {}
         self._probes: list[Probe] = []

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
-from lightning_mue.callbacks.monitors.finding.reading import Finding, Found, Reading, by_pattern, inside
+from lightning_mue.callbacks.monitors.finding.reading import Found, Reading, SearchResult, by_pattern, inside
 from lightning_mue.contract import is_attention_core
 from lightning_mue.parameterizations.rules.roles import Role
 
 
-def find_attentions_of(reading: Reading, pattern: str | None = None) -> Finding:
+def find_attentions_of(reading: Reading, pattern: str | None = None) -> SearchResult:
     """The attentions: named by pattern, declared cores, torch's own, those round a query matrix, those called attention.
 
     Of modules inside each other the first kind in this list is taken, and the innermost of one kind.
@@ -35,7 +35,7 @@ def find_attentions_of(reading: Reading, pattern: str | None = None) -> Finding:
     order = {name: i for i, name in enumerate(reading.modules)}
     kept = sorted(found.values(), key=lambda each: order[each.name])
     missing = [f"{each.name}: keys that no weight makes" for each in kept if _has_extra_keys(each.module)]
-    return Finding([each for each in kept if not _has_extra_keys(each.module)], missing)
+    return SearchResult([each for each in kept if not _has_extra_keys(each.module)], missing)
 
 
 def _found(reading: Reading, name: str, how: str) -> Found:

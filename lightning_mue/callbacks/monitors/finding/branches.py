@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from itertools import takewhile
 
 from lightning_mue.callbacks.monitors.finding.attentions import round_queries
-from lightning_mue.callbacks.monitors.finding.reading import Finding, Found, Reading, by_pattern, inside
+from lightning_mue.callbacks.monitors.finding.reading import Found, Reading, SearchResult, by_pattern, inside
 from lightning_mue.contract import branch_kind
 from lightning_mue.names import in_attention
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo
@@ -22,7 +22,7 @@ _ENTERS = re.compile(r"(^|[._])(q|k|v|kv|qkv|query|key|value)(_?proj)?$", re.IGN
 OTHER = "mixer"
 
 
-def find_branches(reading: Reading, patterns: str | Mapping[str, str] | None = None) -> Finding:
+def find_branches(reading: Reading, patterns: str | Mapping[str, str] | None = None) -> SearchResult:
     """The branches: named by pattern, declared (``mue_branch``), and read, where these are not inside of one another.
 
     Args:
@@ -54,7 +54,7 @@ def find_branches(reading: Reading, patterns: str | Mapping[str, str] | None = N
         if layer and not known and not inside(name, list(found)):
             found[name] = Found(name, reading.modules[name], "attention", "query matrix")
     order = {name: i for i, name in enumerate(reading.modules)}
-    return Finding(sorted(found.values(), key=lambda each: order[each.name]), missing)
+    return SearchResult(sorted(found.values(), key=lambda each: order[each.name]), missing)
 
 
 def _read(reading: Reading, missing: list[str]) -> Iterable[Found]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from lightning_mue.callbacks.monitors.finding.reading import Finding, Found, Reading, by_pattern
+from lightning_mue.callbacks.monitors.finding.reading import Found, Reading, SearchResult, by_pattern
 from lightning_mue.contract import declared_roles, returns_lm_logits
 from lightning_mue.names import is_embedding, is_head
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo, module_form
 from lightning_mue.parameterizations.rules.roles import Role
 
 
-def find_heads(reading: Reading, pattern: str | None = None) -> Finding:
+def find_heads(reading: Reading, pattern: str | None = None) -> SearchResult:
     """The heads: by pattern, else declared, else by the role of their weight, else by a head's name.
 
     A tied weight that no linear layer holds is found by what multiplies with it: ``Found.module`` is then the look-up table,
@@ -20,16 +20,16 @@ def find_heads(reading: Reading, pattern: str | None = None) -> Finding:
     """
     if pattern is not None:
         names = by_pattern(reading, "lm_logits", pattern)
-        return Finding([Found(name, reading.modules[name], "head", "named") for name in names])
+        return SearchResult([Found(name, reading.modules[name], "head", "named") for name in names])
     for how, matches in (("mue_role_of_output", returns_lm_logits), ("mue_roles", _owns_unembedding)):
         names = [name for name, module in reading.modules.items() if matches(module)]
         if names:
-            return Finding([Found(name, reading.modules[name], "head", how) for name in names])
+            return SearchResult([Found(name, reading.modules[name], "head", how) for name in names])
     found = {each.name: each for info in reading.of_role(Role.UNEMBEDDING) if (each := _of_role(reading, info))}
     heads = list(found.values()) or _by_name(reading)
     if heads:
-        return Finding(heads)
-    return Finding(_table(reading), ["a head: no parameter is an unembedding"])
+        return SearchResult(heads)
+    return SearchResult(_table(reading), ["a head: no parameter is an unembedding"])
 
 
 def _owns_unembedding(module: object) -> bool:

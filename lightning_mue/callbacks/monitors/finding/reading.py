@@ -39,7 +39,7 @@ class Found:
 
 
 @dataclass
-class Finding:
+class SearchResult:
     """What was found of one thing that a monitor looks for, and what was not, in words."""
 
     found: list[Found] = field(default_factory=list)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_mue.callbacks.monitors.finding.reading import Finding, Found, Reading, by_pattern, inside
+from lightning_mue.callbacks.monitors.finding.reading import Found, Reading, SearchResult, by_pattern, inside
 from lightning_mue.contract import is_router
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo
 from lightning_mue.parameterizations.rules.roles import Role
@@ -22,7 +22,7 @@ _TOP_K: tuple[str, ...] = (
 _TOP_K += ("n_activated_experts", "moe_top_k", "moe_k", "num_selects")
 
 
-def find_routers(reading: Reading, pattern: str | None = None) -> Finding:
+def find_routers(reading: Reading, pattern: str | None = None) -> SearchResult:
     """The routers: named by pattern, declared (``mue_router``), and those whose weight has the role of a router.
 
     The gate of a shared expert, which has one output, is none.
@@ -50,7 +50,7 @@ def find_routers(reading: Reading, pattern: str | None = None) -> Finding:
             missing.append(f"{info.path}: a second router of one module")
             continue
         found[name] = Found(name, reading.modules[name], "router", "role", info)
-    return Finding(list(found.values()), missing)
+    return SearchResult(list(found.values()), missing)
 
 
 def n_experts(info: ParameterInfo) -> int:
