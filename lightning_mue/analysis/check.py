@@ -120,7 +120,7 @@ class CoordinateCheck:
         """Writes a PNG with one panel for each slope that decides: rms against size, one line for each step.
 
         Raises:
-            ModuleNotFoundError: Without matplotlib; ``pip install 'lightning-mue[analysis]'`` installs it.
+            ModuleNotFoundError: Without matplotlib; ``pip install matplotlib`` installs it.
             ValueError: If nothing was measured.
         """
         slopes = {step: self.slopes(step) for step in self.measured}

@@ -88,8 +88,6 @@ def _matplotlib() -> Any:
         import matplotlib.figure
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            mismatch(
-                "plot", found="no matplotlib", expected="it installed", do="pip install 'lightning-mue[analysis]'."
-            )
+            mismatch("plot", found="no matplotlib", expected="it installed", do="pip install matplotlib.")
         ) from error
     return matplotlib

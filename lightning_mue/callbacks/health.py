@@ -25,8 +25,8 @@ from lightning_mue.namespaces import is_lightning
 _log = logging.getLogger(__name__)
 #: Samples of one layer that are kept for the pictures; older ones are thinned.
 _KEPT = 512
-#: Pictures are drawn again when the samples have grown by this factor: their cost stays small however long the run.
-_GROWTH = 1.5
+#: Pictures are drawn at this many samples, whenever these have doubled, and at the end: their cost stays small in any run.
+_FIRST_DRAWN = 32
 
 
 class HealthMonitor(Callback):
@@ -59,7 +59,7 @@ class HealthMonitor(Callback):
         self.heat_maps = heat_maps
         self._judge = RunJudge(self.losses)
         self._layers: dict[str, list[tuple[int, float]]] = {}
-        self._draw_at, self._told = 0, ""
+        self._draw_at, self._told = _FIRST_DRAWN, ""
         self._warned: set[str] = set()
 
     @property
@@ -138,8 +138,8 @@ class HealthMonitor(Callback):
         if symptoms:
             self._show(trainer, step)
         samples = self._judge.verdict.samples
-        if self.heat_maps and self._layers and samples >= max(self._draw_at, 10):
-            self._draw_at = int(samples * _GROWTH) + 1
+        if self.heat_maps and self._layers and samples >= self._draw_at:
+            self._draw_at = 2 * samples
             self._draw(trainer, step)
 
     def _show(self, trainer: Trainer, step: int) -> None:

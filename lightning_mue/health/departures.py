@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -159,7 +160,8 @@ def from_healthy(
     return own_n, np.where(own_n > high_n, high_n, low_n), beyond_n
 
 
-def _bad(indicator: Indicator, gap: Floats) -> Floats:
+def _bad(indicator: Indicator, gap: Any) -> Any:
+    """A gap, or [n] of them, as positive where it is in the bad direction."""
     return np.abs(gap) if indicator.both else -gap if indicator.falls else gap
 
 

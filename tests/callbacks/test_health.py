@@ -97,7 +97,7 @@ def test_no_logger_and_unwritable_folder(toy, tmp_path):
     assert health.verdict.samples > 0  # the losses are known without a logger
     blocked = CSVLogger(tmp_path, name="blocked")
     (tmp_path / "blocked").mkdir()
-    trainer, health, told = run(toy, tmp_path, loggers=[blocked])
+    trainer, _, _ = run(toy, tmp_path, loggers=[blocked])
     assert trainer.state.finished
 
 

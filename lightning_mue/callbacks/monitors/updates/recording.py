@@ -106,7 +106,7 @@ class _Step:
             table = torch.tensor(list(rows.values()), device=next(iter(rows)).total.device) if rows else None  # type: ignore[union-attr]
             for i, probe in enumerate(rows):
                 assert table is not None
-                probe.add(RoleProbe.SETTING, table[i])
+                probe.add_at(RoleProbe.SETTING, table[i])
 
     def _compare(self, *_: Any) -> None:
         if self._updated and self._before:
@@ -138,6 +138,6 @@ def _add_settings(row: list[float], values: Sequence[Any], count: float, probe: 
             continue
         row[2 * i] += count
         if isinstance(value, Tensor) and value.device.type != "cpu":
-            probe.add(RoleProbe.SETTING + 2 * i + 1, value.detach().float().reshape(1) * count)
+            probe.add_at(RoleProbe.SETTING + 2 * i + 1, value.detach().float().reshape(1) * count)
         else:
             row[2 * i + 1] += float(value) * count

@@ -99,7 +99,7 @@ class RoleProbe(UnhookedProbe):
         """[n] a sample of some of the weights, one after the other."""
         return torch.cat([sample(weight, self.limit, self.ranks) for weight in weights])
 
-    def add(self, start: int, found: Tensor) -> None:
+    def add_at(self, start: int, found: Tensor) -> None:
         """Adds to the entries of the statistics from ``start`` on."""
         assert self.total is not None
         self.total[start : start + found.numel()] += found.to(self.total.device)
@@ -108,7 +108,7 @@ class RoleProbe(UnhookedProbe):
         """Compares some of the weights with their sample before the step."""
         summary = update_summary(before, self.values(weights))
         summary[0] = sum(elements(weight, self.ranks) for weight in weights)
-        self.add(0, summary)
+        self.add_at(0, summary)
 
     def add_gradients(self, weights: Iterable[Tensor]) -> None:
         """Measures the gradients of those weights that have one."""
@@ -116,7 +116,7 @@ class RoleProbe(UnhookedProbe):
         if found:
             square = self.values(weight.grad for weight in found if weight.grad is not None).square().sum()
             count = sum(elements(weight, self.ranks) for weight in found)
-            self.add(self.GRADIENT, torch.stack([torch.full_like(square, count), square]))
+            self.add_at(self.GRADIENT, torch.stack([torch.full_like(square, count), square]))
 
     def add_moments(self, weight: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> None:
         """Measures how many of Adam's second moments eps outweighs, where the optimizer has such."""
@@ -134,7 +134,7 @@ class RoleProbe(UnhookedProbe):
         if isinstance(threshold, Tensor):
             threshold = threshold.to(moment.device)
         taken = even_sample(local(moment), self.limit)
-        self.add(
+        self.add_at(
             self.MOMENTS, small_second_moments(taken, threshold) * (elements(weight, self.ranks) / max(1, len(taken)))
         )
 
