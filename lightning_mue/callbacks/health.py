@@ -41,7 +41,7 @@ class HealthMonitor(Callback):
 
     - one warning for each indicator;
     - the card: in TensorBoard's TEXT tab as ``health``, and as a Markdown file of that name in the loggers' folders;
-    - heat maps (layer x step) of every metric by layer, in TensorBoard's IMAGES tab;
+    - heat maps (layer x step) of every indicator by layer, in TensorBoard's IMAGES tab;
     - at the end, hyperparameters with the final losses, in TensorBoard's HPARAMS tab.
 
     Args:
@@ -126,7 +126,7 @@ class HealthMonitor(Callback):
     def _take(self, trainer: Trainer, step: int, metrics: Mapping[str, float]) -> None:
         symptoms = self._judge.add(step, metrics)
         for tag, value in metrics.items():
-            if self.heat_maps and re.search(r"/\d+$", tag):
+            if self.heat_maps and re.search(r"/\d+$", tag) and indicator_of(tag):
                 points = self._layers.setdefault(tag, [])
                 points.append((step, float(value)))
                 if len(points) > _KEPT:

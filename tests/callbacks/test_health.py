@@ -21,8 +21,8 @@ def text_of(logger, tag="health/text_summary"):
     return [e.tensor_proto.string_val[0].decode() for e in events.Tensors(tag)]
 
 
-def run(toy, tmp_path, *, spoil_at=None, steps=40, health=None, loggers=None, name="train/loss"):
-    health = HealthMonitor() if health is None else health
+def run(toy, tmp_path, *, spoil_at=None, steps=32, health=None, loggers=None, name="train/loss"):
+    health = HealthMonitor(heat_maps=False) if health is None else health
 
     class Spoilt(toy.ToyModel):
         """A model whose loss is multiplied from one step on."""
@@ -46,18 +46,18 @@ def run(toy, tmp_path, *, spoil_at=None, steps=40, health=None, loggers=None, na
 def test_a_healthy_run(toy, tmp_path):
     trainer, health, told = run(toy, tmp_path)
     assert health.verdict.level is Level.HEALTHY
-    assert health.verdict.samples == 40
+    assert health.verdict.samples == 32
     assert told == []
     (card,) = text_of(trainer.logger)
     assert card.startswith("# HEALTHY")
-    assert "to step 39" in card
+    assert "to step 31" in card
 
 
 def test_a_fault_is_told_once_and_stands_on_the_card(toy, tmp_path):
-    trainer, health, told = run(toy, tmp_path, spoil_at=30)
+    trainer, health, told = run(toy, tmp_path, spoil_at=26)
     assert health.verdict.level is Level.WATCH
     assert len(told) == 1
-    assert re.search(r"loss of train/loss was .* at step 3\d, expected about .*: training goes backwards", told[0])
+    assert re.search(r"loss of train/loss was .* at step 2\d, expected about .*: training goes backwards", told[0])
     assert text_of(trainer.logger)[-1].startswith("# WATCH")
     folder = trainer.logger.log_dir
     with open(f"{folder}/health.md", encoding="utf-8") as card:
@@ -65,15 +65,15 @@ def test_a_fault_is_told_once_and_stands_on_the_card(toy, tmp_path):
 
 
 def test_a_loss_of_another_name(toy, tmp_path):
-    _, health, _ = run(toy, tmp_path / "a", spoil_at=30, name="objective")
+    _, health, _ = run(toy, tmp_path / "a", spoil_at=26, name="objective")
     assert health.verdict.level is Level.HEALTHY
-    _, health, _ = run(toy, tmp_path / "b", spoil_at=30, name="objective", health=HealthMonitor(["objective"]))
+    _, health, _ = run(toy, tmp_path / "b", spoil_at=26, name="objective", health=HealthMonitor(["objective"], heat_maps=False))
     assert health.verdict.level is Level.WATCH
 
 
 def test_the_report_says_what_the_monitor_said(toy, tmp_path):
     loggers = [TensorBoardLogger(tmp_path, name="board"), CSVLogger(tmp_path, name="csv")]
-    _, health, _ = run(toy, tmp_path, spoil_at=30, loggers=loggers)
+    _, health, _ = run(toy, tmp_path, spoil_at=26, loggers=loggers)
     assert len(find_runs(tmp_path)) == 2
     for read in read_runs([tmp_path]):
         assert read.verdict.level is health.verdict.level
@@ -83,12 +83,12 @@ def test_the_report_says_what_the_monitor_said(toy, tmp_path):
 
 
 def test_pictures_and_hyperparameters(toy, tmp_path):
-    trainer, _, _ = run(toy, tmp_path)
+    trainer, _, _ = run(toy, tmp_path, health=HealthMonitor())
     images = EventAccumulator(trainer.logger.log_dir).Reload().Tags()["images"]
     assert "layers/stability/z/attention" in images
     folder = f"{trainer.logger.log_dir}/hparams"
     assert "final/train/loss" in EventAccumulator(folder).Reload().Tags()["scalars"]
-    _, _, _ = run(toy, tmp_path / "none", health=HealthMonitor(heat_maps=False))
+    run(toy, tmp_path / "none")
     assert EventAccumulator(str(tmp_path / "none" / "run" / "version_0")).Reload().Tags()["images"] == []
 
 
@@ -102,7 +102,7 @@ def test_no_logger_and_unwritable_folder(toy, tmp_path):
 
 
 def test_a_resumed_judge_goes_on(toy, tmp_path):
-    _, health, _ = run(toy, tmp_path, spoil_at=30)
+    _, health, _ = run(toy, tmp_path, spoil_at=26)
     other = HealthMonitor()
     state = health.state_dict()
     torch.save(state, tmp_path / "state.pt")
