@@ -14,16 +14,19 @@ README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"
 
 
 def test_example_trains_and_scales():
-    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    code, monitors = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert len([line for line in code.splitlines() if line.strip()]) <= 15
     names: dict = {}
+    exec(monitors, names)
+    watching = names["callbacks"]
     exec(
         code.replace("max_epochs=3", "max_epochs=1, logger=False, enable_checkpointing=False, accelerator='cpu'"), names
     )
     data = TensorDataset(torch.randn(64, 8), torch.randint(0, 10, (64,)))
     trainer = names["trainer"]
+    trainer.callbacks += watching
     trainer.fit(names["Net"](), DataLoader(data, batch_size=32))
-    plan = trainer.callbacks[0].plan if hasattr(trainer.callbacks[0], "plan") else trainer.callbacks[-1].plan
+    plan = next(callback.plan for callback in trainer.callbacks if hasattr(callback, "plan"))
     assert plan["net.2.weight"].lr == 1 / 16
     assert plan["net.4.weight"].role == "unembedding"
 

@@ -310,7 +310,7 @@ def test_plot_without_matplotlib(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="plot: found no measured quantity"):
         check.plot(tmp_path / "c.png")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ModuleNotFoundError, match=r"plot: found no matplotlib.*lightning-mue\[analysis\]"):
+    with pytest.raises(ModuleNotFoundError, match=r"plot: found no matplotlib.*pip install matplotlib"):
         check.plot(tmp_path / "c.png")
 
 
