@@ -67,7 +67,9 @@ def test_a_fault_is_told_once_and_stands_on_the_card(toy, tmp_path):
 def test_a_loss_of_another_name(toy, tmp_path):
     _, health, _ = run(toy, tmp_path / "a", spoil_at=26, name="objective")
     assert health.verdict.level is Level.HEALTHY
-    _, health, _ = run(toy, tmp_path / "b", spoil_at=26, name="objective", health=HealthMonitor(["objective"], heat_maps=False))
+    _, health, _ = run(
+        toy, tmp_path / "b", spoil_at=26, name="objective", health=HealthMonitor(["objective"], heat_maps=False)
+    )
     assert health.verdict.level is Level.WATCH
 
 
