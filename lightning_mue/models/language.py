@@ -210,7 +210,10 @@ class MoELanguageModel(KeepsMultipliers, Generates, Evaluates, LightningModule):
         return self.transformer(tokens_BS)
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """Mean cross-entropy in nats per token, 0-dim float32, without auxiliary losses."""
+        """Mean cross-entropy in nats per token, 0-dim float32, without auxiliary losses.
+
+        That of training: for another loss in validation override `evaluate` too, which has metrics of its own.
+        """
         logits_BSV = self(batch["tokens"])
         return F.cross_entropy(logits_BSV.flatten(0, 1).float(), batch["targets"].flatten())
 
