@@ -26,7 +26,6 @@ def main() -> None:
     args = ["--config", str(_CONFIG), f"--seed_everything={options.seed}", f"--trainer.max_steps={options.steps}"]
     args += ["--trainer.log_every_n_steps=1", "--trainer.logger=false", f"--trainer.val_check_interval={options.steps}"]
     args += [
-        "--trainer.callbacks+=UpdateMonitor",
         "--trainer.enable_progress_bar=false",
         "--trainer.enable_checkpointing=false",
     ]

@@ -194,6 +194,14 @@ class Problem:
             assert not found.is_inference()
 
 
+@pytest.fixture(autouse=True)
+def _interrupts_are_heard():
+    """A shell that starts the tests in the background has them ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
 def problem(request, monkeypatch):
     monkeypatch.setattr(running, "_PARALLEL_FLOPS", 0)
