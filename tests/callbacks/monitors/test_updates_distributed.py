@@ -41,7 +41,7 @@ def test_two_ranks_log_what_one_process_does(ranks, name):
     for rank in ranks:
         found = rank[name]
         assert found["sharded"] == (name == "fsdp2")
-        assert found["calls"] == [1, 1, 2, 2, 3, 3]  # one collective a monitor and sampled step
+        assert found["calls"] == [1, 2, 3]  # one collective a sampled step, whatever the number of monitors
         for (step, metrics), (other, wanted) in zip(found["records"], alone["records"], strict=True):
             assert step == other
             if name == "ddp":  # its noise scale is of a rank's micro-batch, here of the global one
