@@ -61,6 +61,7 @@ class HealthMonitor(Callback):
         self._layers: dict[str, list[tuple[int, float]]] = {}
         self._draw_at, self._told = _FIRST_DRAWN, ""
         self._warned: set[str] = set()
+        self._heard: set[str] = set()  # tags that monitors tell, which the Trainer knows too
 
     @property
     def verdict(self) -> Health:
@@ -70,7 +71,7 @@ class HealthMonitor(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listens to the monitors."""
         if trainer.is_global_zero:
-            metric_stream.listen(trainer, self, lambda step, metrics: self._take(trainer, step, metrics))
+            metric_stream.listen(trainer, self, lambda step, metrics: self._hear(trainer, step, metrics))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -118,10 +119,16 @@ class HealthMonitor(Callback):
         known = {
             tag: value.detach().float().reshape(())
             for tag, value in trainer.callback_metrics.items()
-            if (is_loss(tag) or tag in self.losses or _is_gradient(tag)) and value.numel() == 1
+            if tag not in self._heard
+            and (is_loss(tag) or tag in self.losses or _is_gradient(tag))
+            and value.numel() == 1
         }
         values = torch.stack(list(known.values())).tolist() if known else []
         return dict(zip(known, values, strict=True))
+
+    def _hear(self, trainer: Trainer, step: int, metrics: Mapping[str, float]) -> None:
+        self._heard.update(metrics)
+        self._take(trainer, step, metrics)
 
     def _take(self, trainer: Trainer, step: int, metrics: Mapping[str, float]) -> None:
         symptoms = self._judge.add(step, metrics)

@@ -41,7 +41,7 @@ def _results(trainer: Trainer) -> Iterator[str]:
         if isinstance(logger, TensorBoardLogger):
             yield f"logs: {_relative(logger.log_dir)}"
             yield f"to view them: tensorboard --logdir {_relative(logger.root_dir)}"
-            yield "  (tab CUSTOM SCALARS: health of the run; tab TEXT: the parameterization)"
+            yield "  (tab TEXT: is the run healthy, and the parameterization; tab CUSTOM SCALARS: the charts)"
 
 
 def _sample(model: LightningModule, datamodule: LightningDataModule | None) -> tuple[str, str] | None:

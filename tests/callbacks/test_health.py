@@ -10,7 +10,13 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_mue.callbacks import ActivationOutlierMonitor, HealthMonitor, LogitsZMonitor, metric_stream
+from lightning_mue.callbacks import (
+    ActivationOutlierMonitor,
+    HealthMonitor,
+    LogitsZMonitor,
+    UpdateMonitor,
+    metric_stream,
+)
 from lightning_mue.health.departures import Level
 from lightning_mue.health.report import read_runs
 from lightning_mue.health.series import find_runs
@@ -51,6 +57,13 @@ def test_a_healthy_run(toy, tmp_path):
     (card,) = text_of(trainer.logger)
     assert card.startswith("# HEALTHY")
     assert "to step 31" in card
+
+
+def test_what_a_monitor_tells_counts_once(toy, tmp_path):
+    health = HealthMonitor(heat_maps=False)
+    trainer = toy.make_trainer([UpdateMonitor(), health], [TensorBoardLogger(tmp_path, name="run")])
+    trainer.fit(toy.make_model(), toy.tokens(4))
+    assert health.state_dict()["judge"]["samples"]["updates/gradient_norm/all"] == 4
 
 
 def test_a_fault_is_told_once_and_stands_on_the_card(toy, tmp_path):
