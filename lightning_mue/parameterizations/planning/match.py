@@ -187,14 +187,14 @@ def _with_roles(target: ModelRecord, base: ModelRecord) -> tuple[list[ParameterI
     for infos in (mine, theirs):
         refuse_unnamed_experts(infos)
     mine, theirs = named_roles(mine), named_roles(theirs)
-    mine = infer_roles(mine, match_parameters(mine, theirs))
+    mine = _infer_roles(mine, match_parameters(mine, theirs))
     by_target = {info.name: info.role for info in mine}
     return mine, [
         replace(i, role=i.role or by_target.get(back[i.name].name) if i.name in back else i.role) for i in theirs
     ]
 
 
-def infer_roles(infos: list[ParameterInfo], base: Mapping[str, ParameterInfo]) -> list[ParameterInfo]:
+def _infer_roles(infos: list[ParameterInfo], base: Mapping[str, ParameterInfo]) -> list[ParameterInfo]:
     """Gives roles to layers without one by the sides that grow between base and target, as the package `mup` does.
 
     Both sides grow: hidden. Only the input side: unembedding. Only the output side: embedding (an input layer). Neither side:

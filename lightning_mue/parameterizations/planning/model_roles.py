@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 
 from torch import nn
 
-from lightning_mue.parameterizations.planning.match import Pair, infer_roles
+from lightning_mue.parameterizations.planning.match import Pair
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo
 from lightning_mue.parameterizations.reading.record import describe
 from lightning_mue.parameterizations.reading.roles.ffn_roles import ffn_roles, named_roles
@@ -46,15 +45,9 @@ def _by_form(info: ParameterInfo) -> Role | None:
 
 
 def read_alone(model: nn.Module) -> list[ParameterInfo]:
-    """A model's parameters with the roles that a plan would give them, and with folds (`mark_folds`).
-
-    A plan refuses a model in which some role stays unknown; here such parameters have no role.
+    """`read_parameters`, with folds (`mark_folds`).
 
     Raises:
         ValueError: If the model cannot be read at all, e.g. because a layer is lazy and has no shape yet.
     """
-    infos = ffn_roles(list(describe(model).parameters))
-    infos = named_roles(routers_by_shape(ffn_roles(infos, guess=True)))
-    with suppress(ValueError):
-        infos = infer_roles(infos, {info.name: info for info in infos})
-    return mark_folds(infos)
+    return mark_folds(read_parameters(model))
