@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_mue.callbacks import metric_stream, tensorboard_page
 from lightning_mue.callbacks.mue.callback import MuECallback
+from lightning_mue.callbacks.steps import steps_done
 from lightning_mue.checks import type_error
 from lightning_mue.health.card import LOOKS, as_markdown, headline, sentence
 from lightning_mue.health.indicators import indicator_of, is_loss
@@ -60,6 +61,7 @@ class HealthMonitor(Callback):
         self._judge = RunJudge(self.losses)
         self._layers: dict[str, list[tuple[int, float]]] = {}
         self._draw_at, self._told = _FIRST_DRAWN, ""
+        self._taken_at = 0  # optimizer steps at the last sample of the module's own metrics
         self._warned: set[str] = set()
         self._heard: set[str] = set()  # tags that monitors tell, which the Trainer knows too
 
@@ -73,13 +75,18 @@ class HealthMonitor(Callback):
         if trainer.is_global_zero:
             metric_stream.listen(trainer, self, lambda step, metrics: self._hear(trainer, step, metrics))
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begins to count where a resumed run does."""
+        self._taken_at = steps_done(trainer)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Takes the losses that the module logs, when the Trainer logs."""
-        step = trainer.global_step - 1
-        if trainer.is_global_zero and step >= 0 and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self._take(trainer, step, self._logged(trainer))
+        """Takes the losses that the module logs, when the Trainer logs: once a step, however many batches it has."""
+        done, every = steps_done(trainer), trainer.log_every_n_steps  # type: ignore[attr-defined]  # by a connector
+        if trainer.is_global_zero and every and done // every > self._taken_at // every:
+            self._taken_at = done
+            self._take(trainer, trainer.global_step - max(1, len(trainer.optimizers)), self._logged(trainer))
             tensorboard_page.write(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -66,6 +66,15 @@ def test_what_a_monitor_tells_counts_once(toy, tmp_path):
     assert health.state_dict()["judge"]["samples"]["updates/gradient_norm/all"] == 4
 
 
+@pytest.mark.parametrize(("accumulated", "every", "steps"), [(1, 1, 8), (4, 1, 2), (2, 2, 2), (3, 5, 0)])
+def test_a_step_counts_once_however_many_batches_it_has(toy, tmp_path, accumulated, every, steps):
+    health = HealthMonitor(heat_maps=False)
+    options = {"accumulate_grad_batches": accumulated, "log_every_n_steps": every}
+    trainer = toy.make_trainer([health], [TensorBoardLogger(tmp_path, name="run")], **options)
+    trainer.fit(toy.make_model(), toy.tokens(8))
+    assert health.state_dict()["judge"]["samples"].get("train/loss", 0) == steps
+
+
 def test_a_fault_is_told_once_and_stands_on_the_card(toy, tmp_path):
     trainer, health, told = run(toy, tmp_path, spoil_at=26)
     assert health.verdict.level is Level.WATCH

@@ -20,6 +20,7 @@ from lightning_mue.callbacks.guard.deciding.verdict import Judge
 from lightning_mue.callbacks.guard.findings import Finding, Reader, StepHistory
 from lightning_mue.callbacks.guard.indicators import Indicators
 from lightning_mue.callbacks.guard.settings import GuardSettings, bounds_of, patterns_of
+from lightning_mue.callbacks.steps import steps_done
 from lightning_mue.checks import listed, mismatch, require_type, value_error
 
 _CHARTS = {
@@ -148,7 +149,7 @@ class StabilityGuard(Callback):
         options = (lambda: self._in_batch, self.decides_on_device_everywhere)
         self._judging = judging = Judging(self.settings, trainer, pl_module, *options)
         self._reader = Reader(self.settings, self.indicators, len(trainer.optimizers))
-        self._step = _steps(trainer)
+        self._step = steps_done(trainer)
         self.acting.begin(trainer, self._restored.get("acting", {}).get("kept_steps", []))
         self._restore(judging)
         self._set_rates()
@@ -160,7 +161,7 @@ class StabilityGuard(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Looks at the indicators, which all callbacks have written by now, and notes the batch."""
         assert self._judging is not None
-        self._in_batch, self._step = True, _steps(trainer)
+        self._in_batch, self._step = True, steps_done(trainer)
         self._judging.begin_batch(self._step, self.indicators.look(trainer))
         if self.settings.rolls_back:
             self.acting.samples.add(trainer, self._step, batch, batch_idx)
@@ -187,7 +188,7 @@ class StabilityGuard(Callback):
             serving.tell(trainer, pl_module)
         self.acting.cool_down(trainer, self._step + 1)
         self._set_rates()
-        done = _steps(trainer)
+        done = steps_done(trainer)
         if done > self._step:
             self._log(trainer, always=bool(findings))
             due = self.settings.rolls_back and done - self._kept_at >= self.settings.every_n_steps
@@ -225,7 +226,7 @@ class StabilityGuard(Callback):
             or not self._reader.is_good(self._step)
         ):
             return
-        self._kept_at = _steps(trainer)
+        self._kept_at = steps_done(trainer)
         self.acting.keep_state(trainer, pl_module, self._judging, self._kept_at)
         checkpoint["callbacks"][self.state_key] = self.state_dict()
 
@@ -290,8 +291,3 @@ class StabilityGuard(Callback):
             self._ended = self.state_dict()
             self._judging.remove()
             self._judging = None
-
-
-def _steps(trainer: Trainer) -> int:
-    """Optimizer steps so far; several optimizers that step in one batch (manual optimization) count as one."""
-    return trainer.global_step // max(1, len(trainer.optimizers))

@@ -36,6 +36,7 @@ from lightning_mue.callbacks import metric_stream, tensorboard_page
 from lightning_mue.callbacks.monitors.finding.reading import SearchResult
 from lightning_mue.callbacks.monitors.probes import Probe
 from lightning_mue.callbacks.monitors.registry import registry_of, worst_layers
+from lightning_mue.callbacks.steps import steps_done
 from lightning_mue.checks import require_choice, require_integer
 
 #: With more layers than this, `detail=None` means "brief": their lines in one chart could not be told apart.
@@ -191,11 +192,9 @@ class SampledMonitor(Callback, ABC):
         return self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined,no-any-return]  # by a connector
 
     def _samples(self, trainer: Trainer, batch_idx: int) -> bool:
-        # Manual optimization may step several optimizers a batch, and global_step counts each of them.
-        steps = trainer.global_step // max(1, len(trainer.optimizers))
         period = self._period(trainer)
         is_new = trainer.global_step != self._logged_step  # manual accumulation: several batches begin at one step
-        return period > 0 and (steps + 1) % period == 0 and is_new and will_step(trainer, batch_idx)
+        return period > 0 and (steps_done(trainer) + 1) % period == 0 and is_new and will_step(trainer, batch_idx)
 
     def _abandon(self, trainer: Trainer) -> None:
         self._detach()
