@@ -17,7 +17,7 @@ ROOT = PACKAGE.parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 #: A room may import those of the lines above it; rooms of one line are independent of each other.
 ORDER = [
-    {"names", "sharded", "checks", "console", "contract"},
+    {"names", "sharded", "checks", "console", "contract", "files"},
     {"namespaces"},
     {"parameterizations", "diagnostics", "kernels", "health"},
     {"optim", "moe", "metrics"},

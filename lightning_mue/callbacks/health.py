@@ -16,6 +16,7 @@ from lightning_mue.callbacks import metric_stream, tensorboard_page
 from lightning_mue.callbacks.mue.callback import MuECallback
 from lightning_mue.callbacks.steps import steps_done
 from lightning_mue.checks import type_error
+from lightning_mue.files import whole_file
 from lightning_mue.health.card import LOOKS, as_markdown, headline, sentence
 from lightning_mue.health.indicators import indicator_of, is_loss
 from lightning_mue.health.judging import Health, RunJudge
@@ -186,10 +187,8 @@ def _is_gradient(tag: str) -> bool:
 def _write(path: Path, text: str) -> None:
     """Writes a file whole or not at all; a folder that cannot be written to is no reason to stop a run."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.part")
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
+        with whole_file(path) as part:
+            part.write_text(text, encoding="utf-8")
     except OSError as error:
         rank_zero_warn(f"HealthMonitor: {path} was not written ({error}). The run goes on.")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_mue.checks import value_error
+from lightning_mue.files import whole_file
 from lightning_mue.health.card import HEADERS, LOOKS, cells, headline
 from lightning_mue.health.indicators import indicator_of, is_loss
 from lightning_mue.health.judging import Health, Symptom, judge
@@ -87,11 +88,9 @@ def write_report(runs: Sequence[ReportedRun], path: str | Path) -> Path:
         heat_maps=_heat_maps(runs),
         now=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.part")
-    unfinished.write_text(page, encoding="utf-8")
-    return unfinished.replace(path)
+    with whole_file(path) as part:
+        part.write_text(page, encoding="utf-8")
+    return Path(path)
 
 
 def _sections(runs: Sequence[ReportedRun]) -> dict[str, list[str]]:

@@ -9,7 +9,6 @@ where the run ends, and a rollback sees other data and other noise than those th
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from lightning_mue.files import whole_file
 from lightning_mue.namespaces import is_lightning
 from lightning_mue.sharded import is_sharded, local
 
@@ -164,10 +164,8 @@ class Snapshots:
         if self.folder is None:
             self._states[step] = state
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        unfinished = self._path(step).with_suffix(".part")
-        torch.save(state, unfinished)
-        os.replace(unfinished, self._path(step))  # a run that dies meanwhile leaves the last good file
+        with whole_file(self._path(step)) as part:
+            torch.save(state, part)
 
     def _load(self, step: int) -> dict[str, Any]:
         if self.folder is None:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from lightning_mue.checks import value_error
+from lightning_mue.files import whole_file
 
 #: Version of the file format; a change of meaning gets a new number.
 SCHEMA = 1
@@ -101,12 +101,9 @@ class Fingerprint:
 
     def save(self, path: str | Path) -> None:
         """Writes it as JSON, atomically: a reader sees the old file or the whole new one."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
         text = json.dumps({"kind": _KIND, "schema": SCHEMA, **asdict(self)}, separators=(",", ":"), allow_nan=False)
-        part.write_text(text + "\n", encoding="utf-8")
-        os.replace(part, path)
+        with whole_file(path) as part:
+            part.write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Fingerprint:
