@@ -31,8 +31,9 @@ TRAINING_CHARTS: Mapping[str, Sequence[str]] = {
 
 _registered: WeakKeyDictionary[Trainer, Charts] = WeakKeyDictionary()
 _written: WeakKeyDictionary[Logger, dict[str, Any]] = WeakKeyDictionary()
-#: Tags that callbacks wrote straight to the loggers.
+#: Tags that were logged, and the regexes that match one of them.
 _tags: WeakKeyDictionary[Trainer, set[str]] = WeakKeyDictionary()
+_matched: WeakKeyDictionary[Trainer, set[str]] = WeakKeyDictionary()
 
 
 def register(trainer: Trainer, category: str, charts: Mapping[str, Sequence[str]]) -> None:
@@ -64,27 +65,24 @@ def write(trainer: Trainer, tags: Iterable[str] = ()) -> None:
         tags: Tags that the caller has written straight to the loggers; those of the Trainer's own metrics are known.
     """
     registered = _registered.get(trainer)
-    if registered is None or not trainer.is_global_zero:
+    boards = [logger for logger in trainer.loggers if is_lightning(logger, "TensorBoardLogger")]
+    if registered is None or not boards or not trainer.is_global_zero:
         return
     known = _tags.setdefault(trainer, set())
     known.update(tags, trainer.callback_metrics, trainer.logged_metrics)
-    shown = _with_tags(registered, known)
-    for logger in trainer.loggers if shown else ():
-        if is_lightning(logger, "TensorBoardLogger") and _written.get(logger) != (
-            page := _page(shown, logger._prefix)  # type: ignore[attr-defined]
-        ):
+    shown = _with_tags(registered, known, _matched.setdefault(trainer, set()))
+    for logger in boards if shown else ():
+        if _written.get(logger) != (page := _page(shown, logger._prefix)):  # type: ignore[attr-defined]
             logger.experiment.add_custom_scalars(page)  # type: ignore[attr-defined]
             _written[logger] = page
 
 
-def _with_tags(registered: Charts, known: set[str]) -> Charts:
-    """The charts, and of their regexes those, that match a known tag."""
+def _with_tags(registered: Charts, known: set[str], matched: set[str]) -> Charts:
+    """The charts, and of their regexes those, that match a known tag; notes the regexes in ``matched``, which stay so."""
+    regexes = {regex for charts in registered.values() for tags in charts.values() for regex in tags}
+    matched |= {regex for regex in regexes - matched if any(re.fullmatch(regex, tag) for tag in known)}
     found = {
-        category: {
-            title: matching
-            for title, regexes in charts.items()
-            if (matching := [regex for regex in regexes if any(re.fullmatch(regex, tag) for tag in known)])
-        }
+        category: {title: kept for title, tags in charts.items() if (kept := [tag for tag in tags if tag in matched])}
         for category, charts in registered.items()
     }
     return {category: charts for category, charts in found.items() if charts}

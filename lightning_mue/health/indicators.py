@@ -228,9 +228,11 @@ def _place(rest: str, owner: str) -> tuple[str, str]:
     return (owner, "/".join(filter(None, (where, layer)))) if owner else (where, layer)
 
 
+#: First parts of the tags that this package's callbacks log.
+FAMILIES = ("stability", "routing", "updates", "spectral", "transfer", "guard", "mue")
 #: Regular expression of the whole tags of losses, under whatever usual name; parts of a loss (``aux_loss``) are none.
 LOSS_TAGS = (
-    r"(?!(stability|routing|updates|spectral|transfer|guard|mue|final)/)(?!.*(aux|z_?loss|balanc|load))"
+    rf"(?!({'|'.join(FAMILIES)}|final)/)(?!.*(aux|z_?loss|balanc|load))"
     r"(.*[/_.-])?(loss|nll|cross_entropy)([/_.-].*)?"
 )
 

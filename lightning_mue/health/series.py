@@ -16,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_mue.checks import value_error
-
-_FAMILIES = ("stability", "routing", "updates", "spectral", "transfer", "guard", "mue")
+from lightning_mue.health.indicators import FAMILIES
 
 
 class Series(NamedTuple):
@@ -111,7 +110,7 @@ def _is_number(text: str) -> bool:
 
 def without_prefix(run: Run) -> dict[str, Series]:
     """The run without the ``prefix-`` that a logger puts in front of every tag."""
-    families = "|".join(_FAMILIES)
+    families = "|".join(FAMILIES)
     prefixes = {match[1] for tag in run if (match := re.match(rf"(.+?-)(?:{families})/", tag))}
     prefix = prefixes.pop() if len(prefixes) == 1 else ""
     return {tag.removeprefix(prefix): series for tag, series in run.items()}
