@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_mue.callbacks import metric_stream, tensorboard_page
 from lightning_mue.callbacks.mue.callback import MuECallback
 from lightning_mue.callbacks.steps import steps_done
-from lightning_mue.checks import type_error
+from lightning_mue.checks import mismatch, type_error
 from lightning_mue.files import whole_file
 from lightning_mue.health.card import LOOKS, as_markdown, headline, sentence
 from lightning_mue.health.indicators import indicator_of, is_loss
@@ -72,7 +73,11 @@ class HealthMonitor(Callback):
         return self._judge.verdict
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listens to the monitors."""
+        """Listens to the monitors; leaves the pictures out, with a warning, where they could not be drawn."""
+        if self.heat_maps and find_spec("matplotlib") is None:
+            self.heat_maps = False
+            found, do = "no matplotlib", "There are none now. pip install matplotlib, or set heat_maps=False."
+            rank_zero_warn(mismatch("HealthMonitor.heat_maps", found=found, expected="it, to draw with", do=do))
         if trainer.is_global_zero:
             metric_stream.listen(trainer, self, lambda step, metrics: self._hear(trainer, step, metrics))
 

@@ -125,6 +125,15 @@ def test_no_logger_and_unwritable_folder(toy, tmp_path):
     assert trainer.state.finished
 
 
+def test_without_matplotlib_there_are_no_pictures_and_a_warning(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_mue.callbacks.health.find_spec", lambda name: None)
+    trainer = toy.make_trainer([health := HealthMonitor()], [TensorBoardLogger(tmp_path, name="run")])
+    with pytest.warns(match="HealthMonitor.heat_maps: found no matplotlib"):
+        trainer.fit(toy.make_model(), toy.tokens(2))
+    assert trainer.state.finished
+    assert not health.heat_maps
+
+
 def test_a_resumed_judge_goes_on(toy, tmp_path):
     _, health, _ = run(toy, tmp_path, spoil_at=26)
     other = HealthMonitor()

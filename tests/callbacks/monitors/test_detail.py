@@ -12,18 +12,27 @@ from lightning_mue.callbacks.monitors.activations import ActivationOutlierMonito
 from lightning_mue.callbacks.monitors.logits import LogitsZMonitor
 from lightning_mue.callbacks.monitors.registry import table_of
 from lightning_mue.callbacks.monitors.routing import RouterMonitor
+from lightning_mue.callbacks.monitors.spectral import SpectralMonitor
+from lightning_mue.callbacks.monitors.updates import UpdateMonitor
 from lightning_mue.console import to_text
 from lightning_mue.models.language import MoELanguageModel
 
 
-def test_brief_names_the_worst_layer_in_few_tags(toy):
-    """Deeper models have no more tags: those of 17 layers are those of 61, and 17 are brief by default."""
-    sizes = {"vocab_size": 11, "context_length": 8, "width": 8, "n_heads": 2, "n_kv_heads": 1, "ffn_width": 16}
-    model = MoELanguageModel(**sizes, depth=17, n_experts=4, top_k=1)
-    monitors, logger = [LogitsZMonitor(), ActivationOutlierMonitor(), RouterMonitor()], toy.MemoryLogger()
+def language_model_log(toy, monitors, **sizes):
+    """What monitors log of two steps of a language model."""
+    small = {"vocab_size": 11, "context_length": 8, "width": 8, "n_heads": 2, "n_kv_heads": 1, "ffn_width": 16}
     batch = torch.randint(0, 11, (2, 9), generator=torch.Generator().manual_seed(0))
     data = [{"tokens": row[:-1], "targets": row[1:]} for row in batch]
-    toy.make_trainer(monitors, logger).fit(model, torch.utils.data.DataLoader(data, batch_size=1))
+    logger = toy.MemoryLogger()
+    trainer = toy.make_trainer(monitors, logger)
+    trainer.fit(MoELanguageModel(**small, **sizes), torch.utils.data.DataLoader(data, batch_size=1))
+    return logger
+
+
+def test_brief_names_the_worst_layer_in_few_tags(toy):
+    """Deeper models have no more tags: those of 17 layers are those of 61, and 17 are brief by default."""
+    monitors = [LogitsZMonitor(), ActivationOutlierMonitor(), RouterMonitor()]
+    logger = language_model_log(toy, monitors, depth=17, n_experts=4, top_k=1)
     tags = [tag for tag in logger.tags() if tag.startswith(("stability", "routing"))]
     assert 40 < len(tags) <= 60
     assert not [tag for tag in tags if tag.rpartition("/")[2].isdigit()]
@@ -40,6 +49,15 @@ def test_brief_and_full_by_argument(toy):
     assert brief.values("stability/z/attention_max_layer") == [layers.index(max(layers))]
     with pytest.raises(ValueError, match="detail: found 'short', expected one of 'brief', 'full'"):
         LogitsZMonitor(detail="short")
+
+
+@pytest.mark.parametrize("monitor", [UpdateMonitor, SpectralMonitor])
+def test_every_monitor_has_both(toy, monitor):
+    full, brief = (set(language_model_log(toy, [monitor(detail=d)], depth=2).tags()) for d in ("full", "brief"))
+    layers = {tag for tag in full if tag.rpartition("/")[2].isdigit()}
+    assert layers
+    assert not layers & brief
+    assert {tag for tag in full if tag.endswith(("_mean", "_max", "_min"))} <= brief
 
 
 def test_the_table_says_what_is_watched_and_what_is_not(toy, capsys):

@@ -51,10 +51,12 @@ class SpectralMonitor(SampledMonitor):
         every_n_steps: Optimizer steps between two samples; None follows ``trainer.log_every_n_steps``.
         iterations: Power iterations a sample, four times as many at the first.
         roles: Regular expression on parameter names -> role, before what is read.
+        detail: "full" logs every layer, "brief" what is over layers and the worst layer; None: brief above 16 layers.
 
     Raises:
         TypeError: If a number is not an integer.
-        ValueError: If a number is not positive; when fitting begins, for a pattern or role that is unknown.
+        ValueError: If a number is not positive, or ``detail`` is something else; when fitting begins, for a pattern or role that
+            is unknown.
     """
 
     looks_for = "trainable matrices whose role can be read; name it by pattern, e.g. roles: {'proj.weight': hidden}"
@@ -68,9 +70,14 @@ class SpectralMonitor(SampledMonitor):
     }
 
     def __init__(
-        self, every_n_steps: int | None = None, *, iterations: int = 4, roles: dict[str, str] | None = None
+        self,
+        every_n_steps: int | None = None,
+        *,
+        iterations: int = 4,
+        roles: dict[str, str] | None = None,
+        detail: str | None = None,
     ) -> None:
-        super().__init__(every_n_steps)
+        super().__init__(every_n_steps, detail=detail)
         require_integer("iterations", iterations, 1)
         self.iterations, self.roles = iterations, roles
         self._labels: list[str] = []

@@ -50,10 +50,12 @@ class UpdateMonitor(SampledMonitor):
         max_elements: Elements of a role's weights in one layer, on one rank, that are measured, evenly spread; 32768 give their
             RMS to 0.4 %.
         roles: Regular expression on parameter names -> role, before what is read.
+        detail: "full" logs every layer, "brief" what is over layers and the worst layer; None: brief above 16 layers.
 
     Raises:
         TypeError: If a number is not an integer.
-        ValueError: If a number is not positive; when fitting begins, for a pattern or role that is unknown.
+        ValueError: If a number is not positive, or ``detail`` is something else; when fitting begins, for a pattern or role that
+            is unknown.
     """
 
     looks_for = "parameters"
@@ -71,9 +73,14 @@ class UpdateMonitor(SampledMonitor):
     }
 
     def __init__(
-        self, every_n_steps: int | None = None, *, max_elements: int = 32768, roles: dict[str, str] | None = None
+        self,
+        every_n_steps: int | None = None,
+        *,
+        max_elements: int = 32768,
+        roles: dict[str, str] | None = None,
+        detail: str | None = None,
     ) -> None:
-        super().__init__(every_n_steps)
+        super().__init__(every_n_steps, detail=detail)
         require_integer("max_elements", max_elements, 1)
         self.max_elements, self.roles = max_elements, roles
         self._weights: list[RoleProbe] = []
