@@ -9,26 +9,14 @@ from pathlib import Path
 import torch
 from callbacks.conftest import MemoryLogger, make_trainer
 from callbacks.monitors.test_updates import Regression, language_model, regression_data
+from helpers.sharded_models import ShardedLanguageModel
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Subset
 
-from lightning_mue import MoELanguageModel
 from lightning_mue.callbacks import SpectralMonitor, UpdateMonitor
 
 WORLD = 2
-
-
-class ShardedLanguageModel(MoELanguageModel):
-    """Shards itself where there is a mesh. Its 3 experts and 11 tokens do not divide by two ranks."""
-
-    def configure_model(self):
-        if self.device_mesh is None or isinstance(self.transformer.embedding.weight, DTensor):
-            return
-        for block in self.transformer.blocks:
-            fully_shard(block, mesh=self.device_mesh["data_parallel"])
-        fully_shard(self.transformer, mesh=self.device_mesh["data_parallel"])
 
 
 def loader(samples, devices):

@@ -7,33 +7,21 @@ import sys
 from pathlib import Path
 
 import torch
+from helpers.sharded_models import ShardedLanguageModel
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from lightning_mue import MoELanguageModel
 from lightning_mue.callbacks import TransferMonitor
 
 STEPS = 5
 
 
-class Sharded(MoELanguageModel):
-    """Shards itself where there is a mesh. 3 experts and 17 tokens do not divide by two ranks."""
-
-    def configure_model(self):
-        if self.device_mesh is None or isinstance(self.transformer.embedding.weight, DTensor):
-            return
-        for block in self.transformer.blocks:
-            fully_shard(block, mesh=self.device_mesh["data_parallel"])
-        fully_shard(self.transformer, mesh=self.device_mesh["data_parallel"])
-
-
 def fit(path, strategy, devices):
     torch.manual_seed(0)
     sizes = {"vocab_size": 17, "context_length": 12, "width": 16, "n_heads": 2, "depth": 2, "n_experts": 3}
-    model = Sharded(**sizes, optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2))
+    model = ShardedLanguageModel(**sizes, optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2))
     data = torch.randint(0, 17, (4 * STEPS, 13), generator=torch.Generator().manual_seed(0))
     # Half of the steps are sampled.
     monitor, calls = TransferMonitor(record=path, points=2), []
