@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,10 @@ _ON_META = ("explain", "coord-check")
 #: Option as users write it -> as the parser knows it; "+" appends to a list.
 _SPELLINGS = {"--axis": "--axis+", "--save-base": "--save_base"}
 _PACKAGE = Path(__file__).parents[1]
-_OTHER_COMMANDS = "lightning-mue report RUN_DIR...: one HTML page with the verdict on runs (needs no config)."
+#: Commands that are not a Trainer's: name -> what takes the rest of the command line, and one sentence for --help.
+_OTHER_COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
+    "report": (report_command, "RUN_DIR...: one HTML page with the verdict on runs (needs no config)."),
+}
 
 
 class MuECLI(LightningCLI):
@@ -39,7 +43,7 @@ class MuECLI(LightningCLI):
             subclass_mode_model=True,
             auto_configure_optimizers=False,
             seed_everything_default=0,
-            parser_kwargs={"prog": "lightning-mue", "epilog": _OTHER_COMMANDS},
+            parser_kwargs={"prog": "lightning-mue", "epilog": _epilog()},
             args=args,
             run=run,
         )
@@ -77,6 +81,10 @@ class MuECLI(LightningCLI):
             summarize(self.trainer, self.model, self.datamodule)
 
 
+def _epilog() -> str:
+    return "\n".join(f"lightning-mue {name} {does}" for name, (_, does) in _OTHER_COMMANDS.items())
+
+
 def _spelled(arg: str) -> str:
     """An argument as the parser knows it.
 
@@ -95,8 +103,8 @@ def main(args: list[str] | None = None) -> None:
     """
     given = sys.argv[1:] if args is None else args
     try:
-        if given[:1] == ["report"]:
-            report_command(given[1:])
+        if given and given[0] in _OTHER_COMMANDS:
+            _OTHER_COMMANDS[given[0]][0](given[1:])
         else:
             MuECLI(args)
     except (ValueError, TypeError, OSError) as error:
