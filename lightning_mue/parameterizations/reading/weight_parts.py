@@ -30,7 +30,7 @@ def weight_parts(model: nn.Module) -> dict[str, str]:
     for prefix, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
         start = f"{clean_name(prefix)}." if prefix else ""
-        found |= {f"{start}{leaf}": kind for leaf, kind in _own_parts(own).items()}
+        found |= {f"{start}{leaf}": kind for leaf, kind in _own_parts(module, own).items()}
         for name, _ in module.named_parameters() if "lora" in type(module).__name__.lower() else ():
             if _FACTOR.fullmatch(f".{clean_name(name)}"):
                 found[f"{start}{clean_name(name)}"] = "LoRA"
@@ -42,20 +42,25 @@ def weight_parts(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def _own_parts(own: dict[str, nn.Parameter]) -> dict[str, str]:
+def _own_parts(module: nn.Module, own: dict[str, nn.Parameter]) -> dict[str, str]:
     """The parts that torch's older functions make, among the parameters of one module."""
     found = {leaf: "spectral norm or pruning" for leaf in own if leaf.endswith("_orig")}
     for leaf, length in own.items():
         direction = own.get(f"{leaf[:-2]}_v") if leaf.endswith("_g") else None
-        if direction is not None and _is_length(length, direction):
+        if direction is not None and _is_length(length, direction, computed=hasattr(module, leaf[:-2])):
             found |= dict.fromkeys((leaf, f"{leaf[:-2]}_v"), "weight norm")
     return found
 
 
-def _is_length(length: Tensor, direction: Tensor) -> bool:
-    """Whether the one holds a length for each row of the other (not so for matrices that somebody called w_g and w_v)."""
+def _is_length(length: Tensor, direction: Tensor, computed: bool) -> bool:
+    """Whether the one holds a length for each row of the other (not so for matrices that somebody called w_g and w_v).
+
+    A single row may also be the gate of the only head: it counts if the module has the weight that is computed from the parts.
+    """
     if length.dim() == 0:
         return True
+    if length.dim() == 2 and length.shape[0] == 1 and not computed:
+        return False
     same = length.dim() == direction.dim() > 1 and length.shape != direction.shape
     return same and all(a in (1, b) for a, b in zip(length.shape, direction.shape, strict=True))
 

@@ -122,6 +122,11 @@ def test_what_only_looks_like_a_part_is_none():
     assert weight_parts(model) == {}
     model.w_g = nn.Parameter(torch.ones(8, 1))
     assert weight_parts(model) == {"w_g": "weight norm", "w_v": "weight norm"}
+    model.w_g = nn.Parameter(torch.ones(1, 8))  # the gate of the only head
+    assert weight_parts(model) == {}
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(model.lin, dim=1)  # a length for each column
+    assert weight_parts(model) == {"lin.weight_g": "weight norm", "lin.weight_v": "weight norm"}
 
 
 def test_frozen_parts_are_not_in_the_way():
