@@ -1,4 +1,4 @@
-"""``lightning-mue``: fit, validate, test and predict from YAML files, ``explain`` and ``coord-check`` (trainer.py), ``report``."""
+"""``lightning-mue``: Lightning's commands from YAML files, those of `MuETrainer`, and some that need no Trainer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lightning_mue.cli.summary import summarize
 from lightning_mue.cli.trainer import MuETrainer
 
 #: Commands that need the model's shapes only, not its weights.
-_ON_META = ("explain", "coord-check")
+_ON_META = ("explain", "export-plan", "coord-check")
 #: Option as users write it -> as the parser knows it; "+" appends to a list.
 _SPELLINGS = {"--axis": "--axis+", "--save-base": "--save_base"}
 _PACKAGE = Path(__file__).parents[1]
@@ -50,7 +50,7 @@ class MuECLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's commands, ``explain`` and ``coord-check``."""
+        """Lightning's commands, and those of `MuETrainer`."""
         return {**LightningCLI.subcommands(), **{command: {"model", "datamodule"} for command in _ON_META}}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -62,7 +62,7 @@ class MuECLI(LightningCLI):
             super().parse_arguments(parser, args)
 
     def instantiate_classes(self) -> None:
-        """Makes model, data and trainer; for ``explain`` and ``coord-check`` without memory for the weights."""
+        """Makes model, data and trainer; for the commands in ``_ON_META`` without memory for the weights."""
         with torch.device("meta") if self.subcommand in _ON_META else nullcontext():
             super().instantiate_classes()
 

@@ -1,4 +1,4 @@
-"""The Trainer of ``lightning-mue``: Lightning's, with the commands ``explain`` and ``coord-check`` as methods."""
+"""The Trainer of ``lightning-mue``: Lightning's, with the commands ``explain``, ``export-plan`` and ``coord-check`` as methods."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ from lightning_mue.callbacks import MuECallback
 from lightning_mue.checks import value_error
 from lightning_mue.cli.coord_check import check_sizes, report, training_batches
 from lightning_mue.console import wide_console
+from lightning_mue.files import whole_file
 from lightning_mue.parameterizations import ScalingPlan
+from lightning_mue.parameterizations.exporting.export import export_plan
 from lightning_mue.parameterizations.planning.compare import compare_rules
+from lightning_mue.parameterizations.planning.scaling_plan import headline
 from lightning_mue.parameterizations.reading.base import save_base as write_base
 from lightning_mue.parameterizations.rules.kinds import Family
 from lightning_mue.parameterizations.verifying.verify import flatten_optimizers, verify_plan
 
 
 class MuETrainer(Trainer):
-    """Lightning's Trainer with two more commands."""
+    """Lightning's Trainer with three more commands."""
 
     def explain(
         self,
@@ -46,12 +49,7 @@ class MuETrainer(Trainer):
         """
         callback = self._callback("explain")
         if callback is None:
-            raise value_error(
-                "trainer.callbacks",
-                found="no MuECallback",
-                expected="one, whose parameterization explain prints",
-                do="Add lightning_mue.callbacks.MuECallback.",
-            )
+            raise _no_callback("explain prints")
         if save_base is not None:
             _save_base(model, callback, save_base)
             wide_console().print(f"base written to {save_base}; give this path as `base` of MuECallback")
@@ -59,6 +57,38 @@ class MuETrainer(Trainer):
         wide_console().print(plan if rules is None else _compare(model, callback, plan, rules, family))
         if verify and not _verified(self, model, callback, datamodule):
             raise SystemExit(1)
+
+    def export_plan(
+        self,
+        model: LightningModule,
+        to: Literal["param-groups", "transformers", "torchtitan", "megatron"],
+        datamodule: LightningDataModule | None = None,
+        output: str | None = None,
+        names: dict[str, str] | None = None,
+    ) -> None:
+        """Writes the plan as a Python file that another code base imports: tuned here, trained there.
+
+        Rates, weight decay, eps and betas are those of the config's optimizer times the plan's factors; forward multipliers are
+        folded into weights, except for param-groups.
+
+        Args:
+            model: The module, which may be on ``meta``.
+            to: Where to train: ``param-groups`` (any training loop, with this module's names), ``transformers``, ``torchtitan``
+                or ``megatron``.
+            datamodule: Its data, from which batch size and duration are inferred if the base gives its own.
+            output: The file; by default ``plan_<to>.py``.
+            names: Regular expression on names -> place of the weight (docs/export.md), for a module whose names are unknown.
+        """
+        callback = self._callback("export-plan")
+        if callback is None:
+            raise _no_callback("export-plan writes")
+        optimizers = _stand_in_optimizers(model, None)
+        plan = callback.make_plan(model, optimizers, self, datamodule)
+        written = Path(output or f"plan_{to.replace('-', '_')}.py")
+        source = export_plan(model, plan, optimizers, to=to, names=names)
+        with whole_file(written) as part:
+            part.write_text(source, encoding="utf-8")
+        wide_console().print(f"{written}: {headline(plan)}", markup=False)
 
     def coord_check(
         self,
@@ -127,6 +157,14 @@ class MuETrainer(Trainer):
 
 # The command's name on the command line is the method's.
 setattr(MuETrainer, "coord-check", MuETrainer.coord_check)
+setattr(MuETrainer, "export-plan", MuETrainer.export_plan)
+
+
+def _no_callback(needs: str) -> ValueError:
+    expected = f"one, whose parameterization {needs}"
+    return value_error(
+        "trainer.callbacks", found="no MuECallback", expected=expected, do="Add lightning_mue.callbacks.MuECallback."
+    )
 
 
 def _compare(
