@@ -1,4 +1,4 @@
-"""`lightning-mue export-plan` writes a file that runs, for a config's model without memory for its weights; errors name the option."""
+"""`lightning-mue export-plan` writes a file that runs, from a model without memory for its weights; errors name the option."""
 
 from pathlib import Path
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_mue.checks import require_choice
 from lightning_mue.parameterizations.applying.groups import scale_groups
-from lightning_mue.parameterizations.exporting.settings import settings_of
+from lightning_mue.parameterizations.exporting.settings import rounded, settings_of
 from lightning_mue.parameterizations.exporting.targets import lines_for
 from lightning_mue.parameterizations.planning.scaling_plan import ScalingPlan, headline
 from lightning_mue.parameterizations.reading.parameters import named_tensors
@@ -94,6 +94,7 @@ def _own_tables(plan: ScalingPlan, groups: Mapping[str, Mapping[str, Any]]) -> d
     alike: dict[str, dict[str, Any]] = {}
     for name, group in groups.items():
         options = {key: value for key, value in group.items() if key not in _NOT_SETTINGS and _plain(value)}
+        options = {key: rounded(value) if isinstance(value, float) else value for key, value in options.items()}
         table = alike.setdefault(repr(options), {"what": {}, "names": [], "options": options})
         table["what"][group["role"]] = None
         table["names"].append(name)

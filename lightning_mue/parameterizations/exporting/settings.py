@@ -160,12 +160,17 @@ def _setting(
         place=part,
         role=entry.role,
         layers=() if layer is None else (layer,),
-        lr=float(cells["lr"]),
-        weight_decay=float(cells["wd"]),
-        eps=float(cells["eps"]) if "eps" in group else None,
+        lr=rounded(cells["lr"]),
+        weight_decay=rounded(cells["wd"]),
+        eps=rounded(cells["eps"]) if "eps" in group else None,
         betas=None if betas is None else (float(betas[0]), float(betas[1])),
         init=Init(entry.init.kind, cells["init"]),
     )
+
+
+def rounded(value: float) -> float:
+    """A number without the rounding errors of its factors, so that 0.032 is written as 0.032."""
+    return float(f"{value:.12g}")
 
 
 def _alike(found: Mapping[tuple[str, int | None], Setting]) -> list[Setting]:
