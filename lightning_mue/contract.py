@@ -19,6 +19,7 @@ These are read in this file only; other files call its functions:
 | ``mue_scaled`` | param group (key) | bool | the factors are in it already (`param_groups`) | MuECallback |
 | ``active_width`` | branch | int | hidden width that a token passes through | plan |
 | ``n_experts``, ``top_k``, ``expert_width`` | MoE branch | int | its sizes | plan |
+| ``mue_counts_batches`` | loader | bool | its state's ``step`` counts micro-batches, and may be taken back | MuECallback |
 | ``flops_per_token`` | model | method -> number | FLOPs of one token in training, forward and backward | ThroughputMonitor |
 
 Ordinary attributes (``logits`` of a router's output, ``hparams`` of a model) are read where they are needed; docs/extending.md
@@ -29,6 +30,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+
+#: In a checkpoint of the Trainer: how many micro-batches since the last optimizer step its counts leave out.
+REWOUND = "lightning_mue_rewound"
 
 
 def declared_roles(module: object) -> Mapping[str, str]:
@@ -113,3 +117,8 @@ def flops_per_token(module: object) -> float | None:
 def declared_family(optimizer: object) -> Any:
     """``mue_family``: the family in whose table an optimizer's factors stand, or None if it does not say."""
     return getattr(optimizer, "mue_family", None)
+
+
+def counts_batches(loader: object) -> bool:
+    """``mue_counts_batches``: whether a loader's saved state has a ``step`` that counts its micro-batches."""
+    return getattr(loader, "mue_counts_batches", False) is True

@@ -150,7 +150,7 @@ class LanguageDataModule(LightningDataModule, ABC):
 
     def _batches_in_flight(self) -> int:
         progress = self._batch_progress()
-        return progress.current.started - progress.current.processed if progress is not None else 0
+        return progress.current.ready - progress.current.processed if progress is not None else 0
 
     def _batch_progress(self) -> Any:
         return self.trainer.fit_loop.epoch_loop.batch_progress if self.trainer is not None else None

@@ -131,6 +131,8 @@ class StepLoader:
             handler writes in the middle of a training step must not count that batch as seen.
     """
 
+    mue_counts_batches = True
+
     def __init__(
         self,
         tokens_N: np.ndarray,

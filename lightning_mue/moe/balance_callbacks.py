@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_mue.checks import mismatch
+from lightning_mue.contract import REWOUND
 from lightning_mue.moe.balance import update_balance_bias
 from lightning_mue.moe.base import MoEBase
 from lightning_mue.moe.masks import follow_attention_mask
@@ -185,7 +186,8 @@ class LossFreeBalance(_PerStep):
         for name, layer in pl_module.named_modules() if _KEY in checkpoint else ():
             if isinstance(layer, MoEBase) and layer.pending_counts is not None:
                 layer.pending_counts.zero_()
-                counts_E = checkpoint[_KEY].get(clean_name(name))
+                # The batches that they count are repeated where the checkpoint takes them back.
+                counts_E = None if REWOUND in checkpoint else checkpoint[_KEY].get(clean_name(name))
                 if trainer.global_rank == 0 and counts_E is not None:
                     layer.pending_counts += counts_E.to(layer.pending_counts.device)
 

@@ -17,15 +17,11 @@ from lightning_mue.callbacks.mue import checks, companions
 from lightning_mue.callbacks.mue.announcement import announce, rates_by_role
 from lightning_mue.callbacks.mue.run import known_to, refuse_other_sizes, run_sizes
 from lightning_mue.callbacks.mue.verifying import verify
+from lightning_mue.callbacks.rewinding import rewind_to_step
 from lightning_mue.checks import require_choice
 from lightning_mue.parameterizations import Parameterization, ScaledStep, ScalingPlan, get_rule, plan
+from lightning_mue.parameterizations.applying import initial_weights as weights
 from lightning_mue.parameterizations.applying.families import family_of
-from lightning_mue.parameterizations.applying.initial_weights import (
-    apply_plan,
-    check_draws,
-    choose_draws,
-    set_multipliers,
-)
 from lightning_mue.parameterizations.applying.loaded import versions
 from lightning_mue.parameterizations.reading.base import Base
 from lightning_mue.parameterizations.reading.parameters import named_tensors
@@ -100,7 +96,7 @@ class MuECallback(Callback):
         self.alpha, self.tokens, self.batch_tokens = alpha, tokens, batch_tokens
         self.roles, self.multipliers, self.preset = roles, multipliers, preset
         self.seed, self.initialize, self.verbose = seed, initialize, verbose
-        check_draws(initialize)
+        weights.check_draws(initialize)
         require_choice("verify", verify, (None, True, False, "warn", "raise"))
         self.verify, self._to_verify = verify, False
         self._own_multipliers: dict[str, float] = {}
@@ -148,7 +144,7 @@ class MuECallback(Callback):
             preset=self.preset,
             **self._run_sizes(module, trainer, datamodule, trains=trains, optimizers=len(optimizers)),
         )
-        return choose_draws(made, self.initialize)
+        return weights.choose_draws(made, self.initialize)
 
     def _run_sizes(self, module: nn.Module, trainer: Trainer | None, datamodule: Any = None, **options: Any) -> Any:
         preset = self.rule.presets.get(self.preset) if self.preset is not None else None
@@ -210,7 +206,7 @@ class MuECallback(Callback):
             checks.warn_of_weights(trainer, pl_module, plan, self._versions, self.base)
         copies = companions.copies_in_optimizers(trainer)
         # Restored, loaded, or trained before: the weights stay.
-        drawn = apply_plan(pl_module, plan, seed=self.seed, draw=bool(self.initialize) and not resumed)
+        drawn = weights.apply_plan(pl_module, plan, seed=self.seed, draw=bool(self.initialize) and not resumed)
         setattr(pl_module, _LAST_PLAN, plan)
         if drawn:
             companions.copy_to_averages(trainer, pl_module)
@@ -267,8 +263,9 @@ class MuECallback(Callback):
         self._restore()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Saved optimizer states hold the user's own groups."""
+        """Saved optimizer states hold the user's own groups, and counts those of the last step."""
         self._restore()
+        rewind_to_step(trainer, checkpoint)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Detaches from the optimizers; the module keeps its weights and multipliers."""
@@ -282,7 +279,7 @@ class MuECallback(Callback):
         # depend on the optimizer's family, so any that the rule has a table for serves.
         self.plan = self._saved_plan or self.make_plan(pl_module, [], trainer, trains=False)
         self._module = weakref.ref(pl_module)
-        set_multipliers(pl_module, self.plan.multipliers)
+        weights.set_multipliers(pl_module, self.plan.multipliers)
 
     on_test_start = on_predict_start = on_validation_start
 
