@@ -160,7 +160,9 @@ class QKClip(Callback):
         self._largest = max(self._largest, top)
         if not top > self.threshold:  # also where it is NaN
             return
-        factor_N = (self.threshold / largest_N.clamp_min(self.threshold)).double()
+        factor_N = self.threshold / largest_N.double().clamp_min(
+            self.threshold
+        )  # in float32 the threshold itself is rounded
         for made, factors in zip(rows, attention.weights.row_factors(factor_N), strict=True):
             for each in made:
                 _scale(each, factors, optimizer)

@@ -12,7 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mue.callbacks.monitors.probes import first_tensor
-from lightning_mue.callbacks.monitors.seeing.logit_probes import FUSED_ATTENTION, SOFTMAXES, is_over_last, sdpa_arguments
+from lightning_mue.callbacks.monitors.seeing.logit_probes import (
+    FUSED_ATTENTION,
+    SOFTMAXES,
+    is_over_last,
+    sdpa_arguments,
+)
 from lightning_mue.callbacks.monitors.seeing.torch_attention import given_to, hidden_keys, torch_heads
 from lightning_mue.callbacks.monitors.seeing.watching import WatchingProbe
 from lightning_mue.callbacks.qk_weights import AttentionWeights
