@@ -14,17 +14,16 @@ from common import Claim, alternate, isa, parse, ratio, result_name, save
 
 from lightning_mue.optim import HyperSphereOptimizer
 
-TINY = "tiny experts 2x3x(64, 64, 256)"
 SETS = {
     "12 layers (512, SwiGLU 1408)": [(512, 512)] * 48 + [(1408, 512)] * 24 + [(512, 1408)] * 12,
     "experts 2x3x(64, 256, 512)": [(64, 256, 512)] * 6,
-    TINY: [(64, 64, 256)] * 6,
+    "tiny experts 2x3x(64, 64, 256)": [(64, 64, 256)] * 6,
 }
-#: Parts of the sets, for processors on which a peer's bfloat16 step of a whole one takes a minute.
+#: Parts of the sets, for processors on which a peer's bfloat16 step of a whole one takes minutes.
 PARTS = {
-    "1 of 12 layers (512, SwiGLU 1408)": [(512, 512)] * 4 + [(1408, 512)] * 2 + [(512, 1408)],
-    "experts 1x3x(8, 256, 512)": [(8, 256, 512)] * 3,
-    TINY: SETS[TINY],
+    "2 matrices of 12 layers (512, SwiGLU 1408)": [(512, 512), (1408, 512)],
+    "4 experts (256, 512)": [(4, 256, 512)],
+    "64 tiny experts (64, 256)": [(64, 64, 256)],
 }
 
 
