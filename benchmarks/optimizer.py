@@ -88,7 +88,9 @@ def main() -> None:
     """Runs all sets."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rounds", nargs="?", type=int, default=15)
-    parser.add_argument("--parts", action="store_true", help="parts of the sets: minutes less where bfloat16 is emulated")
+    parser.add_argument(
+        "--parts", action="store_true", help="parts of the sets: minutes less where bfloat16 is emulated"
+    )
     args = parse(parser)
     rows = []
     for name, shapes in (PARTS if args.parts else SETS).items():
