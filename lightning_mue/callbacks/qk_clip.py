@@ -1,6 +1,6 @@
 """QKClip: bounds attention logits by scaling the query and key weights of heads whose logits grew too large.
 
-Shape legend: N query heads, M key heads, k head dimension, d width, B batch, S query positions, T key positions.
+Shape legend: N query heads, B batch, S query positions, T key positions.
 """
 
 from __future__ import annotations
@@ -10,53 +10,15 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_mue.callbacks.monitors.probes import first_tensor
-from lightning_mue.callbacks.monitors.seeing.torch_attention import (
-    QueryKeyRows,
-    WeightRows,
-    given_to,
-    hidden_keys,
-    torch_heads,
-)
+from lightning_mue.callbacks.monitors.seeing.torch_attention import QueryKeyRows, WeightRows
+from lightning_mue.callbacks.qk_logits import Logits, measured
 from lightning_mue.callbacks.qk_weights import find_attentions
 from lightning_mue.checks import listed, require_number, value_error
-from lightning_mue.contract import is_attention_core
-from lightning_mue.diagnostics.zvalue import attention_max_logits
-from lightning_mue.moe.passes import records_gradients
 from lightning_mue.optim.split import cut_of, pieces
 from lightning_mue.parameterizations.rules.kinds import SPHERE_KINDS, parts_of
-
-
-class _Attention:
-    """One attention: its weights, and the largest logit of each query head since the last step."""
-
-    def __init__(self, name: str, module: nn.Module, rows: QueryKeyRows) -> None:
-        self.name, self.module, self.rows = name, module, rows
-        self.largest_N: Tensor | None = None
-        self.seen = self.stepped = False
-        is_core = is_attention_core(module)
-        self.handle = module.register_forward_hook(self._of_core if is_core else self._of_torch, with_kwargs=True)
-
-    def _of_core(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        q, k = (first_tensor(args[i] if len(args) > i else kwargs.get(name)) for i, name in enumerate("qk"))
-        if module.training and records_gradients() and q is not None and k is not None:
-            self._add(attention_max_logits(q, k, float(module.scale)))
-
-    def _of_torch(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if not module.training or not records_gradients():
-            return
-        given = given_to(args, kwargs)
-        with torch.no_grad(), torch.autocast(given["query"].device.type, enabled=False):
-            q, k = torch_heads(module, given["query"], given["key"])
-            mask = hidden_keys(module, given, q, k)
-            self._add(attention_max_logits(q, k, q.shape[-1] ** -0.5, causal=False, hidden=mask))
-
-    def _add(self, largest_N: Tensor) -> None:
-        self.seen = True
-        self.largest_N = largest_N if self.largest_N is None else torch.maximum(self.largest_N, largest_N)
 
 
 class QKClip(Callback):
@@ -70,17 +32,20 @@ class QKClip(Callback):
     On the sphere the radius follows: it is multiplied by what the weight's norm (that of its part, if it is split) changed by,
     so that the next step does not undo the clip. The angle of a step stays what the learning rate says.
 
-    Logits are those of causal modules with ``mue_attention_core`` beside weights called ``w_q`` and ``w_k`` (or ``q_proj``,
-    ``k_proj``, and other usual names), and of ``nn.MultiheadAttention``. They cost a product of queries and keys more a step, in
-    blocks. Attentions that normalize their queries or keys are left out, as their logits do not follow the weights; what else is
-    left out is named in a warning when training begins, and after the first step what no forward was seen of.
+    Attentions are: causal modules with ``mue_attention_core`` beside weights called ``w_q`` and ``w_k`` (or ``q_proj``, ``k_proj``,
+    and other usual names); ``nn.MultiheadAttention``; classes called attention that hold such weights, as those of transformers,
+    and call ``scaled_dot_product_attention`` or softmax over logits ``[B, N, S, T]``. Latent attention (MLA of DeepSeek, with
+    transformers' names) is scaled by its parts: rows of the not rotated queries and keys by sqrt(g), those of rotated queries by
+    g, as the rotated key is one for all heads. Measuring costs a product of queries and keys more a step, in blocks, except where
+    the logits exist. Attentions that normalize their queries or keys are left out, as their logits do not follow the weights;
+    what else is left out is named in a warning when training begins, and after the first step what no forward was seen of.
 
     Under DDP the largest logits of all ranks count, also where only some ranks had any. All ranks must hold the same attentions,
     in replicas, and step them together: that they have the same names and sizes is checked when training begins, and where
     parameters are added to an optimizer later (finetuning callbacks), whose attentions are clipped from then on.
 
-    Compiled code does not run hooks that are added after it was made. So where attentions are compiled, ``torch.compiler.reset()``
-    is called when training begins, and the first step compiles again, with them.
+    Compiled code does not run hooks that are added after it was made. Code with an attention in it is compiled again in the
+    first step, other code is not; when training ends, the code from before is valid again.
 
     Metrics, at the Trainer's logging steps: ``qk_clip/clipped``, the heads clipped since the last logged step, and
     ``qk_clip/max_logit``, the largest logit of the last step.
@@ -102,7 +67,7 @@ class QKClip(Callback):
         self._logged, self._largest = 0, 0.0
         self._shared = self._told = self._stepped = False
         self._sizes: list[int] = []
-        self._attentions: list[_Attention] = []
+        self._attentions: list[Logits] = []
         self._handles: list[Any] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -119,12 +84,12 @@ class QKClip(Callback):
         self._release()
         self._sizes = _sizes(trainer)
         found, left_out = find_attentions(pl_module)
-        for name, module, rows in found:
-            holders = [o for o in trainer.optimizers if _holds(o, rows)]
+        for name, module, weights in found:
+            holders = [o for o in trainer.optimizers if _holds(o, weights.rows)]
             if len(holders) == 1 and hasattr(holders[0], "register_step_post_hook"):
-                attention = _Attention(name, module, rows)
+                attention = measured(name, module, weights)
                 self._attentions.append(attention)
-                self._handles += [attention.handle, holders[0].register_step_post_hook(self._after(attention))]
+                self._handles += [attention, holders[0].register_step_post_hook(self._after(attention))]
             else:
                 left_out.append(f"{name} (no single optimizer steps its queries and keys)")
         if left_out or not found:
@@ -132,9 +97,9 @@ class QKClip(Callback):
             rank_zero_warn(f"QKClip leaves out {listed(left_out, 'every module: it found no attention')}. {do}")
         self._shared, self._told = trainer.world_size > 1 and torch.distributed.is_initialized(), False
         if self._shared:
-            _check_ranks({a.name: [tuple(each.tensor.shape) for each in a.rows.queries] for a in self._attentions})
-        if self._attentions and _is_compiled(pl_module):
-            torch.compiler.reset()
+            _check_ranks(
+                {a.name: [tuple(each.tensor.shape) for each in a.weights.rows.queries] for a in self._attentions}
+            )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -174,7 +139,7 @@ class QKClip(Callback):
             handle.remove()
         self._handles, self._attentions = [], []
 
-    def _after(self, attention: _Attention) -> Any:
+    def _after(self, attention: Logits) -> Any:
         first = not self._attentions[:-1]
 
         @torch.no_grad()
@@ -184,25 +149,23 @@ class QKClip(Callback):
 
         return clip
 
-    def _clip(self, attention: _Attention, optimizer: Optimizer) -> None:
+    def _clip(self, attention: Logits, optimizer: Optimizer) -> None:
         largest_N, attention.largest_N, attention.stepped = attention.largest_N, None, True
+        rows = attention.weights.rows
         if self._shared:
-            largest_N = _over_ranks(largest_N, attention.rows.queries[0])
+            largest_N = _over_ranks(largest_N, rows.queries[0])
         if largest_N is None:  # no training forward since the last step
             return
         top = float(largest_N.max())
         self._largest = max(self._largest, top)
         if not top > self.threshold:  # also where it is NaN
             return
-        factor_N = (self.threshold / largest_N.clamp_min(self.threshold)).double()
-        keys = attention.rows.keys[0]
-        width = (attention.rows.queries[0].stop - attention.rows.queries[0].start) // len(factor_N)
-        n_keys = (keys.stop - keys.start) // width
-        key_M = factor_N.view(n_keys, -1).amin(-1).sqrt()
-        query_N = factor_N / key_M.repeat_interleave(len(factor_N) // n_keys)
-        for rows, factors in ((attention.rows.queries, query_N), (attention.rows.keys, key_M)):
-            for each in rows:
-                _scale(each, factors.repeat_interleave((each.stop - each.start) // len(factors)), optimizer)
+        factor_N = self.threshold / largest_N.double().clamp_min(
+            self.threshold
+        )  # in float32 the threshold itself is rounded
+        for made, factors in zip(rows, attention.weights.row_factors(factor_N), strict=True):
+            for each in made:
+                _scale(each, factors, optimizer)
         self.clipped += int((factor_N < 1).sum())
 
 
@@ -261,9 +224,3 @@ def _check_ranks(own: dict[str, list[tuple[int, ...]]]) -> None:
             expected = "the same attentions, in replicas, on all ranks"
             do = "Leave the callback out where ranks hold different layers, or parts of heads."
             raise value_error("QKClip", found=found, expected=expected, do=do)
-
-
-def _is_compiled(module: LightningModule) -> bool:
-    """Whether the module, a part of it, or its steps (`torch.compile(module)` by Lightning) are compiled."""
-    compiled = (hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in module.modules())
-    return getattr(module, "_compiler_ctx", None) is not None or any(compiled)

@@ -1,4 +1,4 @@
-"""What test_qk_clip.py runs on two CPU processes: QKClip's hooks on ranks that see different logits."""
+"""What test_qk_clip.py runs on two CPU processes: QKClip's hooks, and under DDP, on ranks that see different logits."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from lightning.pytorch import LightningModule, Trainer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -67,5 +68,50 @@ def clip(rank, folder):
     return report
 
 
+class Module(LightningModule):
+    """A model of one attention, and what it saw: the largest logits of each batch."""
+
+    def __init__(self, compiled):
+        super().__init__()
+        self.net, self.largest = Model(), []
+        if compiled:
+            self.net.attention.compile(backend="eager")
+            x = torch.zeros(2, 6, 16)
+            self.net.attention(x, self.net.rotary).sum().backward()  # code without hooks
+            self.net.zero_grad()
+
+    def training_step(self, x):
+        self.largest.append(float(heads(self.net, x).max()))
+        return -self.net.attention(x, self.net.rotary).square().mean()
+
+    def configure_optimizers(self):
+        return HyperSphereOptimizer(self.named_parameters(), lr=0.05, compute_dtype="float32")
+
+
+def ddp(rank, folder):
+    """Six steps of a real Trainer; rank 0's logits are larger."""
+    reports = {}
+    for compiled in (False, True):
+        module = Module(compiled)
+        generator = torch.Generator().manual_seed(7)
+        batches = [torch.randn(2, 6, 16, generator=generator) for _ in range(6)]
+        data = [batch * (1.0 if rank == 0 else 0.3) for batch in batches]
+        clip = QKClip(0.5 * float(heads(module.net, batches[0]).max()))
+        options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        options |= {
+            "enable_model_summary": False,
+            "default_root_dir": folder,
+            "max_epochs": 1,
+            "use_distributed_sampler": False,
+        }
+        Trainer(accelerator="cpu", devices=2, strategy="ddp", callbacks=[clip], **options).fit(
+            module, torch.utils.data.DataLoader(data, batch_size=None)
+        )
+        weights = {name: p.detach().clone() for name, p in module.net.named_parameters()}
+        own = {"clipped": clip.clipped, "threshold": clip.threshold, "largest": torch.tensor(module.largest)}
+        reports["compiled" if compiled else "eager"] = {**weights, **own}
+    return reports
+
+
 if __name__ == "__main__":
-    main({"clip": clip}, *sys.argv[1:])
+    main({"clip": clip, "ddp": ddp}, *sys.argv[1:])

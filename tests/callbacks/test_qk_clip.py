@@ -133,7 +133,7 @@ def test_what_is_not_covered_is_said():
         def forward(self, x, rotary):
             return nn.functional.scaled_dot_product_attention(*self.qkv(x).chunk(3, -1))
 
-    with pytest.warns(UserWarning, match=r"attention \(its logits cannot be seen\)"):
+    with pytest.warns(UserWarning, match=r"attention \(no pair of query and key weights was found beside it\)"):
         fit(Model(OwnAttention(), sphere()), QKClip(1.0))
 
 
@@ -209,3 +209,15 @@ def test_two_ranks(tmp_path):
         torch.testing.assert_close(first[key]["after"], expected, rtol=1e-5, atol=1e-6)
     for report in (first, second):
         assert "QKClip: found attention.core" in report["refused"]
+
+
+@pytest.mark.slow
+def test_a_trainer_on_two_ranks(tmp_path):
+    """Weights stay equal on both ranks, where only the logits of one are above the threshold, compiled before or not."""
+    first, second = launch(str(Path(__file__).with_name("_qk_clip_ranks.py")), "ddp", 2, tmp_path)
+    for key in ("eager", "compiled"):
+        for name in ("attention.w_q", "attention.w_k", "attention.w_v"):
+            assert torch.equal(first[key][name], second[key][name])
+        assert first[key]["clipped"] == second[key]["clipped"] > 0
+        assert first[key]["largest"][0] > first[key]["threshold"] > second[key]["largest"][0]
+    assert torch.equal(first["eager"]["largest"], first["compiled"]["largest"])

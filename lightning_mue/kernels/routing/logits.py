@@ -67,6 +67,7 @@ def _full_precision() -> Iterator[None]:
                 switch.fp32_precision = precision
 
 
+_MANY = 1024  # tokens from which the first call of a shape, when oneDNN compiles it, is worth it
 _FULL = ("none", "ieee")  # "none": nothing was set, and then torch multiplies in full
 
 
@@ -120,6 +121,15 @@ def _logits(x: Tensor, weight: Tensor) -> Tensor:
         return _product_16(x, weight)
     dtype = _logits_dtype(x, weight)
     with _full_precision(), _converted(x, dtype) as x_Td:
+        if (
+            x.device.type == "cpu"
+            and dtype == torch.float32
+            and len(x) >= _MANY
+            and torch.backends.mkldnn.is_available()
+        ):
+            # Faster by a fifth to a half than MKL on AMD with few experts.
+            w_Ed = weight.to(dtype).contiguous()
+            return torch.ops.mkldnn._linear_pointwise(x_Td.contiguous(), w_Ed, None, "none", [], "")
         return _product(x_Td, weight.to(dtype).T)
 
 
@@ -127,6 +137,9 @@ def _logits(x: Tensor, weight: Tensor) -> Tensor:
 def _logits_grad(dlogits: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor]:
     """Return dx and dweight, each of its own type, without elements where not wanted."""
     dx, dweight = x.new_empty(0), weight.new_empty(0)
+    all_16 = x.dtype == weight.dtype == torch.bfloat16
+    if x.device.type == "cpu" and all_16 and cpu_product_dtype() == torch.bfloat16:
+        return _grads_16(dlogits, x, weight, wanted)
     with _full_precision():
         if wanted[0]:
             dx = _input_grad(dlogits, x, weight)
@@ -136,17 +149,28 @@ def _logits_grad(dlogits: Tensor, x: Tensor, weight: Tensor, wanted: list[bool])
     return dx, dweight
 
 
+def _grads_16(dlogits_TE: Tensor, x_Td: Tensor, weight_Ed: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor]:
+    """Both gradients by bfloat16 products, of dlogits as a sum of two bfloat16 numbers that have 16 bits between them.
+
+    What is lost of dx is 2^-8 of its rounding; dweight is rounded twice, as the sum of two rounded products.
+    """
+    dx, dweight = x_Td.new_empty(0), weight_Ed.new_empty(0)
+    n_experts = dlogits_TE.shape[1]
+    pair = x_Td.new_empty(len(dlogits_TE), 2 * n_experts)
+    pair[:, :n_experts] = dlogits_TE
+    torch.sub(dlogits_TE, pair[:, :n_experts], out=pair[:, n_experts:])
+    if wanted[0]:
+        dx = _product(pair, torch.cat([weight_Ed, weight_Ed]))
+    if wanted[1]:
+        large, small = _product(x_Td.T, pair).chunk(2, 1)
+        dweight = (large + small).T.contiguous()
+    return dx, dweight
+
+
 def _input_grad(dlogits_TE: Tensor, x_Td: Tensor, weight_Ed: Tensor) -> Tensor:
     """``dlogits W``, rounded once to x's type."""
     if x_Td.device.type != "cpu" or x_Td.dtype == dlogits_TE.dtype:
         return _product(dlogits_TE, weight_Ed.to(dlogits_TE.dtype)).to(x_Td.dtype)
-    if x_Td.dtype == weight_Ed.dtype == torch.bfloat16 and cpu_product_dtype() == torch.bfloat16:
-        # dlogits as a sum of two bfloat16 numbers, 16 bits of each: what is lost is 2^-8 of the last rounding.
-        n_experts = dlogits_TE.shape[1]
-        pair = x_Td.new_empty(len(dlogits_TE), 2 * n_experts)
-        pair[:, :n_experts] = dlogits_TE
-        torch.sub(dlogits_TE, pair[:, :n_experts], out=pair[:, n_experts:])
-        return _product(pair, torch.cat([weight_Ed, weight_Ed]))
     with borrowed("router", dlogits_TE, x_Td.numel()) as flat:
         product_Td = torch.mm(dlogits_TE, weight_Ed.to(dlogits_TE.dtype), out=flat.view(x_Td.shape))
         return torch.empty_like(x_Td, memory_format=torch.contiguous_format).copy_(product_Td)

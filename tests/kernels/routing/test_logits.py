@@ -43,22 +43,35 @@ def test_types(x_dtype, w_dtype):
     check(*inputs(x_dtype, w_dtype))
 
 
-def test_autocast_changes_nothing():
-    x, w = inputs(torch.bfloat16)
+@pytest.mark.parametrize("product", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_tokens(dtype, product, monkeypatch):
+    """Where oneDNN multiplies, of a view too; on processors with fast and with slow bfloat16."""
+    monkeypatch.setattr(module, "cpu_product_dtype", lambda: product)
+    x, w = inputs(dtype, dtype, tokens=module._MANY + 3)
+    check(x, w)
+    wide = torch.cat([x.detach(), x.detach()], 1)[:, 1:97].requires_grad_()
+    check(wide, w)
+
+
+@pytest.mark.parametrize("tokens", [37, 1100])
+def test_autocast_changes_nothing(tokens):
+    x, w = inputs(torch.bfloat16, tokens=tokens)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         check(x, w)
         low = torch.nn.functional.linear(x.float(), w)  # negative control: this is what autocast does
     assert relative(low.float(), x.double() @ w.double().T) > 1e-4
 
 
+@pytest.mark.parametrize("tokens", [256, 1100])
 @pytest.mark.parametrize("precision", ["highest", "medium"])
-def test_lower_precision_elsewhere_changes_nothing(precision):
+def test_lower_precision_elsewhere_changes_nothing(precision, tokens):
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision(precision)
         states = torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
         assert ("bf16" in states) == (precision == "medium")
-        check(*inputs(tokens=256, width=256, experts=64))
+        check(*inputs(tokens=tokens, width=256, experts=64))
         assert states == (torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision)
         assert torch.get_float32_matmul_precision() == precision
         assert torch.backends.cuda.matmul.allow_tf32 == (precision == "medium")  # still readable

@@ -23,8 +23,10 @@ from lightning_mue.diagnostics.attention import (
 )
 from lightning_mue.sharded import whole
 
-_SOFTMAXES = frozenset({torch.softmax, F.softmax, Tensor.softmax, torch.special.softmax})
-_FUSED_ATTENTION = F.scaled_dot_product_attention  # kept: programs replace the name by functions that call this one
+#: Functions whose first argument is logits.
+SOFTMAXES = frozenset({torch.softmax, F.softmax, Tensor.softmax, torch.special.softmax})
+#: Kept: programs replace the name by functions that call this one.
+FUSED_ATTENTION = F.scaled_dot_product_attention
 _SDPA = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
@@ -145,15 +147,15 @@ class SeenAttentionProbe(WatchingProbe, _AttentionLogits):
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         """Measure the calls that are looked for."""
-        if func is _FUSED_ATTENTION:
-            self.add(_of_sdpa({**dict(zip(_SDPA, args, strict=False)), **kwargs}))
+        if func is FUSED_ATTENTION:
+            self.add(_of_sdpa(sdpa_arguments(args, kwargs)))
             return
         sinks = getattr(self.module, "sinks", None)
         if isinstance(sinks, Tensor):
             x = output if func is torch.cat and _joins(args, sinks) else None
         else:
-            x = args[0] if func in _SOFTMAXES and args else None
-        if isinstance(x, Tensor) and x.ndim >= 3 and x.is_floating_point() and _over_last(func, args, kwargs, x.ndim):
+            x = args[0] if func in SOFTMAXES and args else None
+        if isinstance(x, Tensor) and x.ndim >= 3 and x.is_floating_point() and is_over_last(func, args, kwargs, x.ndim):
             self.add(softmax_summary(whole(x.detach())))
 
 
@@ -163,9 +165,15 @@ def _joins(args: tuple[Any, ...], sinks: Tensor) -> bool:
     return any(part is sinks or part._base is sinks for part in parts if isinstance(part, Tensor))
 
 
-def _over_last(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], ndim: int) -> bool:
+def is_over_last(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], ndim: int) -> bool:
+    """Whether a softmax or a concatenation is over the last dimension."""
     dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
     return dim in (-1, ndim - 1)
+
+
+def sdpa_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of ``scaled_dot_product_attention`` by name."""
+    return {**dict(zip(_SDPA, args, strict=False)), **kwargs}
 
 
 def _of_sdpa(given: Mapping[str, Any]) -> Tensor | None:
