@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # for type checkers and editors; tests/test_package.py compar
     from lightning_mue.callbacks import MuECallback as MuECallback
     from lightning_mue.callbacks import QKClip as QKClip
     from lightning_mue.callbacks import RouterMonitor as RouterMonitor
+    from lightning_mue.callbacks import SafeCheckpoint as SafeCheckpoint
     from lightning_mue.callbacks import SpectralMonitor as SpectralMonitor
     from lightning_mue.callbacks import StabilityGuard as StabilityGuard
     from lightning_mue.callbacks import ThroughputMonitor as ThroughputMonitor
@@ -65,6 +66,7 @@ _PUBLIC = {
     "MuECallback": "callbacks",
     "QKClip": "callbacks",
     "RouterMonitor": "callbacks",
+    "SafeCheckpoint": "callbacks",
     "ScalingPlan": "parameterizations",
     "SpectralMonitor": "callbacks",
     "StabilityGuard": "callbacks",

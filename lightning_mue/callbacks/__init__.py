@@ -1,5 +1,6 @@
 """Callbacks: the parameterization, and monitors that show whether a run is healthy."""
 
+from lightning_mue.callbacks.checkpointing.callback import SafeCheckpoint
 from lightning_mue.callbacks.guard.callback import StabilityGuard
 from lightning_mue.callbacks.health import HealthMonitor
 from lightning_mue.callbacks.monitors.activations import ActivationOutlierMonitor
@@ -21,6 +22,7 @@ __all__ = [
     "MuECallback",
     "QKClip",
     "RouterMonitor",
+    "SafeCheckpoint",
     "SpectralMonitor",
     "StabilityGuard",
     "ThroughputMonitor",

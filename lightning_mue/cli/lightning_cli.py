@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_mue.callbacks import ThroughputMonitor
+from lightning_mue.callbacks.checkpointing.callback import TERMINATED, resume_path
 from lightning_mue.cli.report import report_command
 from lightning_mue.cli.summary import summarize
 from lightning_mue.cli.trainer import MuETrainer
@@ -65,6 +67,9 @@ class MuECLI(LightningCLI):
         """Makes model, data and trainer; for the commands in ``_ON_META`` without memory for the weights."""
         with torch.device("meta") if self.subcommand in _ON_META else nullcontext():
             super().instantiate_classes()
+        arguments = self.config_init.get(self.subcommand) or {}
+        if arguments.get("ckpt_path") == "auto":
+            arguments["ckpt_path"] = resume_path(self.trainer)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Makes the trainer, with a ThroughputMonitor unless the config has one or asks for a barebones trainer."""
@@ -107,6 +112,8 @@ def main(args: list[str] | None = None) -> None:
             _OTHER_COMMANDS[given[0]][0](given[1:])
         else:
             MuECLI(args)
+    except SIGTERMException:  # its status is 0, which a scheduler reads as success
+        raise SystemExit(TERMINATED) from None
     except (ValueError, TypeError, OSError) as error:
         message = _message_of_package(error)
         if message is None or os.environ.get("LIGHTNING_MUE_TRACEBACK"):
