@@ -35,29 +35,29 @@ def name_of(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def complete(dirpath: Path) -> list[tuple[int, Path]]:
+def complete(dirpath: Path, *, unreadable: int = 1 << 62) -> list[tuple[int, Path]]:
     """Step and folder of each checkpoint that was written to its end, in the order of writing.
 
-    By the number in its manifest, not by step: a run that went back to an earlier step writes the newest checkpoint there.
+    By the number in its manifest, not by step: a run that went back to an earlier step writes the newest checkpoint there. Where
+    the manifest is damaged, `unreadable` takes the number's place.
     """
     found = []
     for folder in dirpath.iterdir() if dirpath.is_dir() else ():
         if (match := _NAME.fullmatch(folder.name)) and (folder / MANIFEST).is_file():
-            # A damaged manifest says nothing; the step then orders it, and reading refuses it.
-            found.append((_serial(folder), int(match[1]), folder))
+            found.append((_serial(folder, unreadable), int(match[1]), folder))
     return [(step, folder) for _, step, folder in sorted(found)]
 
 
 def next_serial(dirpath: Path) -> int:
     """Number of the next checkpoint in a folder."""
-    return 1 + max((_serial(folder) for _, folder in complete(dirpath)), default=0)
+    return 1 + max((_serial(folder, 0) for _, folder in complete(dirpath)), default=0)
 
 
-def _serial(folder: Path) -> int:
+def _serial(folder: Path, unreadable: int) -> int:
     try:
         return int(read_manifest(folder)["serial"])
     except ValueError:
-        return 0
+        return unreadable
 
 
 def sum_of(path: Path, chunk: int = 1 << 22) -> str:
@@ -178,7 +178,7 @@ def remove_unfinished(dirpath: Path) -> None:
 
 def remove_old(dirpath: Path, keep_last: int, keep_every: int | None) -> None:
     """Deletes all but the newest checkpoints and those of every so many steps."""
-    for step, folder in complete(dirpath)[:-keep_last]:
+    for step, folder in complete(dirpath, unreadable=0)[:-keep_last]:
         if not (keep_every and step % keep_every == 0):
             # Half a deleted checkpoint must not look like a whole one.
             doomed = folder.with_name(folder.name + UNFINISHED)

@@ -120,7 +120,7 @@ def write_shards(state: dict[str, Any], to: Target) -> None:
         OSError: No space, or a rank failed. What was written is removed.
     """
     from lightning.fabric.utilities.load import _METADATA_FILENAME
-    from torch.distributed.checkpoint import save
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     leads = to.rank == 0
     rest = dict(state)

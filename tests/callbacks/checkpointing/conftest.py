@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from helpers.interruptions import SIZES, Noisy
@@ -15,6 +17,25 @@ from lightning_mue.data import TextDataModule
 @pytest.fixture
 def run(tmp_path):
     """Trains some steps, and returns all weights as one vector."""
+    return trainer_in(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def saved_once(tmp_path_factory):
+    """A folder with the checkpoints of steps 3 and 6."""
+    folder = tmp_path_factory.mktemp("saved")
+    trainer_in(folder)(SafeCheckpoint(folder / "safe", every_n_train_steps=3))
+    return folder / "safe"
+
+
+@pytest.fixture
+def saved(saved_once, tmp_path):
+    """A copy of it to damage."""
+    return shutil.copytree(saved_once, tmp_path / "saved")
+
+
+def trainer_in(tmp_path):
+    """A function that trains."""
     corpus = tmp_path / "text.txt"
     corpus.write_bytes(bytes(range(32, 127)) * 3)
 
