@@ -78,6 +78,10 @@ class MuECLI(LightningCLI):
         has_one = any(isinstance(callback, ThroughputMonitor) for callback in callbacks)
         if not has_one and not self._get(self.config_init, "trainer.barebones"):
             self.trainer_defaults = {"callbacks": [ThroughputMonitor()]}
+        if self._get(self.config_init, "ckpt_path") == "auto":
+            # The same command again meets the configuration that it saved. Without a logger, it is saved where users keep theirs.
+            name = {} if self._get(self.config_init, "trainer.logger") else {"config_filename": "saved_config.yaml"}
+            self.save_config_kwargs = {**self.save_config_kwargs, "overwrite": True, **name}
         return super().instantiate_trainer(**kwargs)
 
     def after_fit(self) -> None:
