@@ -166,6 +166,8 @@ _NOT_OURS = {
     "base.yaml",
     "plan.yaml",
     "config.yaml",
+    "run.yaml",
+    "saved_config.yaml",
     "pretrain.py",
     "script.py",
     "train.py",
