@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 import lightning_mue
 from lightning_mue import SafeCheckpoint
@@ -20,7 +20,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "kills"), [("one:1", 10), ("fsdp2:2", 2)])
+@pytest.mark.parametrize(("kind", "kills"), [("one:1", 8), ("ddp:2", 2)])
 def test_kills_at_random_leave_the_trajectory_bit_for_bit(kind, kills):
     command = [sys.executable, ROOT / "benchmarks" / "kills.py", "--dry", "--kinds", kind, "--kills", str(kills)]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
@@ -52,10 +52,11 @@ ckpt_path: auto
 """
 
 
-def command(tmp_path, *, steps, devices=1):
+def command(tmp_path, *, steps, devices=1, strategy=None):
     """The command line of a run that goes on from its newest checkpoint; each call may ask for more steps."""
     (tmp_path / "text.txt").write_bytes(bytes(range(32, 127)) * 40)
-    strategy = "{class_path: DDPStrategy, init_args: {process_group_backend: gloo}}" if devices > 1 else "auto"
+    ddp = "{class_path: DDPStrategy, init_args: {process_group_backend: gloo}}"
+    strategy = strategy or (ddp if devices > 1 else "auto")
     config = CONFIG.format(folder=tmp_path, steps=steps, devices=devices, strategy=strategy)
     (tmp_path / "config.yaml").write_text(config)
     return ["-m", "lightning_mue.cli.lightning_cli", "fit", "--config", tmp_path / "config.yaml"]
@@ -67,11 +68,6 @@ def wait_for(found, process, seconds=60):
         assert process.poll() is None, "it ended too early"
         time.sleep(0.05)
     return found()
-
-
-def final(tmp_path):
-    path = SafeCheckpoint.latest(tmp_path / "checkpoints")
-    return path, torch.load(path, weights_only=True)["state_dict"]
 
 
 @pytest.mark.slow
@@ -86,7 +82,7 @@ def test_sigterm_on_the_command_line_and_the_same_command_again(tmp_path):
     text = (tmp_path / "log").read_text()
     assert "no checkpoint in" in text
     assert "SIGTERM: the run ends after step" in text
-    path, _ = final(tmp_path)
+    path = SafeCheckpoint.latest(tmp_path / "checkpoints")
     step = int(Path(path).parent.name[5:])
     again = subprocess.run(
         [sys.executable, *command(tmp_path, steps=step + 3)],
@@ -96,7 +92,7 @@ def test_sigterm_on_the_command_line_and_the_same_command_again(tmp_path):
         check=True,
     )
     assert f"the run goes on from {Path(path).parent}" in again.stderr.decode() + again.stdout.decode()
-    assert final(tmp_path)[0].endswith(f"step-{step + 3:06d}/checkpoint.ckpt")
+    assert SafeCheckpoint.latest(tmp_path / "checkpoints").endswith(f"step-{step + 3:06d}/checkpoint.ckpt")
 
 
 @pytest.mark.slow
@@ -117,12 +113,32 @@ def test_torchrun_restarts_both_workers_when_one_dies(tmp_path):
     os.kill(int(workers[1]), signal.SIGKILL)
     assert process.wait(120) == 0, (tmp_path / "log").read_text()[-3000:]
     assert "the run goes on from" in (tmp_path / "log").read_text()
-    path, weights = final(tmp_path)
-    assert path.endswith("step-000100/checkpoint.ckpt")
-    calm = tmp_path / "calm"
-    calm.mkdir()
-    subprocess.run(
-        [*torchrun, *command(calm, steps=100, devices=2)], cwd=calm, env=ENVIRONMENT, capture_output=True, check=True
-    )
-    for name, tensor in final(calm)[1].items():
-        assert torch.equal(weights[name], tensor), name
+    assert SafeCheckpoint.latest(tmp_path / "checkpoints").endswith("step-000100/checkpoint.ckpt")
+
+
+@pytest.mark.slow
+def test_ranks_refuse_a_damaged_part_and_go_on_with_another_number_of_ranks(tmp_path):
+    def run(steps, devices):
+        options = f"process_group_backend: gloo, data_parallel_size: {devices}, tensor_parallel_size: 1"
+        strategy = f"{{class_path: ModelParallelStrategy, init_args: {{{options}}}}}"
+        arguments = command(tmp_path, steps=steps, devices=devices, strategy=strategy)
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, check=False
+        )
+        return done.returncode, done.stdout.decode() + done.stderr.decode()
+
+    status, text = run(10, 2)
+    assert status == 0, text[-3000:]
+    newest = tmp_path / "checkpoints" / "step-000010"
+    part = newest / "__1_0.distcp"
+    data = bytearray(part.read_bytes())
+    data[len(data) // 2] ^= 1
+    part.write_bytes(data)
+    status, text = run(12, 2)
+    assert status == 2, text[-3000:]
+    assert "step-000010: __1_0.distcp with other bytes than were written" in text
+    shutil.rmtree(newest)
+    status, text = run(12, 3)
+    assert status == 0, text[-3000:]
+    assert f"the run goes on from {newest.with_name('step-000005')}" in text
+    assert SafeCheckpoint.latest(tmp_path / "checkpoints").endswith("step-000012")
