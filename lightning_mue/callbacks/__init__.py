@@ -9,6 +9,7 @@ from lightning_mue.callbacks.monitors.spectral import SpectralMonitor
 from lightning_mue.callbacks.monitors.updates import UpdateMonitor
 from lightning_mue.callbacks.mue.callback import MuECallback
 from lightning_mue.callbacks.qk_clip import QKClip
+from lightning_mue.callbacks.sample_grid import SampleGrid
 from lightning_mue.callbacks.throughput import ThroughputMonitor
 from lightning_mue.callbacks.transfer.monitor import TransferMonitor
 from lightning_mue.moe import LossFreeBalance
@@ -21,6 +22,7 @@ __all__ = [
     "MuECallback",
     "QKClip",
     "RouterMonitor",
+    "SampleGrid",
     "SpectralMonitor",
     "StabilityGuard",
     "ThroughputMonitor",

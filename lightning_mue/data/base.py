@@ -1,4 +1,4 @@
-"""Base class of the language-modelling data modules: arguments, loaders, check of the vocabulary.
+"""Base classes of the data modules: the place in a run; and of language modelling: arguments, loaders, check of the vocabulary.
 
 Shape legend: N tokens in a split, B windows in one process's batch, S context length.
 """
@@ -22,7 +22,29 @@ class Splits(NamedTuple):
     val: np.ndarray
 
 
-class LanguageDataModule(LightningDataModule, ABC):
+class StepDataModule(LightningDataModule):
+    """Where in a run a data module is: the step its training batches go on from, and its data-parallel rank."""
+
+    def _data_parallel(self) -> tuple[int, int]:
+        """Rank and world size over which batches differ; tensor-parallel processes share a rank."""
+        kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        return (kwargs["rank"], max(1, kwargs["num_replicas"])) if kwargs else (0, 1)
+
+    def _batches_trained(self) -> int:
+        # Lightning restores a loader's state only when it resumes within an epoch, or with max_steps. Its own count of
+        # batches is also right at the end of an epoch, in a second fit, and after reload_dataloaders_every_n_epochs.
+        progress = self._batch_progress()
+        return progress.total.processed if progress is not None else 0
+
+    def _batches_in_flight(self) -> int:
+        progress = self._batch_progress()
+        return progress.current.ready - progress.current.processed if progress is not None else 0
+
+    def _batch_progress(self) -> Any:
+        return self.trainer.fit_loop.epoch_loop.batch_progress if self.trainer is not None else None
+
+
+class LanguageDataModule(StepDataModule, ABC):
     """Serves windows of a token stream as `{"tokens": int64 [B, S], "targets": int64 [B, S]}`.
 
     Training batches are a pure function of (seed, step, rank), so a run resumed from any checkpoint sees exactly the
@@ -136,24 +158,6 @@ class LanguageDataModule(LightningDataModule, ABC):
                 )
             )
         return self._splits
-
-    def _data_parallel(self) -> tuple[int, int]:
-        """Rank and world size over which batches differ; tensor-parallel processes share a rank."""
-        kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
-        return (kwargs["rank"], max(1, kwargs["num_replicas"])) if kwargs else (0, 1)
-
-    def _batches_trained(self) -> int:
-        # Lightning restores a loader's state only when it resumes within an epoch, or with max_steps. Its own count of
-        # batches is also right at the end of an epoch, in a second fit, and after reload_dataloaders_every_n_epochs.
-        progress = self._batch_progress()
-        return progress.total.processed if progress is not None else 0
-
-    def _batches_in_flight(self) -> int:
-        progress = self._batch_progress()
-        return progress.current.ready - progress.current.processed if progress is not None else 0
-
-    def _batch_progress(self) -> Any:
-        return self.trainer.fit_loop.epoch_loop.batch_progress if self.trainer is not None else None
 
     def _check_vocabulary(self) -> None:
         model = getattr(self.trainer, "lightning_module", None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning_mue.callbacks.monitors.finding.reading import Found, Reading, SearchResult, by_pattern
-from lightning_mue.contract import declared_roles, returns_lm_logits
+from lightning_mue.contract import declared_roles, returns_lm_logits, role_of_output
 from lightning_mue.names import is_embedding, is_head
 from lightning_mue.parameterizations.reading.parameters import ParameterInfo, module_form
 from lightning_mue.parameterizations.rules.roles import Role
@@ -13,7 +13,7 @@ def find_heads(reading: Reading, pattern: str | None = None) -> SearchResult:
     """The heads: by pattern, else declared, else by the role of their weight, else by a head's name.
 
     A tied weight that no linear layer holds is found by what multiplies with it: ``Found.module`` is then the look-up table,
-    and ``how`` is "tied to the table".
+    and ``how`` is "tied to the table". A model that declares outputs, none of them LM logits, has no head: an image generator.
 
     Raises:
         ValueError: If the pattern matches nothing.
@@ -21,6 +21,9 @@ def find_heads(reading: Reading, pattern: str | None = None) -> SearchResult:
     if pattern is not None:
         names = by_pattern(reading, "lm_logits", pattern)
         return SearchResult([Found(name, reading.modules[name], "head", "named") for name in names])
+    outputs = {role_of_output(module) for module in reading.modules.values()} - {None}
+    if outputs and "lm_logits" not in outputs:
+        return SearchResult([], [])
     for how, matches in (("mue_role_of_output", returns_lm_logits), ("mue_roles", _owns_unembedding)):
         names = [name for name, module in reading.modules.items() if matches(module)]
         if names:

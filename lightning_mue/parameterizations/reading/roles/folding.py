@@ -87,7 +87,7 @@ def why_not_foldable(infos: list[ParameterInfo], kind: str) -> str | None:
     has: set[tuple[str, str]] = set()
     for info in infos:
         layer, part = layer_of(info.path), _part(info)
-        in_layer = info.position[1] >= 0 and info.role in MATRIX_ROLES - {Role.ROUTER}
+        in_layer = info.position[1] >= 0 and info.role in MATRIX_ROLES - {Role.ROUTER, Role.MODULATION}
         if in_layer:
             wants[layer, part].append(info)
         if kind in info.folds:
