@@ -92,7 +92,7 @@ class DigitsDataModule(StepDataModule):
                 "val_fraction", found=found, expected=f"one for training, {ranks} for validation, or more"
             )
         self._val, self._train = (
-            {"image": images[part], "label": labels[part]} for part in (order[:n_val], order[n_val:])
+            ImageBatch(image=images[part], label=labels[part]) for part in (order[:n_val], order[n_val:])
         )
 
     def train_dataloader(self) -> ImageStepLoader | FixedImageLoader:

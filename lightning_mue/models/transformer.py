@@ -69,13 +69,14 @@ class AttentionCore(nn.Module):
 
     def __init__(self, scale: float, causal: bool = True) -> None:
         super().__init__()
-        self.scale, self.mue_attention_core = scale, causal
+        self.scale, self.causal = scale, causal
+        self.mue_attention_core = causal
 
     def forward(self, q_BNSk: Tensor, k_BMSk: Tensor, v_BMSk: Tensor) -> Tensor:
         """Returns the attention output [B, N, S, k]."""
         grouped = q_BNSk.shape[1] != k_BMSk.shape[1]
         return F.scaled_dot_product_attention(
-            q_BNSk, k_BMSk, v_BMSk, is_causal=self.mue_attention_core, scale=self.scale, enable_gqa=grouped
+            q_BNSk, k_BMSk, v_BMSk, is_causal=self.causal, scale=self.scale, enable_gqa=grouped
         )
 
 

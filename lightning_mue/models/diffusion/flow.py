@@ -128,8 +128,9 @@ class FlowMatchingTransformer(KeepsMultipliers, TrainsExperts):
             ffn = self._ffn(n_experts > 0, activation, ffn_bias, init_std, n_expert_groups, **moe)
             ffn.output_multiplier = ffn_multiplier  # type: ignore[assignment]
             blocks.append(ConditionedBlock(width, attention, ffn, residual_multiplier))
-        stds = {"embedding_std": embedding_std, "output_std": output_std, "init_std": init_std}
-        self.transformer = VelocityTransformer(image_size, patch_size, n_channels, n_classes, width, blocks, **stds)
+        images = (image_size, patch_size, n_channels, n_classes)
+        stds: dict[str, Any] = {"embedding_std": embedding_std, "output_std": output_std, "init_std": init_std}
+        self.transformer = VelocityTransformer(*images, width, blocks, **stds)
         tag_roles(self)
 
     def forward(self, x_BCRR: Tensor, t_B: Tensor, labels_B: Tensor) -> Tensor:
@@ -239,7 +240,7 @@ class FlowMatchingTransformer(KeepsMultipliers, TrainsExperts):
     def _batches_trained(self) -> int:
         """Micro-batches so far, over all epochs and restarts."""
         trainer = self._trainer
-        return 0 if trainer is None else trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        return 0 if trainer is None else trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
 
     def _generator(self, stream: str, number: int) -> torch.Generator | None:
         """The generator of a batch, by its number; None, the global one, in a loop of one's own that has no number."""
