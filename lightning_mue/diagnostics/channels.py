@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_mue.checks import value_error
+from lightning_mue.diagnostics.blocks import block_elements
 
-#: Elements of the largest float32 temporary (64 MiB).
-CHUNK_ELEMENTS = 1 << 24
 #: Channels kept: those with the largest magnitudes. More are rarely massive; these merge exactly.
 KEPT = 8
 #: Entries of a summary: elements, sum of magnitudes, then the K largest channels' maxima, and their indices.
@@ -33,15 +32,17 @@ def channel_summary(x: Tensor) -> Tensor:
     """
     if x.ndim == 0:
         raise value_error("x", found="a scalar", expected="shape [..., channels]", do="Pass the activation itself.")
-    x_Td = x.reshape(-1, x.shape[-1])
+    x_Td = x.detach().reshape(-1, x.shape[-1])
     if x_Td.numel() == 0:
         return torch.zeros(CHANNELS_SIZE, device=x.device)
     largest_d, total = None, torch.zeros((), device=x.device)
-    for chunk_Td in x_Td.split(max(1, CHUNK_ELEMENTS // x_Td.shape[1])):
-        size_Td = chunk_Td.float().abs()
+    step = max(1, block_elements(x.device) // x_Td.shape[1])
+    scratch = torch.empty(min(step, len(x_Td)), x_Td.shape[1], device=x.device)
+    for block_Td in x_Td.split(step):
+        size_Td = torch.abs(block_Td.float(), out=scratch[: len(block_Td)])
         total = total + size_Td.sum()
-        chunk_d = size_Td.amax(0)
-        largest_d = chunk_d if largest_d is None else torch.maximum(largest_d, chunk_d)
+        block_d = size_Td.amax(0)
+        largest_d = block_d if largest_d is None else torch.maximum(largest_d, block_d)
     assert largest_d is not None
     values, channels = largest_d.topk(min(KEPT, len(largest_d)))
     summary = torch.zeros(CHANNELS_SIZE, device=x.device)

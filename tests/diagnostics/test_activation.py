@@ -110,7 +110,7 @@ def test_summaries_merge_to_the_whole(monkeypatch):
     swapped = merge_summaries(
         activation_summary(torch.cat(parts[1:]), threshold=2.0), activation_summary(parts[0], 2.0)
     )
-    monkeypatch.setattr(activation, "CHUNK_ELEMENTS", 5 * 30)  # five tokens a chunk
+    monkeypatch.setattr(activation, "block_elements", lambda device: 5 * 30)  # five tokens a chunk
     chunked = activation_summary(torch.cat(parts), threshold=2.0)
     for merged in (total, swapped, chunked):
         for name, value in summary_metrics(merged).items():
