@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_mue.callbacks.monitors.finding.branches import find_branches
 from lightning_mue.callbacks.monitors.finding.reading import read
-from lightning_mue.callbacks.monitors.probes import Probe, first_tensor, layer_labels, over_layers
+from lightning_mue.callbacks.monitors.probes import Layers, Probe, first_tensor, layer_labels, over_layers
 from lightning_mue.callbacks.monitors.sampling import SampledMonitor
 from lightning_mue.checks import value_error
 from lightning_mue.contract import declared_multipliers
@@ -138,13 +138,13 @@ class ActivationOutlierMonitor(SampledMonitor):
             ]
         return probes
 
-    def summarize(self, metrics: Mapping[str, float]) -> dict[str, float]:
+    def summarize(self, layers: Layers) -> dict[str, float]:
         """Mean and max over the layers of each kind of branch."""
         found: dict[str, float] = {}
         for kind in sorted({probe.label.partition("/")[0] for probe in self._probes}):
             for name in _METRICS:
-                found |= over_layers(metrics, f"stability/{name}/{kind}", "mean", "max")
-            found |= over_layers(metrics, f"stability/massive_channels/{kind}", "max")
+                found |= over_layers(layers, f"stability/{name}/{kind}", "mean", "max")
+            found |= over_layers(layers, f"stability/massive_channels/{kind}", "max")
         return found
 
     def massive(self) -> dict[str, list[int]]:

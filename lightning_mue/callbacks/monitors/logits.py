@@ -12,7 +12,7 @@ from lightning_mue.callbacks.monitors.finding.attentions import find_attentions_
 from lightning_mue.callbacks.monitors.finding.heads import find_heads
 from lightning_mue.callbacks.monitors.finding.reading import Found, Reading, read
 from lightning_mue.callbacks.monitors.finding.routers import find_routers, router_scopes, weight_name
-from lightning_mue.callbacks.monitors.probes import Probe, layer_labels, over_layers
+from lightning_mue.callbacks.monitors.probes import Layers, Probe, layer_labels, over_layers
 from lightning_mue.callbacks.monitors.sampling import SampledMonitor
 from lightning_mue.callbacks.monitors.seeing.logit_probes import (
     CoreProbe,
@@ -100,13 +100,13 @@ class LogitsZMonitor(SampledMonitor):
             router_logits_probe(each, f"router/{labels[each.name]}", reading, padding) for each in routers.found
         ]
 
-    def summarize(self, metrics: Mapping[str, float]) -> dict[str, float]:
+    def summarize(self, layers: Layers) -> dict[str, float]:
         """Mean and worst over layers."""
         found: dict[str, float] = {}
         for kind in ("attention", "router"):
-            found |= over_layers(metrics, f"stability/z/{kind}", "mean", "max")
-            found |= over_layers(metrics, f"stability/max_logit/{kind}", "max")
-        return found | over_layers(metrics, "stability/entropy/attention", "mean", "min")
+            found |= over_layers(layers, f"stability/z/{kind}", "mean", "max")
+            found |= over_layers(layers, f"stability/max_logit/{kind}", "max")
+        return found | over_layers(layers, "stability/entropy/attention", "mean", "min")
 
 
 def scopes_around(name: str, reading: Reading) -> list[nn.Module]:
