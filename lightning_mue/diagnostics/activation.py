@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_mue.checks import value_error
-from lightning_mue.diagnostics.blocks import block_elements
+from lightning_mue.diagnostics.blocks import block_elements, scratch
 
 #: A summary's entries: elements, mean, 2nd to 4th central moments, largest magnitude, outliers.
 SUMMARY_SIZE = 7
@@ -88,8 +88,7 @@ def activation_summary(x: Tensor, threshold: float = 5.0) -> Tensor:
     if x_Td.numel() == 0:
         return torch.zeros(SUMMARY_SIZE, dtype=torch.float32, device=x.device)
     step = max(1, block_elements(x.device) // x_Td.shape[1])
-    scratch = torch.empty(2, min(step, len(x_Td)), x_Td.shape[1], device=x.device)
-    blocks = [_of_tokens(block_Td.float(), threshold, scratch[:, : len(block_Td)]) for block_Td in x_Td.split(step)]
+    blocks = [_of_tokens(block_Td.float(), threshold) for block_Td in x_Td.split(step)]
     mean_T, m2_T, m3_T, m4_T, largest_T, outliers_T = torch.cat(blocks, dim=1)
     mean = mean_T.mean()
     about = torch.stack([torch.ones_like(m2_T), mean_T, m2_T, m3_T, m4_T, largest_T, outliers_T])
@@ -137,15 +136,16 @@ def _moments_about(summary: Tensor, shift: Tensor) -> Tensor:
 
 def _outliers(x_Td: Tensor, threshold: float) -> Tensor:
     """Number of outlier entries; NaN where a token is not finite, since comparisons with NaN are false."""
-    return _of_tokens(x_Td, threshold, torch.empty(2, *x_Td.shape, device=x_Td.device))[5].sum()
+    return _of_tokens(x_Td, threshold)[5].sum()
 
 
 @torch.no_grad()
-def _of_tokens(x_Td: Tensor, threshold: float, scratch_2Td: Tensor) -> Tensor:
+def _of_tokens(x_Td: Tensor, threshold: float) -> Tensor:
     """[6, T]: of each token mean, 2nd to 4th central moments, max|x| and outlier entries."""
     mean_T1 = x_Td.mean(-1, keepdim=True)
-    centered_Td = torch.sub(x_Td, mean_T1, out=scratch_2Td[0])
-    square_Td = torch.mul(centered_Td, centered_Td, out=scratch_2Td[1])
+    centered_Td, square_Td = scratch(2 * x_Td.numel(), x_Td.device).view(2, *x_Td.shape)
+    torch.sub(x_Td, mean_T1, out=centered_Td)
+    torch.mul(centered_Td, centered_Td, out=square_Td)
     m2_T1 = square_Td.mean(-1, keepdim=True)
     m3_T = centered_Td.mul_(square_Td).mean(-1)
     beyond = threshold**2 * (1 + _ROUNDING)

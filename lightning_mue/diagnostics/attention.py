@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_mue.checks import value_error
-from lightning_mue.diagnostics.blocks import block_elements
+from lightning_mue.diagnostics.blocks import block_elements, scratch
 
 #: Entries of `logits_summary` and `attention_summary`.
 LOGITS_SIZE, ATTENTION_SIZE = 3, 4
@@ -42,8 +42,10 @@ def logits_summary(logits: Tensor, weights: Tensor | None = None) -> Tensor:
     if len(rows_RV) == 0:
         return torch.zeros(LOGITS_SIZE, device=logits.device)
     step = max(1, block_elements(logits.device) // rows_RV.shape[1])
-    scratch_RV = torch.empty(min(step, len(rows_RV)), rows_RV.shape[1], device=logits.device)
-    found = [_of_rows(block_RV.float(), scratch_RV[: len(block_RV)])[:2] for block_RV in rows_RV.split(step)]
+    found = []
+    for block_RV in rows_RV.split(step):
+        memory_RV = scratch(block_RV.numel(), logits.device).view_as(block_RV)
+        found.append(_of_rows(block_RV.float(), memory_RV)[:2])
     largest_R, logsumexp_R = torch.cat(found, dim=1)
     return _summed(logsumexp_R, largest_R, None if weights is None else weights.reshape(-1) > 0)
 
@@ -76,17 +78,20 @@ def attention_summary(
     most = block_elements(q.device)
     b = min(B, max(1, most // (Hq * N * _QUERIES)))
     c = min(S, max(1, most // (Hq * N * b)))
-    scratch = torch.empty(2, b * Hq * c * N, device=q.device)
+    keys = k_BHNk[:b].numel()
+    memory = scratch(keys + 2 * b * Hq * c * N, q.device)
+    logits, weights = memory[keys:].view(2, -1)
     found = []
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         for first in range(0, B, b):
             own = slice(first, first + b)
-            q_bHSk, k_bHkN = q_BHSk[own].float(), k_BHNk[own].float().transpose(-1, -2).contiguous()
+            q_bHSk, k_bHkN = q_BHSk[own].float(), k_BHNk[own].transpose(-1, -2)
+            k_bHkN = memory[: k_bHkN.numel()].view(k_bHkN.shape).copy_(k_bHkN)
             mask_bHSN = None if mask_BHSN is None else mask_BHSN[own]
             for start in range(0, S, c):
                 rows = slice(start, min(start + c, S))
-                logits_Rn = _logits(q_bHSk, k_bHkN, scale, rows, offset if causal else None, mask_bHSN, scratch[0])
-                found.append(_of_rows(logits_Rn, scratch[1, : logits_Rn.numel()].view_as(logits_Rn)))
+                logits_Rn = _logits(q_bHSk, k_bHkN, scale, rows, offset if causal else None, mask_bHSN, logits)
+                found.append(_of_rows(logits_Rn, weights[: logits_Rn.numel()].view_as(logits_Rn)))
     return _attention_summed(torch.cat(found, dim=1))
 
 
@@ -97,13 +102,13 @@ def _logits(
     rows: slice,
     offset: int | None,
     mask_BHSN: Tensor | None,
-    scratch: Tensor,
+    memory: Tensor,
 ) -> Tensor:
-    """[R, n] logits of the queries of some rows (offset: of causal ones), in scratch; R = B * Hq * C."""
+    """[R, n] logits of the queries of some rows (offset: of causal ones), in the given memory."""
     (B, Hq, _, width), N, C = q_BHSk.shape, k_BHkN.shape[3], rows.stop - rows.start
     n = N if offset is None else max(1, min(N, rows.stop + offset))
     q_brk = q_BHSk[:, :, rows].reshape(B * k_BHkN.shape[1], -1, width)  # b = B * Hkv, r = G * C
-    logits_brn = scratch[: q_brk.shape[0] * q_brk.shape[1] * n].view(*q_brk.shape[:2], n)
+    logits_brn = memory[: q_brk.shape[0] * q_brk.shape[1] * n].view(*q_brk.shape[:2], n)
     torch.baddbmm(logits_brn, q_brk, k_BHkN.flatten(0, 1)[..., :n], beta=0, alpha=scale, out=logits_brn)
     logits_BHCn = logits_brn.view(B, Hq, C, n)
     if mask_BHSN is not None:
@@ -114,8 +119,8 @@ def _logits(
             logits_BHCn.add_(part).clamp_(min=_LEAST)
     if offset is not None:
         seen = min(n, max(0, rows.start + offset + 1))  # by all of these queries
-        last_C1 = torch.arange(rows.start, rows.stop, device=scratch.device).add(offset).unsqueeze(1)
-        logits_BHCn[..., seen:].masked_fill_(torch.arange(seen, n, device=scratch.device) > last_C1, _LEAST)
+        last_C1 = torch.arange(rows.start, rows.stop, device=memory.device).add(offset).unsqueeze(1)
+        logits_BHCn[..., seen:].masked_fill_(torch.arange(seen, n, device=memory.device) > last_C1, _LEAST)
     return logits_BHCn.view(-1, n)
 
 
@@ -125,19 +130,18 @@ def softmax_summary(logits: Tensor) -> Tensor:
     if rows_RN.numel() == 0:
         return torch.zeros(ATTENTION_SIZE, device=logits.device)
     step = max(1, block_elements(logits.device) // rows_RN.shape[1])
-    scratch_2RN = torch.empty(2, min(step, len(rows_RN)), rows_RN.shape[1], device=logits.device)
     found = []
     for block_RN in rows_RN.split(step):
-        x_RN, weights_RN = scratch_2RN[:, : len(block_RN)]
+        x_RN, weights_RN = scratch(2 * block_RN.numel(), logits.device).view(2, *block_RN.shape)
         found.append(_of_rows(torch.clamp(block_RN.float(), min=_LEAST, out=x_RN), weights_RN))
     return _attention_summed(torch.cat(found, dim=1))
 
 
 @torch.no_grad()
-def _of_rows(x_RN: Tensor, scratch_RN: Tensor) -> Tensor:
+def _of_rows(x_RN: Tensor, memory_RN: Tensor) -> Tensor:
     """[3, R]: of each row of logits the largest, the logsumexp, and the mean under the softmax."""
     largest_R = x_RN.amax(-1)
-    weights_RN = torch.softmax(x_RN, -1, out=scratch_RN)
+    weights_RN = torch.softmax(x_RN, -1, out=memory_RN)
     logsumexp_R = largest_R - weights_RN.amax(-1).log()  # the largest logit has the largest weight
     return torch.stack([largest_R, logsumexp_R, weights_RN.mul_(x_RN).sum(-1)])
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_mue.checks import value_error
-from lightning_mue.diagnostics.blocks import block_elements
+from lightning_mue.diagnostics.blocks import block_elements, scratch
 
 #: Channels kept: those with the largest magnitudes. More are rarely massive; these merge exactly.
 KEPT = 8
@@ -37,9 +37,8 @@ def channel_summary(x: Tensor) -> Tensor:
         return torch.zeros(CHANNELS_SIZE, device=x.device)
     largest_d, total = None, torch.zeros((), device=x.device)
     step = max(1, block_elements(x.device) // x_Td.shape[1])
-    scratch = torch.empty(min(step, len(x_Td)), x_Td.shape[1], device=x.device)
     for block_Td in x_Td.split(step):
-        size_Td = torch.abs(block_Td.float(), out=scratch[: len(block_Td)])
+        size_Td = torch.abs(block_Td.float(), out=scratch(block_Td.numel(), x.device).view_as(block_Td))
         total = total + size_Td.sum()
         block_d = size_Td.amax(0)
         largest_d = block_d if largest_d is None else torch.maximum(largest_d, block_d)
