@@ -68,7 +68,7 @@ def outlier_percent(x: Tensor, threshold: float = 5.0) -> Tensor:
     return 100 * _outliers(x_Td.float(), threshold) / x_Td.numel()
 
 
-def activation_summary(x: Tensor, threshold: float = 5.0) -> Tensor:
+def activation_summary(x: Tensor, threshold: float = 5.0, counts: Tensor | None = None) -> Tensor:
     """The statistics of ``x`` for `summary_metrics`, in a form that merges exactly.
 
     Central moments rather than power sums, because a mean much larger than the spread would cancel a float32 sum of
@@ -77,6 +77,7 @@ def activation_summary(x: Tensor, threshold: float = 5.0) -> Tensor:
     Args:
         x: [..., d] activations.
         threshold: See `outlier_percent`.
+        counts: [...], True for tokens that count (no padding); None: all do.
 
     Returns:
         Float32 [7]: elements, mean, 2nd, 3rd and 4th central moments, max|x|, outlier entries. Zeros when empty.
@@ -89,12 +90,20 @@ def activation_summary(x: Tensor, threshold: float = 5.0) -> Tensor:
         return torch.zeros(SUMMARY_SIZE, dtype=torch.float32, device=x.device)
     step = max(1, block_elements(x.device) // x_Td.shape[1])
     blocks = [_of_tokens(block_Td.float(), threshold) for block_Td in x_Td.split(step)]
-    mean_T, m2_T, m3_T, m4_T, largest_T, outliers_T = torch.cat(blocks, dim=1)
-    mean = mean_T.mean()
+    tokens_6T = torch.cat(blocks, dim=1)
+    tokens = torch.full((), float(len(x_Td)), device=x.device)
+    if counts is not None:
+        seen_T = counts.reshape(-1).bool()
+        tokens_6T, tokens = torch.where(seen_T, tokens_6T, 0.0), seen_T.sum().float()
+    mean_T, m2_T, m3_T, m4_T, largest_T, outliers_T = tokens_6T
+    mean = mean_T.sum() / tokens.clamp(min=1)
     about = torch.stack([torch.ones_like(m2_T), mean_T, m2_T, m3_T, m4_T, largest_T, outliers_T])
-    moments = _moments_about(about, mean_T - mean).mean(1)
-    elements = torch.full_like(mean, x_Td.numel())
-    return torch.cat([torch.stack([elements, mean]), moments, torch.stack([largest_T.amax(), outliers_T.sum()])])
+    moments_3T = _moments_about(about, mean_T - mean)
+    if counts is not None:
+        moments_3T = torch.where(seen_T, moments_3T, 0.0)
+    first = torch.stack([tokens * x_Td.shape[1], mean])
+    last = torch.stack([largest_T.amax(), outliers_T.sum()])
+    return torch.cat([first, moments_3T.sum(1) / tokens.clamp(min=1), last])
 
 
 def merge_summaries(a: Tensor, b: Tensor) -> Tensor:

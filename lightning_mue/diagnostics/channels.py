@@ -17,11 +17,12 @@ KEPT = 8
 CHANNELS_SIZE = 2 + 2 * KEPT
 
 
-def channel_summary(x: Tensor) -> Tensor:
+def channel_summary(x: Tensor, counts: Tensor | None = None) -> Tensor:
     """The statistics of ``x`` for `channel_metrics`, in a form that merges exactly.
 
     Args:
         x: [..., d] activations.
+        counts: [...], True for tokens that count (no padding); None: all do.
 
     Returns:
         Float32 [18]: elements, sum of |x|, the largest magnitudes of the 8 largest channels, descending, and these channels'
@@ -37,15 +38,20 @@ def channel_summary(x: Tensor) -> Tensor:
         return torch.zeros(CHANNELS_SIZE, device=x.device)
     largest_d, total = None, torch.zeros((), device=x.device)
     step = max(1, block_elements(x.device) // x_Td.shape[1])
-    for block_Td in x_Td.split(step):
+    tokens = float(len(x_Td)) if counts is None else counts.sum()
+    seen_T1 = None if counts is None else counts.reshape(-1, 1).bool()
+    for start in range(0, len(x_Td), step):
+        block_Td = x_Td[start : start + step]
         size_Td = torch.abs(block_Td.float(), out=scratch(block_Td.numel(), x.device).view_as(block_Td))
+        if seen_T1 is not None:
+            size_Td.masked_fill_(~seen_T1[start : start + step], 0.0)
         total = total + size_Td.sum()
         block_d = size_Td.amax(0)
         largest_d = block_d if largest_d is None else torch.maximum(largest_d, block_d)
     assert largest_d is not None
     values, channels = largest_d.topk(min(KEPT, len(largest_d)))
     summary = torch.zeros(CHANNELS_SIZE, device=x.device)
-    summary[0], summary[1] = x_Td.numel(), total
+    summary[0], summary[1] = tokens * x_Td.shape[1], total
     summary[2 : 2 + len(values)], summary[2 + KEPT : 2 + KEPT + len(values)] = values, channels.float()
     return summary
 

@@ -109,7 +109,7 @@ def levels(
 
 
 def surely_healthy(indicator: Indicator, values: Sequence[float]) -> bool:
-    """Whether the last of up to `LONGEST_MEMORY` values is healthy by its own history and the limits, told in a fraction of the time.
+    """Whether the last of up to `LONGEST_MEMORY` values is healthy by its own history and the limits, told quickly.
 
     All that `levels` compares are medians, and medians lie between the least and the largest value: where the last `SMOOTHED`
     values are not far in the bad direction from any other, nothing has departed. False says nothing; so does it for NaN.

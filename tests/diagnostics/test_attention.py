@@ -16,7 +16,9 @@ def reference(logits_BHSN):
     rows_RN = rows_RN[rows_RN.amax(-1) > -3e4]
     p_RN = rows_RN.softmax(-1)
     entropy = torch.special.entr(p_RN).sum()
-    return torch.stack([rows_RN.logsumexp(-1).square().sum(), torch.tensor(float(len(rows_RN))), rows_RN.amax(), entropy])
+    return torch.stack(
+        [rows_RN.logsumexp(-1).square().sum(), torch.tensor(float(len(rows_RN))), rows_RN.amax(), entropy]
+    )
 
 
 def masks(B, Hq, S, N):

@@ -87,7 +87,8 @@ class LogitsZMonitor(SampledMonitor):
         self.findings = {"LM logits": heads}
         labels = {name: f"lm_logits/{label}" for name, label in layer_labels(heads.names()).items()}
         labels = labels if len(heads.found) > 1 else dict.fromkeys(labels, "lm_logits")
-        probes: list[Probe] = [_head_probe(head, labels[head.name], reading) for head in heads.found]
+        padding = PaddingMask(pl_module)
+        probes: list[Probe] = [_head_probe(head, labels[head.name], reading, padding) for head in heads.found]
         if self.attention:
             pattern = self.attention if isinstance(self.attention, str) else None
             attentions = self.findings["attention logits"] = find_attentions_of(reading, pattern)
@@ -95,7 +96,6 @@ class LogitsZMonitor(SampledMonitor):
             probes += [_attention_probe(each.module, f"attention/{labels[each.name]}") for each in attentions.found]
         routers = self.findings["router logits"] = find_routers(reading, self.routers)
         labels = layer_labels(routers.names())
-        padding = PaddingMask(pl_module)
         return probes + [
             router_logits_probe(each, f"router/{labels[each.name]}", reading, padding) for each in routers.found
         ]
@@ -118,10 +118,10 @@ def scopes_around(name: str, reading: Reading) -> list[nn.Module]:
     return scopes
 
 
-def _head_probe(head: Found, label: str, reading: Reading) -> Probe:
+def _head_probe(head: Found, label: str, reading: Reading, padding: PaddingMask) -> Probe:
     if "the table" not in head.how:
-        return OutputLogitsProbe(head.module, label)
-    probe = ProductLogitsProbe(head.module, label, "weight", scopes_around(head.name, reading))
+        return OutputLogitsProbe(head.module, label, padding)
+    probe = ProductLogitsProbe(head.module, label, "weight", scopes_around(head.name, reading), padding)
     probe.optional = head.how != "tied to the table"
     return probe
 
