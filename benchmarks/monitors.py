@@ -3,8 +3,8 @@
 Trainer, model, batch and callbacks are those of configs/quickstart.yaml. In each round every kind of step comes once, in an order
 of its own: without monitors, with all, with all but HealthMonitor, and with each one alone. A step is measured from before the
 first callback sees its batch until the last one has. What a sample every 50th step costs is computed from that of a sampled step
-and from the time inside of the monitors' hooks in a step without a sample. Host synchronizations are counted where a GPU would wait: a
-value read by the host, a tensor copied to it or made from numbers of its.
+and from the time inside of the monitors' hooks in a step without a sample. Host synchronizations are counted where a GPU would
+wait: a value read by the host, a tensor copied to it or made from numbers of its.
 """
 
 from __future__ import annotations

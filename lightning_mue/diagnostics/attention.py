@@ -42,11 +42,11 @@ def logits_summary(logits: Tensor, weights: Tensor | None = None) -> Tensor:
     if len(rows_RV) == 0:
         return torch.zeros(LOGITS_SIZE, device=logits.device)
     step = max(1, block_elements(logits.device) // rows_RV.shape[1])
-    found = []
+    rows = []
     for block_RV in rows_RV.split(step):
         memory_RV = scratch(block_RV.numel(), logits.device).view_as(block_RV)
-        found.append(_of_rows(block_RV.float(), memory_RV)[:2])
-    largest_R, logsumexp_R = torch.cat(found, dim=1)
+        rows.append(_of_rows(block_RV.float(), memory_RV)[:2])
+    largest_R, logsumexp_R = torch.cat(rows, dim=1)
     return _summed(logsumexp_R, largest_R, None if weights is None else weights.reshape(-1) > 0)
 
 

@@ -28,5 +28,6 @@ def _event_writer(logger: Logger) -> Any:
     own = type(logger).log_metrics.__module__.split(".")[0] in ("lightning", "lightning_fabric")
     if not own or not is_lightning(logger, "TensorBoardLogger"):
         return None
-    get = getattr(logger.experiment, "_get_file_writer", None)  # of torch's and tensorboardX's SummaryWriter alike
+    experiment = logger.experiment  # type: ignore[attr-defined]
+    get = getattr(experiment, "_get_file_writer", None)  # of torch's and tensorboardX's SummaryWriter alike
     return get() if callable(get) else None
