@@ -7,6 +7,7 @@ Shape legend: n samples of one tag.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any
@@ -105,6 +106,24 @@ def levels(
     level_n[broken_n] = int(Level.ACT)
     words = ["a finite number" if broken else word for word, broken in zip(words, broken_n, strict=True)]
     return level_n, np.where(broken_n, values_n, seen_n), np.where(broken_n, np.nan, expected_n), words
+
+
+def surely_healthy(indicator: Indicator, values: Sequence[float]) -> bool:
+    """Whether the last of up to `LONGEST_MEMORY` values is healthy by its own history and the limits, told quickly.
+
+    All that `levels` compares are medians, and medians lie between the least and the largest value: where the last `SMOOTHED`
+    values are not far in the bad direction from any other, nothing has departed. False says nothing; so does it for NaN.
+    """
+    low, high, last = min(values), max(values), values[-1]
+    newest = values[-SMOOTHED:]
+    if not indicator.both:
+        low, high = (min(newest), high) if indicator.falls else (low, max(newest))
+    bounds = [bound for bound in (indicator.watch, indicator.act) if bound is not None]
+    if any(last <= bound if indicator.falls else last >= bound for bound in bounds):
+        return False
+    factor = 0.999 * indicator.factor  # not at the mercy of rounding
+    near = high - low < factor if indicator.linear else 1e-12 < low <= high < factor * low
+    return near and math.isfinite(sum(values))
 
 
 def is_back(indicator: Indicator, value: float, expected: float, now: float) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_mue.health.departures import LONGEST_MEMORY, Level, Reference, is_back, levels
+from lightning_mue.health.departures import LONGEST_MEMORY, Level, Reference, is_back, levels, surely_healthy
 from lightning_mue.health.indicators import INDICATORS, Indicator, indicator_of, is_training_loss
 from lightning_mue.health.series import Run, Series, series_of
 
@@ -119,6 +119,9 @@ class RunJudge:
             recent = self._recent.setdefault(tag, [])
             recent.append((step, value))
             del recent[:-LONGEST_MEMORY]
+            usual = tag not in self._symptoms and self.reference is None
+            if usual and surely_healthy(found[0], [v for _, v in recent]):
+                continue
             symptom = self._updated(tag, found, step, recent)
             if symptom is not None:
                 new.append(symptom)

@@ -12,7 +12,7 @@ from lightning_mue.callbacks.monitors.finding.attentions import find_attentions_
 from lightning_mue.callbacks.monitors.finding.heads import find_heads
 from lightning_mue.callbacks.monitors.finding.reading import Found, Reading, read
 from lightning_mue.callbacks.monitors.finding.routers import find_routers, router_scopes, weight_name
-from lightning_mue.callbacks.monitors.probes import Probe, layer_labels, over_layers
+from lightning_mue.callbacks.monitors.probes import Layers, Probe, layer_labels, over_layers
 from lightning_mue.callbacks.monitors.sampling import SampledMonitor
 from lightning_mue.callbacks.monitors.seeing.logit_probes import (
     CoreProbe,
@@ -87,7 +87,8 @@ class LogitsZMonitor(SampledMonitor):
         self.findings = {"LM logits": heads}
         labels = {name: f"lm_logits/{label}" for name, label in layer_labels(heads.names()).items()}
         labels = labels if len(heads.found) > 1 else dict.fromkeys(labels, "lm_logits")
-        probes: list[Probe] = [_head_probe(head, labels[head.name], reading) for head in heads.found]
+        padding = PaddingMask(pl_module)
+        probes: list[Probe] = [_head_probe(head, labels[head.name], reading, padding) for head in heads.found]
         if self.attention:
             pattern = self.attention if isinstance(self.attention, str) else None
             attentions = self.findings["attention logits"] = find_attentions_of(reading, pattern)
@@ -95,18 +96,17 @@ class LogitsZMonitor(SampledMonitor):
             probes += [_attention_probe(each.module, f"attention/{labels[each.name]}") for each in attentions.found]
         routers = self.findings["router logits"] = find_routers(reading, self.routers)
         labels = layer_labels(routers.names())
-        padding = PaddingMask(pl_module)
         return probes + [
             router_logits_probe(each, f"router/{labels[each.name]}", reading, padding) for each in routers.found
         ]
 
-    def summarize(self, metrics: Mapping[str, float]) -> dict[str, float]:
+    def summarize(self, layers: Layers) -> dict[str, float]:
         """Mean and worst over layers."""
         found: dict[str, float] = {}
         for kind in ("attention", "router"):
-            found |= over_layers(metrics, f"stability/z/{kind}", "mean", "max")
-            found |= over_layers(metrics, f"stability/max_logit/{kind}", "max")
-        return found | over_layers(metrics, "stability/entropy/attention", "mean", "min")
+            found |= over_layers(layers, f"stability/z/{kind}", "mean", "max")
+            found |= over_layers(layers, f"stability/max_logit/{kind}", "max")
+        return found | over_layers(layers, "stability/entropy/attention", "mean", "min")
 
 
 def scopes_around(name: str, reading: Reading) -> list[nn.Module]:
@@ -118,10 +118,10 @@ def scopes_around(name: str, reading: Reading) -> list[nn.Module]:
     return scopes
 
 
-def _head_probe(head: Found, label: str, reading: Reading) -> Probe:
+def _head_probe(head: Found, label: str, reading: Reading, padding: PaddingMask) -> Probe:
     if "the table" not in head.how:
-        return OutputLogitsProbe(head.module, label)
-    probe = ProductLogitsProbe(head.module, label, "weight", scopes_around(head.name, reading))
+        return OutputLogitsProbe(head.module, label, padding)
+    probe = ProductLogitsProbe(head.module, label, "weight", scopes_around(head.name, reading), padding)
     probe.optional = head.how != "tied to the table"
     return probe
 

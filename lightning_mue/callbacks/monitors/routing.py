@@ -15,7 +15,7 @@ from lightning_mue.callbacks.monitors.finding.routers import (
     top_k_near,
     weight_name,
 )
-from lightning_mue.callbacks.monitors.probes import Probe, layer_labels, over_layers
+from lightning_mue.callbacks.monitors.probes import Layers, Probe, layer_labels, over_layers
 from lightning_mue.callbacks.monitors.sampling import SampledMonitor
 from lightning_mue.callbacks.monitors.seeing.padding import PaddingMask
 from lightning_mue.callbacks.monitors.seeing.router_probes import DeclaredRouterProbe, FoundRouterProbe
@@ -95,17 +95,17 @@ class RouterMonitor(SampledMonitor):
         padding = PaddingMask(pl_module)
         return [_probe(router, labels[router.name], reading, padding) for router in routers.found]
 
-    def summarize(self, metrics: Mapping[str, float]) -> dict[str, float]:
+    def summarize(self, layers: Layers) -> dict[str, float]:
         """The mean of MaxVio over layers, and the worst layer of each metric."""
         return {
-            **over_layers(metrics, "routing/max_violation", "mean", "max"),
-            **over_layers(metrics, "routing/token_entropy", "min"),
-            **over_layers(metrics, "routing/load_entropy", "min"),
-            **over_layers(metrics, "routing/dead_experts", "max"),
-            **over_layers(metrics, "routing/load_max_fraction", "max"),
-            **over_layers(metrics, "routing/gate_mass", "mean"),
-            **over_layers(metrics, "routing/expert_similarity", "max"),
-            **over_layers(metrics, "routing/choice_churn", "mean"),
+            **over_layers(layers, "routing/max_violation", "mean", "max"),
+            **over_layers(layers, "routing/token_entropy", "min"),
+            **over_layers(layers, "routing/load_entropy", "min"),
+            **over_layers(layers, "routing/dead_experts", "max"),
+            **over_layers(layers, "routing/load_max_fraction", "max"),
+            **over_layers(layers, "routing/gate_mass", "mean"),
+            **over_layers(layers, "routing/expert_similarity", "max"),
+            **over_layers(layers, "routing/choice_churn", "mean"),
         }
 
 

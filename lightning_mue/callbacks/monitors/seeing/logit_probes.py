@@ -63,7 +63,7 @@ class OutputLogitsProbe(_Logits):
         if logits is None or logits.ndim < 2:  # a scalar is a loss
             return None
         if mask is None and self._padding is not None:
-            mask = self._padding.real(logits.shape[:-1].numel())
+            mask = self._padding.real(logits.shape[:-1].numel(), logits.shape[:-1])
         return logits_summary(logits, mask)
 
 
@@ -89,7 +89,7 @@ class ProductLogitsProbe(WatchingProbe, _Logits):
         """Measure the calls that are looked for."""
         logits = self._calls.product(func, args, kwargs, output)
         if logits is not None:
-            mask = None if self._padding is None else self._padding.real(logits.shape[:-1].numel())
+            mask = None if self._padding is None else self._padding.real(logits.shape[:-1].numel(), logits.shape[:-1])
             self.add(logits_summary(whole(logits.detach()), mask))
 
 
