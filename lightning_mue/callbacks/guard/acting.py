@@ -173,14 +173,14 @@ class Acting:
         for finding in findings:
             self._note(trainer, finding, "the run was over")
 
-    def metrics(self, last: Verdict) -> dict[str, float]:
+    def metrics(self, last: Verdict, spike_share: float) -> dict[str, float]:
         """Tag -> value, of what there is a value of."""
         counts = {"skipped_steps": self.skipped, "rollbacks": self.rollbacks, "lr_factor": self.lr_factor}
         metrics = {f"guard/{name}": float(value) for name, value in counts.items()}
         for name, value, score, total in zip(SERIES, last.values, last.scores, last.drifts, strict=True):
             series = {f"guard/{name}": value, f"guard/spike_score_{name}": score, f"guard/drift_{name}": total}
             metrics.update({tag: number for tag, number in series.items() if math.isfinite(number)})
-        return metrics
+        return metrics if math.isnan(spike_share) else {**metrics, "guard/SpikeScore": spike_share}
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types."""
