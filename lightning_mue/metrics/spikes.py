@@ -22,7 +22,7 @@ def _own(windows_N2W: Tensor) -> Tensor:
 
 
 class SpikeScore(DiagnosticMetric):
-    """Share of the steps whose loss or gradient norm is a spike, as OLMo-core counts them (`lightning_mue.diagnostics.spike_share`).
+    """Share of the steps whose loss or gradient norm is a spike (`lightning_mue.diagnostics.spike_share`).
 
     The steps of one series, in their order: `reset` forgets also what the next step would be held against. Over ranks, and by
     `merge_state`, spikes and steps are added up; each rank finds spikes in its own series.
