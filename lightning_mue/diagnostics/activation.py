@@ -30,7 +30,7 @@ def max_over_rms(x: Tensor) -> Tensor:
     Float32 scalar. NaN when ``x`` is empty or all zero.
     """
     if x.numel() == 0:
-        return torch.full((), float("nan"), device=x.device)
+        return torch.full((), float("nan"), dtype=torch.float32, device=x.device)
     return x.float().abs().amax() / output_rms(x)
 
 
@@ -63,7 +63,7 @@ def outlier_percent(x: Tensor, threshold: float = 5.0) -> Tensor:
     """
     x_Td = _as_tokens(x)
     if x_Td.numel() == 0:
-        return torch.full((), float("nan"), device=x.device)
+        return torch.full((), float("nan"), dtype=torch.float32, device=x.device)
     return 100 * _outliers(x_Td.float(), threshold) / x_Td.numel()
 
 

@@ -36,7 +36,7 @@ def logits_summary(logits: Tensor, weights: Tensor | None = None) -> Tensor:
         found, do = f"shape {list(logits.shape)}", "Pass the logits themselves, not a loss."
         raise value_error("logits", found=found, expected="at least one class in the last dimension", do=do)
     rows_RV = logits.reshape(-1, logits.shape[-1])
-    total = torch.zeros(LOGITS_SIZE, device=logits.device)
+    total = torch.zeros(LOGITS_SIZE, dtype=torch.float32, device=logits.device)
     if len(rows_RV) == 0:
         return total
     step = max(1, CHUNK_ELEMENTS // rows_RV.shape[1])
@@ -72,7 +72,7 @@ def attention_summary(
     q_BHSk, k_BHNk, mask_BHSN = _as_heads(q, k, mask)
     B, Hq, S, _ = q_BHSk.shape
     N = k_BHNk.shape[2]
-    total = torch.zeros(ATTENTION_SIZE, device=q.device)
+    total = torch.zeros(ATTENTION_SIZE, dtype=torch.float32, device=q.device)
     if B * Hq * S * N == 0:
         return total
     k_BHkN = k_BHNk.float().transpose(-1, -2)
@@ -96,7 +96,7 @@ def attention_summary(
 def softmax_summary(logits: Tensor) -> Tensor:
     """`attention_summary` of logits [..., N] that exist already, a block of rows at a time."""
     rows_RN = logits.reshape(-1, logits.shape[-1])
-    total = torch.zeros(ATTENTION_SIZE, device=logits.device)
+    total = torch.zeros(ATTENTION_SIZE, dtype=torch.float32, device=logits.device)
     if rows_RN.numel() == 0:
         return total
     for chunk_RN in rows_RN.split(max(1, CHUNK_ELEMENTS // rows_RN.shape[1])):

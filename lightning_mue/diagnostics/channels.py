@@ -35,8 +35,8 @@ def channel_summary(x: Tensor) -> Tensor:
         raise value_error("x", found="a scalar", expected="shape [..., channels]", do="Pass the activation itself.")
     x_Td = x.reshape(-1, x.shape[-1])
     if x_Td.numel() == 0:
-        return torch.zeros(CHANNELS_SIZE, device=x.device)
-    largest_d, total = None, torch.zeros((), device=x.device)
+        return torch.zeros(CHANNELS_SIZE, dtype=torch.float32, device=x.device)
+    largest_d, total = None, torch.zeros((), dtype=torch.float32, device=x.device)
     for chunk_Td in x_Td.split(max(1, CHUNK_ELEMENTS // x_Td.shape[1])):
         size_Td = chunk_Td.float().abs()
         total = total + size_Td.sum()
@@ -44,7 +44,7 @@ def channel_summary(x: Tensor) -> Tensor:
         largest_d = chunk_d if largest_d is None else torch.maximum(largest_d, chunk_d)
     assert largest_d is not None
     values, channels = largest_d.topk(min(KEPT, len(largest_d)))
-    summary = torch.zeros(CHANNELS_SIZE, device=x.device)
+    summary = torch.zeros(CHANNELS_SIZE, dtype=torch.float32, device=x.device)
     summary[0], summary[1] = x_Td.numel(), total
     summary[2 : 2 + len(values)], summary[2 + KEPT : 2 + KEPT + len(values)] = values, channels.float()
     return summary

@@ -77,7 +77,7 @@ def push(values_S: Tensor, window_SW: Tensor) -> Tensor:
 
 def new_cusum(n_series: int, device: torch.device | str = "cpu") -> Tensor:
     """The state of `cusum` before the first value, float32 [S, 3]: sum, and the median and scale that it is held against."""
-    return torch.zeros(n_series, 3, device=device)
+    return torch.zeros(n_series, 3, dtype=torch.float32, device=device)
 
 
 def cusum(

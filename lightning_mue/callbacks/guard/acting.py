@@ -49,13 +49,17 @@ class Acting:
         self.guard, self.settings, self.keep = guard, settings, keep
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.samples = Samples(sample_ids)
+        self.stopped = False
+        self.folder = Path()
+        self.snapshots = snapshot.Snapshots(None, 0)
+        self.forget()
+
+    def forget(self) -> None:
+        """Knows nothing yet of the run."""
         self.decisions: list[dict[str, Any]] = []
         self.skipped = self.rollbacks = 0
         self.lr_factor, self.lowered_until = 1.0, -1
-        self.stopped = False
         self._to_list: list[int] = []
-        self.folder = Path()
-        self.snapshots = snapshot.Snapshots(None, 0)
 
     def begin(self, trainer: Trainer, kept_steps: list[int]) -> None:
         """When training begins: finds the folder, and in it the states that an interrupted run left."""

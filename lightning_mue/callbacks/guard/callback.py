@@ -151,6 +151,9 @@ class StabilityGuard(Callback):
         self._judging = judging = Judging(self.settings, trainer, pl_module, *options)
         self._reader = Reader(self.settings, self.indicators, len(trainer.optimizers))
         self._step = steps_done(trainer)
+        if not (self._restored or self._step):  # another run: what was found in the last one, and done, is over
+            self.acting.forget()
+            self.indicators.forget()
         self.acting.begin(trainer, self._restored.get("acting", {}).get("kept_steps", []))
         self._restore(judging)
         self._set_rates()

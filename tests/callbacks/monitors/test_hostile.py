@@ -161,7 +161,11 @@ def test_products_with_a_table(toy, product):
 
 @pytest.mark.parametrize(
     ("kind", "own"),
-    [("Granite", {"logits_scaling": 4.0}), ("Gemma2", {"final_logit_softcapping": 2.0}), ("Cohere", {"logit_scale": 3.0})],
+    [
+        ("Gemma2", {"final_logit_softcapping": 2.0}),
+        pytest.param("Granite", {"logits_scaling": 4.0}, marks=pytest.mark.slow),
+        pytest.param("Cohere", {"logit_scale": 3.0}, marks=pytest.mark.slow),
+    ],
 )
 def test_logits_are_those_that_the_model_returns(toy, kind, own):
     """Behind the head a model may cap, divide or multiply; a loss sees what comes of it."""

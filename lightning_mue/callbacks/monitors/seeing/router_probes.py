@@ -103,7 +103,7 @@ class _Routing(Probe):
 def _directions(width: int, device: torch.device) -> Tensor:
     """[P, d], the same ones on every rank and in every run."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(_DIRECTIONS, width, generator=generator).to(device)
+    return torch.randn(_DIRECTIONS, width, generator=generator, dtype=torch.float32).to(device)
 
 
 class DeclaredRouterProbe(_Routing):
