@@ -104,7 +104,10 @@ class Routed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gates = self.gate(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-        return sum(gates[..., i, None] * expert(x) for i, expert in enumerate(getattr(self.experts, "local_experts", self.experts)))  # type: ignore[return-value]
+        return sum(
+            gates[..., i, None] * expert(x)
+            for i, expert in enumerate(getattr(self.experts, "local_experts", self.experts))
+        )  # type: ignore[return-value]
 
 
 def routed(gate: type[Gate], *, nested: bool = False) -> ZooModel:

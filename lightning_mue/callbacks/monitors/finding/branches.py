@@ -55,6 +55,7 @@ def find_branches(reading: Reading, patterns: str | Mapping[str, str] | None = N
         known = any(each.kind == "attention" and inside(each.name, [layer]) for each in found.values())
         if layer and not known and not inside(name, list(found)):
             found[name] = Found(name, reading.modules[name], "attention", "query matrix")
+    missing += [f"{i.path}: its role is not known" for i in _unknown(reading) if not inside(i.path, list(found))]
     order = {name: i for i, name in enumerate(reading.modules)}
     return SearchResult(sorted(found.values(), key=lambda each: order[each.name]), missing)
 
@@ -63,13 +64,13 @@ def _read(reading: Reading, missing: list[str]) -> Iterable[Found]:
     """The branches that the roles of parameters show."""
     ends = [info for info in reading.infos if "residual" in info.folds and info.role is not Role.BIAS]
     experts: dict[str, list[ParameterInfo]] = defaultdict(list)
-    attentions = [each.name for each in find_attentions_of(reading).found if reading.layer(f"{each.name}.x") != each.name]
+    attentions = [
+        each.name for each in find_attentions_of(reading).found if reading.layer(f"{each.name}.x") != each.name
+    ]
     for info in _unknown(reading):
         layer = reading.layer(info.name)
         if len(info.shape) == 3 and any(reading.layer(router.name) == layer for router in reading.of_role(Role.ROUTER)):
             experts[layer].append(info)
-        else:
-            missing.append(f"{info.path}: its role is not known")
     for info in ends:
         layer = reading.layer(info.name)
         if info.role in (Role.EXPERT_DOWN, Role.SHARED_DOWN):
@@ -133,7 +134,9 @@ def _around(reading: Reading, infos: list[ParameterInfo]) -> str:
 
 
 def _is_called(reading: Reading, name: str) -> bool:
-    return type(reading.modules[name]).forward is not nn.Module.forward  # a container's parts are called by what is around it
+    return (
+        type(reading.modules[name]).forward is not nn.Module.forward
+    )  # a container's parts are called by what is around it
 
 
 def _kind(reading: Reading, info: ParameterInfo, layer: str) -> str:

@@ -84,8 +84,8 @@ class Reading:
     def owner(self, path: str) -> str:
         """The name of the innermost module at or around a path that is called as a module.
 
-        ``out_proj`` of an ``nn.MultiheadAttention`` is not: its parent takes only the weights. The layer of an adapter (LoRA) is the
-        one round the adapter: what is inside makes only a part of its output.
+        ``out_proj`` of an ``nn.MultiheadAttention`` is not: its parent takes only the weights. Nor are the parts of an adapter
+        (LoRA), of whose output each makes a part.
         """
         while path and path not in self.modules:
             path = path.rpartition(".")[0]

@@ -23,6 +23,7 @@ from lightning_mue.sharded import is_sharded
 See = Callable[[Any, tuple[Any, ...], Mapping[str, Any], Any], None]
 
 _MATMULS = frozenset({torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__})
+_RIGHT = _MATMULS | {F.linear, torch.addmm}
 _CASTS = frozenset({Tensor.to, Tensor.type, Tensor.float, Tensor.bfloat16, Tensor.half, Tensor.type_as})
 
 
@@ -127,14 +128,11 @@ class WeightCalls:
         if not isinstance(output, Tensor):
             return None
         result = None
-        if func is F.linear and any(self._is_weight(x) for x in (*args[1:2], kwargs.get("weight"))):
-            result = output
-        elif func in _MATMULS and any(self._is_weight(x) for x in (*args[1:2], *kwargs.values())):
+        on_the_right = args[2:3] if func is torch.addmm else args[1:2]
+        if func in _RIGHT and any(self._is_weight(x) for x in (*on_the_right, *kwargs.values())):
             result = output
         elif func in _MATMULS and self._is_weight(args[0]) and output.ndim > 1:  # W x has the classes first
             result = output.mT
-        elif func is torch.addmm and len(args) > 2 and self._is_weight(args[2]):
-            result = output
         elif func is torch.einsum:
             result = self._of_einsum(args, output)
         return result if result is not None and result.shape[-1] == self._classes else None
