@@ -64,9 +64,7 @@ def _read(reading: Reading, missing: list[str]) -> Iterable[Found]:
     """The branches that the roles of parameters show."""
     ends = [info for info in reading.infos if "residual" in info.folds and info.role is not Role.BIAS]
     experts: dict[str, list[ParameterInfo]] = defaultdict(list)
-    attentions = [
-        each.name for each in find_attentions_of(reading).found if reading.layer(f"{each.name}.x") != each.name
-    ]
+    attentions = [name for name in find_attentions_of(reading).names() if reading.layer(f"{name}.x") != name != ""]
     for info in _unknown(reading):
         layer = reading.layer(info.name)
         if len(info.shape) == 3 and any(reading.layer(router.name) == layer for router in reading.of_role(Role.ROUTER)):
@@ -134,9 +132,8 @@ def _around(reading: Reading, infos: list[ParameterInfo]) -> str:
 
 
 def _is_called(reading: Reading, name: str) -> bool:
-    return (
-        type(reading.modules[name]).forward is not nn.Module.forward
-    )  # a container's parts are called by what is around it
+    """Not so a list, or another container, whose parts are called by what is around it."""
+    return type(reading.modules[name]).forward is not nn.Module.forward
 
 
 def _kind(reading: Reading, info: ParameterInfo, layer: str) -> str:

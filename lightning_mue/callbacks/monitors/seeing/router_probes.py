@@ -194,8 +194,10 @@ class FoundRouterProbe(WatchingProbe, _Routing):
         if product is not None:
             self._logits.append(whole(product.detach()).reshape(-1, self.n_experts))
             self._chosen = self._chosen[: len(self._logits) - 1]
-        elif func in _CHOICES and isinstance(args[0], Tensor) and self.n_experts in args[0].shape:
-            self._choose(func, args[0], args[1:], kwargs, output)
+        elif func in _CHOICES:
+            scores = args[0] if args else kwargs.get("input")
+            if isinstance(scores, Tensor) and self.n_experts in scores.shape:
+                self._choose(func, scores, args[1:], kwargs, output)
 
     def _choose(self, func: Any, scores: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         """Keep a choice made over the experts: of several columns, or one expert a token at each call (DeepSpeed's argmax)."""

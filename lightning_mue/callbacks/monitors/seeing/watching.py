@@ -131,7 +131,7 @@ class WeightCalls:
         on_the_right = args[2:3] if func is torch.addmm else args[1:2]
         if func in _RIGHT and any(self._is_weight(x) for x in (*on_the_right, *kwargs.values())):
             result = output
-        elif func in _MATMULS and self._is_weight(args[0]) and output.ndim > 1:  # W x has the classes first
+        elif func in _MATMULS and args and self._is_weight(args[0]) and output.ndim > 1:  # W x has the classes first
             result = output.mT
         elif func is torch.einsum:
             result = self._of_einsum(args, output)
