@@ -103,7 +103,8 @@ def heat_map(title: str, layers: Mapping[str, Series]) -> Any:
     axes.set_xlabel("step", fontsize=8)
     axes.set_ylabel("layer", fontsize=8)
     bar = figure.add_axes(((margin + 3.41) / width, 0.5 / height, 0.09 / width, 1 - 0.8 / height))
-    figure.colorbar(picture, cax=bar).ax.tick_params(labelsize=7)
+    figure.colorbar(picture, cax=bar, format="%.2g").ax.tick_params(which="both", labelsize=6)
+    bar.yaxis.set_minor_formatter("{x:.1g}" if spread and finite.max() < 30 * finite.min() else "")
     return figure
 
 

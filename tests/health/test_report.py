@@ -129,7 +129,7 @@ def test_layers_that_have_names_share_a_panel(tmp_path):
     names = [f"model.layers.{i}.{part}" for i in (0, 10, 2) for part in ("q_proj", "k_proj")]
     for step in range(4):
         tags = [f"updates/update_ratio/{role}/{name}" for role in ("hidden", "down") for name in names]
-        logger.log_metrics({tag: 1.0 + step + i for i, tag in enumerate(tags)}, step=step)
+        logger.log_metrics({tag: 1.0 + 0.01 * step + i for i, tag in enumerate(tags)}, step=step)
     logger.save()
     page = write_report(read_runs([logger.log_dir]), tmp_path / "page.html").read_text()
     panels, maps = page.split("By layer over time")

@@ -47,8 +47,8 @@ def mark_folds(infos: list[ParameterInfo]) -> list[ParameterInfo]:
     for info in infos:
         if (layer := layer_of(info.path)) in normed:
             kinds = folds.get(info.path, frozenset())
-            last = info.role is Role.NORM and (match := _POST_NORM.search(info.name)) is not None
-            last = last and not (layer in named_self and match[2] in ("attention", "attn"))
+            match = _POST_NORM.search(info.name) if info.role is Role.NORM else None
+            last = match is not None and not (layer in named_self and match[2] in ("attention", "attn"))
             folds[info.path] = kinds | {"residual"} if last else kinds - {"residual"}
     final = set(head_norms(infos))
     for path in final:
