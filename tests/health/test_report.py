@@ -135,6 +135,6 @@ def test_layers_that_have_names_share_a_panel(tmp_path):
     panels, maps = page.split("By layer over time")
     assert panels.count("<svg") == maps.count("<svg") == 2  # one a role
     assert re.findall(r"\d+\.[qk]_proj", maps)[:6] == [
-        f"{i}.{part}" for i in (0, 2, 10) for part in ("q_proj", "k_proj")
+        f"{i}.{part}" for i in (0, 2, 10) for part in ("k_proj", "q_proj")
     ]
     assert "model.layers.0" not in page
