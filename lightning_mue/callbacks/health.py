@@ -60,6 +60,11 @@ class HealthMonitor(Callback):
             raise type_error("losses", found=losses, expected="a list of tags", do='For example ["my_objective"].')
         self.losses = tuple(losses)
         self.heat_maps = heat_maps
+        self._restored = False  # from a checkpoint, for the fit that begins
+        self._forget()
+
+    def _forget(self) -> None:
+        """Knows nothing yet of the run."""
         self._judge = RunJudge(self.losses)
         self._layers: dict[str, list[tuple[int, float]]] = {}
         self._draw_at, self._told = _FIRST_DRAWN, ""
@@ -82,8 +87,10 @@ class HealthMonitor(Callback):
             metric_stream.listen(trainer, self, lambda step, metrics: self._hear(trainer, step, metrics))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begins to count where a resumed run does."""
-        self._taken_at = steps_done(trainer)
+        """Begins to count where a resumed run does; a run from step 0 on is judged by nothing that an earlier one showed."""
+        if not (self._restored or steps_done(trainer)):
+            self._forget()
+        self._restored, self._taken_at = False, steps_done(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -118,6 +125,7 @@ class HealthMonitor(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from a checkpoint."""
+        self._restored = True
         self._judge.load_state_dict(state_dict["judge"])
         self._layers = {tag: [tuple(point) for point in points] for tag, points in state_dict["layers"].items()}  # type: ignore[misc]
 

@@ -31,7 +31,7 @@ def max_over_rms(x: Tensor) -> Tensor:
     Float32 scalar. NaN when ``x`` is empty or all zero.
     """
     if x.numel() == 0:
-        return torch.full((), float("nan"), device=x.device)
+        return torch.full((), float("nan"), dtype=torch.float32, device=x.device)
     return x.float().abs().amax() / output_rms(x)
 
 
@@ -64,7 +64,7 @@ def outlier_percent(x: Tensor, threshold: float = 5.0) -> Tensor:
     """
     x_Td = _as_tokens(x)
     if x_Td.numel() == 0:
-        return torch.full((), float("nan"), device=x.device)
+        return torch.full((), float("nan"), dtype=torch.float32, device=x.device)
     return 100 * _outliers(x_Td.float(), threshold) / x_Td.numel()
 
 
@@ -91,7 +91,7 @@ def activation_summary(x: Tensor, threshold: float = 5.0, counts: Tensor | None 
     step = max(1, block_elements(x.device) // x_Td.shape[1])
     blocks = [_of_tokens(block_Td.float(), threshold) for block_Td in x_Td.split(step)]
     tokens_6T = torch.cat(blocks, dim=1)
-    tokens = torch.full((), float(len(x_Td)), device=x.device)
+    tokens = torch.full((), float(len(x_Td)), dtype=torch.float32, device=x.device)
     if counts is not None:
         seen_T = counts.reshape(-1).bool()
         tokens_6T, tokens = torch.where(seen_T, tokens_6T, 0.0), seen_T.sum().float()

@@ -40,7 +40,7 @@ def logits_summary(logits: Tensor, weights: Tensor | None = None) -> Tensor:
         raise value_error("logits", found=found, expected="at least one class in the last dimension", do=do)
     rows_RV = logits.detach().reshape(-1, logits.shape[-1])
     if len(rows_RV) == 0:
-        return torch.zeros(LOGITS_SIZE, device=logits.device)
+        return torch.zeros(LOGITS_SIZE, dtype=torch.float32, device=logits.device)
     step = max(1, block_elements(logits.device) // rows_RV.shape[1])
     rows = []
     for block_RV in rows_RV.split(step):
@@ -74,7 +74,7 @@ def attention_summary(
     B, Hq, S, _ = q_BHSk.shape
     N = k_BHNk.shape[2]
     if B * Hq * S * N == 0:
-        return torch.zeros(ATTENTION_SIZE, device=q.device)
+        return torch.zeros(ATTENTION_SIZE, dtype=torch.float32, device=q.device)
     most = block_elements(q.device)
     b = min(B, max(1, most // (Hq * N * _QUERIES)))
     c = min(S, max(1, most // (Hq * N * b)))
@@ -128,7 +128,7 @@ def softmax_summary(logits: Tensor) -> Tensor:
     """`attention_summary` of logits [..., N] that exist already, a block of rows at a time."""
     rows_RN = logits.detach().reshape(-1, logits.shape[-1])
     if rows_RN.numel() == 0:
-        return torch.zeros(ATTENTION_SIZE, device=logits.device)
+        return torch.zeros(ATTENTION_SIZE, dtype=torch.float32, device=logits.device)
     step = max(1, block_elements(logits.device) // rows_RN.shape[1])
     found = []
     for block_RN in rows_RN.split(step):
@@ -161,7 +161,7 @@ def merge_logits(a: Tensor, b: Tensor) -> Tensor:
 
 def _summed(logsumexp_R: Tensor, largest_R: Tensor, seen_R: Tensor | None) -> Tensor:
     if seen_R is None:
-        rows = torch.full((), float(len(largest_R)), device=largest_R.device)
+        rows = torch.full((), float(len(largest_R)), dtype=torch.float32, device=largest_R.device)
         return torch.stack([logsumexp_R.square().sum(), rows, largest_R.amax()])
     rows = seen_R.sum()
     squares = torch.where(seen_R, logsumexp_R.square(), 0.0).sum()

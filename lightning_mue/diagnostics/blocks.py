@@ -26,11 +26,11 @@ def scratch(elements: int, device: torch.device) -> Tensor:
     longer than to compute on it. Elsewhere torch keeps freed memory itself.
     """
     if device.type != "cpu" or elements > 4 * ON_CPU or torch.compiler.is_compiling():
-        return torch.empty(elements, device=device)
+        return torch.empty(elements, dtype=torch.float32, device=device)
     memory = getattr(_kept, "memory", None)
     if memory is None or memory.numel() < elements:
         with torch.inference_mode(False):
-            memory = torch.empty(elements)
+            memory = torch.empty(elements, dtype=torch.float32)
         if type(memory) is Tensor:  # not inside a mode that makes others
             _kept.memory = memory
     return memory[:elements]

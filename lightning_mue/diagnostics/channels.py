@@ -35,8 +35,8 @@ def channel_summary(x: Tensor, counts: Tensor | None = None) -> Tensor:
         raise value_error("x", found="a scalar", expected="shape [..., channels]", do="Pass the activation itself.")
     x_Td = x.detach().reshape(-1, x.shape[-1])
     if x_Td.numel() == 0:
-        return torch.zeros(CHANNELS_SIZE, device=x.device)
-    largest_d, total = None, torch.zeros((), device=x.device)
+        return torch.zeros(CHANNELS_SIZE, dtype=torch.float32, device=x.device)
+    largest_d, total = None, torch.zeros((), dtype=torch.float32, device=x.device)
     step = max(1, block_elements(x.device) // x_Td.shape[1])
     tokens = float(len(x_Td)) if counts is None else counts.sum()
     seen_T1 = None if counts is None else counts.reshape(-1, 1).bool()
@@ -50,7 +50,7 @@ def channel_summary(x: Tensor, counts: Tensor | None = None) -> Tensor:
         largest_d = block_d if largest_d is None else torch.maximum(largest_d, block_d)
     assert largest_d is not None
     values, channels = largest_d.topk(min(KEPT, len(largest_d)))
-    summary = torch.zeros(CHANNELS_SIZE, device=x.device)
+    summary = torch.zeros(CHANNELS_SIZE, dtype=torch.float32, device=x.device)
     summary[0], summary[1] = tokens * x_Td.shape[1], total
     summary[2 : 2 + len(values)], summary[2 + KEPT : 2 + KEPT + len(values)] = values, channels.float()
     return summary

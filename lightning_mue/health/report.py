@@ -14,7 +14,7 @@ from lightning_mue.files import whole_file
 from lightning_mue.health.card import HEADERS, LOOKS, cells, headline
 from lightning_mue.health.indicators import indicator_of, is_loss
 from lightning_mue.health.judging import Health, Symptom, judge
-from lightning_mue.health.pictures import as_svg, heat_map, layered, lines
+from lightning_mue.health.pictures import as_svg, heat_map, layered, lines, split_place, without_shared_start
 from lightning_mue.health.series import Run, Series, find_runs, read_run
 
 #: Heading -> regular expressions of the tags below it; a tag belongs to the first that matches.
@@ -108,8 +108,8 @@ def _sections(runs: Sequence[ReportedRun]) -> dict[str, list[str]]:
 
 def _panel_of(tag: str) -> str:
     """The panel in which a tag is a line: one for each metric and place, one for its layers, one for a loss of each kind."""
-    group, _, layer = tag.rpartition("/")
-    if re.fullmatch(r"\d+", layer):
+    group, layer = split_place(tag)
+    if layer:
         return f"{group} by layer"
     if is_loss(tag):
         return "loss"
@@ -117,8 +117,9 @@ def _panel_of(tag: str) -> str:
 
 
 def _panel(title: str, tags: Sequence[str], runs: Sequence[ReportedRun]) -> Any:
+    labels = dict(zip(tags, _labels(tags, title), strict=True))
     shown: dict[str, dict[str, Series]] = {
-        run.name: {_label(tag, title): run.metrics[tag] for tag in tags if tag in run.metrics} for run in runs
+        run.name: {labels[tag]: run.metrics[tag] for tag in tags if tag in run.metrics} for run in runs
     }
     found = indicator_of(tags[0])
     band = (None, None) if found is None else (found[0].watch, found[0].act)
@@ -126,8 +127,10 @@ def _panel(title: str, tags: Sequence[str], runs: Sequence[ReportedRun]) -> Any:
     return lines(title, shown, band=band, marks=marks)
 
 
-def _label(tag: str, title: str) -> str:
-    return tag if title == "loss" else tag.removeprefix(title.removesuffix(" by layer")).strip("/_")
+def _labels(tags: Sequence[str], title: str) -> list[str]:
+    if title.endswith(" by layer"):
+        return without_shared_start([split_place(tag)[1] for tag in tags])
+    return [tag if title == "loss" else tag.removeprefix(title).strip("/_") for tag in tags]
 
 
 def _is_shown(symptom: Symptom, found: tuple[Any, str, str] | None) -> bool:

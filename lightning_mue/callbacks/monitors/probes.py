@@ -27,13 +27,19 @@ _measuring = False
 
 @contextmanager
 def measuring(device: torch.device) -> Iterator[None]:
-    """No graph is recorded, nothing is cast, and what is computed is not itself watched (`is_measuring`)."""
+    """No graph is recorded, nothing is cast, and what is computed is not itself watched (`is_measuring`).
+
+    New tensors are float32 also under ``precision="bf16-true"``, which makes bfloat16 the default of a training step.
+    """
     global _measuring
     outer, _measuring = _measuring, True
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             yield
     finally:
+        torch.set_default_dtype(default)
         _measuring = outer
 
 

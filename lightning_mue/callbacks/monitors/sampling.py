@@ -251,4 +251,6 @@ _EAGER = _EagerSteps()
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+    """By `torch.compile`, by ``module.compile()``, or as a LightningModule, whose steps the Trainer then runs compiled."""
+    marks = ("_compiled_call_impl", "_compiler_ctx")
+    return hasattr(module, "_orig_mod") or any(getattr(module, mark, None) is not None for mark in marks)
