@@ -1,5 +1,6 @@
-"""Fits on plain arrays: the best learning rate of a sweep (`fit_parabola`), how best rates move with size (`fit_rate_law`), how
-losses fall with compute (`fit_loss_law`). Each result has its interval; what the points cannot say is refused.
+"""Fits on plain arrays, with intervals: the best learning rate of a sweep, how best rates move, how losses fall with compute.
+
+What the points cannot say is refused.
 
 Shape legend: S seeds, R rates, n points, G exponents tried. Losses are float64 in the unit of the data (nats, as a rule).
 """
