@@ -1,4 +1,4 @@
-"""Fits find the constants that made the data, their intervals hold them as often as they say, and what data cannot say is refused."""
+"""Fits find the constants that made the data, intervals hold them as often as they say, what data cannot say is refused."""
 
 import math
 
@@ -94,7 +94,7 @@ def test_a_diverged_rate_beyond_the_neighbours_is_no_point():
 
 @pytest.mark.parametrize("rates", [[0.1, 0.1, 0.2], [0, 1, 2], [-1, 1, 2], [math.nan, 1, 2]])
 def test_rates_are_positive_and_each_once(rates):
-    with pytest.raises(ValueError, match="rates: found .*, expected positive rates, each once"):
+    with pytest.raises(ValueError, match=r"rates: found .*, expected positive rates, each once"):
         fit_parabola(rates, [3, 2, 3])
 
 
