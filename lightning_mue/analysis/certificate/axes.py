@@ -69,7 +69,11 @@ def axes_of(rule: str, cells: Sequence[Cell], base_size: Mapping[str, Value]) ->
         by_name.setdefault(_name(moved, dict(base.size)), []).extend(members)
     for name, members in by_name.items():
         names = sorted({n for cell in members for n in _moved(dict(base.size), dict(cell.size))})
-        ratios = {id(cell): _ratio(names, dict(base.size), dict(cell.size)) for cell in members}
+        # From dense, several names that move in their own ways are no single size.
+        ordered_names = FROM_DENSE not in name or len(names) == 1
+        ratios = {
+            id(cell): _ratio(names, dict(base.size), dict(cell.size)) if ordered_names else math.nan for cell in members
+        }
         ordered = [base, *sorted(members, key=lambda cell: (ratios[id(cell)], cell.label))]
         labels = [", ".join(f"{n}={dict(cell.size).get(n)}" for n in names) for cell in ordered]
         yield Axis(name, ordered, labels, [1.0, *(ratios[id(cell)] for cell in ordered[1:])])

@@ -32,7 +32,7 @@ _SUMMARY = {
     "kappa": lambda r: plain(r.figures.kappa),
     "R(inf)": lambda r: percent(r.figures.penalty_limit),
 }
-_SIZES = ("size", "N", "best rate", "loss there", "curvature", "drift (octaves)", "penalty", "")
+_SIZES = ("size", "N", "best rate", "loss there", "curvature", "drift (octaves)", "penalty", "note")
 
 
 def as_table(results: Sequence[AxisResult], base: Mapping[str, Value], notes: Sequence[str]) -> Table:

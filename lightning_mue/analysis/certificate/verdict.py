@@ -45,12 +45,9 @@ class AxisResult:
 def judge(transfers: Sequence[Transfer], seeds: int, limits: Limits) -> tuple[Verdict, str]:
     """The verdict on an axis: what is beyond doubt decides first, then what is missing, then what is too noisy."""
     base, *others = transfers
-    for t in others:
-        if t.penalty.low > limits.penalty or t.drift.low > limits.drift or t.drift.high < -limits.drift:
-            return (
-                "drifts",
-                f"at {t.label} the optimum is {octaves(t.drift)} off, the base's rate costs {percent(t.penalty)}.",
-            )
+    beyond = [t for t in others if t.penalty.low > limits.penalty or _least(t.drift) > limits.drift]
+    if beyond:
+        return "drifts", f"{_costs(max(beyond, key=lambda t: t.penalty.value))}."
     if base.problem:
         return "cannot tell", f"the base has no optimum: {base.problem}"
     for t in others:
@@ -58,17 +55,29 @@ def judge(transfers: Sequence[Transfer], seeds: int, limits: Limits) -> tuple[Ve
             return "cannot tell", f"{t.label}: {t.problem}"
     if seeds < 2:
         return "cannot tell", "one seed has no noise to compare with: run at least 3 seeds."
-    for t in others:
-        noisy = t.penalty.high > limits.penalty or t.drift.high > limits.drift or t.drift.low < -limits.drift
-        if noisy:
-            return "cannot tell", (
-                f"too noisy: at {t.label} the optimum is {octaves(t.drift)} off, the base's rate costs {percent(t.penalty)}; "
-                f"limits {limits.drift:g} octaves, {100 * limits.penalty:g} %. More seeds narrow the intervals."
-            )
+    noisy = [t for t in others if not (t.penalty.high <= limits.penalty and _farthest(t.drift) <= limits.drift)]
+    if noisy:
+        worst = max(noisy, key=lambda t: t.penalty.high)
+        allowed = f"limits {limits.drift:g} octaves and {100 * limits.penalty:g} %"
+        return "cannot tell", f"too noisy: {_costs(worst)}; {allowed}. More seeds narrow the intervals."
     return "transfers", (
         f"at every size the optimum stays within {limits.drift:g} octaves and the base's rate costs at most "
         f"{100 * max(t.penalty.high for t in others):.2g} %."
     )
+
+
+def _costs(t: Transfer) -> str:
+    return f"at {t.label} the optimum is {octaves(t.drift)} octaves off, the base's rate costs {percent(t.penalty)}"
+
+
+def _least(drift: Estimate) -> float:
+    """Octaves that the optimum has moved at least."""
+    return max(drift.low, -drift.high)
+
+
+def _farthest(drift: Estimate) -> float:
+    """Octaves that it has moved at most."""
+    return max(drift.high, -drift.low)
 
 
 def percent(estimate: Estimate) -> str:
@@ -76,9 +85,11 @@ def percent(estimate: Estimate) -> str:
 
     Example:
         >>> percent(Estimate(0.006, 0.001, 0.0123))
-        '0.6 % [0.1, 1.2]'
+        '0.60 % [0.10, 1.23]'
     """
-    return _written(estimate, 100, " %")
+    if math.isnan(estimate.value):
+        return "-"
+    return f"{100 * estimate.value:.2f} % [{100 * estimate.low:.2f}, {100 * estimate.high:.2f}]"
 
 
 def octaves(estimate: Estimate) -> str:
@@ -95,11 +106,6 @@ def octaves(estimate: Estimate) -> str:
 
 def plain(estimate: Estimate) -> str:
     """A figure with its interval; "-" where it is not known."""
-    return _written(estimate, 1, "")
-
-
-def _written(estimate: Estimate, factor: float, unit: str) -> str:
     if math.isnan(estimate.value):
         return "-"
-    low, value, high = (f"{factor * v:.2g}" for v in (estimate.low, estimate.value, estimate.high))
-    return f"{value}{unit} [{low}, {high}]"
+    return f"{estimate.value:.2g} [{estimate.low:.2g}, {estimate.high:.2g}]"
