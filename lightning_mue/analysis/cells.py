@@ -19,7 +19,7 @@ Size = tuple[tuple[str, Value], ...]
 
 
 @dataclass(frozen=True)
-class Cell:
+class SizeTable:
     """The runs of one rule at one size.
 
     Attributes:
@@ -41,7 +41,7 @@ class Cell:
         """The size in words.
 
         Example:
-            >>> Cell("sp", (("depth", 2), ("width", 64)), {}, 1.0, 1.0).label
+            >>> SizeTable("sp", (("depth", 2), ("width", 64)), {}, 1.0, 1.0).label
             'depth=2, width=64'
         """
         return ", ".join(f"{name}={value}" for name, value in self.size) or "the only size"
@@ -62,7 +62,7 @@ class Cell:
         return np.array(rates), np.array([[self.losses[seed, rate] for rate in rates] for seed in seeds])
 
 
-def cells_of(trials: Sequence[Trial]) -> list[Cell]:
+def cells_of(trials: Sequence[Trial]) -> list[SizeTable]:
     """One cell for each rule and size, in the order of the trials.
 
     Raises:
@@ -76,7 +76,7 @@ def cells_of(trials: Sequence[Trial]) -> list[Cell]:
     return [_cell(rule, size, group) for (rule, size), group in groups.items()]
 
 
-def _cell(rule: str, size: Size, trials: Sequence[Trial]) -> Cell:
+def _cell(rule: str, size: Size, trials: Sequence[Trial]) -> SizeTable:
     losses: dict[tuple[int, float], float] = {}
     for trial in trials:
         loss = trial.loss if math.isfinite(trial.loss) else math.inf
@@ -88,14 +88,14 @@ def _cell(rule: str, size: Size, trials: Sequence[Trial]) -> Cell:
             found = f"two runs with the losses {losses[trial.seed, trial.lr]:.6g} and {loss:.6g} ({where})"
             do = "Give trials of one protocol; certify others, or other settings, by themselves."
             raise value_error("trials", found=found, expected="one run of each kind", do=do)
-    return Cell(rule, size, losses, _same([t.tokens for t in trials]), _same([t.compute for t in trials]))
+    return SizeTable(rule, size, losses, _same([t.tokens for t in trials]), _same([t.compute for t in trials]))
 
 
 def _same(values: Sequence[float]) -> float:
     return values[0] if len(set(values)) == 1 else math.nan
 
 
-def shared_seeds(cells: Sequence[Cell]) -> list[int]:
+def shared_seeds(cells: Sequence[SizeTable]) -> list[int]:
     """As many seeds as ran in all cells at three common rates or more, or at as many as one seed has.
 
     Runs of one seed see the same batches, so that differences between rates and sizes are taken within seeds. A seed that ran

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from lightning_mue.analysis.cells import Cell
+from lightning_mue.analysis.cells import SizeTable
 from lightning_mue.analysis.trials import Value
 from lightning_mue.checks import listed, value_error
 
@@ -20,7 +20,7 @@ _OF_EXPERTS = {
 _COUNTS = ("n_experts", "num_experts", "num_local_experts")
 
 
-class Axis(NamedTuple):
+class AxisCells(NamedTuple):
     """Sizes of one rule that differ from the base in the same names.
 
     Attributes:
@@ -31,7 +31,7 @@ class Axis(NamedTuple):
     """
 
     name: str
-    cells: list[Cell]
+    cells: list[SizeTable]
     labels: list[str]
     ratios: list[float]
 
@@ -49,7 +49,7 @@ def find_base(sizes: Sequence[Mapping[str, Value]], base: Mapping[str, Value] | 
     return min(chosen, key=lambda size: sum(math.log2(max(_number(v), 1.0)) for v in size.values()))
 
 
-def axes_of(rule: str, cells: Sequence[Cell], base_size: Mapping[str, Value]) -> Iterator[Axis]:
+def axes_of(rule: str, cells: Sequence[SizeTable], base_size: Mapping[str, Value]) -> Iterator[AxisCells]:
     """The axes of one rule's cells.
 
     Raises:
@@ -60,11 +60,11 @@ def axes_of(rule: str, cells: Sequence[Cell], base_size: Mapping[str, Value]) ->
         found = f"only {listed([cell.label for cell in cells])} for rule {rule}"
         expected = f"the base ({dict(base_size)}) and at least one other size"
         raise value_error("trials", found=found, expected=expected, do="Sweep both, or give another base.")
-    groups: dict[tuple[str, ...], list[Cell]] = {}
+    groups: dict[tuple[str, ...], list[SizeTable]] = {}
     for cell in cells:
         if cell is not base:
             groups.setdefault(_moved(dict(base.size), dict(cell.size)), []).append(cell)
-    by_name: dict[str, list[Cell]] = {}
+    by_name: dict[str, list[SizeTable]] = {}
     for moved, members in groups.items():
         by_name.setdefault(_name(moved, dict(base.size)), []).extend(members)
     for name, members in by_name.items():
@@ -76,7 +76,7 @@ def axes_of(rule: str, cells: Sequence[Cell], base_size: Mapping[str, Value]) ->
         }
         ordered = [base, *sorted(members, key=lambda cell: (ratios[id(cell)], cell.label))]
         labels = [", ".join(f"{n}={dict(cell.size).get(n)}" for n in names) for cell in ordered]
-        yield Axis(name, ordered, labels, [1.0, *(ratios[id(cell)] for cell in ordered[1:])])
+        yield AxisCells(name, ordered, labels, [1.0, *(ratios[id(cell)] for cell in ordered[1:])])
 
 
 def _moved(base: Mapping[str, Value], size: Mapping[str, Value]) -> tuple[str, ...]:

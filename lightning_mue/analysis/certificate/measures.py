@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_mue.analysis.cells import Cell
+from lightning_mue.analysis.cells import SizeTable
 from lightning_mue.analysis.fits import Array, Estimate, Parabola, fit_parabola, t_quantile
 
 _DRAWS = 2000
@@ -36,7 +36,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Transfer:
+class SizeResult:
     """One size of an axis, as the base's rate finds it.
 
     Attributes:
@@ -80,8 +80,8 @@ class Figures:
 
 
 def measure(
-    cells: Sequence[Cell], labels: Sequence[str], ratios: Sequence[float], seeds: Sequence[int], limits: Limits
-) -> tuple[list[Transfer], Figures]:
+    cells: Sequence[SizeTable], labels: Sequence[str], ratios: Sequence[float], seeds: Sequence[int], limits: Limits
+) -> tuple[list[SizeResult], Figures]:
     """Measures an axis of K sizes; the first is the base."""
     weights = _weights(len(seeds))
     curves = [_Curve(cell, seeds, weights, limits.level) for cell in cells]
@@ -103,7 +103,7 @@ def _weights(seeds: int) -> Array:
 class _Curve:
     """Loss against log2 lr at one size: the mean over seeds, and its draws."""
 
-    def __init__(self, cell: Cell, seeds: Sequence[int], weights: Array, level: float) -> None:
+    def __init__(self, cell: SizeTable, seeds: Sequence[int], weights: Array, level: float) -> None:
         self.seeds = len(seeds)
         self.rates, losses = cell.table(seeds)
         self.x = np.log2(self.rates)
@@ -158,17 +158,17 @@ class _Curve:
             result = result * (x - finite[interval]) + factors[interval, draws]
         return result
 
-    def transfer(self, base: _Curve, label: str, ratio: float, level: float) -> Transfer:
+    def transfer(self, base: _Curve, label: str, ratio: float, level: float) -> SizeResult:
         """Drift and penalty of this size at the base's optimum."""
-        found = Transfer(label, ratio, self.rates, self.losses, self.parabola, self.problem)
+        found = SizeResult(label, ratio, self.rates, self.losses, self.parabola, self.problem)
         if self.parabola is None or base.parabola is None:
             return found
         if self is base:
             zero = Estimate(0.0, 0.0, 0.0)
-            return Transfer(label, ratio, self.rates, self.losses, self.parabola, "", zero, zero)
+            return SizeResult(label, ratio, self.rates, self.losses, self.parabola, "", zero, zero)
         drift = _spread(self.optimum - base.optimum, self.seeds, level)
         penalty, problem = self._penalty(base.optimum, drift, level)
-        return Transfer(label, ratio, self.rates, self.losses, self.parabola, problem, drift, penalty)
+        return SizeResult(label, ratio, self.rates, self.losses, self.parabola, problem, drift, penalty)
 
     def _penalty(self, transferred: Array, drift: Estimate, level: float) -> tuple[Estimate, str]:
         """The penalty, and what is missing to know it.

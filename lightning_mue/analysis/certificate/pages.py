@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.table import Table
 
-from lightning_mue.analysis.certificate.measures import Limits, Transfer
+from lightning_mue.analysis.certificate.measures import Limits, SizeResult
 from lightning_mue.analysis.certificate.pictures import COLOURS, draw
 from lightning_mue.analysis.certificate.verdict import AxisResult, octaves, percent, plain
 from lightning_mue.analysis.fits import Estimate
@@ -85,7 +85,7 @@ def _html(
     )
 
 
-def _cells(t: Transfer) -> list[str]:
+def _cells(t: SizeResult) -> list[str]:
     """One line of an axis's table of sizes."""
     number = "-" if math.isnan(t.ratio) else f"{t.ratio:.3g}"
     fit = t.optimum

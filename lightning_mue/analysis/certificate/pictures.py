@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_mue.analysis.certificate.measures import Transfer
+from lightning_mue.analysis.certificate.measures import SizeResult
 from lightning_mue.analysis.certificate.verdict import AxisResult
 
 COLOURS = {"transfers": "#1b7837", "drifts": "#b2182b", "cannot tell": "#b35806"}
@@ -58,7 +58,7 @@ def _panel(panel: Any, result: AxisResult) -> None:
     panel.legend(fontsize=6.5, framealpha=0.6, loc="best")
 
 
-def _size(panel: Any, transfer: Transfer, colour: Any) -> None:
+def _size(panel: Any, transfer: SizeResult, colour: Any) -> None:
     finite = np.isfinite(transfer.losses)
     rates = transfer.rates
     panel.plot(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from lightning_mue.analysis.certificate.measures import Figures, Limits, Transfer
+from lightning_mue.analysis.certificate.measures import Figures, Limits, SizeResult
 from lightning_mue.analysis.fits import Estimate
 
 Verdict: TypeAlias = Literal["transfers", "drifts", "cannot tell"]
@@ -30,19 +30,19 @@ class AxisResult:
     rule: str
     axis: str
     seeds: tuple[int, ...]
-    transfers: Sequence[Transfer]
+    transfers: Sequence[SizeResult]
     figures: Figures
     verdict: Verdict
     reason: str
 
     @property
-    def worst(self) -> Transfer | None:
+    def worst(self) -> SizeResult | None:
         """The size with the largest penalty; None where none is known."""
         known = [t for t in self.transfers[1:] if not math.isnan(t.penalty.value)]
         return max(known, key=lambda t: t.penalty.value, default=None)
 
 
-def judge(transfers: Sequence[Transfer], seeds: int, limits: Limits) -> tuple[Verdict, str]:
+def judge(transfers: Sequence[SizeResult], seeds: int, limits: Limits) -> tuple[Verdict, str]:
     """The verdict on an axis: what is beyond doubt decides first, then what is missing, then what is too noisy."""
     base, *others = transfers
     beyond = [t for t in others if t.penalty.low > limits.penalty or _least(t.drift) > limits.drift]
@@ -66,7 +66,7 @@ def judge(transfers: Sequence[Transfer], seeds: int, limits: Limits) -> tuple[Ve
     )
 
 
-def _costs(t: Transfer) -> str:
+def _costs(t: SizeResult) -> str:
     return f"at {t.label} the optimum is {octaves(t.drift)} octaves off, the base's rate costs {percent(t.penalty)}"
 
 
