@@ -26,8 +26,8 @@ class SizeTable:
         rule: Rule of the runs.
         size: (name, value) of each axis, by name.
         losses: (seed, rate) -> loss; infinite where the run diverged.
-        tokens: Of a run; NaN if unknown or not the same in all.
-        compute: FLOPs of a run; NaN if unknown or not the same in all.
+        tokens: Of a run that did not diverge; NaN if unknown or not the same in all.
+        compute: FLOPs of such a run; NaN if unknown or not the same in all.
     """
 
     rule: str
@@ -88,7 +88,8 @@ def _cell(rule: str, size: Size, trials: Sequence[Trial]) -> SizeTable:
             found = f"two runs with the losses {losses[trial.seed, trial.lr]:.6g} and {loss:.6g} ({where})"
             do = "Give trials of one protocol; certify others, or other settings, by themselves."
             raise value_error("trials", found=found, expected="one run of each kind", do=do)
-    return SizeTable(rule, size, losses, _same([t.tokens for t in trials]), _same([t.compute for t in trials]))
+    whole = [trial for trial in trials if math.isfinite(trial.loss)]  # one that diverged may have been stopped before
+    return SizeTable(rule, size, losses, _same([t.tokens for t in whole]), _same([t.compute for t in whole]))
 
 
 def _same(values: Sequence[float]) -> float:

@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lightning_mue.callbacks import ThroughputMonitor
 from lightning_mue.cli.certify import certify_command
+from lightning_mue.cli.forecast import forecast_command
 from lightning_mue.cli.report import report_command
 from lightning_mue.cli.summary import summarize
 from lightning_mue.cli.trainer import MuETrainer
@@ -29,6 +30,10 @@ _OTHER_COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "certify": (
         certify_command,
         "SWEEP_DIR...: does the rate hold at every size of a sweep? A page and an exit status.",
+    ),
+    "forecast": (
+        lambda args: forecast_command(args, MuECLI),
+        "SWEEP_DIR... --config ...: loss and best rate of a larger run, written before it starts.",
     ),
     "report": (report_command, "RUN_DIR...: one HTML page with the verdict on runs (needs no config)."),
 }
