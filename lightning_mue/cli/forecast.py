@@ -26,6 +26,8 @@ from lightning_mue.checks import listed, require_choice, require_number, value_e
 from lightning_mue.cli.certify import read_size, read_sweeps, table_of
 from lightning_mue.console import human
 from lightning_mue.contract import flops_per_token
+from lightning_mue.parameterizations.reading.record import describe
+from lightning_mue.parameterizations.reading.run_sizes import active_parameters
 
 
 def forecast_command(args: Sequence[str], cli: type[LightningCLI]) -> None:
@@ -103,17 +105,14 @@ def _built(cli: type[LightningCLI], args: Sequence[str]) -> Any:
 
 
 def _sizes(made: Any, given: Mapping[str, float | None]) -> dict[str, float]:
-    tokens, compute, of_token = given["tokens"], given["compute"], flops_per_token(made.model)
+    tokens, compute = given["tokens"], given["compute"]
     known = {"batch_tokens": math.nan, "tokens": math.nan}
     if tokens is None:
         tokens = run_sizes(known, {}, made.trainer, made.model, made.datamodule, optimizers=1)["tokens"]
     if compute is None:
-        if of_token is None:
-            found = f"none given, and no flops_per_token() in {type(made.model).__name__}"
-            raise value_error(
-                "--compute", found=found, expected="FLOPs of the run", do="Give --compute, or the method."
-            )
-        compute = of_token * tokens
+        of_token = flops_per_token(made.model)
+        # As `lightning-mue sweep` counts where the module does not.
+        compute = (6 * active_parameters(describe(made.model).parameters) if of_token is None else of_token) * tokens
     try:
         length = float(steps(made.trainer, 1))
     except LookupError:
@@ -182,7 +181,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="of the run, as of `lightning-mue fit`; repeatable",
     )
-    add("--compute", type=float, metavar="FLOPS", help="of the run (default: flops_per_token() x tokens)")
+    add("--compute", type=float, metavar="FLOPS", help="of the run (default: FLOPs of a token x tokens)")
     add("--tokens", type=float, metavar="N", help="of the run (default: by its trainer and data)")
     add("--rule", help="rule of the trials, if they have several")
     add("--size", action="append", default=[], metavar="NAME=VALUE,...", help="sizes to fit (default: all); repeatable")

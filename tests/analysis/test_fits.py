@@ -40,7 +40,7 @@ def test_the_intervals_of_a_parabola_cover(seeds, noise, reach):
     """Noise of a seed that all rates share, ten times as large, does not widen the interval of the best rate."""
     rng = np.random.default_rng(seeds)
     hits, widths = [], []
-    for _ in range(500):
+    for _ in range(300):
         shared = rng.normal(0, 0.1, (seeds, 1)) if seeds > 1 else 0.0
         fit = fit_parabola(RATES, valley(RATES) + shared + rng.normal(0, noise, (seeds, 5)), reach=reach)
         hits.append([math.log2(BEST) in fit.log2_rate, 2.5 in fit.loss, 0.1 in fit.curvature])
@@ -142,6 +142,7 @@ def test_a_loss_law_is_found():
     assert exact.measured == pytest.approx((1e12, 3e13))
 
 
+@pytest.mark.slow
 def test_the_intervals_of_a_loss_law_cover_sixteen_times_the_compute():
     rng, compute, far = np.random.default_rng(1), np.repeat(COMPUTE, 3), 16 * COMPUTE[-1]
     hits = []

@@ -31,7 +31,7 @@ def sweep(
     a seed.
     """
     rng = np.random.default_rng(draw)
-    common = rng.normal(0, shared, seeds) if shared else np.zeros(seeds)
+    common = shared * rng.normal(size=seeds)
     trials = []
     for ratio, size in sizes.items():
         optimum = math.log2(best) + drift * math.log2(ratio)
@@ -40,7 +40,7 @@ def sweep(
                 value = loss(ratio) * (1 + curvature(ratio) * (math.log2(lr) - optimum) ** 2 + noise * rng.normal())
                 value = math.inf if lr > diverges_above else value + common[seed]
                 extra = {key: of(ratio) for key, of in more.items()}
-                trials.append(Trial(rule, size, seed, float(lr), value, **extra))
+                trials.append(Trial(rule, size, seed, float(lr), float(value), **extra))
     return trials
 
 

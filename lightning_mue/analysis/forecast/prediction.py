@@ -23,6 +23,8 @@ from lightning_mue.analysis.fits import (
 from lightning_mue.checks import listed, value_error
 
 MOST_SIZES, MOST_TRIALS = 4, 30
+#: Tokens that differ by less are one number: steps and batches are whole ones.
+_SAME = 1.02
 
 
 @dataclass(frozen=True)
@@ -144,11 +146,12 @@ def _smaller(cells: Sequence[SizeTable], compute: float) -> list[SizeTable]:
 
 
 def _moving(cells: Sequence[SizeTable], tokens: float) -> str:
-    of_trials = {cell.tokens for cell in cells}
-    if len(of_trials) == 1 and (math.isnan(tokens) or tokens in of_trials):
+    of_trials = sorted(cell.tokens for cell in cells)
+    every = [*of_trials, tokens if math.isfinite(tokens) else of_trials[0]]
+    if max(every) <= _SAME * min(every) or not any(map(math.isfinite, every)):
         return "compute"
-    if len(of_trials) == 1 or not math.isfinite(sum(of_trials)) or math.isnan(tokens):
-        found = f"{tokens:g} for the run and {listed(sorted(of_trials))} in the trials"
+    if not math.isfinite(sum(of_trials) + tokens) or of_trials[-1] <= _SAME * of_trials[0]:
+        found = f"{tokens:g} for the run and {listed([f'{value:g}' for value in of_trials])} in the trials"
         do = "Sweep sizes with different tokens, or give the run the trials' tokens."
         raise value_error("tokens", found=found, expected="tokens that move in the trials as they do to the run", do=do)
     return "tokens"
