@@ -103,7 +103,7 @@ def test_a_transferred_rate_that_diverges_or_did_not_run():
     result = only(certify(trials))
     assert "outside the rates that ran here" in result.transfers[1].problem
     assert result.verdict == "drifts", "the drift alone is beyond doubt"
-    trials = sweep({1: WIDTHS[1]}) + sweep({8: WIDTHS[8]}, best=0.012, rates=0.012 * np.array([0.5, 0.9, 1.1]))
+    trials = sweep({1: WIDTHS[1]}) + sweep({8: WIDTHS[8]}, best=0.012, rates=0.012 * np.array([0.5, 1.0, 1.2]))
     result = only(certify(trials))
     assert "the base's best rate, 0.016, is outside the rates that ran here" in result.reason
 
