@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_mue.analysis.bootstrap import seed_weights, spread
 from lightning_mue.analysis.cells import SizeTable
-from lightning_mue.analysis.fits import Array, Estimate, Parabola, fit_parabola, t_quantile
+from lightning_mue.analysis.fits import Array, Estimate, Parabola, fit_parabola
 
-_DRAWS = 2000
 UNKNOWN = Estimate(math.nan)
 
 
@@ -83,7 +83,7 @@ def measure(
     cells: Sequence[SizeTable], labels: Sequence[str], ratios: Sequence[float], seeds: Sequence[int], limits: Limits
 ) -> tuple[list[SizeResult], Figures]:
     """Measures an axis of K sizes; the first is the base."""
-    weights = _weights(len(seeds))
+    weights = seed_weights(len(seeds))
     curves = [_Curve(cell, seeds, weights, limits.level) for cell in cells]
     transfers = [
         curve.transfer(curves[0], label, ratio, limits.level)
@@ -92,12 +92,6 @@ def measure(
     if any(curve.parabola is None for curve in curves):
         return transfers, Figures()
     return transfers, _figures(curves, np.array(ratios), len(seeds), limits.level)
-
-
-def _weights(seeds: int) -> Array:
-    """float64 [D, S]: of the mean over seeds first, then of draws of S seeds with replacement."""
-    draws = np.random.default_rng(0).multinomial(seeds, np.full(seeds, 1 / seeds), size=_DRAWS) / seeds
-    return np.concatenate([np.full((1, seeds), 1 / seeds), draws])
 
 
 class _Curve:
@@ -166,7 +160,7 @@ class _Curve:
         if self is base:
             zero = Estimate(0.0, 0.0, 0.0)
             return SizeResult(label, ratio, self.rates, self.losses, self.parabola, "", zero, zero)
-        drift = _spread(self.optimum - base.optimum, self.seeds, level)
+        drift = spread(self.optimum - base.optimum, self.seeds, level)
         penalty, problem = self._penalty(base.optimum, drift, level)
         return SizeResult(label, ratio, self.rates, self.losses, self.parabola, problem, drift, penalty)
 
@@ -185,35 +179,21 @@ class _Curve:
             return Estimate(value, 0.0, math.inf), ""
         drifts = np.append(np.linspace(drift.low, drift.high, 129), np.clip(0.0, drift.low, drift.high))
         costs = np.nan_to_num(self.excess(float(self.optimum[0]) - drifts), nan=math.inf, posinf=math.inf)
-        noise = _positive(_spread(drawn, self.seeds, level))
+        noise = _positive(spread(drawn, self.seeds, level))
         return Estimate(value, min(noise.low, float(costs.min())), max(noise.high, float(costs.max()))), ""
-
-
-def _spread(draws: Array, seeds: int, level: float) -> Estimate:
-    """The value of the mean over seeds, and its bootstrap standard error times Student's t of S - 1 degrees of freedom.
-
-    Draws of few seeds scatter too little, by (S-1)/S in the variance: this is made up for. For a mean over seeds this is
-    exactly the t interval. Unbounded for one seed, and where more than one draw in ten has no value.
-    """
-    value, drawn = float(draws[0]), draws[1:]
-    finite = drawn[np.isfinite(drawn)]
-    if seeds < 2 or not math.isfinite(value) or len(finite) < 0.9 * len(drawn):
-        return Estimate(value)
-    half = t_quantile(level, seeds - 1) * float(finite.std()) * math.sqrt(seeds / (seeds - 1))
-    return Estimate(value, value - half, value + half)
 
 
 def _figures(curves: Sequence[_Curve], ratios: Array, seeds: int, level: float) -> Figures:
     optima = np.stack([curve.optimum for curve in curves])  # [K, D]
     flat = optima - optima.mean(0)
-    flat_error = _positive(_spread(np.sqrt(np.square(flat).mean(0)), seeds, level))
+    flat_error = _positive(spread(np.sqrt(np.square(flat).mean(0)), seeds, level))
     if not (np.isfinite(ratios).all() and np.ptp(ratios) > 0):
         return Figures(flat_error)
     size = np.log2(ratios)
     slope, residual = _line(size, optima)
     with np.errstate(invalid="ignore", divide="ignore"):
         kappa, _ = _line(size, np.log2(np.stack([curve.curvature for curve in curves])))
-    exponent, kappa_estimate = _spread(-slope, seeds, level), _spread(kappa, seeds, level)
+    exponent, kappa_estimate = spread(-slope, seeds, level), spread(kappa, seeds, level)
     if len(set(ratios[1:])) < 2:
         return Figures(flat_error, exponent, UNKNOWN, kappa_estimate, UNKNOWN)
     penalties = np.stack([curve.excess(curves[0].optimum) for curve in curves[1:]])
@@ -223,9 +203,9 @@ def _figures(curves: Sequence[_Curve], ratios: Array, seeds: int, level: float) 
     return Figures(
         flat_error,
         exponent,
-        _positive(_spread(residual, seeds, level)),
+        _positive(spread(residual, seeds, level)),
         kappa_estimate,
-        _positive(_spread(limit, seeds, level)),
+        _positive(spread(limit, seeds, level)),
     )
 
 

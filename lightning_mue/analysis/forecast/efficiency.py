@@ -7,11 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lightning_mue.analysis.bootstrap import seed_weights, spread
 from lightning_mue.analysis.cells import SizeTable, shared_seeds
-from lightning_mue.analysis.fits import LEVEL, Array, Estimate, fit_parabola, t_quantile
+from lightning_mue.analysis.fits import LEVEL, Array, Estimate, fit_parabola
 from lightning_mue.checks import value_error
-
-_DRAWS = 2000
 
 
 def compute_efficiency(
@@ -28,15 +27,10 @@ def compute_efficiency(
         ModuleNotFoundError: Without scipy.
     """
     seeds = shared_seeds([*ours, *theirs])
-    draws = np.random.default_rng(0).multinomial(len(seeds), np.full(len(seeds), 1 / len(seeds)), size=_DRAWS)
-    weights = np.concatenate([np.ones((1, len(seeds))), draws]) / len(seeds)
+    weights = seed_weights(len(seeds))
     of_theirs, of_ours = (_compute_at(loss, cells, seeds, weights) for cells in (theirs, ours))
-    logs = of_theirs - of_ours
-    value, drawn = float(logs[0]), logs[1:][np.isfinite(logs[1:])]
-    if len(seeds) < 2 or len(drawn) < 0.9 * _DRAWS:
-        return Estimate(math.exp(value), 0.0)
-    half = t_quantile(level, len(seeds) - 1) * float(drawn.std()) * math.sqrt(len(seeds) / (len(seeds) - 1))
-    return Estimate(math.exp(value), math.exp(value - half), math.exp(value + half))
+    logs = spread(of_theirs - of_ours, len(seeds), level)
+    return Estimate(math.exp(logs.value), math.exp(logs.low), math.exp(logs.high))
 
 
 def _compute_at(loss: float, cells: Sequence[SizeTable], seeds: Sequence[int], weights: Array) -> Array:
