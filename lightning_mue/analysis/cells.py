@@ -5,6 +5,7 @@ Shape legend: S seeds, R rates.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ def cells_of(trials: Sequence[Trial]) -> list[SizeTable]:
     """One cell for each rule and size, in the order of the trials.
 
     Raises:
-        ValueError: If there is no trial, two runs of one kind have different losses, or a loss is not positive.
+        ValueError: If there is no trial, two runs of one kind have different losses, two seeds the same, or a loss is not positive.
     """
     if not trials:
         raise value_error("trials", found="none", expected="finished runs")
@@ -88,8 +89,23 @@ def _cell(rule: str, size: Size, trials: Sequence[Trial]) -> SizeTable:
             found = f"two runs with the losses {losses[trial.seed, trial.lr]:.6g} and {loss:.6g} ({where})"
             do = "Give trials of one protocol; certify others, or other settings, by themselves."
             raise value_error("trials", found=found, expected="one run of each kind", do=do)
+    _refuse_copies(rule, size, losses)
     whole = [trial for trial in trials if math.isfinite(trial.loss)]  # one that diverged may have been stopped before
     return SizeTable(rule, size, losses, _same([t.tokens for t in whole]), _same([t.compute for t in whole]))
+
+
+def _refuse_copies(rule: str, size: Size, losses: Mapping[tuple[int, float], float]) -> None:
+    """Seeds that change nothing would make every interval as narrow as nothing."""
+    rows: dict[int, dict[float, float]] = {}
+    for (seed, rate), loss in losses.items():
+        if math.isfinite(loss):
+            rows.setdefault(seed, {})[rate] = loss
+    for a, b in itertools.combinations(sorted(rows), 2):
+        shared = rows[a].keys() & rows[b].keys()
+        if shared and all(rows[a][rate] == rows[b][rate] for rate in shared):
+            found = f"seeds {a} and {b} with the same losses ({rule}, {dict(size)})"
+            do = "Give the seed to the data module and to MuECallback(seed=...) too, as `lightning-mue sweep` does."
+            raise value_error("seeds", found=found, expected="runs that differ", do=do)
 
 
 def _same(values: Sequence[float]) -> float:

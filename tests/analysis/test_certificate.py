@@ -20,14 +20,14 @@ def only(certificate):
 
 
 def test_known_drift_and_penalty_are_found():
-    """Exactly, without noise: the optimum moves by -0.3 octaves for each doubling, at 5 % an octave squared."""
+    """With a noise of 1e-9: the optimum moves by -0.3 octaves for each doubling, at 5 % an octave squared."""
     result = only(certify(sweep(WIDTHS, drift=-0.3)))
     assert [t.drift.value for t in result.transfers] == pytest.approx([0, -0.3, -0.6, -0.9])
-    assert [t.penalty.value for t in result.transfers] == pytest.approx([0, 0.0045, 0.018, 0.0405], rel=1e-9)
+    assert [t.penalty.value for t in result.transfers] == pytest.approx([0, 0.0045, 0.018, 0.0405], rel=1e-4)
     assert result.figures.exponent.value == pytest.approx(0.3)
-    assert result.figures.law_error.value == pytest.approx(0, abs=1e-9)
+    assert result.figures.law_error.value == pytest.approx(0, abs=1e-5)
     assert result.figures.flat_error.value == pytest.approx(np.std([0, 0.3, 0.6, 0.9]))
-    assert result.figures.kappa.value == pytest.approx(0, abs=1e-9)
+    assert result.figures.kappa.value == pytest.approx(0, abs=1e-5)
     assert (result.verdict, result.worst.label) == ("drifts", "width=512")
     assert "at width=512 the optimum is -0.90" in result.reason
 
@@ -138,6 +138,12 @@ def test_axes_are_what_differs_from_the_base():
     assert only(experts).transfers[1].ratio == 8, "a dense FFN counts as one expert"
 
 
+def test_seeds_that_change_nothing_are_refused():
+    copies = [replace(t, seed=seed) for t in sweep(WIDTHS, seeds=1) for seed in (0, 1)]
+    with pytest.raises(ValueError, match=r"seeds 0 and 1 with the same losses .*MuECallback\(seed"):
+        certify(copies)
+
+
 def test_the_base_can_be_another_size():
     result = only(certify(sweep(WIDTHS, drift=0.2), {"width": 256}))
     assert result.transfers[0].label == "width=256"
@@ -159,7 +165,7 @@ def test_searched_settings_are_chosen_at_the_base():
     worse = [replace(t, loss=1.1 * t.loss, settings={"std": 1}) for t in sweep(WIDTHS, drift=1)]
     better = [replace(t, settings={"std": 2}) for t in sweep(WIDTHS)]
     certificate = certify(worse + better)
-    assert only(certificate).transfers[3].drift.value == pytest.approx(0, abs=1e-9)
+    assert only(certificate).transfers[3].drift.value == pytest.approx(0, abs=1e-5)
     assert '"std": 2' in certificate.notes[0]
 
 

@@ -16,7 +16,7 @@ def law(ratio):
     return 40 * (1e12 * ratio) ** -0.15 + 1.2
 
 
-def ladder(*, sizes=None, seeds=2, noise=0.0, loss=law, rates=GRID[2:5], tokens=lambda ratio: 1e6, **more):
+def ladder(*, sizes=None, seeds=2, noise=1e-9, loss=law, rates=GRID[2:5], tokens=lambda ratio: 1e6, **more):
     sizes = sizes or LADDER
     return cells_of(
         sweep(
