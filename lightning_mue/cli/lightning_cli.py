@@ -14,6 +14,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lightning_mue.callbacks import ThroughputMonitor
+from lightning_mue.cli.certify import certify_command
+from lightning_mue.cli.forecast import forecast_command
 from lightning_mue.cli.report import report_command
 from lightning_mue.cli.summary import summarize
 from lightning_mue.cli.trainer import MuETrainer
@@ -25,6 +27,14 @@ _SPELLINGS = {"--axis": "--axis+", "--save-base": "--save_base"}
 _PACKAGE = Path(__file__).parents[1]
 #: Commands that are not a Trainer's: name -> what takes the rest of the command line, and one sentence for --help.
 _OTHER_COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
+    "certify": (
+        certify_command,
+        "SWEEP_DIR...: does the rate hold at every size of a sweep? A page and an exit status.",
+    ),
+    "forecast": (
+        lambda args: forecast_command(args, MuECLI),
+        "SWEEP_DIR... --config ...: loss and best rate of a larger run, written before it starts.",
+    ),
     "report": (report_command, "RUN_DIR...: one HTML page with the verdict on runs (needs no config)."),
 }
 
@@ -107,7 +117,7 @@ def main(args: list[str] | None = None) -> None:
             _OTHER_COMMANDS[given[0]][0](given[1:])
         else:
             MuECLI(args)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         message = _message_of_package(error)
         if message is None or os.environ.get("LIGHTNING_MUE_TRACEBACK"):
             raise

@@ -71,8 +71,10 @@ def read_runs(folders: Iterable[str | Path], *, losses: Iterable[str] = ()) -> l
     ]
 
 
-def write_report(runs: Sequence[ReportedRun], path: str | Path) -> Path:
-    """Writes the page and returns its path; the file is written whole or not at all."""
+def write_report(
+    runs: Sequence[ReportedRun], path: str | Path, *, tables: Mapping[str, Sequence[Sequence[str]]] | None = None
+) -> Path:
+    """Writes the page, whole or not at all, and returns its path; `tables` (heading -> lines, the first a header) stand in it."""
     from jinja2 import Environment, PackageLoader, select_autoescape
 
     environment = Environment(
@@ -84,6 +86,7 @@ def write_report(runs: Sequence[ReportedRun], path: str | Path) -> Path:
         headline=headline,
         headers=HEADERS,
         cells=cells,
+        tables=tables or {},
         sections=_sections(runs),
         heat_maps=_heat_maps(runs),
         now=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
