@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_mue.console import human, to_text
+from lightning_mue.files import whole_file
 from lightning_mue.parameterizations.planning import table
 from lightning_mue.parameterizations.planning.parameter_plan import FoldedRows, ParameterPlan
 from lightning_mue.parameterizations.reading.initial.initializer import Init
@@ -112,8 +113,9 @@ class ScalingPlan:
         return cls(**{**plain, "parameters": parameters, "notes": tuple(plain["notes"])})
 
     def save(self, path: str | Path) -> None:
-        """Writes the plan as YAML."""
-        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+        """Writes the plan as YAML, whole or not at all."""
+        with whole_file(path) as part:
+            part.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> ScalingPlan:

@@ -21,6 +21,7 @@ import yaml
 from torch import nn
 
 from lightning_mue.checks import value_error
+from lightning_mue.files import whole_file
 from lightning_mue.parameterizations.reading.initial.initializer import Init
 from lightning_mue.parameterizations.reading.initial.measuring import measure_build, measure_ready
 from lightning_mue.parameterizations.reading.overrides import (
@@ -251,7 +252,8 @@ def save_base(
     if base is None:
         base = {} if any(p.is_meta for p in model.parameters()) else model
     record = describe_base(model, base, roles, multipliers, measure=True)
-    Path(path).write_text(yaml.safe_dump(record.to_dict(), sort_keys=False), encoding="utf-8")
+    with whole_file(path) as part:
+        part.write_text(yaml.safe_dump(record.to_dict(), sort_keys=False), encoding="utf-8")
 
 
 def load_base(path: str | Path) -> ModelRecord:
