@@ -14,6 +14,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lightning_mue.callbacks import ThroughputMonitor
+from lightning_mue.class_paths import check_class_paths
+from lightning_mue.checks import value_error
 from lightning_mue.cli.report import report_command
 from lightning_mue.cli.summary import summarize
 from lightning_mue.cli.trainer import MuETrainer
@@ -63,6 +65,7 @@ class MuECLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Makes model, data and trainer; for ``explain`` and ``coord-check`` without memory for the weights."""
+        check_class_paths(self.config.get(str(self.subcommand), self.config), "", typed=True)
         with torch.device("meta") if self.subcommand in _ON_META else nullcontext():
             super().instantiate_classes()
 
@@ -74,6 +77,16 @@ class MuECLI(LightningCLI):
         if not has_one and not self._get(self.config_init, "trainer.barebones"):
             self.trainer_defaults = {"callbacks": [ThroughputMonitor()]}
         return super().instantiate_trainer(**kwargs)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """A configuration may name any checkpoint, also at a URL, so only plain data is read from it."""
+        arguments = super()._prepare_subcommand_kwargs(subcommand)
+        if "weights_only" in self._subcommand_method_arguments[subcommand]:
+            if arguments.get("weights_only") is False:
+                do = "A checkpoint with other objects runs their code: load it in Python, by Trainer.fit(..., weights_only=False)."
+                raise value_error("weights_only", found=False, expected="true (or null)", do=do)
+            arguments["weights_only"] = True
+        return arguments
 
     def after_fit(self) -> None:
         """Prints a summary after a training."""

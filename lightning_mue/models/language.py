@@ -19,6 +19,7 @@ from lightning_mue.checks import value_error
 from lightning_mue.models.arguments import check_effects, check_options, check_sizes, infer_head_dim
 from lightning_mue.models.evaluation import Evaluates
 from lightning_mue.models.generation import Generates
+from lightning_mue.models.loading import LoadsSafely
 from lightning_mue.models.transformer import Attention, Block, RotaryEmbedding, Transformer, draw_uniform
 from lightning_mue.moe import FeedForward, MoELayer, clip_grad_norm, parallelize_experts
 from lightning_mue.moe.balance_callbacks import balance_callbacks
@@ -30,7 +31,7 @@ def _default_optimizer(params: Iterable[Any]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
 
 
-class MoELanguageModel(KeepsMultipliers, Generates, Evaluates, LightningModule):
+class MoELanguageModel(KeepsMultipliers, Generates, Evaluates, LoadsSafely, LightningModule):
     """Pre-norm transformer language model: RMSNorm, RoPE, QK-norm, grouped-query attention, FFN or MoE.
 
     Batches are dicts ``{"tokens": int64 [B, S], "targets": int64 [B, S]}``. Logs ``train/loss`` (nats per token, without the

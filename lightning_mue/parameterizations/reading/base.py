@@ -20,7 +20,8 @@ import torch
 import yaml
 from torch import nn
 
-from lightning_mue.checks import value_error
+from lightning_mue.checks import listed, value_error
+from lightning_mue.class_paths import INSTANTIATORS, check_arguments
 from lightning_mue.files import whole_file
 from lightning_mue.parameterizations.reading.initial.initializer import Init
 from lightning_mue.parameterizations.reading.initial.measuring import measure_build, measure_ready
@@ -167,11 +168,12 @@ def _construct(
     names: list[str],
 ) -> nn.Module:
     """The module; what goes wrong is told as a fault of the overrides."""
+    if instantiator is not None:  # it calls what the arguments name
+        check_arguments(cls, arguments, "base")
     try:
         if instantiator is not None:
             # LightningCLI stores the parsed configuration (nested classes as dicts) and the function that reads it.
-            path, name = str(instantiator).rsplit(".", 1)
-            made = getattr(importlib.import_module(path), name)(cls, own_copy(arguments))
+            made = _instantiator(instantiator)(cls, own_copy(arguments))
             if callable(keep := getattr(made, "_set_hparams", None)):  # so that it can be rebuilt in its turn
                 keep({**arguments, "_instantiator": instantiator})
             return made
@@ -186,6 +188,15 @@ def _construct(
             reason = deeper  # the configuration parser wraps the module's message in a long text of its own
         found = f"{dict(overrides)}, with which {cls.__name__} cannot be built: {type(reason).__name__}: {reason}"
         raise value_error("base", found=found, expected=f"overrides that {cls.__name__} takes") from error
+
+
+def _instantiator(path: str) -> Any:
+    """The function that makes a module from saved hyperparameters; which comes from a file, so only known ones are called."""
+    if path not in INSTANTIATORS:
+        do = "Give `base` as a module or a factory."
+        raise value_error("_instantiator", found=repr(path), expected=f"one of {listed(INSTANTIATORS)}", do=do)
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 def describe_base(
