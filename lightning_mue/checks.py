@@ -45,6 +45,12 @@ def listed(values: Collection[object], nothing: str = "none", limit: int = 12) -
     return f"{shown} and {len(values) - limit} more" if len(values) > limit else shown or nothing
 
 
+def brief(error: BaseException, limit: int = 200) -> str:
+    """An error of another library for a message: its type and the beginning of its text, on one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:limit]}{'...' if len(text) > limit else ''}"
+
+
 def require_choice(key: str, value: object, choices: Collection[Any], do: str = "") -> None:
     """Raises unless a value is one of some choices.
 

@@ -73,7 +73,7 @@ def _as_mapping(value: Any) -> Mapping[str, Any] | None:
 
 def _check_class(path: Any, key: str, typed: bool) -> Any:
     """The class of a path; None if there is nothing of that name, so that nothing can be called either."""
-    found = _imported(path) if isinstance(path, str) else path
+    found = imported(path) if isinstance(path, str) else path
     if found is None:
         return None
     if not inspect.isclass(found):
@@ -95,7 +95,7 @@ def _is_part(cls: type) -> bool:
     return of_lightning or issubclass(cls, _PARTS)
 
 
-def _imported(path: str) -> Any:
+def imported(path: str) -> Any:
     """What a dotted path names: something in a module, or in a class there."""
     module, _, name = path.rpartition(".")
     outer, _, middle = module.rpartition(".")

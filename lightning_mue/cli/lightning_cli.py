@@ -16,6 +16,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning_mue.callbacks import ThroughputMonitor
 from lightning_mue.class_paths import check_class_paths
 from lightning_mue.checks import value_error
+from lightning_mue.cli.parsing.groups import add_groups, with_groups
+from lightning_mue.cli.parsing.parser import BriefParser
 from lightning_mue.cli.report import report_command
 from lightning_mue.cli.summary import summarize
 from lightning_mue.cli.trainer import MuETrainer
@@ -45,6 +47,7 @@ class MuECLI(LightningCLI):
             subclass_mode_model=True,
             auto_configure_optimizers=False,
             seed_everything_default=0,
+            parser_class=BriefParser,
             parser_kwargs={"prog": "lightning-mue", "epilog": _epilog()},
             args=args,
             run=run,
@@ -55,13 +58,22 @@ class MuECLI(LightningCLI):
         """Lightning's commands, ``explain`` and ``coord-check``."""
         return {**LightningCLI.subcommands(), **{command: {"model", "datamodule"} for command in _ON_META}}
 
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds callbacks by name."""
+        add_groups(parser)
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Reads the command line, in which ``--axis`` may be given several times."""
         if args is None or isinstance(args, list):
             given = sys.argv[1:] if args is None else args
+            BriefParser.given, BriefParser.commands = [str(arg) for arg in given], [*self.subcommands(), *_OTHER_COMMANDS]
             self.config = parser.parse_args([_spelled(arg) for arg in given])
         else:
             super().parse_arguments(parser, args)
+        command = self.config.get("subcommand")
+        if (callbacks := with_groups(self.config[command] if command else self.config)) is not None:
+            edited = {"trainer": {"callbacks": callbacks}}
+            self.config = parser.parse_object({command: edited} if command else edited, self.config)
 
     def instantiate_classes(self) -> None:
         """Makes model, data and trainer; for ``explain`` and ``coord-check`` without memory for the weights."""

@@ -14,6 +14,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from lightning_mue.checks import brief, value_error
 from lightning_mue.console import human, to_text
 from lightning_mue.files import whole_file
 from lightning_mue.parameterizations.planning import table
@@ -119,8 +120,16 @@ class ScalingPlan:
 
     @classmethod
     def load(cls, path: str | Path) -> ScalingPlan:
-        """Reads a plan that :meth:`save` wrote."""
-        return cls.from_dict(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+        """Reads a plan that :meth:`save` wrote.
+
+        Raises:
+            ValueError: If there is no such file, or it is something else.
+        """
+        try:
+            return cls.from_dict(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
+            found = f"the file {str(path)!r}, which cannot be read as one ({brief(error)})"
+            raise value_error("plan", found=found, expected="what ScalingPlan.save wrote") from error
 
     def diff(self, other: ScalingPlan, *, init: bool = True) -> list[str]:
         """Lines ``what: mine -> other's`` for everything in which two plans differ; empty if they train alike.

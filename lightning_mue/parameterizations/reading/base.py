@@ -169,11 +169,12 @@ def _construct(
 ) -> nn.Module:
     """The module; what goes wrong is told as a fault of the overrides."""
     if instantiator is not None:  # it calls what the arguments name
+        make = _instantiator(instantiator)
         check_arguments(cls, arguments, "base")
     try:
         if instantiator is not None:
             # LightningCLI stores the parsed configuration (nested classes as dicts) and the function that reads it.
-            made = _instantiator(instantiator)(cls, own_copy(arguments))
+            made = make(cls, own_copy(arguments))
             if callable(keep := getattr(made, "_set_hparams", None)):  # so that it can be rebuilt in its turn
                 keep({**arguments, "_instantiator": instantiator})
             return made
