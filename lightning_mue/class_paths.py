@@ -53,7 +53,9 @@ def check_class_paths(value: Any, key: str, *, typed: bool) -> None:
     elif named is not None:
         for name, each in named.items():
             # The parser's own groups are Namespaces; of a dict's values it knows no type.
-            check_class_paths(each, f"{key}.{name}" if key else str(name), typed=typed and not isinstance(value, Mapping))
+            check_class_paths(
+                each, f"{key}.{name}" if key else str(name), typed=typed and not isinstance(value, Mapping)
+            )
     elif callable(value) and not isinstance(value, type):
         _refuse_functions_of_python(value, key)
 
@@ -78,7 +80,9 @@ def _check_class(path: Any, key: str, typed: bool) -> Any:
         return None
     if not inspect.isclass(found):
         do = "A function or method is not called from a configuration: write a class, or call it in Python."
-        raise value_error(key, found=f"{path!r}, which is no class", expected="a subclass of the argument's type", do=do)
+        raise value_error(
+            key, found=f"{path!r}, which is no class", expected="a subclass of the argument's type", do=do
+        )
     if not typed and not _is_part(found):
         raise value_error(
             key,

@@ -14,8 +14,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lightning_mue.callbacks import ThroughputMonitor
-from lightning_mue.class_paths import check_class_paths
 from lightning_mue.checks import value_error
+from lightning_mue.class_paths import check_class_paths
 from lightning_mue.cli.parsing.groups import add_groups, with_groups
 from lightning_mue.cli.parsing.parser import BriefParser
 from lightning_mue.cli.report import report_command
@@ -66,7 +66,10 @@ class MuECLI(LightningCLI):
         """Reads the command line, in which ``--axis`` may be given several times."""
         if args is None or isinstance(args, list):
             given = sys.argv[1:] if args is None else args
-            BriefParser.given, BriefParser.commands = [str(arg) for arg in given], [*self.subcommands(), *_OTHER_COMMANDS]
+            BriefParser.given, BriefParser.commands = (
+                [str(arg) for arg in given],
+                [*self.subcommands(), *_OTHER_COMMANDS],
+            )
             self.config = parser.parse_args([_spelled(arg) for arg in given])
         else:
             super().parse_arguments(parser, args)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import pickle
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -188,9 +187,9 @@ TAGGED = f"!!python/object/apply:os.system ['touch {MARKER}']"
 )
 def test_a_hostile_yaml_file_runs_nothing(run, text):
     Path("evil.yaml").write_text(text)
-    with pytest.raises(ValueError, match="base: found the file 'evil.yaml', which"):
+    with pytest.raises(ValueError, match=r"base: found the file 'evil\.yaml', which"):
         load_base("evil.yaml")
-    with pytest.raises(ValueError, match="'evil.yaml'"):
+    with pytest.raises(ValueError, match=r"'evil\.yaml'"):
         ScalingPlan.load("evil.yaml")
     status, out = run("fit", "--config", "evil.yaml")
     assert status == 2, out
@@ -247,8 +246,7 @@ def test_hyperparameters_from_a_checkpoint_run_nothing(instantiator):
     made._set_hparams({**small, "optimizer": payload()})
     made.hparams["_instantiator"] = instantiator or "lightning.pytorch.cli.instantiate_module"
     key = "base.optimizer.class_path" if instantiator is None else "_instantiator"
-    with warnings.catch_warnings(), pytest.raises(ValueError, match=rf"^{key}: found "):
-        warnings.simplefilter("ignore")
+    with pytest.raises(ValueError, match=rf"^{key}: found "):
         plan(made, base={"width": 8}, family="adam", rule="mup")
 
 

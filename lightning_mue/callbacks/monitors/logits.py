@@ -22,6 +22,7 @@ from lightning_mue.callbacks.monitors.seeing.logit_probes import (
     TorchAttentionProbe,
 )
 from lightning_mue.callbacks.monitors.seeing.padding import PaddingMask
+from lightning_mue.checks import require_pattern, require_types
 from lightning_mue.contract import is_attention_core
 from lightning_mue.parameterizations.reading.parameters import module_form
 
@@ -76,6 +77,10 @@ class LogitsZMonitor(SampledMonitor):
         detail: str | None = None,
     ) -> None:
         super().__init__(every_n_steps, detail=detail)
+        require_types(LogitsZMonitor.__init__, locals())
+        for key, pattern in (("lm_logits", lm_logits), ("attention", attention), ("routers", routers)):
+            if isinstance(pattern, str):
+                require_pattern(key, pattern)
         self.lm_logits = lm_logits
         self.attention = attention
         self.routers = routers

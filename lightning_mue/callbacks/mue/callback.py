@@ -17,12 +17,10 @@ from lightning_mue.callbacks.mue import checks, companions
 from lightning_mue.callbacks.mue.announcement import announce, rates_by_role
 from lightning_mue.callbacks.mue.run import known_to, refuse_other_sizes, run_sizes
 from lightning_mue.callbacks.mue.verifying import verify
-from lightning_mue.checks import require_choice
 from lightning_mue.parameterizations import Parameterization, ScaledStep, ScalingPlan, get_rule, plan
 from lightning_mue.parameterizations.applying.families import family_of
 from lightning_mue.parameterizations.applying.initial_weights import (
     apply_plan,
-    check_draws,
     choose_draws,
     set_multipliers,
 )
@@ -96,12 +94,11 @@ class MuECallback(Callback):
         verify: bool | Literal["warn", "raise"] | None = None,
     ) -> None:
         self.rule: Parameterization = get_rule(rule)
+        checks.check_arguments(MuECallback, {**locals(), "rule": ""})
         self.base: Base | None = base
         self.alpha, self.tokens, self.batch_tokens = alpha, tokens, batch_tokens
         self.roles, self.multipliers, self.preset = roles, multipliers, preset
         self.seed, self.initialize, self.verbose = seed, initialize, verbose
-        check_draws(initialize)
-        require_choice("verify", verify, (None, True, False, "warn", "raise"))
         self.verify, self._to_verify = verify, False
         self._own_multipliers: dict[str, float] = {}
         #: The plan in force, from fit start on.

@@ -28,9 +28,10 @@ from lightning_mue.callbacks.transfer.probes import (
 )
 from lightning_mue.callbacks.transfer.reach import forward_multipliers
 from lightning_mue.callbacks.transfer.run import plan_in_force, total_steps
-from lightning_mue.checks import require_integer, require_number, value_error
+from lightning_mue.checks import require_integer, require_number, require_types, value_error
 from lightning_mue.names import clean_name
 from lightning_mue.parameterizations import ScalingPlan
+from lightning_mue.parameterizations.reading.parameters import role_patterns
 
 
 class TransferMonitor(SampledMonitor):
@@ -116,6 +117,8 @@ class TransferMonitor(SampledMonitor):
     ) -> None:
         super().__init__(every_n_steps)
         _check(record, compare, points=points, band=band, patience=patience, warmup=warmup, max_elements=max_elements)
+        require_types(TransferMonitor.__init__, locals())
+        role_patterns(roles)
         self.record, self.compare, self.points = record, compare, points
         self.band, self.patience, self.warmup = band, patience, warmup
         self.attention, self.max_elements, self.roles = attention, max_elements, roles
@@ -262,6 +265,7 @@ def _check(record: object, compare: object, **numbers: float) -> None:
         raise value_error("record", found="None, and compare is None too", expected="one of them", do=do)
     for name, minimum in (("points", 2), ("patience", 1), ("max_elements", 1)):
         require_integer(name, numbers[name], minimum)
+    require_number("band", numbers["band"])
     if not numbers["band"] > 1:
         raise value_error("band", found=numbers["band"], expected="a ratio above 1", do="2 is usual.")
     require_number("warmup", numbers["warmup"], at_least=0, below=1, do="It is a fraction of the run.")

@@ -32,7 +32,9 @@ def add_groups(parser: Any) -> None:
     """Adds the groups to a parser. None of them is there unless something is given."""
     for name, cls in GROUPS.items():
         path = f"lightning_mue.callbacks.{cls.__name__}"
-        does = f"Arguments of {cls.__name__}, as --{name}.KEY VALUE: overrides the one of trainer.callbacks, or adds one. "
+        does = (
+            f"Arguments of {cls.__name__}, as --{name}.KEY VALUE: overrides the one of trainer.callbacks, or adds one. "
+        )
         parser.add_argument(f"--{name}", type=dict[str, Any] | None, help=f"{does}See --trainer.callbacks.help {path}.")
 
 
@@ -65,7 +67,9 @@ def _merge(name: str, arguments: Mapping[str, Any], listed: list[Any]) -> None:
     own = [i for i, spec in enumerate(listed) if _is(spec, cls)]
     if len(own) > 1:
         do = "Edit the one that you mean in the config."
-        raise value_error(name, found=f"{len(own)} callbacks {cls.__name__} in trainer.callbacks", expected="one", do=do)
+        raise value_error(
+            name, found=f"{len(own)} callbacks {cls.__name__} in trainer.callbacks", expected="one", do=do
+        )
     if not own:
         listed.append(Namespace(class_path=f"lightning_mue.callbacks.{cls.__name__}", init_args=Namespace()))
         own = [len(listed) - 1]

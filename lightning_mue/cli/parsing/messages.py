@@ -15,6 +15,7 @@ from lightning_mue.cli.parsing.options import Given, nearest
 
 _LONGEST = 160
 _KEY = re.compile(r"^(?:- )?Parser key \"([^\"]+)\":\s*(.*)$")
+_SAYS = re.compile(r"Option '|Expected (?!a path but)|Problem with|Not a valid|Not of type|Unable|Invalid|File does")
 _WORDS = {"<class 'NoneType'>": "null", "NoneType": "null", "typing.": "", "collections.abc.": "", "pathlib.": ""}
 
 
@@ -61,9 +62,8 @@ def _reasons(text: str) -> Iterator[_Reason]:
         around = [each for each in stack if each[0] <= indent]
         if content.startswith("Subtypes:") and around:
             stack = [*around[:-1], (*around[-1][:2], content.removeprefix("Subtypes:").strip(" []"))]
-        elif re.match(r"Option '|Expected |Problem with|Not a valid|Not of type|Type |Unable|Invalid|File does", content):
-            if around and not content.startswith("Expected a path but"):
-                yield _Reason(tuple(each[1] for each in around), around[-1][2], content, "\n".join(lines[i + 1 :]))
+        elif around and _SAYS.match(content):
+            yield _Reason(tuple(each[1] for each in around), around[-1][2], content, "\n".join(lines[i + 1 :]))
 
 
 def _told(reason: _Reason, given: Given) -> str:
@@ -76,7 +76,9 @@ def _told(reason: _Reason, given: Given) -> str:
     if named:
         path = (named[1] or named[2]).rstrip(".")
         inner = " ".join(reason.rest.split("\n")[0].split()) if named[1] else ""
-        found = f"the class {path!r}, which cannot be used ({_short(inner)})" if inner else f"{path!r}, which is no class"
+        found = (
+            f"the class {path!r}, which cannot be used ({_short(inner)})" if inner else f"{path!r}, which is no class"
+        )
         expected = "the path of a class that is installed, of the type that belongs here"
         return mismatch(key, found=found, expected=expected, do=nearest(path, given.classes(path)))
     expected, _, value = reason.text.partition(". Got value: ")
@@ -107,13 +109,17 @@ def _short(text: Any, limit: int = _LONGEST) -> str:
 
 def _unknown(key: str, known: Sequence[str]) -> str:
     last = key.removeprefix("--").partition(" ")[0]
-    return mismatch(key, found="a name that is not known here", expected="an option that there is", do=nearest(last, known))
+    return mismatch(
+        key, found="a name that is not known here", expected="an option that there is", do=nearest(last, known)
+    )
 
 
 def _unrecognized(found: re.Match[str], given: Given) -> str:
     first = found[1].split()[0].partition("=")[0]
     if not first.startswith("-"):
-        return mismatch(_short(found[1]), found="a word that belongs to no option", expected="options, each as --key value")
+        return mismatch(
+            _short(found[1]), found="a word that belongs to no option", expected="options, each as --key value"
+        )
     return _unknown(first, given.options())
 
 
@@ -136,7 +142,9 @@ def _command(found: re.Match[str], given: Given) -> str:
 
 def _bad_config(found: re.Match[str], given: Given) -> str:
     what = f"text that is no YAML ({_short(found[1], 300)})"
-    return mismatch("--config", found=what, expected="a YAML file of options", do="Look at the line named, or the one before.")
+    return mismatch(
+        "--config", found=what, expected="a YAML file of options", do="Look at the line named, or the one before."
+    )
 
 
 #: Errors that stand alone: pattern -> paragraph.

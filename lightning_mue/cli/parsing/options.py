@@ -20,7 +20,7 @@ _HOMES += ("lightning.pytorch.callbacks", "lightning.pytorch.loggers", "lightnin
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
-    """ "Did you mean ...?", or nothing if no name is near. Only the part of a path that differs must be near."""
+    """The question whether a name was meant, or nothing if no name is near. Only the part of a path that differs must be near."""
     known = list(dict.fromkeys(known))
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     if not close:

@@ -28,5 +28,7 @@ class BriefParser(LightningArgumentParser):
         if os.environ.get("LIGHTNING_MUE_TRACEBACK"):
             raise ex or ValueError(message)
         command = f"lightning-mue {given.command}".strip()
-        print(f"lightning-mue: error: {explained(message, given)} `{command} --help` lists the options.", file=sys.stderr)
+        print(
+            f"lightning-mue: error: {explained(message, given)} `{command} --help` lists the options.", file=sys.stderr
+        )
         raise SystemExit(2) from None

@@ -129,7 +129,7 @@ class ScalingPlan:
             return cls.from_dict(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
         except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
             found = f"the file {str(path)!r}, which cannot be read as one ({brief(error)})"
-            raise value_error("plan", found=found, expected="what ScalingPlan.save wrote") from error
+            raise value_error("path", found=found, expected="what ScalingPlan.save wrote") from error
 
     def diff(self, other: ScalingPlan, *, init: bool = True) -> list[str]:
         """Lines ``what: mine -> other's`` for everything in which two plans differ; empty if they train alike.

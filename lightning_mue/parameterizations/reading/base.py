@@ -20,7 +20,7 @@ import torch
 import yaml
 from torch import nn
 
-from lightning_mue.checks import listed, value_error
+from lightning_mue.checks import listed, require_types, value_error
 from lightning_mue.class_paths import INSTANTIATORS, check_arguments
 from lightning_mue.files import whole_file
 from lightning_mue.parameterizations.reading.initial.initializer import Init
@@ -261,6 +261,9 @@ def save_base(
         roles: Regular expression on names -> role, for modules that declare none.
         multipliers: Kind -> regular expression on dotted attribute paths.
     """
+    require_types(save_base, locals())
+    if Path(path).is_dir():
+        raise value_error("path", found=f"the folder {str(path)!r}", expected="a file", do=f"Give {path}/base.yaml.")
     if base is None:
         base = {} if any(p.is_meta for p in model.parameters()) else model
     record = describe_base(model, base, roles, multipliers, measure=True)
