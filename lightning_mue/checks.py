@@ -197,7 +197,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if issubclass(origin, Mapping):
         of = inner or (Any, Any)
         return isinstance(value, Mapping) and all(_fits(k, of[0]) and _fits(v, of[1]) for k, v in value.items())
-    if issubclass(origin, Sequence) and origin is not str:
+    if issubclass(origin, Sequence) and not issubclass(origin, str):
         kinds = {each for each in inner if each is not Ellipsis}
         return (
             isinstance(value, Sequence)

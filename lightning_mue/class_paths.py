@@ -46,9 +46,9 @@ def check_class_paths(value: Any, key: str, *, typed: bool) -> None:
     if isinstance(value, (list, tuple)):
         for i, each in enumerate(value):
             check_class_paths(each, f"{key}[{i}]", typed=typed)
-    elif (named := _as_mapping(value)) is not None and "class_path" in named:
+    elif (named := as_mapping(value)) is not None and "class_path" in named:
         cls = _check_class(named["class_path"], f"{key}.class_path", typed)
-        check_arguments(cls, _as_mapping(named.get("init_args")) or {}, f"{key}.init_args")
+        check_arguments(cls, as_mapping(named.get("init_args")) or {}, f"{key}.init_args")
         check_class_paths(named.get("dict_kwargs"), f"{key}.dict_kwargs", typed=False)
     elif named is not None:
         for name, each in named.items():
@@ -66,7 +66,8 @@ def check_arguments(cls: Any, arguments: Mapping[str, Any], key: str) -> None:
         check_class_paths(value, f"{key}.{name}", typed=_has_type(cls, name))
 
 
-def _as_mapping(value: Any) -> Mapping[str, Any] | None:
+def as_mapping(value: Any) -> Mapping[str, Any] | None:
+    """What a value holds by name, if it is a mapping or one of the parser's namespaces."""
     if isinstance(value, Mapping):
         return value
     is_namespace = isinstance(value, Namespace) or type(value).__module__.startswith("jsonargparse")

@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,8 @@ from lightning_mue.checks import value_error
 from lightning_mue.class_paths import check_class_paths
 from lightning_mue.cli.parsing.groups import add_groups, with_groups
 from lightning_mue.cli.parsing.parser import BriefParser
+from lightning_mue.cli.parsing.raised import KINDS, message_of
+from lightning_mue.cli.parsing.values import check_checkpoint, check_values
 from lightning_mue.cli.report import report_command
 from lightning_mue.cli.summary import summarize
 from lightning_mue.cli.trainer import MuETrainer
@@ -26,7 +27,6 @@ from lightning_mue.cli.trainer import MuETrainer
 _ON_META = ("explain", "coord-check")
 #: Option as users write it -> as the parser knows it; "+" appends to a list.
 _SPELLINGS = {"--axis": "--axis+", "--save-base": "--save_base"}
-_PACKAGE = Path(__file__).parents[1]
 #: Commands that are not a Trainer's: name -> what takes the rest of the command line, and one sentence for --help.
 _OTHER_COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "report": (report_command, "RUN_DIR...: one HTML page with the verdict on runs (needs no config)."),
@@ -77,6 +77,14 @@ class MuECLI(LightningCLI):
         if (callbacks := with_groups(self.config[command] if command else self.config)) is not None:
             edited = {"trainer": {"callbacks": callbacks}}
             self.config = parser.parse_object({command: edited} if command else edited, self.config)
+
+    def _parse_ckpt_path(self) -> None:
+        """Looks at the values that were given, then reads the hyperparameters of a checkpoint."""
+        command = self.config.get("subcommand")
+        config = self.config[command] if command else self.config
+        check_values(config)
+        check_checkpoint(config.get("ckpt_path"))
+        super()._parse_ckpt_path()
 
     def instantiate_classes(self) -> None:
         """Makes model, data and trainer; for ``explain`` and ``coord-check`` without memory for the weights."""
@@ -135,24 +143,12 @@ def main(args: list[str] | None = None) -> None:
             _OTHER_COMMANDS[given[0]][0](given[1:])
         else:
             MuECLI(args)
-    except (ValueError, TypeError, OSError) as error:
-        message = _message_of_package(error)
+    except KINDS as error:
+        message = message_of(error)
         if message is None or os.environ.get("LIGHTNING_MUE_TRACEBACK"):
             raise
         print(f"lightning-mue: error: {message}", file=sys.stderr)
         raise SystemExit(2) from None
-
-
-def _message_of_package(error: BaseException | None) -> str | None:
-    """The message of an error that this package raised, also if the configuration parser has wrapped it; else None."""
-    while error is not None:
-        traceback = error.__traceback__
-        while traceback is not None and traceback.tb_next is not None:
-            traceback = traceback.tb_next
-        if traceback is not None and _PACKAGE in Path(traceback.tb_frame.f_code.co_filename).parents:
-            return str(error)
-        error = error.__cause__ or error.__context__
-    return None
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ class ByteCache:
             for entry in entries.values():
                 _ = int(entry["bytes"]), str(entry["sha256"])
             return {"corpus": manifest["corpus"], "splits": entries}
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
             # A missing or truncated manifest, or a file of another program: there is no cache.
             return None
 

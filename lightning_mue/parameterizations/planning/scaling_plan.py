@@ -14,7 +14,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lightning_mue.checks import brief, value_error
+from lightning_mue.checks import brief, require_types, value_error
 from lightning_mue.console import human, to_text
 from lightning_mue.files import whole_file
 from lightning_mue.parameterizations.planning import table
@@ -111,7 +111,10 @@ class ScalingPlan:
     def from_dict(cls, plain: Mapping[str, Any]) -> ScalingPlan:
         """The inverse of :meth:`to_dict`."""
         parameters = tuple(map(_parameter, plain["parameters"]))
-        return cls(**{**plain, "parameters": parameters, "notes": tuple(plain["notes"])})
+        made = cls(**{**plain, "parameters": parameters, "notes": tuple(plain["notes"])})
+        for part in (made, *parameters):
+            require_types(type(part).__init__, vars(part))  # type: ignore[misc]
+        return made
 
     def save(self, path: str | Path) -> None:
         """Writes the plan as YAML, whole or not at all."""

@@ -20,7 +20,7 @@ import torch
 import yaml
 from torch import nn
 
-from lightning_mue.checks import listed, require_types, value_error
+from lightning_mue.checks import brief, listed, require_types, value_error
 from lightning_mue.class_paths import INSTANTIATORS, check_arguments
 from lightning_mue.files import whole_file
 from lightning_mue.parameterizations.reading.initial.initializer import Init
@@ -279,14 +279,14 @@ def load_base(path: str | Path) -> ModelRecord:
     """
     try:
         plain = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise _not_a_base(path, f"cannot be read ({error})") from error
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:  # ValueError: no UTF-8, no date, no number
+        raise _not_a_base(path, f"cannot be read ({brief(error)})") from error
     if not isinstance(plain, dict) or plain.get("lightning_mue_base") != VERSION:
         raise _not_a_base(path, "is something else")
     try:
         return ModelRecord.from_dict(plain)
-    except (KeyError, TypeError, ValueError) as error:
-        raise _not_a_base(path, f"is damaged ({error!r})") from error
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise _not_a_base(path, f"is damaged ({brief(error)})") from error
 
 
 def _not_a_base(path: str | Path, why: str) -> ValueError:
