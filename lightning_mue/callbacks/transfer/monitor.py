@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -146,7 +147,12 @@ class TransferMonitor(SampledMonitor):
             if Path(self.record).is_dir():
                 found = f"{str(self.record)!r}, which is a folder"
                 raise value_error("record", found=found, expected="a file's name", do="Give e.g. base.json.")
-            Path(self.record).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                Path(self.record).parent.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=Path(self.record).parent).close()
+            except OSError as error:
+                found, expected = f"{str(self.record)!r} ({error})", "a file in a folder that can be written to"
+                raise value_error("record", found=found, expected=expected, do="Give another path.") from error
 
     def find_probes(self, pl_module: LightningModule) -> list[Probe]:
         """Probe weights, branches, blocks and logits."""
