@@ -119,7 +119,7 @@ EDITS = [
     ("seed_everything", -1),
     ("seed_everything", "x"),
     ("seed_everything", 2**40),
-    ("modle", {}),
+    ("modle", {"class_path": "x"}),
     ("ckpt_path", "/not/there.ckpt"),
     ("ckpt_path", "damaged.ckpt"),
     ("ckpt_path", "other.ckpt"),
@@ -244,7 +244,7 @@ def here(tmp_path, monkeypatch, corpus):
     monkeypatch.setattr(MoELanguageModel, "validation_step", trained)
 
 
-def refused(capfd, run, words, key):
+def refused(run, words, key):
     status, out = run(*words)
     assert status == 2, out
     assert "Traceback" not in out
@@ -274,28 +274,28 @@ def fast(cases, every):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("path", "value"), fast(EDITS, 40))
-def test_a_bad_config(capfd, run, corpus, path, value):
+def test_a_bad_config(run, corpus, path, value):
     key = next(iter(value)) if isinstance(value, dict) and value else path.rpartition(".")[2]
     key = {"class_path": str(value), "0": "roles"}.get(key, key)
-    refused(capfd, run, ["fit", "--config", written(corpus, path, value)], key)
+    refused(run, ["fit", "--config", written(corpus, path, value)], key)
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("command", "words", "key"), fast(LINES, 40))
-def test_a_bad_command_line(capfd, run, corpus, command, words, key):
-    refused(capfd, run, [command, "--config", written(corpus), *words], key)
+def test_a_bad_command_line(run, corpus, command, words, key):
+    refused(run, [command, "--config", written(corpus), *words], key)
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("words", "key"), fast(BARE, 9))
-def test_a_bad_command_line_without_a_config(capfd, run, corpus, words, key, every_command):
-    refused(capfd, run, words, key)
+def test_a_bad_command_line_without_a_config(run, corpus, words, key, every_command):
+    refused(run, words, key)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_two_callbacks_that_parameterize(capfd, run, corpus, monkeypatch):
+def test_two_callbacks_that_parameterize(run, corpus, monkeypatch):
     second = "--trainer.callbacks+=lightning_mue.callbacks.MuECallback"
-    refused(capfd, run, ["fit", "--config", written(corpus), second], "MuECallback")
+    refused(run, ["fit", "--config", written(corpus), second], "MuECallback")
 
 
 def test_there_are_enough_of_them():

@@ -15,7 +15,7 @@ from lightning_mue.cli.parsing.options import Given, nearest
 
 _LONGEST = 160
 _KEY = re.compile(r"^(?:- )?Parser key \"([^\"]+)\":\s*(.*)$")
-_SAYS = re.compile(r"Option '|Expected (?!a path but)|Problem with|Not a valid|Not of type|Unable|Invalid|File does")
+_SAYS = re.compile(r"Option '|Expected (?!a path but)|Problem with|Not a valid|Not of type|module '|No module|Unable|Invalid|File does")
 _WORDS = {"<class 'NoneType'>": "null", "NoneType": "null", "typing.": "", "collections.abc.": "", "pathlib.": ""}
 
 
@@ -73,6 +73,10 @@ def _told(reason: _Reason, given: Given) -> str:
         return _unknown(given.written(reason.keys[0], option[1]), known)
     key = given.written(reason.keys[0], ".".join(reason.keys[1:])) if len(reason.keys) > 1 else top
     named = re.search(r"class_path '([^']+)'|dot import path string: (\S+)", reason.text)
+    if lacking := re.match(r"module '([^']+)' has no attribute '(\w+)'", reason.text):
+        path = f"{lacking[1]}.{lacking[2]}"
+        expected = "the path of a class that is there"
+        return mismatch(key, found=repr(path), expected=expected, do=nearest(path, given.classes(path)))
     if named:
         path = (named[1] or named[2]).rstrip(".")
         inner = " ".join(reason.rest.split("\n")[0].split()) if named[1] else ""

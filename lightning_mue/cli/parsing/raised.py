@@ -36,6 +36,8 @@ def message_of(error: BaseException) -> str | None:
     if any(code.co_name in _STEPS for code in frames):
         return None
     known = [_PACKAGE, *_LIBRARIES]
-    if all(any(folder in Path(code.co_filename).parents for folder in known) for code in frames[1:]):
+    files = [Path(code.co_filename) for code in frames]
+    called = max((i for i, file in enumerate(files) if _PACKAGE / "cli" in file.parents), default=0)
+    if all(any(folder in file.parents for folder in known) for file in files[called:]):
         return f"{brief(error, 900)} (LIGHTNING_MUE_TRACEBACK=1 shows where it came from.)"
     return None
