@@ -103,5 +103,5 @@ def test_a_cache_that_does_not_fit_ends_in_a_paragraph(full, tmp_path):
     (tmp_path / "text.txt").write_text("text " * 400)
     data = TextDataModule(tmp_path / "text.txt", cache_dir=tmp_path / "cache")
     full()
-    with pytest.raises(ValueError, match="cache_dir: found .*No space left.*expected a writable folder"):
+    with pytest.raises(ValueError, match=r"cache_dir: found .*No space left.*expected a writable folder"):
         data.prepare_data()

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from lightning_mue.callbacks import ThroughputMonitor
+from lightning_mue.callbacks import MuECallback, ThroughputMonitor
 from lightning_mue.checks import value_error
 from lightning_mue.class_paths import check_class_paths
 from lightning_mue.cli.parsing.groups import add_groups, with_groups
@@ -96,6 +96,9 @@ class MuECLI(LightningCLI):
         """Makes the trainer, with a ThroughputMonitor unless the config has one or asks for a barebones trainer."""
         configured = self._get(self.config_init, "trainer.callbacks") or []
         callbacks = configured if isinstance(configured, list) else [configured]
+        if (count := sum(isinstance(callback, MuECallback) for callback in callbacks)) > 1:
+            do = "Remove all but one; --mue.KEY VALUE changes an argument of the config's."
+            raise value_error("trainer.callbacks", found=f"{count} MuECallbacks", expected="one", do=do)
         has_one = any(isinstance(callback, ThroughputMonitor) for callback in callbacks)
         if not has_one and not self._get(self.config_init, "trainer.barebones"):
             self.trainer_defaults = {"callbacks": [ThroughputMonitor()]}

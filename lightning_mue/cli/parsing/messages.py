@@ -15,7 +15,9 @@ from lightning_mue.cli.parsing.options import Given, nearest
 
 _LONGEST = 160
 _KEY = re.compile(r"^(?:- )?Parser key \"([^\"]+)\":\s*(.*)$")
-_SAYS = re.compile(r"Option '|Expected (?!a path but)|Problem with|Not a valid|Not of type|module '|No module|Unable|Invalid|File does")
+_SAYS = re.compile(
+    r"Option '|Expected (?!a path but)|Problem with|Not a valid|Not of type|module '|No module|Unable|Invalid|File does"
+)
 _WORDS = {"<class 'NoneType'>": "null", "NoneType": "null", "typing.": "", "collections.abc.": "", "pathlib.": ""}
 
 
