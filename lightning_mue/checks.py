@@ -206,7 +206,7 @@ def _fits(value: Any, hint: Any) -> bool:
         )
     if origin in (Iterable, Collection):
         return isinstance(value, origin) and not isinstance(value, str)
-    return callable(value) if origin is Callable else isinstance(value, origin)
+    return callable(value) if origin is Callable else isinstance(value, origin)  # type: ignore[comparison-overlap]
 
 
 _WORDS = {int: "an integer", float: "a number", str: "a string", bool: "true or false", type(None): "None"}

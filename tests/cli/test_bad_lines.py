@@ -119,7 +119,7 @@ EDITS = [
     ("seed_everything", -1),
     ("seed_everything", "x"),
     ("seed_everything", 2**40),
-    ("modle", {"class_path": "x"}),
+    ("modle", 3),
     ("ckpt_path", "/not/there.ckpt"),
     ("ckpt_path", "damaged.ckpt"),
     ("ckpt_path", "other.ckpt"),

@@ -15,7 +15,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 #: Where classes of configurations are, beside the module that was named.
-_HOMES = ("lightning_mue", "lightning_mue.data", "torch.optim", "torch.optim.lr_scheduler")
+_HOMES: tuple[str, ...] = ("lightning_mue", "lightning_mue.data", "torch.optim", "torch.optim.lr_scheduler")
 _HOMES += ("lightning.pytorch.callbacks", "lightning.pytorch.loggers", "lightning.pytorch.strategies")
 
 

@@ -26,6 +26,8 @@ def check_values(config: Any) -> None:
         ValueError: With the key.
     """
     for key, value in _leaves(config, ""):
+        if key == "trainer.max_time" and isinstance(value, str) and not re.fullmatch(r"\d+:\d+:\d+:\d+", value):
+            raise value_error(key, found=repr(value), expected="days:hours:minutes:seconds, such as 00:12:00:00")
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             continue
         name = re.split(r"[.\[]", key)[-1]
@@ -33,6 +35,8 @@ def check_values(config: Any) -> None:
             raise value_error(key, found="nan, which is no number", expected="a number")
         if _RATE.search(name) and not 0 <= value < math.inf:
             raise value_error(key, found=value, expected="a finite number of at least 0")
+        if name == "accumulate_grad_batches" and value < 1:  # a run would divide by it
+            raise value_error(key, found=value, expected="an integer of at least 1")
         if name in ("seed", "seed_everything", "seeds") and not 0 <= value <= _LARGEST_SEED:
             raise value_error(key, found=value, expected=f"an integer from 0 to {_LARGEST_SEED}")
 
