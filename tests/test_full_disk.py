@@ -77,8 +77,9 @@ def test_a_snapshot_is_kept_in_memory(full, tmp_path):
 def test_a_run_goes_on_without_its_plan(full, tmp_path):
     corpus = tmp_path / "corpus"
     corpus.mkdir()
-    (corpus / "text.txt").write_text("text " * 400)
-    data = TextDataModule(corpus, context_length=8, batch_size=2, cache_dir=tmp_path / "cache")
+    for i in range(8):
+        (corpus / f"{i}.txt").write_text("text " * 100)
+    data = TextDataModule(corpus, context_length=8, batch_size=2, val_fraction=0.3, cache_dir=tmp_path / "cache")
     data.prepare_data()
     trainer = Trainer(
         max_steps=2,
