@@ -18,7 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 #: A room may import those of the lines above it; rooms of one line are independent of each other.
 ORDER = [
     {"names", "sharded", "checks", "console", "contract", "files"},
-    {"namespaces"},
+    {"namespaces", "class_paths"},
     {"parameterizations", "diagnostics", "kernels", "health"},
     {"optim", "moe", "metrics"},
     {"models"},

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_mue.callbacks import metric_stream, tensorboard_page
 from lightning_mue.callbacks.mue.callback import MuECallback
 from lightning_mue.callbacks.steps import steps_done
-from lightning_mue.checks import mismatch, type_error
+from lightning_mue.checks import mismatch, require_types, type_error
 from lightning_mue.files import whole_file
 from lightning_mue.health.card import LOOKS, as_markdown, headline, sentence
 from lightning_mue.health.indicators import indicator_of, is_loss
@@ -56,8 +56,13 @@ class HealthMonitor(Callback):
     """
 
     def __init__(self, losses: Sequence[str] = (), *, heat_maps: bool = True) -> None:
-        if isinstance(losses, str) or not all(isinstance(tag, str) for tag in losses):
+        if (
+            isinstance(losses, str)
+            or not isinstance(losses, Sequence)
+            or not all(isinstance(tag, str) for tag in losses)
+        ):
             raise type_error("losses", found=losses, expected="a list of tags", do='For example ["my_objective"].')
+        require_types(HealthMonitor.__init__, locals())
         self.losses = tuple(losses)
         self.heat_maps = heat_maps
         self._restored = False  # from a checkpoint, for the fit that begins

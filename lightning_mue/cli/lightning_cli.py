@@ -6,16 +6,21 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from lightning_mue.callbacks import ThroughputMonitor
+from lightning_mue.callbacks import MuECallback, ThroughputMonitor
+from lightning_mue.checks import value_error
+from lightning_mue.class_paths import check_class_paths
 from lightning_mue.cli.certify import certify_command
 from lightning_mue.cli.forecast import forecast_command
+from lightning_mue.cli.parsing.groups import add_groups, with_groups
+from lightning_mue.cli.parsing.parser import BriefParser
+from lightning_mue.cli.parsing.raised import KINDS, message_of
+from lightning_mue.cli.parsing.values import check_checkpoint, check_values
 from lightning_mue.cli.report import report_command
 from lightning_mue.cli.summary import summarize
 from lightning_mue.cli.trainer import MuETrainer
@@ -24,7 +29,6 @@ from lightning_mue.cli.trainer import MuETrainer
 _ON_META = ("explain", "export-plan", "coord-check")
 #: Option as users write it -> as the parser knows it; "+" appends to a list.
 _SPELLINGS = {"--axis": "--axis+", "--save-base": "--save_base"}
-_PACKAGE = Path(__file__).parents[1]
 #: Commands that are not a Trainer's: name -> what takes the rest of the command line, and one sentence for --help.
 _OTHER_COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "certify": (
@@ -53,6 +57,7 @@ class MuECLI(LightningCLI):
             subclass_mode_model=True,
             auto_configure_optimizers=False,
             seed_everything_default=0,
+            parser_class=BriefParser,
             parser_kwargs={"prog": "lightning-mue", "epilog": _epilog()},
             args=args,
             run=run,
@@ -63,16 +68,37 @@ class MuECLI(LightningCLI):
         """Lightning's commands, and those of `MuETrainer`."""
         return {**LightningCLI.subcommands(), **{command: {"model", "datamodule"} for command in _ON_META}}
 
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds callbacks by name."""
+        add_groups(parser)
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Reads the command line, in which ``--axis`` may be given several times."""
         if args is None or isinstance(args, list):
             given = sys.argv[1:] if args is None else args
+            BriefParser.given, BriefParser.commands = (
+                [str(arg) for arg in given],
+                [*self.subcommands(), *_OTHER_COMMANDS],
+            )
             self.config = parser.parse_args([_spelled(arg) for arg in given])
         else:
             super().parse_arguments(parser, args)
+        command = self.config.get("subcommand")
+        if (callbacks := with_groups(self.config[command] if command else self.config)) is not None:
+            edited = {"trainer": {"callbacks": callbacks}}
+            self.config = parser.parse_object({command: edited} if command else edited, self.config)
+
+    def _parse_ckpt_path(self) -> None:
+        """Looks at the values that were given, then reads the hyperparameters of a checkpoint."""
+        command = self.config.get("subcommand")
+        config = self.config[command] if command else self.config
+        check_values(config)
+        check_checkpoint(config.get("ckpt_path"))
+        super()._parse_ckpt_path()
 
     def instantiate_classes(self) -> None:
         """Makes model, data and trainer; for the commands in ``_ON_META`` without memory for the weights."""
+        check_class_paths(self.config.get(str(self.subcommand), self.config), "", typed=True)
         with torch.device("meta") if self.subcommand in _ON_META else nullcontext():
             super().instantiate_classes()
 
@@ -80,10 +106,23 @@ class MuECLI(LightningCLI):
         """Makes the trainer, with a ThroughputMonitor unless the config has one or asks for a barebones trainer."""
         configured = self._get(self.config_init, "trainer.callbacks") or []
         callbacks = configured if isinstance(configured, list) else [configured]
+        if (count := sum(isinstance(callback, MuECallback) for callback in callbacks)) > 1:
+            do = "Remove all but one; --mue.KEY VALUE changes an argument of the config's."
+            raise value_error("trainer.callbacks", found=f"{count} MuECallbacks", expected="one", do=do)
         has_one = any(isinstance(callback, ThroughputMonitor) for callback in callbacks)
         if not has_one and not self._get(self.config_init, "trainer.barebones"):
             self.trainer_defaults = {"callbacks": [ThroughputMonitor()]}
         return super().instantiate_trainer(**kwargs)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """A configuration may name any checkpoint, also at a URL, so only plain data is read from it."""
+        arguments = super()._prepare_subcommand_kwargs(subcommand)
+        if "weights_only" in self._subcommand_method_arguments[subcommand]:
+            if arguments.get("weights_only") is False:
+                do = "A checkpoint with other objects runs their code: load it in Python, by Trainer.fit(..., weights_only=False)."
+                raise value_error("weights_only", found=False, expected="true (or null)", do=do)
+            arguments["weights_only"] = True
+        return arguments
 
     def after_fit(self) -> None:
         """Prints a summary after a training."""
@@ -117,24 +156,12 @@ def main(args: list[str] | None = None) -> None:
             _OTHER_COMMANDS[given[0]][0](given[1:])
         else:
             MuECLI(args)
-    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
-        message = _message_of_package(error)
+    except KINDS as error:
+        message = message_of(error)
         if message is None or os.environ.get("LIGHTNING_MUE_TRACEBACK"):
             raise
         print(f"lightning-mue: error: {message}", file=sys.stderr)
         raise SystemExit(2) from None
-
-
-def _message_of_package(error: BaseException | None) -> str | None:
-    """The message of an error that this package raised, also if the configuration parser has wrapped it; else None."""
-    while error is not None:
-        traceback = error.__traceback__
-        while traceback is not None and traceback.tb_next is not None:
-            traceback = traceback.tb_next
-        if traceback is not None and _PACKAGE in Path(traceback.tb_frame.f_code.co_filename).parents:
-            return str(error)
-        error = error.__cause__ or error.__context__
-    return None
 
 
 if __name__ == "__main__":

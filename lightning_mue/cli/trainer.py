@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_mue.callbacks import MuECallback
 from lightning_mue.checks import value_error
-from lightning_mue.cli.coord_check import check_sizes, report, training_batches
+from lightning_mue.cli.coord_check import check_output, check_sizes, report, training_batches
 from lightning_mue.console import wide_console
 from lightning_mue.files import whole_file
 from lightning_mue.parameterizations import ScalingPlan
@@ -125,6 +125,7 @@ class MuETrainer(Trainer):
             tolerance: Largest absolute slope that passes.
             output: Folder for coordinates.csv and coordinates.png.
         """
+        check_output(output)
         check = check_sizes(
             self,
             model,

@@ -100,6 +100,7 @@ class LanguageDataModule(StepDataModule, ABC):
                     expected=f"at least {needed}, the tokens of one window of context_length={self.context_length}",
                     do="Use a larger corpus, a smaller context_length, or another val_fraction.",
                 )
+        self._check_context()
         self._check_vocabulary()
         self._splits = splits
 
@@ -158,6 +159,17 @@ class LanguageDataModule(StepDataModule, ABC):
                 )
             )
         return self._splits
+
+    def _check_context(self) -> None:
+        model = getattr(self.trainer, "lightning_module", None)
+        longest = getattr(model, "context_length", None)
+        if type(longest) is int and self.context_length > longest:
+            raise value_error(
+                "data.context_length",
+                found=f"sequences of {self.context_length} tokens",
+                expected=f"at most {longest}, the context_length of {type(model).__name__}",
+                do="Lower it, or raise the model's.",
+            )
 
     def _check_vocabulary(self) -> None:
         model = getattr(self.trainer, "lightning_module", None)

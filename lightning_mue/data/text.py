@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lightning_mue.checks import value_error
+from lightning_mue.checks import require_types, value_error
 from lightning_mue.data.base import LanguageDataModule, Splits
 from lightning_mue.data.cache import ByteCache, default_cache_dir
 from lightning_mue.data.corpus import TextCorpus
@@ -59,6 +59,7 @@ class TextDataModule(LanguageDataModule):
             val_batches=val_batches,
             seed=seed,
         )
+        require_types(TextDataModule.__init__, locals())
         if path is None:
             self.corpus = TextCorpus.standard_library(pattern or "*.py")
         else:

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from lightning_mue.checks import mismatch, require_choice, value_error
+from lightning_mue.checks import mismatch, require_choice, require_types, value_error
 from lightning_mue.data.base import LanguageDataModule, Splits
 
 TokenDtype = Literal["uint16", "uint32"]
@@ -66,6 +66,7 @@ class TokenDataModule(LanguageDataModule):
             seed=seed,
         )
         require_choice("dtype", dtype, get_args(TokenDtype))
+        require_types(TokenDataModule.__init__, locals())
         if bytes_per_token is not None and not bytes_per_token > 0:
             raise value_error("bytes_per_token", found=bytes_per_token, expected="a number above 0, or null if unknown")
         self.train_path = Path(train_path).expanduser()

@@ -18,6 +18,7 @@ from lightning_mue.checks import value_error
 from lightning_mue.models.arguments import check_effects, check_options, check_sizes, infer_head_dim
 from lightning_mue.models.evaluation import Evaluates
 from lightning_mue.models.generation import Generates
+from lightning_mue.models.loading import LoadsSafely
 from lightning_mue.models.training import TrainsExperts
 from lightning_mue.models.transformer import Attention, Block, RotaryEmbedding, Transformer, draw_uniform
 from lightning_mue.moe import parallelize_experts
@@ -29,7 +30,7 @@ def _default_optimizer(params: Iterable[Any]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
 
 
-class MoELanguageModel(KeepsMultipliers, Generates, Evaluates, TrainsExperts):
+class MoELanguageModel(KeepsMultipliers, Generates, Evaluates, LoadsSafely, TrainsExperts):
     """Pre-norm transformer language model: RMSNorm, RoPE, QK-norm, grouped-query attention, FFN or MoE.
 
     Batches are dicts ``{"tokens": int64 [B, S], "targets": int64 [B, S]}``. Logs ``train/loss`` (nats per token, without the

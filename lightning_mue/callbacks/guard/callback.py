@@ -118,6 +118,8 @@ class StabilityGuard(Callback):
             max_rollbacks,
         )
         self.settings.check()
+        if dirpath is not None:
+            require_type("dirpath", dirpath, (str, Path), "a folder's path, or None")
         if sample_ids is not None and not callable(sample_ids):
             require_type("sample_ids", sample_ids, str, "a key of the batch, a function of the batch, or None")
         self.indicators = Indicators(self.settings)

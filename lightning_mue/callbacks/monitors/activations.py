@@ -15,7 +15,7 @@ from lightning_mue.callbacks.monitors.probes import Layers, Probe, first_tensor,
 from lightning_mue.callbacks.monitors.sampling import SampledMonitor
 from lightning_mue.callbacks.monitors.seeing.padding import PaddingMask
 from lightning_mue.callbacks.monitors.seeing.watching import Handles
-from lightning_mue.checks import value_error
+from lightning_mue.checks import require_pattern, require_types, value_error
 from lightning_mue.contract import declared_multipliers
 from lightning_mue.diagnostics import activation_summary, merge_summaries, summary_metrics
 from lightning_mue.diagnostics.activation import SUMMARY_SIZE
@@ -126,6 +126,9 @@ class ActivationOutlierMonitor(SampledMonitor):
         detail: str | None = None,
     ) -> None:
         super().__init__(every_n_steps, detail=detail)
+        require_types(ActivationOutlierMonitor.__init__, locals())
+        for pattern in [branches] if isinstance(branches, str) else (branches or {}).values():
+            require_pattern("branches", pattern)
         if not threshold > 0:
             expected = "a positive number of standard deviations"
             raise value_error("threshold", found=threshold, expected=expected, do="5 is usual.")

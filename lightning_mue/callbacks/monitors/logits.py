@@ -23,6 +23,7 @@ from lightning_mue.callbacks.monitors.seeing.logit_probes import (
     TorchAttentionProbe,
 )
 from lightning_mue.callbacks.monitors.seeing.padding import PaddingMask
+from lightning_mue.checks import require_pattern, require_types
 from lightning_mue.contract import is_attention_core
 
 
@@ -76,6 +77,10 @@ class LogitsZMonitor(SampledMonitor):
         detail: str | None = None,
     ) -> None:
         super().__init__(every_n_steps, detail=detail)
+        require_types(LogitsZMonitor.__init__, locals())
+        for key, pattern in (("lm_logits", lm_logits), ("attention", attention), ("routers", routers)):
+            if isinstance(pattern, str):
+                require_pattern(key, pattern)
         self.lm_logits = lm_logits
         self.attention = attention
         self.routers = routers

@@ -19,6 +19,7 @@ from lightning_mue.callbacks.monitors.probes import Layers, Probe, layer_labels,
 from lightning_mue.callbacks.monitors.sampling import SampledMonitor
 from lightning_mue.callbacks.monitors.seeing.padding import PaddingMask
 from lightning_mue.callbacks.monitors.seeing.router_probes import DeclaredRouterProbe, FoundRouterProbe
+from lightning_mue.checks import require_pattern, require_types
 from lightning_mue.moe.balance_callbacks import warn_of_missing_callbacks
 from lightning_mue.moe.masks import follow_attention_mask
 
@@ -78,6 +79,9 @@ class RouterMonitor(SampledMonitor):
         self, every_n_steps: int | None = None, *, routers: str | None = None, detail: str | None = None
     ) -> None:
         super().__init__(every_n_steps, detail=detail)
+        require_types(RouterMonitor.__init__, locals())
+        if routers is not None:
+            require_pattern("routers", routers)
         self.routers = routers
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

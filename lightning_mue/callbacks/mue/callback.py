@@ -18,7 +18,6 @@ from lightning_mue.callbacks.mue.announcement import announce, rates_by_role
 from lightning_mue.callbacks.mue.run import known_to, refuse_other_sizes, run_sizes
 from lightning_mue.callbacks.mue.verifying import verify
 from lightning_mue.callbacks.rewinding import rewind_to_step
-from lightning_mue.checks import require_choice
 from lightning_mue.parameterizations import Parameterization, ScaledStep, ScalingPlan, get_rule, plan
 from lightning_mue.parameterizations.applying import initial_weights as weights
 from lightning_mue.parameterizations.applying.families import family_of
@@ -92,12 +91,11 @@ class MuECallback(Callback):
         verify: bool | Literal["warn", "raise"] | None = None,
     ) -> None:
         self.rule: Parameterization = get_rule(rule)
+        checks.check_arguments(MuECallback, {**locals(), "rule": ""})
         self.base: Base | None = base
         self.alpha, self.tokens, self.batch_tokens = alpha, tokens, batch_tokens
         self.roles, self.multipliers, self.preset = roles, multipliers, preset
         self.seed, self.initialize, self.verbose = seed, initialize, verbose
-        weights.check_draws(initialize)
-        require_choice("verify", verify, (None, True, False, "warn", "raise"))
         self.verify, self._to_verify = verify, False
         self._own_multipliers: dict[str, float] = {}
         #: The plan in force, from fit start on.

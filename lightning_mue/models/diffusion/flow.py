@@ -24,6 +24,7 @@ from lightning_mue.checks import (
 from lightning_mue.models.arguments import check_options, infer_head_dim
 from lightning_mue.models.diffusion.sampling import Method, integrate
 from lightning_mue.models.diffusion.transformer import ConditionedBlock, VelocityTransformer
+from lightning_mue.models.loading import LoadsSafely
 from lightning_mue.models.training import TrainsExperts
 from lightning_mue.models.transformer import Attention
 from lightning_mue.parameterizations.applying.keeps_multipliers import KeepsMultipliers
@@ -37,7 +38,7 @@ def _default_optimizer(params: Iterable[Any]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)
 
 
-class FlowMatchingTransformer(KeepsMultipliers, TrainsExperts):
+class FlowMatchingTransformer(KeepsMultipliers, LoadsSafely, TrainsExperts):
     """Learns to generate images of a class: patches, adaLN-zero on time and class, full attention, FFN or MoE (DiT).
 
     Rectified flow (arXiv:2209.03003): a noisy image is ``x_t = (1 - t) noise + t image``, the loss the mean square of

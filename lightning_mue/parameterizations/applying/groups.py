@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_mue.checks import listed, mismatch, value_error
+from lightning_mue.checks import listed, mismatch, require_choice, require_number, require_types, value_error
 from lightning_mue.parameterizations.applying.initial_weights import check_covers
 from lightning_mue.parameterizations.planning.scaling_plan import ParameterPlan, ScalingPlan
 from lightning_mue.parameterizations.reading.parameters import named_tensors
@@ -166,9 +166,13 @@ def param_groups(
     Example:
         ``torch.optim.AdamW(param_groups(model, plan(model, base={"width": 64}), lr=1e-3, weight_decay=0.1, eps=1e-8))``
     """
+    require_types(param_groups, locals())
+    require_number("lr", lr, at_least=0)
     check_covers(model, plan)
     tensors = named_tensors(model)
     kind_of = {entry.name: entry.kind for entry in plan.parameters}
+    for kind in kinds or ():
+        require_choice("kinds", kind, sorted(set(map(str, kind_of.values()))))
     taken = {name: p for name, p in tensors.items() if p.requires_grad and (kinds is None or kind_of[name] in kinds)}
     _refuse_rows([entry for entry in plan.parameters if entry.rows is not None and entry.name in taken])
     # The optimizer's own default would not be scaled.

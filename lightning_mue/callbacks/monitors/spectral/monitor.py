@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from lightning_mue.callbacks.monitors.probes import Layers, Probe, find_modules, layer_labels, over_layers
 from lightning_mue.callbacks.monitors.sampling import SampledMonitor
 from lightning_mue.callbacks.monitors.spectral.probes import MatrixProbe, QueryKeyProbe
-from lightning_mue.checks import listed, require_integer
+from lightning_mue.checks import listed, require_integer, require_types
 from lightning_mue.parameterizations import MATRIX_ROLES
 from lightning_mue.parameterizations.planning.model_roles import read_parameters
-from lightning_mue.parameterizations.reading.parameters import ParameterInfo, module_form
+from lightning_mue.parameterizations.reading.parameters import ParameterInfo, module_form, role_patterns
 from lightning_mue.parameterizations.reading.roles.queries import key_of
 from lightning_mue.sharded import whole
 
@@ -79,6 +79,8 @@ class SpectralMonitor(SampledMonitor):
     ) -> None:
         super().__init__(every_n_steps, detail=detail)
         require_integer("iterations", iterations, 1)
+        require_types(SpectralMonitor.__init__, locals())
+        role_patterns(roles)
         self.iterations, self.roles = iterations, roles
         self._labels: list[str] = []
 

@@ -16,8 +16,9 @@ from lightning_mue.callbacks.monitors.updates.noise import NoiseProbe, why_no_no
 from lightning_mue.callbacks.monitors.updates.recording import StepRecorder
 from lightning_mue.callbacks.monitors.updates.weights import OTHER, SETTINGS, RoleProbe, role_probes
 from lightning_mue.callbacks.mue.callback import MuECallback
-from lightning_mue.checks import require_integer
+from lightning_mue.checks import require_integer, require_types
 from lightning_mue.parameterizations.planning.model_roles import read_parameters
+from lightning_mue.parameterizations.reading.parameters import role_patterns
 
 #: Metrics of a role in a layer, each with ``_mean`` and ``_max`` over the role's layers.
 METRICS = ("update_ratio", "angular_step", "weight_rms", "gradient_rms", "gradient_norm", "eps_share", *SETTINGS)
@@ -82,6 +83,8 @@ class UpdateMonitor(SampledMonitor):
     ) -> None:
         super().__init__(every_n_steps, detail=detail)
         require_integer("max_elements", max_elements, 1)
+        require_types(UpdateMonitor.__init__, locals())
+        role_patterns(roles)
         self.max_elements, self.roles = max_elements, roles
         self._weights: list[RoleProbe] = []
         self._recorder: StepRecorder | None = None
