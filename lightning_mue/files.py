@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and names of those by which processes talk to each other."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+#: What a trial of a sweep writes into its folder for the process that started it, while it runs and at its end.
+TRIAL_PROGRESS, TRIAL_RESULT = "progress.json", "result.json"
+#: Environment variable, set for a trial whose standard input ends when the process that started it dies.
+TRIAL_WATCHED = "LIGHTNING_MUE_TRIAL"
 
 
 @contextmanager

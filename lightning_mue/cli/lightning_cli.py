@@ -14,8 +14,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lightning_mue.callbacks import ThroughputMonitor
+from lightning_mue.callbacks.trial_report import TrialReport
 from lightning_mue.cli.report import report_command
 from lightning_mue.cli.summary import summarize
+from lightning_mue.cli.sweep import sweep_command
 from lightning_mue.cli.trainer import MuETrainer
 
 #: Commands that need the model's shapes only, not its weights.
@@ -25,6 +27,7 @@ _SPELLINGS = {"--axis": "--axis+", "--save-base": "--save_base"}
 _PACKAGE = Path(__file__).parents[1]
 #: Commands that are not a Trainer's: name -> what takes the rest of the command line, and one sentence for --help.
 _OTHER_COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
+    "sweep": (lambda args: sweep_command(args, MuECLI), "--config ...: learning rates over sizes, rules and seeds."),
     "report": (report_command, "RUN_DIR...: one HTML page with the verdict on runs (needs no config)."),
 }
 
@@ -76,8 +79,9 @@ class MuECLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def after_fit(self) -> None:
-        """Prints a summary after a training."""
-        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        """Prints a summary after a training, except in a trial of a sweep, which has no reader."""
+        is_trial = any(isinstance(callback, TrialReport) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        if self.trainer.is_global_zero and not (is_trial or self.trainer.fast_dev_run):  # type: ignore[attr-defined]
             summarize(self.trainer, self.model, self.datamodule)
 
 
