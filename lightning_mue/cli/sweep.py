@@ -99,11 +99,14 @@ def _plan(options: argparse.Namespace, command: tuple[str, ...], config: dict[st
 
 
 def _run(options: argparse.Namespace, plan: SweepPlan) -> None:
+    import optuna
+
     from lightning_mue.analysis.sweep.loop import Sweep
     from lightning_mue.analysis.sweep.progress import ConsoleWatcher, best_rates
     from lightning_mue.analysis.sweep.runner import OWN_COMMAND, ProcessRunner
     from lightning_mue.analysis.sweep.storage import SweepStorage, to_trials
 
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     output = Path(options.output).resolve()
     _claim_folder(output, plan)
     storage = SweepStorage(options.storage or str(output / "journal.log"), options.name, plan)

@@ -123,8 +123,9 @@ class SweepPlan:
         return with_seed(config, job.seed)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, by which two plans are compared."""
-        return json.loads(json.dumps(asdict(self), default=str))  # type: ignore[no-any-return]
+        """Plain types, by which two plans are compared: without seeds, extend and samples, which may grow later."""
+        plain = {name: value for name, value in asdict(self).items() if name not in ("seeds", "extend", "samples")}
+        return json.loads(json.dumps(plain, default=str))  # type: ignore[no-any-return]
 
     def _heads(self) -> Iterator[tuple[Value, ...]]:
         return itertools.product(*([point[0] for point in axis.points] for axis in self.axes))

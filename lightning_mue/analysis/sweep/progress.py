@@ -111,10 +111,10 @@ def _remark(plan: SweepPlan, losses: dict[float, float]) -> str:
     if plan.search or len(plan.rates) < 2:
         return ""
     if all(math.isinf(loss) for loss in losses.values()):
-        return "all diverged: give lower rates (--lr)"
+        return "all diverged: raise --extend"
     if next_rate(losses) is None:
         return ""
-    return "not between two finite losses: give other rates (--lr) or a larger --extend"
+    return "not between two finite losses: raise --extend"
 
 
 def _ending(outcome: Outcome) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import random
+import time
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +24,8 @@ from lightning_mue.analysis.trials import Trial, Value
 from lightning_mue.checks import listed, value_error
 
 _NAN = float("nan")
+#: Times that a database is tried.
+_ATTEMPTS = 4
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ class SweepStorage:
             self._study.set_user_attr(f"worker {self.workers.id}", sign)
 
     def entries(self) -> list[Entry]:
-        """All runs, in the order in which they were taken; those of dead processes are given up first."""
+        """All runs of the plan's seeds, in the order in which they were taken; those of dead processes are given up first."""
         trials = self._trials()
         signs = self._study.user_attrs if any(t.state is TrialState.RUNNING for t in trials) else {}
         living = []
@@ -164,7 +168,7 @@ class SweepStorage:
 
     def _trials(self) -> list[FrozenTrial]:
         trials = self._storage.get_all_trials(self._study_id, deepcopy=False)
-        return sorted((t for t in trials if t.user_attrs.get("cell") in self._cells), key=lambda t: t.number)
+        return sorted((t for t in trials if t.user_attrs["seed"] < self.plan.seeds), key=lambda t: t.number)
 
     def _entry(self, trial: FrozenTrial) -> Entry:
         attributes = trial.user_attrs
@@ -188,7 +192,7 @@ class SweepStorage:
         choices |= {axis.names[0]: [point[0] for point in axis.points] for axis in plan.axes}
         choices |= {key: list(values) for key, values in plan.settings.items()}
         distributions: dict[str, BaseDistribution] = {k: CategoricalDistribution(v) for k, v in choices.items()}
-        distributions |= {"lr": FloatDistribution(1e-12, 1e12, log=True), "seed": IntDistribution(0, plan.seeds - 1)}
+        distributions |= {"lr": FloatDistribution(1e-12, 1e12, log=True), "seed": IntDistribution(0, 1_000_000)}
         distributions |= {name: distribution(span) for name, span in plan.search.items() if name != "lr"}
         params = {"rule": job.cell.rule, "lr": job.point.lr, "seed": job.seed}
         return {**params, **job.cell.size, **job.cell.settings, **dict(job.point.searched)}, distributions
@@ -218,15 +222,24 @@ def to_trials(entries: Iterable[Entry]) -> list[Trial]:
 
 
 def _open(place: str) -> optuna.storages.BaseStorage:
-    if "://" in place:
+    if "://" not in place:
+        Path(place).parent.mkdir(parents=True, exist_ok=True)
+        return optuna.storages.JournalStorage(JournalFileBackend(place))
+    for attempt in range(_ATTEMPTS):
         try:
             return optuna.storages.get_storage(place)
-        except Exception as error:  # of the database's driver, which may be any, or a module that is missing
-            do = "Check the URL and the server; PostgreSQL needs a driver, e.g. pip install psycopg2-binary."
-            found = f"{type(error).__name__}: {error}"
+        except Exception as error:  # of the database's driver, which may be any
+            if not isinstance(error, ImportError) and attempt + 1 < _ATTEMPTS:
+                time.sleep(random.uniform(0.5, 1.5))  # processes that begin at once all make the tables, and one succeeds
+                continue
+            reason: BaseException = error
+            while (deeper := reason.__cause__ or reason.__context__) is not None:
+                reason = deeper
+            found = f"{type(reason).__name__}: {' '.join(str(reason).split())}"
+            do = "Check the URL and the server. For PostgreSQL, pip install 'psycopg[binary]' and begin the URL with "
+            do += "postgresql+psycopg://"
             raise value_error("--storage", found=found, expected="a database that Optuna can open", do=do) from error
-    Path(place).parent.mkdir(parents=True, exist_ok=True)
-    return optuna.storages.JournalStorage(JournalFileBackend(place))
+    raise AssertionError
 
 
 def refuse_other(place: str, theirs: Any, ours: Any, do: str) -> None:
