@@ -79,10 +79,10 @@ class Sweep:
                 self.storage.beat()
                 entries = self._entries()
                 self._drop_lost(entries)
+                self._refuse_crashes(entries)
                 while len(self._active) < self.jobs and (job := next(missing_jobs(self.plan, entries), None)):
                     self._start(job)
                     entries = self._entries()
-                self._refuse_crashes(entries)
                 self._show(entries)
                 busy = any(e.state == "running" for e in entries)
                 if not busy and next(missing_jobs(self.plan, entries), None) is None:
@@ -102,7 +102,11 @@ class Sweep:
         slot = min(set(range(self.jobs)) - {active.slot for active in self._active})
         # The id makes the folder that of this try: a run that was given up may not be quite dead yet.
         folder = self.folder / "trials" / f"{re.sub(r'[^A-Za-z0-9=.+-]+', '_', str(job))}-{trial_id}"
-        running = self.runner.start(self.plan.config_of(job), folder, slot)
+        try:
+            running = self.runner.start(self.plan.config_of(job), folder, slot)
+        except BaseException:
+            self.storage.give_up(trial_id)
+            raise
         self._active.append(_Active(job, trial_id, running, folder, slot))
         self.watcher.started(job)
 

@@ -230,7 +230,9 @@ def _open(place: str) -> optuna.storages.BaseStorage:
             return optuna.storages.get_storage(place)
         except Exception as error:  # of the database's driver, which may be any
             if not isinstance(error, ImportError) and attempt + 1 < _ATTEMPTS:
-                time.sleep(random.uniform(0.5, 1.5))  # processes that begin at once all make the tables, and one succeeds
+                time.sleep(
+                    random.uniform(0.5, 1.5)
+                )  # processes that begin at once all make the tables, and one succeeds
                 continue
             reason: BaseException = error
             while (deeper := reason.__cause__ or reason.__context__) is not None:

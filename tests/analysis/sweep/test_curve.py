@@ -4,7 +4,7 @@ import math
 
 import pytest
 from helpers.sweeps import plan
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_mue.analysis.sweep.curve import next_rate, wanted_points
@@ -34,6 +34,7 @@ def test_one_rate_is_no_grid():
     assert next_rate({0.01: 1.0}) is None
 
 
+@settings(max_examples=30, deadline=None)
 @given(st.floats(-12, 4), st.floats(0.05, 3.0))
 def test_a_grid_grows_to_any_optimum(optimum, diverges_above):
     """Loss is a parabola in log2 lr that diverges somewhere above its optimum."""
