@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from lightning_mue.analysis.sweep.curve import next_rate
@@ -32,8 +32,13 @@ class ConsoleWatcher:
 
     def __init__(self, console: Console, jobs: int) -> None:
         self.console, self.jobs = console, jobs
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"))
-        self._bar = Progress(*columns, TextColumn("{task.fields[left]}"), console=console)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[left]}"),
+        )
+        self._bar = Progress(*columns, console=console)
         self._task = self._bar.add_task("sweep", total=None, left="", visible=console.is_terminal)
         self._over, self._known, self._left = 0, 0, ""
 

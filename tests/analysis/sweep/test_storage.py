@@ -134,6 +134,7 @@ def test_a_budget_may_grow_and_shrink(join, swept):
     assert [e.job for e in join(fewer).entries()] == jobs[:2]
 
 
+@pytest.mark.slow
 def test_a_database_that_cannot_be_opened_is_refused(swept, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     with pytest.raises(ValueError, match=r"--storage: found .*unable to open database file.*expected a database"):
