@@ -1,4 +1,4 @@
-"""``lightning-mue``: fit, validate, test and predict from YAML files, ``explain`` and ``coord-check`` (trainer.py), ``report``."""
+"""``lightning-mue``: fit, validate, test and predict from YAML files, ``explain``, ``coord-check`` (trainer.py), ``sweep``, ``report``."""
 
 from __future__ import annotations
 

@@ -160,6 +160,33 @@ def _exit(status: int) -> None:
     raise SystemExit(status)
 
 
+#: Options that may be given several times; name -> placeholder, help.
+_REPEATABLE = {
+    "--config": ("FILE", "as of `lightning-mue fit`"),
+    "--set": ("KEY=V,V,...", "values of another key, crossed with the sizes"),
+    "--search": ("KEY=log:LOW:HIGH", "a key to search by TPE; also lin:LOW:HIGH and int:LOW:HIGH"),
+}
+#: Name -> default, placeholder, help.
+_OPTIONS: dict[str, tuple[Any, str, str]] = {
+    "--rules": (None, "RULE,...", "rules of MuECallback, e.g. sp,mup,complete-mue; none removes it"),
+    "--lr": (None, "V,V,...", "rates, or log:LOW:HIGH to search (default: five around the config's, a factor 2 apart)"),
+    "--lr-key": (None, "KEY", "the config's key of the learning rate, if it is not found"),
+    "--trials": (20, "N", "points of a search in each cell"),
+    "--seeds": (1, "N", "seeds of each point"),
+    "--extend": (4, "N", "points by which a cell's grid may grow until its best is interior"),
+    "--metric": ("val/loss", "NAME", "logged quantity to minimize"),
+    "--jobs": (None, "N", "trials at once (default: one for each core, or for each GPU)"),
+    "--output": ("sweep", "FOLDER", "for the trials and their table"),
+    "--storage": (None, "URL", "database that several machines share (default: a journal in the output folder)"),
+    "--name": ("sweep", "NAME", "name of the sweep in the storage"),
+    "--command": ("", "CMD", "your own LightningCLI, e.g. 'python train.py fit'"),
+}
+_AXIS = (
+    "sizes: an argument of the module, a key of the config, tokens or batch_tokens; several in one --axis vary together, "
+    "several --axis are crossed"
+)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lightning-mue sweep",
@@ -167,58 +194,11 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Other options go to the training command, as in `lightning-mue fit`, e.g. --trainer.max_steps 200.",
         allow_abbrev=False,
     )
-
-    def add(name: str, **more: Any) -> None:
-        parser.add_argument(name, **more)
-
-    add("--config", action="append", default=[], metavar="FILE", help="as of `lightning-mue fit`; repeatable")
-    add(
-        "--axis",
-        action="append",
-        nargs="+",
-        default=[],
-        metavar="NAME=V,V,...",
-        help="sizes: an argument of the module, a key of the config, tokens or batch_tokens; several in one --axis vary "
-        "together, several --axis are crossed",
-    )
-    add("--rules", metavar="RULE,...", help="rules of MuECallback, e.g. sp,mup,complete-mue; none removes it")
-    add(
-        "--lr",
-        metavar="V,V,...",
-        help="rates, or log:LOW:HIGH to search; default: five around the config's, a factor 2 apart",
-    )
-    add("--lr-key", metavar="KEY", help="the config's key of the learning rate, if it is not found")
-    add(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=V,V,...",
-        help="values of another key, crossed with the sizes",
-    )
-    add(
-        "--search",
-        action="append",
-        default=[],
-        metavar="KEY=log:LOW:HIGH",
-        help="a key to search by TPE; also lin:, int:",
-    )
-    add("--trials", type=int, default=20, metavar="N", help="points of a search in each cell (default: %(default)s)")
-    add("--seeds", type=int, default=1, metavar="N", help="seeds of each point (default: %(default)s)")
-    add(
-        "--extend",
-        type=int,
-        default=4,
-        metavar="N",
-        help="points by which a cell's grid may grow until its best is interior",
-    )
-    add("--metric", default="val/loss", metavar="NAME", help="logged quantity to minimize (default: %(default)s)")
-    add("--jobs", type=int, metavar="N", help="trials at once (default: one for each core, or for each GPU)")
-    add("--output", default="sweep", metavar="FOLDER", help="for the trials and their table (default: %(default)s)")
-    add(
-        "--storage",
-        metavar="URL",
-        help="database that several machines share (default: a journal in the output folder)",
-    )
-    add("--name", default="sweep", metavar="NAME", help="name of the sweep in the storage (default: %(default)s)")
-    add("--command", default="", metavar="CMD", help="your own LightningCLI, e.g. 'python train.py fit'")
+    parser.add_argument("--axis", action="append", nargs="+", default=[], metavar="NAME=V,V,...", help=_AXIS)
+    for name, (value, meaning) in _REPEATABLE.items():
+        parser.add_argument(name, action="append", default=[], metavar=value, help=f"{meaning}; repeatable")
+    for name, (default, value, meaning) in _OPTIONS.items():
+        of = int if value == "N" else str
+        shown = "" if default in (None, "") else f" (default: {default})"
+        parser.add_argument(name, type=of, default=default, metavar=value, help=meaning + shown)
     return parser

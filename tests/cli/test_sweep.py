@@ -203,6 +203,7 @@ def test_without_optuna_it_says_what_to_install(monkeypatch):
         command.sweep_command([], MuECLI)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "found"),
     [
