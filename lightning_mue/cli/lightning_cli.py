@@ -1,4 +1,4 @@
-"""``lightning-mue``: fit, validate, test and predict from YAML files, ``explain``, ``coord-check`` (trainer.py), ``sweep``, ``report``."""
+"""``lightning-mue``: fit, validate, test, predict; ``explain``, ``coord-check`` (trainer.py); ``sweep``, ``report``."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import re
 import shlex
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import yaml
 from lightning.pytorch.cli import LightningCLI
 from rich.console import Console
 
-from lightning_mue.analysis.sweep.axes import parse_axis, parse_range, parse_rates, parse_values
+from lightning_mue.analysis.sweep.axes import parse_axis, parse_range, parse_rates, parse_rules, parse_values
 from lightning_mue.analysis.sweep.plan import SweepPlan, make_plan
 from lightning_mue.checks import require_positive, require_size, value_error
 from lightning_mue.cli.sweep_check import check_builds
@@ -89,13 +89,22 @@ def _plan(options: argparse.Namespace, command: tuple[str, ...], config: dict[st
         lr_key=options.lr_key,
         rates=None if options.lr is None else parse_rates(options.lr),
         axes=tuple(parse_axis(parts) for parts in options.axis),
-        rules=tuple(dict.fromkeys(rule.strip() for rule in options.rules.split(","))) if options.rules else (),
-        settings=dict(parse_values("--set", text) for text in options.set),
-        search=dict(parse_range("--search", text) for text in options.search),
+        rules=() if options.rules is None else parse_rules(options.rules),
+        settings=_by_key("--set", (parse_values("--set", text) for text in options.set)),
+        search=_by_key("--search", (parse_range("--search", text) for text in options.search)),
         seeds=options.seeds,
         extend=options.extend,
         samples=options.trials,
     )
+
+
+def _by_key(option: str, pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise value_error(option, found=f"{key} in two options", expected="each key once")
+        found[key] = value
+    return found
 
 
 def _run(options: argparse.Namespace, plan: SweepPlan) -> None:

@@ -181,6 +181,7 @@ def test_the_config_is_what_the_command_makes_of_it(tmp_path):
         (["--lr", "0.1,-0.1"], "--lr: found -0.1, expected a positive"),
         (["--lr-key", "model.wdth"], "--lr-key: found 'model.wdth'"),
         (["--rules", "none,mup"], "--rules: found 'mup', and no base in the config"),
+        (["--set", "width=1", "--set", "width=2"], "--set: found width in two options"),
         (["--seeds", "0"], "--seeds: found 0, expected an integer of at least 1"),
         (["--extend", "-1"], "--extend: found -1, expected"),
         (["--lr", "0.1,0.2", "--search", "width=int:1:3"], "--lr: found 2 rates beside --search"),

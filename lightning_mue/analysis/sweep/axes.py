@@ -11,6 +11,7 @@ import yaml
 
 from lightning_mue.analysis.trials import Value
 from lightning_mue.checks import require_choice, value_error
+from lightning_mue.parameterizations import RULES
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,19 @@ def parse_values(option: str, text: str) -> tuple[str, tuple[Value, ...]]:
     name, values = _split(option, text)
     _refuse_repeats(f"{option} {name}", values)
     return name, values
+
+
+def parse_rules(text: str) -> tuple[str, ...]:
+    """Reads ``--rules sp,mup,none``; none stands for no MuECallback.
+
+    Raises:
+        ValueError: For an unknown rule, or one given twice.
+    """
+    rules = tuple(rule.strip() for rule in text.split(","))
+    for rule in rules:
+        require_choice("--rules", rule, (*RULES, "none"))
+    _refuse_repeats("--rules", rules)
+    return rules
 
 
 def parse_range(option: str, text: str) -> tuple[str, Range]:

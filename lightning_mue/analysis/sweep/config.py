@@ -161,44 +161,53 @@ def run_changes(config: Config, axes: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: If sizes of batch and sequence are not in the config, or do not divide.
     """
-    batch_key, per_row = _batch(config)
+    rows_key, per_row = batch_key(config), _row_tokens(config)
     tokens, batch = axes.get("tokens"), axes.get("batch_tokens")
-    rows = get(config, batch_key) if batch is None else batch / per_row
+    rows = get(config, rows_key) if batch is None else batch / per_row
     if rows != int(rows) or rows < 1:
-        expected = f"a multiple of {per_row:g}, the tokens of a step with {batch_key}=1"
+        expected = f"a multiple of {per_row:g}, the tokens of a step with {rows_key}=1"
         raise value_error("--axis batch_tokens", found=f"{batch:g}", expected=expected)
     if tokens is None:
         steps = get(config, "trainer.max_steps")
         if not isinstance(steps, int) or steps < 1:
             do = "Set it (and max_epochs: -1), so that every batch size sees the same tokens."
             raise value_error("trainer.max_steps", found=repr(steps), expected="the length of the run in steps", do=do)
-        tokens = steps * get(config, batch_key) * per_row
+        tokens = steps * get(config, rows_key) * per_row
     steps = round(tokens / (rows * per_row))
     if not tokens > 0 or steps < 1 or not math.isclose(steps * rows * per_row, tokens, rel_tol=0.02):
         expected = f"a positive multiple of the {rows * per_row:g} tokens of a step (within 2 %)"
         raise value_error("--axis tokens", found=f"{tokens:g}", expected=expected)
-    return {batch_key: int(rows), "trainer.max_steps": steps, "trainer.max_epochs": -1}
+    return {rows_key: int(rows), "trainer.max_steps": steps, "trainer.max_epochs": -1}
 
 
-def _batch(config: Config) -> tuple[str, float]:
-    """Key of the batch size, and the tokens in a step for each unit of it."""
-    paths = [path for part in ("data", "model") for path in leaves(config.get(part), f"{part}.")]
+def batch_key(config: Config) -> str:
+    """Key of the batch size, in data or model.
 
-    def first(names: tuple[str, ...], what: str) -> str:
-        numbers = (path for name in names for path in paths if path.rpartition(".")[2] == name)
-        found = next((path for path in numbers if type(get(config, path)) is int), None)
-        if found is None:
-            do = "Vary trainer.max_steps and the batch size by their keys: --axis trainer.max_steps=100,400."
-            expected = f"the {what} ({listed(names)}) among the arguments of data or model"
-            raise value_error("--axis tokens, batch_tokens", found="none in the config", expected=expected, do=do)
-        return found
+    Raises:
+        ValueError: If there is none.
+    """
+    return _size_key(config, BATCHES, "batch size")
 
+
+def _row_tokens(config: Config) -> float:
+    """Tokens in a step for each unit of the batch size."""
     trainer = config["trainer"]
     devices, nodes = trainer.get("devices") or 1, trainer.get("num_nodes") or 1
     # "auto" is one device: a trial has one accelerator, or the CPU.
     count = len(devices) if isinstance(devices, list) else devices if isinstance(devices, int) and devices > 0 else 1
     copies = count * nodes * (trainer.get("accumulate_grad_batches") or 1)
-    return first(BATCHES, "batch size"), get(config, first(LENGTHS, "length of a sequence")) * copies
+    return get(config, _size_key(config, LENGTHS, "length of a sequence")) * copies
+
+
+def _size_key(config: Config, names: tuple[str, ...], what: str) -> str:
+    paths = [path for part in ("data", "model") for path in leaves(config.get(part), f"{part}.")]
+    for name in names:
+        for path in paths:
+            if path.rpartition(".")[2] == name and type(get(config, path)) is int:
+                return path
+    do = "Vary trainer.max_steps and the batch size by their keys: --axis trainer.max_steps=100,400."
+    expected = f"the {what} ({listed(names)}) among the arguments of data or model"
+    raise value_error("--axis tokens, batch_tokens", found="none in the config", expected=expected, do=do)
 
 
 def _callbacks(config: Config) -> list[Config]:

@@ -13,6 +13,7 @@ from lightning_mue.analysis.sweep.axes import Axis, Range, require_rate
 from lightning_mue.analysis.sweep.config import (
     RUN_AXES,
     Config,
+    batch_key,
     changed,
     find_rate,
     get,
@@ -190,6 +191,11 @@ def _refuse_twice(plan: SweepPlan) -> None:
     given += [("--set", name) for name in plan.settings]
     given += [("--search", name) for name in plan.search if name != "lr"]
     owner = {plan.lr_key: "the learning rate (--lr)"}
+    names = {name for axis in plan.axes for name in axis.names}
+    if names & set(RUN_AXES):
+        owner["trainer.max_steps"] = "set by the axis tokens or batch_tokens"
+    if "batch_tokens" in names:
+        owner[batch_key(plan.config)] = "set by the axis batch_tokens"
     for axis in plan.axes:
         for name in axis.names:
             if sum(name in other.names for other in plan.axes) > 1:

@@ -2,7 +2,15 @@
 
 import pytest
 
-from lightning_mue.analysis.sweep.axes import Axis, Range, parse_axis, parse_range, parse_rates, parse_values
+from lightning_mue.analysis.sweep.axes import (
+    Axis,
+    Range,
+    parse_axis,
+    parse_range,
+    parse_rates,
+    parse_rules,
+    parse_values,
+)
 
 
 def test_parts_of_an_axis_vary_together():
@@ -47,6 +55,8 @@ def test_rates_and_ranges():
         (lambda: parse_axis(["width=64,,128"]), "--axis width: found '', expected a number"),
         (lambda: parse_values("--set", "k={a: 1}"), "--set k: found '{a: 1}', expected a number"),
         (lambda: parse_values("--set", "k=[1"), r"--set k: found '\[1', expected a number"),
+        (lambda: parse_rules("sp,mup,sp"), "--rules: found 'sp' twice"),
+        (lambda: parse_rules("sp,mu"), "--rules: found 'mu', expected one of .*'complete-mue'.*'none'"),
         (lambda: parse_rates("0.1,0"), "--lr: found 0, expected a positive"),
         (lambda: parse_rates("-0.1"), "--lr: found -0.1, expected a positive"),
         (lambda: parse_rates("nan"), "--lr: found nan, expected a positive"),

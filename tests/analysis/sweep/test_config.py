@@ -117,6 +117,16 @@ def test_tokens_and_batch_tokens_set_steps_and_batch_size():
             {"axes": (axis(width=[1]),), "settings": {"width": (1,)}},
             "--set: found width, which is varied by --axis",
         ),
+        (
+            CONFIG,
+            {"axes": (axis(tokens=[128]),), "settings": {"trainer.max_steps": (1,)}},
+            "--set: found .*, which is set by",
+        ),
+        (
+            CONFIG,
+            {"axes": (axis(batch_tokens=[128]), axis(batch_size=[4]))},
+            "--axis: found batch_size, which is set by",
+        ),
         (CONFIG, {"settings": {LR: (1,)}}, "--set: found .*, which is the learning rate"),
         (CONFIG, {"axes": (axis(batch_tokens=[100]),)}, "--axis batch_tokens: found 100, expected a multiple of 32"),
         (CONFIG, {"axes": (axis(tokens=[10]),)}, "--axis tokens: found 10, expected a positive multiple of the 128"),
