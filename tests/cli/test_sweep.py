@@ -76,7 +76,7 @@ def start(folder, *args):
     )
 
 
-def wait_for(what, seconds=120):
+def wait_for(what, seconds=240):
     end = time.monotonic() + seconds
     while not (found := what()):
         assert time.monotonic() < end, "waited too long"
@@ -124,7 +124,7 @@ def test_killed_and_joined_by_two_processes_it_trains_everything_once(tmp_path):
     first.send_signal(signal.SIGKILL)
     first.communicate()
     before = trials_of(tmp_path)
-    wait_for(lambda: not processes_in(tmp_path), 30)  # a trial does not outlive its sweep
+    wait_for(lambda: not processes_in(tmp_path), 60)  # a trial does not outlive its sweep
     both = [start(tmp_path, *args), start(tmp_path, *args)]
     outputs = [process.communicate(timeout=280)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
