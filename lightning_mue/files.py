@@ -21,6 +21,10 @@ PART = ".mue-part"
 _STALE_SECONDS = 3600.0
 _UMASK = os.umask(0o077)  # it can be read only by setting it, which is done while there is but one thread
 os.umask(_UMASK)
+#: What a trial of a sweep writes into its folder for the process that started it, while it runs and at its end.
+TRIAL_PROGRESS, TRIAL_RESULT = "progress.json", "result.json"
+#: Environment variable, set for a trial whose standard input ends when the process that started it dies.
+TRIAL_WATCHED = "LIGHTNING_MUE_TRIAL"
 
 
 @contextmanager

@@ -169,6 +169,7 @@ _NOT_OURS = {
     "pretrain.py",
     "script.py",
     "train.py",
+    "trial.yaml",
     "setup.py",
     "hparams.yaml",
 }

@@ -101,11 +101,14 @@ class ThroughputMonitor(Callback):
 
     def _tokens(self, batch: Any) -> int | None:
         """Number of tokens in this rank's batch; None if there is nothing to count."""
-        if self.tokens_of is not None:
-            return int(self.tokens_of(batch))
-        named = batch.get("tokens") if isinstance(batch, Mapping) else None
-        ids = named if isinstance(named, Tensor) else next(_token_ids(batch), None)
-        return None if ids is None else ids.numel()
+        return count_tokens(batch) if self.tokens_of is None else int(self.tokens_of(batch))
+
+
+def count_tokens(batch: Any) -> int | None:
+    """Elements of ``batch["tokens"]``, else of the first integer tensor with at least two dimensions; None without one."""
+    named = batch.get("tokens") if isinstance(batch, Mapping) else None
+    ids = named if isinstance(named, Tensor) else next(_token_ids(batch), None)
+    return None if ids is None else ids.numel()
 
 
 def _token_ids(batch: Any) -> Iterator[Tensor]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from lightning_mue.analysis.certificate import Limits, certify
+from lightning_mue.analysis.certificate import Certificate, Limits, certify
 from lightning_mue.analysis.certificate.pictures import COLOURS
 from lightning_mue.analysis.trials import Trial, Value, read_trials
 from lightning_mue.checks import require_choice, value_error
@@ -37,15 +37,20 @@ def certify_command(args: Sequence[str]) -> None:
     for rule in options.rule:
         require_choice("--rule", rule, sorted({trial.rule for trial in trials}))
     certificate = certify(trials, read_size(options.base), limits=Limits(options.drift, options.penalty))
-    page = certificate.write(options.output or table_of(options.sweeps[0]).parent)
+    write_and_show(certificate, options.output or table_of(options.sweeps[0]).parent)
+    if not certificate.holds(options.rule):
+        raise SystemExit(1)
+
+
+def write_and_show(certificate: Certificate, folder: str | Path) -> None:
+    """Writes a certificate's files, and prints its table and verdicts."""
+    page = certificate.write(folder)
     console = wide_console()
     console.print(certificate)
     for result in certificate.results:
         console.print(f"[{COLOURS[result.verdict]}]{result.verdict}[/]  {result.rule}, {result.axis}: ", end="")
         console.print(result.reason, markup=False, highlight=False)
     console.print(f"written: {page}", markup=False, highlight=False, soft_wrap=True)
-    if not certificate.holds(options.rule):
-        raise SystemExit(1)
 
 
 def read_sweeps(paths: Sequence[str]) -> list[Trial]:

@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lightning_mue.callbacks import MuECallback, ThroughputMonitor
+from lightning_mue.callbacks.trial_report import TrialReport
 from lightning_mue.checks import value_error
 from lightning_mue.class_paths import check_class_paths
 from lightning_mue.cli.certify import certify_command
@@ -23,6 +24,7 @@ from lightning_mue.cli.parsing.raised import KINDS, message_of
 from lightning_mue.cli.parsing.values import check_checkpoint, check_values
 from lightning_mue.cli.report import report_command
 from lightning_mue.cli.summary import summarize
+from lightning_mue.cli.sweep import sweep_command
 from lightning_mue.cli.trainer import MuETrainer
 
 #: Commands that need the model's shapes only, not its weights.
@@ -39,6 +41,7 @@ _OTHER_COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
         lambda args: forecast_command(args, MuECLI),
         "SWEEP_DIR... --config ...: loss and best rate of a larger run, written before it starts.",
     ),
+    "sweep": (lambda args: sweep_command(args, MuECLI), "--config ...: learning rates over sizes, rules and seeds."),
     "report": (report_command, "RUN_DIR...: one HTML page with the verdict on runs (needs no config)."),
 }
 
@@ -125,8 +128,9 @@ class MuECLI(LightningCLI):
         return arguments
 
     def after_fit(self) -> None:
-        """Prints a summary after a training."""
-        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        """Prints a summary after a training, except in a trial of a sweep, which has no reader."""
+        is_trial = any(isinstance(callback, TrialReport) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        if self.trainer.is_global_zero and not (is_trial or self.trainer.fast_dev_run):  # type: ignore[attr-defined]
             summarize(self.trainer, self.model, self.datamodule)
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers.sweeps import GRID, WIDTHS, sweep
+from helpers.trials import GRID, WIDTHS, sweep
 
 from lightning_mue.analysis.certificate import Limits, certify
 from lightning_mue.analysis.trials import Trial

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from helpers.sweeps import GRID, sweep
+from helpers.trials import GRID, sweep
 
 from lightning_mue.analysis.cells import cells_of
 from lightning_mue.analysis.forecast import compute_efficiency, predict

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers.sweeps import GRID, WIDTHS, sweep
+from helpers.trials import GRID, WIDTHS, sweep
 
 from lightning_mue.analysis.certificate import Certificate
 from lightning_mue.analysis.forecast.record import config_hash

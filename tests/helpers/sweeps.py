@@ -1,47 +1,88 @@
-"""Trials of a sweep with known truth: a parabola in log2 lr at each size, noise that seeds share, and noise of their own."""
+"""Sweeps without training: a config, a runner whose runs end at once with a known loss, and a watcher that remembers."""
 
+from __future__ import annotations
+
+import copy
 import math
 
-import numpy as np
+from lightning_mue.analysis.sweep.axes import Axis
+from lightning_mue.analysis.sweep.plan import make_plan
+from lightning_mue.analysis.sweep.storage import Outcome
 
-from lightning_mue.analysis.trials import Trial
-
-GRID = 0.016 * 2.0 ** np.arange(-3, 4)
-
-
-def sweep(
-    sizes,
-    *,
-    rule="complete-mue",
-    rates=GRID,
-    seeds=3,
-    noise=1e-9,
-    shared=0.0,
-    best=0.016,
-    drift=0.0,
-    loss=lambda ratio: 2.0 + 0.5 / ratio,
-    curvature=lambda ratio: 0.05,
-    diverges_above=math.inf,
-    draw=0,
-    **more,
-):
-    """Trials at sizes {ratio to the base: size}; the optimum moves by `drift` octaves each time the ratio doubles.
-
-    `curvature` is relative to the loss at the optimum, per squared octave. `shared` noise is the same at all rates and sizes of
-    a seed. Without noise two seeds would be copies, which are refused.
-    """
-    rng = np.random.default_rng(draw)
-    common = shared * rng.normal(size=seeds)
-    trials = []
-    for ratio, size in sizes.items():
-        optimum = math.log2(best) + drift * math.log2(ratio)
-        for seed in range(seeds):
-            for lr in rates:
-                value = loss(ratio) * (1 + curvature(ratio) * (math.log2(lr) - optimum) ** 2 + noise * rng.normal())
-                value = math.inf if lr > diverges_above else value + common[seed]
-                extra = {key: of(ratio) for key, of in more.items()}
-                trials.append(Trial(rule, size, seed, float(lr), float(value), **extra))
-    return trials
+CONFIG = {
+    "seed_everything": 0,
+    "trainer": {"callbacks": None, "max_steps": 100, "accumulate_grad_batches": 1, "devices": "auto", "num_nodes": 1},
+    "model": {
+        "class_path": "mine.Model",
+        "init_args": {
+            "width": 64,
+            "gate": "linear",
+            "context_length": 32,
+            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01, "weight_decay": 0.1}},
+        },
+    },
+    "data": {"class_path": "mine.Data", "init_args": {"batch_size": 4, "seed": 7}},
+}
+LR = "model.init_args.optimizer.init_args.lr"
 
 
-WIDTHS = {1: {"width": 64}, 2: {"width": 128}, 4: {"width": 256}, 8: {"width": 512}}
+def axis(**values):
+    names = tuple(values)
+    return Axis(names, tuple(zip(*values.values(), strict=True)))
+
+
+def plan(config=CONFIG, **options):
+    given = {"rates": None, "lr_key": None, "command": (), "metric": "val/loss", **options}
+    return make_plan(copy.deepcopy(config), **given)
+
+
+class FakeRunner:
+    """Runs of loss (log2 lr - optimum)^2; of each start it keeps (lr, seed, width)."""
+
+    def __init__(self, optimum=-6.0, ends_after=0, stop_at=None, losses=None):
+        self.optimum, self.ends_after, self.stop_at, self.losses = optimum, ends_after, stop_at, losses
+        self.starts, self.stopped = [], []
+
+    def start(self, config, folder, slot):
+        arguments = config["model"]["init_args"]
+        lr = arguments["optimizer"]["init_args"]["lr"]
+        if self.stop_at is not None and len(self.starts) >= self.stop_at:
+            raise KeyboardInterrupt
+        self.starts.append((lr, config["seed_everything"], arguments["width"]))
+        loss = (math.log2(lr) - self.optimum) ** 2 if self.losses is None else self.losses(*self.starts[-1])
+        return FakeRun(self, self.starts[-1], loss)
+
+
+class FakeRun:
+    """A run that ends when it has been looked at so many times; a loss may be an `Outcome`, or a `Progress` without an end."""
+
+    def __init__(self, runner, start, loss):
+        self.runner, self.start, self.loss, self.looks = runner, start, loss, 0
+
+    def progress(self):
+        return self.loss if isinstance(self.loss, tuple) else None
+
+    def outcome(self):
+        self.looks += 1
+        if self.looks <= self.runner.ends_after or isinstance(self.loss, tuple):
+            return None
+        return self.loss if isinstance(self.loss, Outcome) else Outcome(self.loss, seconds=1.0)
+
+    def stop(self):
+        self.runner.stopped.append(self.start)
+
+
+class Watch:
+    """Remembers how runs ended."""
+
+    def __init__(self):
+        self.outcomes = []
+
+    def started(self, job):
+        pass
+
+    def ended(self, job, outcome, folder):
+        self.outcomes.append((job, outcome))
+
+    def state(self, entries, missing, parts):
+        self.known = len(entries) + missing

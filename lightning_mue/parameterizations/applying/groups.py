@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_mue.checks import listed, mismatch, require_number, require_types, value_error
+from lightning_mue.checks import listed, mismatch, require_choice, require_number, require_types, value_error
 from lightning_mue.parameterizations.applying.initial_weights import check_covers
 from lightning_mue.parameterizations.planning.scaling_plan import ParameterPlan, ScalingPlan
 from lightning_mue.parameterizations.reading.parameters import named_tensors
