@@ -91,10 +91,11 @@ def test_patterns_name_the_rest(toy):
         (ActivationOutlierMonitor(branches=r"blocks\.\d\.fnn"), r"branches: found 'blocks.*nearest names are .*ffn'"),
         (LogitsZMonitor(attention="blocks.0.atention"), r"attention: found 'blocks.0.atention'.*'blocks.0.attention'"),
         (RouterMonitor(routers=r"blocks\.\d\.fn\.router"), r"routers: found .*ffn.router"),
-        (LogitsZMonitor(lm_logits="lm_(head"), "no regular expression"),
     ):
         with pytest.raises(ValueError, match=message):
             toy.fit([monitor], model=toy.make_model(), n_batches=1)
+    with pytest.raises(ValueError, match=r"lm_logits: found 'lm_\(head' .*, expected a regular expression"):
+        LogitsZMonitor(lm_logits="lm_(head")
 
 
 class Padded(LightningModule):

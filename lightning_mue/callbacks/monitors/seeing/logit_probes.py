@@ -45,9 +45,15 @@ class _Logits(Probe):
         others += [] if self.returned is None else [self.returned.attach(device)]
         return Handles(handle, *others)
 
-    def real(self, logits: Tensor) -> Tensor | None:
-        """Which of the tokens are no padding; None: all."""
-        return None if self._padding is None else self._padding.real(logits.shape[:-1].numel(), logits.shape[:-1])
+    @property
+    def padding_mask(self) -> Tensor | None:
+        """The padding mask of the call that runs now."""
+        return None if self._padding is None else self._padding.mask
+
+    def real(self, logits: Tensor, mask: Tensor | None = None) -> Tensor | None:
+        """Which of the tokens are no padding, of the call that runs or by its ``mask``; None: all."""
+        shape = logits.shape[:-1]
+        return None if self._padding is None else self._padding.real(shape.numel(), shape, mask)
 
     def merge(self, a: Tensor, b: Tensor) -> Tensor:
         return merge_logits(a, b)
@@ -122,21 +128,21 @@ class ReturnedLogits:
 
     def attach(self, device: torch.device) -> Handles:
         """Hook the owners."""
-        before: list[Tensor | None] = []
+        before: list[tuple[Tensor | None, Tensor | None]] = []
         training = {id(owner): owner.training for owner in self._owners}
 
         def enter(module: nn.Module, inputs: Any) -> None:
-            before.append(self._probe.total)
+            before.append((self._probe.total, self._probe.padding_mask))  # which is no longer there when the call ends
 
         def leave(module: nn.Module, inputs: Any, output: Any) -> None:
-            total = before.pop()
+            total, mask = before.pop()
             given = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
             logits = first_tensor(given)
             counts = module.training == training[id(module)] and records_gradients()
             if counts and logits is not None and logits.ndim > 1 and logits.shape[-1] == self._classes:
                 self._probe.total = total
                 with measuring(device):
-                    self._probe.add(logits_summary(logits))
+                    self._probe.add(logits_summary(logits, self._probe.real(logits, mask)))
 
         handles = []
         for owner in self._owners:
