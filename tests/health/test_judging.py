@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from lightning_mue.health.departures import LEAST_HISTORY, Level, Reference
+from lightning_mue.health.departures import LEAST_HISTORY, Level
 from lightning_mue.health.judging import RunJudge, judge
+from lightning_mue.health.reference import Reference
 from lightning_mue.health.series import series_of
 
 N = 200

@@ -24,8 +24,8 @@ from lightning_mue.diagnostics.attention import (
 from lightning_mue.sharded import whole
 
 _SOFTMAXES = frozenset({torch.softmax, F.softmax, Tensor.softmax, torch.special.softmax})
-_FUSED_ATTENTION = F.scaled_dot_product_attention  # kept: programs replace the name by functions that call this one
-_SDPA = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+FUSED_ATTENTION = F.scaled_dot_product_attention  # kept: programs replace the name by functions that call this one
+SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
 class _Logits(Probe):
@@ -145,8 +145,8 @@ class SeenAttentionProbe(WatchingProbe, _AttentionLogits):
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         """Measure the calls that are looked for."""
-        if func is _FUSED_ATTENTION:
-            self.add(_of_sdpa({**dict(zip(_SDPA, args, strict=False)), **kwargs}))
+        if func is FUSED_ATTENTION:
+            self.add(_of_sdpa({**dict(zip(SDPA_ARGUMENTS, args, strict=False)), **kwargs}))
             return
         sinks = getattr(self.module, "sinks", None)
         if isinstance(sinks, Tensor):

@@ -1,0 +1,74 @@
+"""Healthy runs that another run is compared with: their range, and how much they differ among themselves.
+
+Shape legend: n samples of one tag.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lightning_mue.health.departures import SMOOTHED, Healthy, least_of, range_of
+from lightning_mue.health.indicators import Indicator
+from lightning_mue.health.series import Run, Series, find_runs, read_run
+
+#: Healthy runs whose range says how much runs differ, and the least departure from it in multiples of the indicator's own.
+ENOUGH_RUNS, NEAREST = 3, 0.15
+
+
+class Reference:
+    """Healthy runs, such as that of a tuned base, that another run is compared with at the same part of its length.
+
+    The more alike they are, the less may another run differ from them: from `ENOUGH_RUNS` of them on, the least departure is the
+    width of their range, between `NEAREST` times the indicator's own one and that itself.
+
+    Args:
+        runs: At least one.
+        steps: Optimizer steps of the run that is compared; None: those of the reference itself.
+    """
+
+    def __init__(self, runs: Sequence[Run], steps: int | None = None) -> None:
+        self._runs = [_stretched(run, steps) for run in runs]
+        self._known: dict[str, Healthy | None] = {}
+
+    @classmethod
+    def read(cls, folders: Iterable[str | Path], steps: int | None = None) -> Reference:
+        """The runs in some folders.
+
+        Raises:
+            ValueError: If a folder holds no run.
+        """
+        paths = dict.fromkeys(path for folder in folders for path in find_runs(folder, "reference"))
+        return cls([read_run(path, "reference") for path in paths], steps)
+
+    def of(self, tag: str, indicator: Indicator) -> Healthy | None:
+        """The tag in the runs that have it; None if none has."""
+        if tag not in self._known:
+            series = tuple(run[tag] for run in self._runs if tag in run)
+            self._known[tag] = Healthy(series, _least_beyond(indicator, series)) if series else None
+        return self._known[tag]
+
+
+def _stretched(run: Run, steps: int | None) -> dict[str, Series]:
+    last = max((int(series.steps[-1]) for series in run.values() if len(series.steps)), default=0)
+    scale = 1.0 if steps is None or last == 0 else (steps - 1) / last
+    return {
+        tag: Series((series.steps * scale).astype(np.int64), series.values)
+        for tag, series in run.items()
+        if len(series.steps)
+    }
+
+
+def _least_beyond(indicator: Indicator, healthy: Sequence[Series]) -> float:
+    """The least departure from the range of healthy runs that matters: its width nearly everywhere, within bounds."""
+    most = least_of(indicator)
+    if len(healthy) < ENOUGH_RUNS:
+        return most
+    steps_n = healthy[0].steps
+    low_n, high_n = range_of(indicator, steps_n, healthy)
+    widths_n = (high_n - low_n)[SMOOTHED:]
+    widths_n = widths_n[np.isfinite(widths_n)]
+    width = float(np.quantile(widths_n, 0.9)) if len(widths_n) else most
+    return float(np.clip(width, NEAREST * most, most))
