@@ -57,7 +57,7 @@ class HealthMonitor(Callback):
 
     Raises:
         TypeError: If ``losses`` is not a list of strings, or ``reference`` not one of paths.
-        ValueError: When fitting begins, if a folder of ``reference`` holds no run.
+        ValueError: When fitting begins, if a folder of ``reference`` holds no run, or only this one.
     """
 
     def __init__(
@@ -89,7 +89,8 @@ class HealthMonitor(Callback):
             found, do = "no matplotlib", "There are none now. pip install matplotlib, or set heat_maps=False."
             rank_zero_warn(mismatch("HealthMonitor.heat_maps", found=found, expected="it, to draw with", do=do))
         if trainer.is_global_zero:
-            self._judge.reference = Reference.read(self.reference, _steps_of(trainer)) if self.reference else None
+            own = [folder for logger in trainer.loggers if isinstance(folder := getattr(logger, "log_dir", None), str)]
+            self._judge.reference = Reference.read(self.reference, _steps_of(trainer), own) if self.reference else None
             metric_stream.listen(trainer, self, lambda step, metrics: self._hear(trainer, step, metrics))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -11,6 +11,7 @@ from rich.console import Console
 from lightning_mue.checks import value_error
 from lightning_mue.health.card import LOOKS, headline
 from lightning_mue.health.report import read_runs, write_report
+from lightning_mue.health.reference import Reference
 
 
 def report_command(args: Sequence[str]) -> None:
@@ -25,12 +26,16 @@ def report_command(args: Sequence[str]) -> None:
     parser.add_argument(
         "--loss", action="append", default=[], metavar="TAG", help="a training loss that is not called one; repeatable"
     )
+    parser.add_argument(
+        "--reference", nargs="+", default=[], metavar="DIR", help="healthy runs to compare with, step by step"
+    )
     options = parser.parse_args(args)
     if Path(options.output).is_dir():
         found = f"the folder {options.output}"
         raise value_error("--output", found=found, expected="a file", do=f"Give {options.output}/report.html.")
-    runs = read_runs(options.runs, losses=options.loss)
-    page = write_report(runs, options.output)
+    reference = Reference.read(options.reference) if options.reference else None
+    runs = read_runs(options.runs, losses=options.loss, reference=reference)
+    page = write_report(runs, options.output, reference)
     console = Console(soft_wrap=True, highlight=False)
     for run in runs:
         word, colour = LOOKS[run.verdict.level]

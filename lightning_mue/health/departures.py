@@ -70,13 +70,13 @@ def levels(
     first = max(0, len(values_n) - IN_A_ROW) if only_last else 0
     y_n = scaled(indicator, values_n)
     seen_n, expected_n, beyond_n = from_history(indicator, y_n, first)
-    seen_n, expected_n = _unscaled(indicator, seen_n), _unscaled(indicator, expected_n)
+    seen_n, expected_n = unscaled(indicator, seen_n), unscaled(indicator, expected_n)
     words = [f"about {e:.3g}" for e in expected_n]
     departed_n = _held(beyond_n >= 1) | (beyond_n >= AT_ONCE)
     if healthy is not None:
         smooth_n, healthy_n, beyond_n = from_healthy(indicator, series.steps, y_n, healthy, first)
         left_n = _held(beyond_n >= 1) & ~departed_n
-        smooth_n, healthy_n = _unscaled(indicator, smooth_n), _unscaled(indicator, healthy_n)
+        smooth_n, healthy_n = unscaled(indicator, smooth_n), unscaled(indicator, healthy_n)
         told = [f"about {e:.3g} as in the reference" for e in healthy_n]
         seen_n, expected_n = np.where(left_n, smooth_n, seen_n), np.where(left_n, healthy_n, expected_n)
         words = [new if left else old for old, new, left in zip(words, told, left_n, strict=True)]
@@ -174,7 +174,8 @@ def scaled(indicator: Indicator, values_n: Floats) -> Floats:
     return values_n.astype(np.float64) if indicator.linear else np.log(np.maximum(values_n, 1e-12))
 
 
-def _unscaled(indicator: Indicator, y_n: Floats) -> Floats:
+def unscaled(indicator: Indicator, y_n: Floats) -> Floats:
+    """What `scaled` was made from."""
     return y_n if indicator.linear else np.exp(y_n)
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lightning_mue.health.departures import SMOOTHED, Healthy, least_of, range_of
-from lightning_mue.health.indicators import Indicator
+from lightning_mue.checks import value_error
+from lightning_mue.health.departures import SMOOTHED, Healthy, least_of, range_of, unscaled
+from lightning_mue.health.indicators import Indicator, indicator_of
 from lightning_mue.health.series import Run, Series, find_runs, read_run
 
 #: Healthy runs whose range says how much runs differ, and the least departure from it in multiples of the indicator's own.
@@ -34,13 +35,18 @@ class Reference:
         self._known: dict[str, Healthy | None] = {}
 
     @classmethod
-    def read(cls, folders: Iterable[str | Path], steps: int | None = None) -> Reference:
-        """The runs in some folders.
+    def read(cls, folders: Iterable[str | Path], steps: int | None = None, but: Iterable[str | Path] = ()) -> Reference:
+        """The runs in some folders, but for those in the folders ``but``, such as that of the run which is compared.
 
         Raises:
-            ValueError: If a folder holds no run.
+            ValueError: If a folder holds no run, or no run is left.
         """
-        paths = dict.fromkeys(path for folder in folders for path in find_runs(folder, "reference"))
+        left_out = {Path(path).resolve() for path in but}
+        found = dict.fromkeys(path.resolve() for folder in folders for path in find_runs(folder, "reference"))
+        paths = [path for path in found if path not in left_out]
+        if not paths:
+            expected, do = "at least one other run", "Give the folders of healthy runs that have ended."
+            raise value_error("reference", found="only the run itself", expected=expected, do=do)
         return cls([read_run(path, "reference") for path in paths], steps)
 
     def of(self, tag: str, indicator: Indicator) -> Healthy | None:
@@ -49,6 +55,16 @@ class Reference:
             series = tuple(run[tag] for run in self._runs if tag in run)
             self._known[tag] = Healthy(series, _least_beyond(indicator, series)) if series else None
         return self._known[tag]
+
+    def band(self, tag: str) -> tuple[Series, Series] | None:
+        """(lowest, highest) of an indicator's tag in the runs, smoothed, for a picture; None for another tag."""
+        found = indicator_of(tag)
+        healthy = None if found is None else self.of(tag, found[0])
+        if found is None or healthy is None:
+            return None
+        steps_n = healthy.series[0].steps
+        low_n, high_n = (unscaled(found[0], y_n) for y_n in range_of(found[0], steps_n, healthy.series))
+        return Series(steps_n, low_n), Series(steps_n, high_n)
 
 
 def _stretched(run: Run, steps: int | None) -> dict[str, Series]:

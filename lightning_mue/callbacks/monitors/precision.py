@@ -68,10 +68,12 @@ class PrecisionMonitor(SampledMonitor):
     It sees what no other figure shows at once: a kernel, a precision or a rounding that is wrong in attention, long before it adds
     up to something that the loss shows (docs/indicators/attention-error.md).
 
-    Metrics, for each attention layer, each with ``_max`` over layers: ``stability/attention_error/attention/<layer>``, the root mean
-    square of the error over that of the exact output (bfloat16 has 0.002 to 0.005, float32 1e-7 to 1e-6);
-    ``stability/attention_bias/attention/<layer>``, the size of the error's part along the exact output, of which rounding to nearest
-    has almost none.
+    Metrics, for each attention layer, each with ``_max`` over layers:
+
+    - ``stability/attention_error/attention/<layer>``: root mean square of the error over that of the exact output; bfloat16 has
+      0.002 to 0.01, float32 1e-7 to 1e-6.
+    - ``stability/attention_bias/attention/<layer>``: size of the error's part along the exact output, of which rounding to nearest
+      has almost none.
 
     Watched are declared cores (``mue_attention_core``) and calls of ``scaled_dot_product_attention`` inside attentions, without
     dropout. Eager attention, which has no single call to compare, is not seen.
