@@ -10,8 +10,8 @@ from rich.console import Console
 
 from lightning_mue.checks import value_error
 from lightning_mue.health.card import LOOKS, headline
-from lightning_mue.health.report import read_runs, write_report
 from lightning_mue.health.reference import Reference
+from lightning_mue.health.report import read_runs, write_report
 
 
 def report_command(args: Sequence[str]) -> None:

@@ -23,8 +23,8 @@ LEAST_HISTORY = 20
 SHORT, LONG, LONG_FACTOR = 12, 128, 1.5
 #: A departure from the own history is at least this many standard deviations of the noise.
 SPREADS = 6.0
-#: Departures in a row that make a symptom, unless one is this many times the least.
-IN_A_ROW, AT_ONCE = 3, 3.0
+#: Departures in a row that make a symptom, unless one is `Indicator.at_once` times the least.
+IN_A_ROW = 3
 #: Values whose median is compared with the same of the healthy runs.
 SMOOTHED = 8
 #: Values on which the level of the last one depends.
@@ -72,7 +72,7 @@ def levels(
     seen_n, expected_n, beyond_n = from_history(indicator, y_n, first)
     seen_n, expected_n = unscaled(indicator, seen_n), unscaled(indicator, expected_n)
     words = [f"about {e:.3g}" for e in expected_n]
-    departed_n = _held(beyond_n >= 1) | (beyond_n >= AT_ONCE)
+    departed_n = _held(beyond_n >= 1) | (beyond_n >= indicator.at_once)
     if healthy is not None:
         smooth_n, healthy_n, beyond_n = from_healthy(indicator, series.steps, y_n, healthy, first)
         left_n = _held(beyond_n >= 1) & ~departed_n

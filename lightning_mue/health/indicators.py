@@ -27,6 +27,7 @@ class Indicator:
         both: Both directions are.
         keeps: Both are against healthy runs, whose schedules fall as the run's own does.
         hold: Samples in a row that must be beyond ``watch`` or ``act``.
+        at_once: How many times the least departure from the own history counts although it is one sample.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Indicator:
     both: bool = False
     keeps: bool = False
     hold: int = 3
+    at_once: float = 3.0
 
 
 _LOWER = "Lower the learning rate of the role, or clip its gradient"
@@ -98,7 +100,8 @@ INDICATORS: tuple[Indicator, ...] = (
         "sequences hold other tokens than before: noise has the highest entropy, padding the lowest",
         "Look at the sequences of these steps and at the shard that they come from.",
         linear=True,
-        factor=0.3,
+        factor=1.0,
+        at_once=1.0,  # one sequence is enough, and comes alone where a shard begins
     ),
     Indicator(
         "attention entropy",

@@ -35,12 +35,11 @@ class _CoreErrors(_Errors):
         return self.measure_call(inputs, {}, output)
 
     def measure_call(self, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Tensor | None:
-        given = [first_tensor(inputs[i] if len(inputs) > i else keywords.get(name)) for i, name in enumerate("qkv")]
-        given.append(first_tensor(output))
-        if any(x is None or x.ndim != 4 for x in given):
+        q, k, v = (first_tensor(inputs[i] if len(inputs) > i else keywords.get(name)) for i, name in enumerate("qkv"))
+        y, scale = first_tensor(output), self.module.scale
+        if q is None or k is None or v is None or y is None or any(x.ndim != 4 for x in (q, k, v, y)):
             return None
-        scale: Any = self.module.scale
-        return attention_error_summary(*given, float(scale), causal=True)  # type: ignore[arg-type]
+        return attention_error_summary(q, k, v, y, float(scale), causal=True)  # type: ignore[arg-type]
 
 
 class _SeenErrors(WatchingProbe, _Errors):
