@@ -3,7 +3,8 @@
 The loss shows a fault when its median over 5 steps has been 5 % above that of the healthy run of the same seed for 5 steps, or is
 not finite. The two runs have the same weights up to the fault and the same data after it, so that nothing but the fault makes a
 difference: this sees a fault before anybody could who has only the run itself. The indicators have less: the run's own past, and
-healthy runs of other seeds. When the loss would be seen by these same means is told beside it (``judged``).
+healthy runs of other seeds. That the loss leaves its range by these means is a second sight of it (``judged``). A fault is flagged in time if it
+is before both, and a lead counts to the earlier one.
 """
 
 from __future__ import annotations
@@ -55,16 +56,21 @@ class Score:
     left: int
 
     @property
+    def seen(self) -> int | None:
+        """When the loss shows it by whichever of the two sights is earlier."""
+        return min((step for step in (self.shown, self.judged) if step is not None), default=None)
+
+    @property
     def early(self) -> bool:
-        """Whether it was flagged before the loss showed it."""
-        return self.flagged is not None and (self.shown is None or self.flagged < self.shown)
+        """Whether it was flagged before the loss showed it by either sight."""
+        return self.flagged is not None and (self.seen is None or self.flagged < self.seen)
 
     @property
     def lead(self) -> int | None:
-        """Steps from the flag to the loss, or to the end of a run whose loss shows nothing; None without a flag."""
+        """Steps from the flag to when the loss is `seen`, or to the end of a run whose loss shows nothing; None without a flag."""
         if self.flagged is None:
             return None
-        return (self.left if self.shown is None else self.shown) - self.flagged
+        return (self.left if self.seen is None else self.seen) - self.flagged
 
     def row(self) -> dict[str, object]:
         """As it is stored."""

@@ -50,9 +50,10 @@ class Healthy(NamedTuple):
 
 
 def range_of(indicator: Indicator, steps_n: NDArray[np.int64], healthy: Sequence[Series]) -> tuple[Floats, Floats]:
-    """(lowest [n], highest [n]) of healthy runs, smoothed, at the same steps."""
-    at = [_smooth(np.interp(steps_n, one.steps, scaled(indicator, one.values))) for one in healthy]
-    return np.min(at, axis=0), np.max(at, axis=0)
+    """(lowest [n], highest [n]) of healthy runs, smoothed, at the same steps; NaN before `SMOOTHED` of them."""
+    at = np.array([np.interp(steps_n, one.steps, scaled(indicator, one.values)) for one in healthy])
+    smooth = _smooth(at)
+    return smooth.min(axis=0), smooth.max(axis=0)
 
 
 def levels(
@@ -180,13 +181,13 @@ def unscaled(indicator: Indicator, y_n: Floats) -> Floats:
 
 
 def _smooth(y_n: Floats) -> Floats:
-    """The median of each value and up to `SMOOTHED` - 1 before it; NaN where one of them is."""
-    early = [_median(y_n[: i + 1]) for i in range(min(SMOOTHED - 1, len(y_n)))]
-    if len(y_n) < SMOOTHED:
-        return np.array(early)
-    ordered = np.sort(np.lib.stride_tricks.sliding_window_view(y_n, SMOOTHED), axis=1)  # NaN last
-    middle = 0.5 * (ordered[:, (SMOOTHED - 1) // 2] + ordered[:, SMOOTHED // 2])
-    return np.concatenate([early, np.where(np.isnan(ordered[:, -1]), np.nan, middle)])
+    """The median of each value and the `SMOOTHED` - 1 before it, [..., n]; NaN where there are fewer, or one of them is."""
+    smooth_n = np.full(y_n.shape, np.nan)
+    if y_n.shape[-1] >= SMOOTHED:
+        ordered = np.sort(np.lib.stride_tricks.sliding_window_view(y_n, SMOOTHED, axis=-1), axis=-1)  # NaN last
+        median = 0.5 * (ordered[..., (SMOOTHED - 1) // 2] + ordered[..., SMOOTHED // 2])
+        smooth_n[..., SMOOTHED - 1 :] = np.where(np.isnan(ordered[..., -1]), np.nan, median)
+    return smooth_n
 
 
 def _median(values: Floats) -> float:
