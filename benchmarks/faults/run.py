@@ -22,7 +22,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_mue.callbacks import HealthMonitor, PrecisionMonitor, TokenMonitor
+from lightning_mue.callbacks import HealthMonitor, MuECallback, PrecisionMonitor, TokenMonitor
 from lightning_mue.cli.lightning_cli import MuECLI
 
 _CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
@@ -112,6 +112,9 @@ def train(out: Path, seed: int, faults: Sequence[str], setting: Setting, jobs: i
     cli = MuECLI(_arguments(seed, setting), run=False)
     trainer = cli.trainer
     trainer.loggers = [_logger(folder_of(out, "prefix" if forks.only_copies else HEALTHY, seed))]
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, MuECallback):
+            callback.seed = seed  # which draws the weights, whatever seed_everything says
     dropped = (
         HealthMonitor,
         LearningRateMonitor,
@@ -144,6 +147,7 @@ def _arguments(seed: int, setting: Setting) -> list[str]:
         "--trainer.limit_val_batches=0",
         "--trainer.enable_progress_bar=false",
         "--trainer.enable_checkpointing=false",
+        f"{data}.seed={seed}",
         f"{data}.batch_size={setting.batch}",
         f"{data}.context_length={setting.context}",
         f"{model}.context_length={setting.context}",

@@ -3,8 +3,8 @@
 The loss shows a fault when its median over 5 steps has been 5 % above that of the healthy run of the same seed for 5 steps, or is
 not finite. The two runs have the same weights up to the fault and the same data after it, so that nothing but the fault makes a
 difference: this sees a fault before anybody could who has only the run itself. The indicators have less: the run's own past, and
-healthy runs of other seeds. That the loss leaves its range by these means is a second sight of it (``judged``). A fault is flagged in time if it
-is before both, and a lead counts to the earlier one.
+healthy runs of other seeds. That the loss leaves its range by these means is a second sight of it (``judged``). A fault is flagged
+in time if it is before both, and a lead counts to the earlier one.
 """
 
 from __future__ import annotations
