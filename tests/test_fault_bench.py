@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -102,7 +103,9 @@ def test_claims(scripts):
 @pytest.mark.slow
 def test_the_small_bench_runs(tmp_path):
     command = [sys.executable, str(BENCHMARKS / "faults" / "bench.py"), "--quick", "--runs", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
+    options = {"capture_output": True, "text": True, "timeout": 280, "check": False, "env": environment}
+    done = subprocess.run(command, **options)
     assert done.returncode == 0, done.stderr[-2000:]
     (result,) = [json.loads(path.read_text()) for path in tmp_path.glob("faults_*.json")]
     rounding = next(row for row in result["rows"] if row["fault"] == "biased rounding")
@@ -110,5 +113,5 @@ def test_the_small_bench_runs(tmp_path):
     assert sum(row["fault"] == "healthy" for row in result["rows"]) == 3
     assert (tmp_path / "attention-error.svg").exists() is False  # that picture is drawn with a fault that did not run
     assert (tmp_path / "output-rms.svg").exists()
-    again = subprocess.run([*command, "--strict"], capture_output=True, text=True, timeout=280, check=False)
+    again = subprocess.run([*command, "--strict"], **options)
     assert "seed 0" not in again.stdout  # what has ended is not repeated

@@ -53,7 +53,7 @@ class HealthMonitor(Callback):
         losses: Tags of further training losses; those called ``loss``, ``train_loss``, ``train/loss`` and the like are known.
         heat_maps: Whether to draw heat maps.
         reference: Folders of healthy runs, such as that of the tuned base: what a logger wrote, or folders of such folders. The run
-            is compared with them at the same part of its length. Three or more also say how much healthy runs differ.
+            is compared with them at the same part of its length.
 
     Raises:
         TypeError: If ``losses`` is not a list of strings, or ``reference`` not one of paths.

@@ -1,4 +1,4 @@
-"""Healthy runs that another run is compared with: their range, and how much they differ among themselves.
+"""Healthy runs that another run is compared with.
 
 Shape legend: n samples of one tag.
 """
@@ -11,19 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from lightning_mue.checks import value_error
-from lightning_mue.health.departures import SMOOTHED, Healthy, least_of, range_of, unscaled
+from lightning_mue.health.departures import Healthy, least_of, range_of, unscaled
 from lightning_mue.health.indicators import Indicator, indicator_of
 from lightning_mue.health.series import Run, Series, find_runs, read_run
-
-#: Healthy runs whose range says how much runs differ, and the least departure from it in multiples of the indicator's own.
-ENOUGH_RUNS, NEAREST = 3, 0.15
 
 
 class Reference:
     """Healthy runs, such as that of a tuned base, that another run is compared with at the same part of its length.
-
-    The more alike they are, the less may another run differ from them: from `ENOUGH_RUNS` of them on, the least departure is the
-    width of their range, between `NEAREST` times the indicator's own one and that itself.
 
     Args:
         runs: At least one.
@@ -53,7 +47,7 @@ class Reference:
         """The tag in the runs that have it; None if none has."""
         if tag not in self._known:
             series = tuple(run[tag] for run in self._runs if tag in run)
-            self._known[tag] = Healthy(series, _least_beyond(indicator, series)) if series else None
+            self._known[tag] = Healthy(series, least_of(indicator)) if series else None
         return self._known[tag]
 
     def band(self, tag: str) -> tuple[Series, Series] | None:
@@ -75,16 +69,3 @@ def _stretched(run: Run, steps: int | None) -> dict[str, Series]:
         for tag, series in run.items()
         if len(series.steps)
     }
-
-
-def _least_beyond(indicator: Indicator, healthy: Sequence[Series]) -> float:
-    """The least departure from the range of healthy runs that matters: its width nearly everywhere, within bounds."""
-    most = least_of(indicator)
-    if len(healthy) < ENOUGH_RUNS:
-        return most
-    steps_n = healthy[0].steps
-    low_n, high_n = range_of(indicator, steps_n, healthy)
-    widths_n = (high_n - low_n)[SMOOTHED:]
-    widths_n = widths_n[np.isfinite(widths_n)]
-    width = float(np.quantile(widths_n, 0.9)) if len(widths_n) else most
-    return float(np.clip(width, NEAREST * most, most))
