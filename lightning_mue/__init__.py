@@ -13,12 +13,14 @@ if TYPE_CHECKING:  # for type checkers and editors; tests/test_package.py compar
     from lightning_mue.callbacks import HealthMonitor as HealthMonitor
     from lightning_mue.callbacks import LogitsZMonitor as LogitsZMonitor
     from lightning_mue.callbacks import MuECallback as MuECallback
+    from lightning_mue.callbacks import PrecisionMonitor as PrecisionMonitor
     from lightning_mue.callbacks import QKClip as QKClip
     from lightning_mue.callbacks import RouterMonitor as RouterMonitor
     from lightning_mue.callbacks import SampleGrid as SampleGrid
     from lightning_mue.callbacks import SpectralMonitor as SpectralMonitor
     from lightning_mue.callbacks import StabilityGuard as StabilityGuard
     from lightning_mue.callbacks import ThroughputMonitor as ThroughputMonitor
+    from lightning_mue.callbacks import TokenMonitor as TokenMonitor
     from lightning_mue.callbacks import TransferMonitor as TransferMonitor
     from lightning_mue.callbacks import UpdateMonitor as UpdateMonitor
     from lightning_mue.data import DigitsDataModule as DigitsDataModule
@@ -68,6 +70,7 @@ _PUBLIC = {
     "MoELanguageModel": "models",
     "MoELayer": "moe",
     "MuECallback": "callbacks",
+    "PrecisionMonitor": "callbacks",
     "QKClip": "callbacks",
     "RouterMonitor": "callbacks",
     "SampleGrid": "callbacks",
@@ -77,6 +80,7 @@ _PUBLIC = {
     "TextDataModule": "data",
     "ThroughputMonitor": "callbacks",
     "TokenDataModule": "data",
+    "TokenMonitor": "callbacks",
     "TransferMonitor": "callbacks",
     "UpdateMonitor": "callbacks",
     "clip_grad_norm": "moe",

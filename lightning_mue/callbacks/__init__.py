@@ -4,8 +4,10 @@ from lightning_mue.callbacks.guard.callback import StabilityGuard
 from lightning_mue.callbacks.health import HealthMonitor
 from lightning_mue.callbacks.monitors.activations import ActivationOutlierMonitor
 from lightning_mue.callbacks.monitors.logits import LogitsZMonitor
+from lightning_mue.callbacks.monitors.precision import PrecisionMonitor
 from lightning_mue.callbacks.monitors.routing import RouterMonitor
 from lightning_mue.callbacks.monitors.spectral import SpectralMonitor
+from lightning_mue.callbacks.monitors.tokens import TokenMonitor
 from lightning_mue.callbacks.monitors.updates import UpdateMonitor
 from lightning_mue.callbacks.mue.callback import MuECallback
 from lightning_mue.callbacks.qk_clip import QKClip
@@ -20,12 +22,14 @@ __all__ = [
     "LogitsZMonitor",
     "LossFreeBalance",
     "MuECallback",
+    "PrecisionMonitor",
     "QKClip",
     "RouterMonitor",
     "SampleGrid",
     "SpectralMonitor",
     "StabilityGuard",
     "ThroughputMonitor",
+    "TokenMonitor",
     "TransferMonitor",
     "UpdateMonitor",
 ]

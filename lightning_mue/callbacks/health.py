@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -22,6 +23,7 @@ from lightning_mue.health.card import LOOKS, as_markdown, headline, sentence
 from lightning_mue.health.indicators import indicator_of, is_loss
 from lightning_mue.health.judging import Health, RunJudge
 from lightning_mue.health.pictures import as_pixels, heat_map, layered
+from lightning_mue.health.reference import Reference
 from lightning_mue.health.series import series_of
 from lightning_mue.namespaces import is_lightning
 
@@ -50,20 +52,28 @@ class HealthMonitor(Callback):
     Args:
         losses: Tags of further training losses; those called ``loss``, ``train_loss``, ``train/loss`` and the like are known.
         heat_maps: Whether to draw heat maps.
+        reference: Folders of healthy runs, such as that of the tuned base: what a logger wrote, or folders of such folders. The run
+            is compared with them at the same part of its length.
 
     Raises:
-        TypeError: If ``losses`` is not a list of strings.
+        TypeError: If ``losses`` is not a list of strings, or ``reference`` not one of paths.
+        ValueError: When fitting begins, if a folder of ``reference`` holds no run, or only this one.
     """
 
-    def __init__(self, losses: Sequence[str] = (), *, heat_maps: bool = True) -> None:
+    def __init__(
+        self, losses: Sequence[str] = (), *, heat_maps: bool = True, reference: Sequence[str | Path] = ()
+    ) -> None:
         if (
             isinstance(losses, str)
             or not isinstance(losses, Sequence)
             or not all(isinstance(tag, str) for tag in losses)
         ):
             raise type_error("losses", found=losses, expected="a list of tags", do='For example ["my_objective"].')
+        if isinstance(reference, (str, Path)) or not all(isinstance(path, (str, Path)) for path in reference):
+            do = 'For example ["logs/base/version_0"].'
+            raise type_error("reference", found=reference, expected="a list of folders", do=do)
         require_types(HealthMonitor.__init__, locals())
-        self.losses = tuple(losses)
+        self.losses, self.reference = tuple(losses), tuple(reference)
         self.heat_maps = heat_maps
         self._restored = False  # from a checkpoint, for the fit that begins
         self._forget()
@@ -89,6 +99,8 @@ class HealthMonitor(Callback):
             found, do = "no matplotlib", "There are none now. pip install matplotlib, or set heat_maps=False."
             rank_zero_warn(mismatch("HealthMonitor.heat_maps", found=found, expected="it, to draw with", do=do))
         if trainer.is_global_zero:
+            own = [folder for logger in trainer.loggers if isinstance(folder := getattr(logger, "log_dir", None), str)]
+            self._judge.reference = Reference.read(self.reference, _steps_of(trainer), own) if self.reference else None
             metric_stream.listen(trainer, self, lambda step, metrics: self._hear(trainer, step, metrics))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -195,6 +207,12 @@ class HealthMonitor(Callback):
             pixels = as_pixels(heat_map(group, layers))
             for logger in boards:
                 logger.experiment.add_image(f"layers/{group}", pixels, step, dataformats="HWC")  # type: ignore[attr-defined]
+
+
+def _steps_of(trainer: Trainer) -> int | None:
+    """Optimizer steps of the whole run; None where it has no end."""
+    steps = trainer.estimated_stepping_batches
+    return int(steps) if 0 < steps < math.inf else None
 
 
 def _is_gradient(tag: str) -> bool:

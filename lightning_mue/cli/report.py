@@ -12,6 +12,7 @@ from lightning_mue.analysis.forecast.record import read_record
 from lightning_mue.analysis.forecast.score import HEADERS, score
 from lightning_mue.checks import value_error
 from lightning_mue.health.card import LOOKS, headline
+from lightning_mue.health.reference import Reference
 from lightning_mue.health.report import read_runs, write_report
 
 
@@ -28,18 +29,22 @@ def report_command(args: Sequence[str]) -> None:
         "--loss", action="append", default=[], metavar="TAG", help="a training loss that is not called one; repeatable"
     )
     parser.add_argument("--forecast", metavar="FILE", help="score these runs against a forecast")
+    parser.add_argument(
+        "--reference", nargs="+", default=[], metavar="DIR", help="healthy runs to compare with, step by step"
+    )
     options = parser.parse_args(args)
     if Path(options.output).is_dir():
         found = f"the folder {options.output}"
         raise value_error("--output", found=found, expected="a file", do=f"Give {options.output}/report.html.")
-    runs = read_runs(options.runs, losses=options.loss)
+    reference = Reference.read(options.reference) if options.reference else None
+    runs = read_runs(options.runs, losses=options.loss, reference=reference)
     console = Console(soft_wrap=True, highlight=False)
     tables = {}
     if options.forecast is not None:
         record = read_record(Path(options.forecast))
         rows = [row for run in runs for row in score(record, run.name, run.folder, run.metrics)]
         tables[f"Forecast of {record['made']}"] = [HEADERS, *rows]
-    page = write_report(runs, options.output, tables=tables)
+    page = write_report(runs, options.output, reference, tables=tables)
     for title, lines in tables.items():
         console.print(
             title,

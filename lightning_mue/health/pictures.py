@@ -114,6 +114,7 @@ def lines(
     *,
     band: tuple[float | None, float | None] = (None, None),
     marks: Sequence[tuple[int, str]] = (),
+    ranges: Sequence[tuple[Series, Series]] = (),
 ) -> Any:
     """A figure of lines: run -> label -> series.
 
@@ -122,6 +123,7 @@ def lines(
         runs: Lines of one run have one colour where there are several runs.
         band: (watch, act) limits, drawn where they are within reach of the lines.
         marks: (step, colour) of symptoms, drawn as vertical lines.
+        ranges: (lowest, highest) of healthy runs, drawn as areas behind the lines.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -131,6 +133,8 @@ def lines(
     tab10 = colormaps["tab10"]
     drawn: list[float] = []
     several = len(runs) > 1
+    for low, high in ranges:
+        axes.fill_between(low.steps, low.values, high.values, color="#1b7837", alpha=0.15, linewidth=0)
     for i, (run, tags) in enumerate(runs.items()):
         for j, (label, series) in enumerate(tags.items()):
             style = ("-", "--", ":", "-.")[j % 4] if several else "-"

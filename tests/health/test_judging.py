@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from lightning_mue.health.departures import LEAST_HISTORY, LONGEST_MEMORY, Level, Reference, levels, surely_healthy
+from lightning_mue.health.departures import LEAST_HISTORY, LONGEST_MEMORY, Level, levels, surely_healthy
 from lightning_mue.health.indicators import INDICATORS
 from lightning_mue.health.judging import RunJudge, judge
+from lightning_mue.health.reference import Reference
 from lightning_mue.health.series import series_of
 
 N = 200

@@ -28,7 +28,7 @@ from lightning_mue.sharded import whole
 SOFTMAXES = frozenset({torch.softmax, F.softmax, Tensor.softmax, torch.special.softmax})
 #: Kept: programs replace the name by functions that call this one.
 FUSED_ATTENTION = F.scaled_dot_product_attention
-_SDPA = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
 class _Logits(Probe):
@@ -231,7 +231,7 @@ def is_over_last(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], nd
 
 def sdpa_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call of ``scaled_dot_product_attention`` by name."""
-    return {**dict(zip(_SDPA, args, strict=False)), **kwargs}
+    return {**dict(zip(SDPA_ARGUMENTS, args, strict=False)), **kwargs}
 
 
 def _of_sdpa(given: Mapping[str, Any]) -> Tensor | None:
