@@ -76,11 +76,12 @@ class HealthMonitor(Callback):
         self.losses, self.reference = tuple(losses), tuple(reference)
         self.heat_maps = heat_maps
         self._restored = False  # from a checkpoint, for the fit that begins
+        self._healthy: Reference | None = None
         self._forget()
 
     def _forget(self) -> None:
         """Knows nothing yet of the run."""
-        self._judge = RunJudge(self.losses)
+        self._judge = RunJudge(self.losses, self._healthy)
         self._layers: dict[str, list[tuple[int, float]]] = {}
         self._draw_at, self._told = _FIRST_DRAWN, ""
         self._taken_at = 0  # optimizer steps at the last sample of the module's own metrics
@@ -100,7 +101,8 @@ class HealthMonitor(Callback):
             rank_zero_warn(mismatch("HealthMonitor.heat_maps", found=found, expected="it, to draw with", do=do))
         if trainer.is_global_zero:
             own = [folder for logger in trainer.loggers if isinstance(folder := getattr(logger, "log_dir", None), str)]
-            self._judge.reference = Reference.read(self.reference, _steps_of(trainer), own) if self.reference else None
+            self._healthy = Reference.read(self.reference, _steps_of(trainer), own) if self.reference else None
+            self._judge.reference = self._healthy
             metric_stream.listen(trainer, self, lambda step, metrics: self._hear(trainer, step, metrics))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
