@@ -28,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import common
 from draw import draw
 
-#: Seeds with faults, and those of further healthy runs. The range of the sequence entropy was set on seed 1.
-SCORED, CALM = (0, 2, 3), (1, 4, 5, 6, 7, 8, 9, 10)
+#: Seeds with faults, and those of further healthy runs. Ranges were set on other weights and data: those of seed 0.
+SCORED, CALM = (2, 3, 8), (1, 4, 5, 6, 7, 9, 10)
 _PICTURES = Path(__file__).parents[2] / "docs" / "indicators" / "images"
 
 
