@@ -17,7 +17,7 @@ ROOT = PACKAGE.parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 #: A room may import those of the lines above it; rooms of one line are independent of each other.
 ORDER = [
-    {"names", "sharded", "checks", "console", "contract", "files"},
+    {"names", "sharded", "checks", "console", "contract", "files", "seeds"},
     {"namespaces", "class_paths"},
     {"parameterizations", "diagnostics", "kernels", "health"},
     {"optim", "moe", "metrics"},

@@ -13,6 +13,7 @@ from lightning.pytorch import LightningDataModule
 
 from lightning_mue.checks import mismatch, require_fraction, require_integer, require_positive, value_error
 from lightning_mue.data.sampling import FixedLoader, StepLoader, validation_starts
+from lightning_mue.seeds import run_seed
 
 
 class Splits(NamedTuple):
@@ -52,16 +53,18 @@ class LanguageDataModule(StepDataModule, ABC):
     """
 
     def __init__(
-        self, *, context_length: int, batch_size: int, val_fraction: float, val_batches: int | None, seed: int
+        self, *, context_length: int, batch_size: int, val_fraction: float, val_batches: int | None, seed: int | None
     ) -> None:
         super().__init__()
         require_positive(context_length=context_length, batch_size=batch_size)
         if val_batches is not None:
             require_positive(val_batches=val_batches)
-        require_integer("seed", seed, 0)
+        if seed is not None:
+            require_integer("seed", seed, 0)
         require_fraction(val_fraction=val_fraction)
         # int() and float(): NumPy's numbers would not go into a checkpoint that is loaded with weights_only.
-        self.context_length, self.batch_size, self.seed = int(context_length), int(batch_size), int(seed)
+        self.context_length, self.batch_size = int(context_length), int(batch_size)
+        self.seed = None if seed is None else int(seed)
         self.val_batches = None if val_batches is None else int(val_batches)
         self.val_fraction = float(val_fraction)
         self._splits: Splits | None = None
@@ -113,7 +116,7 @@ class LanguageDataModule(StepDataModule, ABC):
             self._mapped().train,
             context_length=self.context_length,
             batch_size=self.batch_size,
-            seed=self.seed,
+            seed=run_seed(self.seed),
             rank=rank,
             world_size=world_size,
             step=self._batches_trained(),

@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_mue.checks import mismatch, require_fraction, require_integer, require_positive, value_error
 from lightning_mue.data.base import StepDataModule
 from lightning_mue.data.sampling import Int64Array, StepLoader, window_starts
+from lightning_mue.seeds import run_seed
 
 
 class ImageBatch(TypedDict):
@@ -40,7 +41,7 @@ class DigitsDataModule(StepDataModule):
     Args:
         batch_size: Images in the micro-batch of one process, B.
         val_fraction: Part of the images kept for validation, in (0, 1).
-        seed: Seed of the order of training, 0 or more.
+        seed: Seed of the order of training, 0 or more; None: that of `seed_everything`, or 0.
         split_seed: Seed of the split, 0 or more: runs of different seeds are validated on the same images.
 
     Raises:
@@ -49,11 +50,14 @@ class DigitsDataModule(StepDataModule):
         ValueError: An argument is out of its range.
     """
 
-    def __init__(self, batch_size: int = 64, *, val_fraction: float = 0.2, seed: int = 0, split_seed: int = 0) -> None:
+    def __init__(
+        self, batch_size: int = 64, *, val_fraction: float = 0.2, seed: int | None = None, split_seed: int = 0
+    ) -> None:
         super().__init__()
         require_positive(batch_size=batch_size)
         require_fraction(val_fraction=val_fraction)
-        require_integer("seed", seed, 0)
+        if seed is not None:
+            require_integer("seed", seed, 0)
         require_integer("split_seed", split_seed, 0)
         if find_spec("sklearn") is None:
             do = "pip install 'lightning-mue[diffusion]'"
@@ -61,7 +65,7 @@ class DigitsDataModule(StepDataModule):
                 mismatch("DigitsDataModule", found="no scikit-learn", expected="it: the digits come with it", do=do)
             )
         self.batch_size, self.val_fraction = int(batch_size), float(val_fraction)
-        self.seed, self.split_seed = int(seed), int(split_seed)
+        self.seed, self.split_seed = None if seed is None else int(seed), int(split_seed)
         self._train: ImageBatch | None = None
         self._val: ImageBatch | None = None
         self._classifier: Any = None
@@ -103,7 +107,7 @@ class DigitsDataModule(StepDataModule):
         return ImageStepLoader(
             self._loaded(self._train),
             batch_size=self.batch_size,
-            seed=self.seed,
+            seed=run_seed(self.seed),
             rank=rank,
             world_size=world_size,
             step=self._batches_trained(),

@@ -37,7 +37,7 @@ class TokenDataModule(LanguageDataModule):
         batch_size: Windows in the micro-batch of one process, B.
         val_fraction: Part of `train_path` kept for validation, in (0, 1); unused with `val_path`.
         val_batches: Validation batches per process at most, spread evenly over the split; None for all.
-        seed: Data seed, 0 or more.
+        seed: Data seed, 0 or more; None: that of `seed_everything`, or 0.
         bytes_per_token: Mean number of bytes of text per token, if known; with it a model can report bits per byte.
 
     Raises:
@@ -55,7 +55,7 @@ class TokenDataModule(LanguageDataModule):
         batch_size: int = 8,
         val_fraction: float = 0.05,
         val_batches: int | None = 20,
-        seed: int = 0,
+        seed: int | None = None,
         bytes_per_token: float | None = None,
     ) -> None:
         super().__init__(

@@ -40,7 +40,8 @@ def check_arguments(cls: type, given: Mapping[str, Any]) -> None:
     require_choice("verify", given["verify"], (None, True, False, "warn", "raise"))
     require_types(cls.__init__, given)  # type: ignore[misc]
     check_plan_arguments(*(given[name] for name in ("alpha", "tokens", "batch_tokens", "roles", "multipliers")))
-    require_integer("seed", given["seed"], 0)
+    if given["seed"] is not None:
+        require_integer("seed", given["seed"], 0)
 
 
 def check_setup(trainer: Trainer, pl_module: LightningModule) -> None:
