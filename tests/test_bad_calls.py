@@ -82,7 +82,7 @@ CASES = [
     (mue, "tokens", [[1], -1.0]),
     (mue, "batch_tokens", ["x", -1]),
     (mue, "roles", [["x"], {"(": "hidden"}, {"x": "no role"}]),
-    (mue, "seed", ["x", -1, 1.5, None]),
+    (mue, "seed", ["x", -1, 1.5]),
     (mue, "initialize", [3, "x", ["("], None]),
     (mue, "verbose", ["yes", 3]),
     (mue, "multipliers", [["x"], {"residual": "("}]),
