@@ -13,16 +13,21 @@ if TYPE_CHECKING:  # for type checkers and editors; tests/test_package.py compar
     from lightning_mue.callbacks import HealthMonitor as HealthMonitor
     from lightning_mue.callbacks import LogitsZMonitor as LogitsZMonitor
     from lightning_mue.callbacks import MuECallback as MuECallback
+    from lightning_mue.callbacks import PrecisionMonitor as PrecisionMonitor
     from lightning_mue.callbacks import QKClip as QKClip
     from lightning_mue.callbacks import RouterMonitor as RouterMonitor
     from lightning_mue.callbacks import SafeCheckpoint as SafeCheckpoint
+    from lightning_mue.callbacks import SampleGrid as SampleGrid
     from lightning_mue.callbacks import SpectralMonitor as SpectralMonitor
     from lightning_mue.callbacks import StabilityGuard as StabilityGuard
     from lightning_mue.callbacks import ThroughputMonitor as ThroughputMonitor
+    from lightning_mue.callbacks import TokenMonitor as TokenMonitor
     from lightning_mue.callbacks import TransferMonitor as TransferMonitor
     from lightning_mue.callbacks import UpdateMonitor as UpdateMonitor
+    from lightning_mue.data import DigitsDataModule as DigitsDataModule
     from lightning_mue.data import TextDataModule as TextDataModule
     from lightning_mue.data import TokenDataModule as TokenDataModule
+    from lightning_mue.models import FlowMatchingTransformer as FlowMatchingTransformer
     from lightning_mue.models import MoELanguageModel as MoELanguageModel
     from lightning_mue.moe import GlobalBatchBalance as GlobalBatchBalance
     from lightning_mue.moe import LossFreeBalance as LossFreeBalance
@@ -55,6 +60,8 @@ __version__ = "0.1.0"
 #: Public name -> module that holds it. Loaded on first use: `import lightning_mue` alone is quick.
 _PUBLIC = {
     "ActivationOutlierMonitor": "callbacks",
+    "DigitsDataModule": "data",
+    "FlowMatchingTransformer": "models",
     "GlobalBatchBalance": "moe",
     "HealthMonitor": "callbacks",
     "HyperSphereOptimizer": "optim",
@@ -64,15 +71,18 @@ _PUBLIC = {
     "MoELanguageModel": "models",
     "MoELayer": "moe",
     "MuECallback": "callbacks",
+    "PrecisionMonitor": "callbacks",
     "QKClip": "callbacks",
     "RouterMonitor": "callbacks",
     "SafeCheckpoint": "callbacks",
+    "SampleGrid": "callbacks",
     "ScalingPlan": "parameterizations",
     "SpectralMonitor": "callbacks",
     "StabilityGuard": "callbacks",
     "TextDataModule": "data",
     "ThroughputMonitor": "callbacks",
     "TokenDataModule": "data",
+    "TokenMonitor": "callbacks",
     "TransferMonitor": "callbacks",
     "UpdateMonitor": "callbacks",
     "clip_grad_norm": "moe",

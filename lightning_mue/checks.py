@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import cache
 from numbers import Integral, Real
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 def mismatch(key: str, *, found: object, expected: str, do: str = "") -> str:
@@ -43,6 +46,12 @@ def listed(values: Collection[object], nothing: str = "none", limit: int = 12) -
     """
     shown = ", ".join(str(value) for value in list(values)[:limit])
     return f"{shown} and {len(values) - limit} more" if len(values) > limit else shown or nothing
+
+
+def brief(error: BaseException, limit: int = 200) -> str:
+    """An error of another library for a message: its type and the beginning of its text, on one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:limit]}{'...' if len(text) > limit else ''}"
 
 
 def require_choice(key: str, value: object, choices: Collection[Any], do: str = "") -> None:
@@ -141,3 +150,81 @@ def require_fraction(**values: float) -> None:
         require_type(key, value, Real, expected)  # type: ignore[type-abstract]
         if not 0 < value < 1:
             raise value_error(key, found=value, expected=expected)
+
+
+def require_pattern(key: str, pattern: str) -> None:
+    """Raises unless a text is a regular expression.
+
+    Raises:
+        ValueError: It is none.
+    """
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise value_error(
+            key, found=f"{pattern!r} ({error})", expected="a regular expression", do="Correct it."
+        ) from error
+
+
+def require_types(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
+    """Raises unless the arguments of a function, such as its ``locals()``, are of the types of its annotations.
+
+    A bool is no number, and a list may stand for a tuple, as in YAML. What an iterable or a function gives is not looked at.
+
+    Raises:
+        TypeError: One is not.
+    """
+    for name, hint in _hints(function).items():
+        if name in given and not _fits(given[name], hint):
+            require_type(name, given[name], (), _in_words(hint))
+
+
+@cache
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    return {name: hint for name, hint in get_type_hints(function).items() if name != "return"}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, inner = get_origin(hint) or hint, get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, each) for each in inner)
+    if origin is Literal:
+        return any(type(value) is type(each) for each in inner)  # which of them, other checks tell
+    if origin in (int, float):
+        return isinstance(value, Integral if origin is int else Real) and not isinstance(value, bool)
+    if hint is Any or not isinstance(origin, type):  # a type variable, say
+        return True
+    if issubclass(origin, Mapping):
+        of = inner or (Any, Any)
+        return isinstance(value, Mapping) and all(_fits(k, of[0]) and _fits(v, of[1]) for k, v in value.items())
+    if issubclass(origin, Sequence) and not issubclass(origin, str):
+        kinds = {each for each in inner if each is not Ellipsis}
+        return (
+            isinstance(value, Sequence)
+            and not isinstance(value, str)
+            and all(any(_fits(each, kind) for kind in kinds or {Any}) for each in value)
+        )
+    if origin in (Iterable, Collection):
+        return isinstance(value, origin) and not isinstance(value, str)
+    return callable(value) if origin is Callable else isinstance(value, origin)  # type: ignore[comparison-overlap]
+
+
+_WORDS = {int: "an integer", float: "a number", str: "a string", bool: "true or false", type(None): "None"}
+
+
+def _in_words(hint: Any) -> str:
+    """A type as a user knows it: ``dict[str, str] | None`` is "a mapping of strings to strings or None"."""
+    origin, inner = get_origin(hint) or hint, get_args(hint)
+    if origin in (Union, UnionType):
+        return " or ".join(dict.fromkeys(_in_words(each) for each in inner))
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, inner))}"
+    if origin is Callable or hint in _WORDS:
+        return "a function" if origin is Callable else _WORDS[hint]
+    plural = {int: "integers", float: "numbers", str: "strings"}
+    of = [plural.get(each, "values") for each in inner]
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return f"a mapping of {of[0]} to {of[1]}" if of else "a mapping"
+    if isinstance(origin, type) and issubclass(origin, (Sequence, Collection)):
+        return f"a list of {of[0]}" if of else "a list"
+    return f"a {getattr(origin, '__name__', origin)}"

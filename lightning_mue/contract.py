@@ -12,7 +12,7 @@ These are read in this file only; other files call its functions:
 | ``mue_branch`` | module | str: "attention", "ffn" or another | ``forward`` returns a residual branch's output | plan, monitors |
 | ``mue_router`` | module | bool | the output has ``logits`` and ``counts`` | plan, monitors |
 | ``mue_attention_core`` | module | bool | ``forward(q, k, v)``, causal, with a float ``scale`` | LogitsZMonitor |
-| ``mue_role_of_output`` | module | str: "lm_logits" | what the output is | LogitsZMonitor |
+| ``mue_role_of_output`` | module | str: "lm_logits" or another | what the output is | LogitsZMonitor |
 | ``mue_role`` | parameter | str | role, for optimizers that see no module (`tag_roles`) | HyperSphereOptimizer |
 | ``mue_split`` | parameter | int, list or dict | parts of a fused matrix (`note_splits`) | HyperSphereOptimizer |
 | ``mue_family`` | optimizer | str: "adam", "sgd", "sphere", "muon" | which table holds its factors | MuECallback |
@@ -103,9 +103,14 @@ def is_attention_core(module: object) -> bool:
     return getattr(module, "mue_attention_core", False) is True
 
 
+def role_of_output(module: object) -> str | None:
+    """``mue_role_of_output``: what a module declares its output to be ("lm_logits" or another), or None."""
+    return getattr(module, "mue_role_of_output", None)
+
+
 def returns_lm_logits(module: object) -> bool:
-    """``mue_role_of_output``: whether a module declares its output to be the LM logits."""
-    return getattr(module, "mue_role_of_output", None) == "lm_logits"
+    """Whether a module declares its output to be the LM logits."""
+    return role_of_output(module) == "lm_logits"
 
 
 def flops_per_token(module: object) -> float | None:

@@ -1,4 +1,4 @@
-"""What the name of a parameter or module means: wrappers, layer indices, heads, embeddings, vectors.
+"""What the name of a parameter or module means: wrappers, layer indices, heads, embeddings, vectors; names of run sizes.
 
 The only place that knows such names. Where the module itself is available, its type decides before its name.
 """
@@ -8,6 +8,16 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
+#: Names under which data modules and models hold the length of a sequence.
+LENGTHS = (
+    *("context_length", "sequence_length", "seq_length", "seq_len", "max_seq_len", "block_size", "max_length"),
+    *("max_seq_length", "max_sequence_length", "context_len", "ctx_len", "n_ctx"),
+)
+#: Names under which they hold the number of sequences in a batch of one process.
+BATCHES = (
+    *("batch_size", "train_batch_size", "micro_batch_size", "per_device_train_batch_size", "per_device_batch_size"),
+    "per_gpu_batch_size",
+)
 #: Modules that torch.compile, FSDP1 and activation checkpointing put around another one.
 _INSERTED = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 #: Attributes under which DistributedDataParallel and PEFT's LoRA layers hold the module that they wrap.

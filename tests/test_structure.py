@@ -17,8 +17,8 @@ ROOT = PACKAGE.parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 #: A room may import those of the lines above it; rooms of one line are independent of each other.
 ORDER = [
-    {"names", "sharded", "checks", "console", "contract", "files"},
-    {"namespaces"},
+    {"names", "sharded", "checks", "console", "contract", "files", "seeds"},
+    {"namespaces", "class_paths"},
     {"parameterizations", "diagnostics", "kernels", "health"},
     {"optim", "moe", "metrics"},
     {"models"},
@@ -171,6 +171,7 @@ _NOT_OURS = {
     "pretrain.py",
     "script.py",
     "train.py",
+    "trial.yaml",
     "setup.py",
     "hparams.yaml",
 }

@@ -5,7 +5,9 @@ Shape legend: B batch, S positions, N heads, k head dimension, E experts.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,24 +15,25 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from lightning_mue.callbacks import MuECallback
 from lightning_mue.models.transformer import AttentionCore
 from lightning_mue.moe import MoELayer
 from lightning_mue.moe.router import Router
 
 
 class Fault(Callback):
-    """A fault that begins with optimizer step ``at``.
+    """A fault that begins with optimizer step ``at``, and grows to its full size within ``ramp`` steps if it can.
 
     Attributes:
-        role: What a person must be pointed at: a substring of the tag or role that an indicator has to name.
+        role: What a person must be pointed at: a regular expression that indicator or role of a symptom has to match.
         layer: Label of the layer, or None where the fault is in all or none of them.
     """
 
     role = ""
     layer: str | None = None
 
-    def __init__(self, at: int) -> None:
-        self.at = at
+    def __init__(self, at: int, ramp: int = 1) -> None:
+        self.at, self.ramp = at, ramp
 
     def begin(self, trainer: Trainer, model: LightningModule) -> None:
         """Called once, before the batch of step ``at``."""
@@ -40,63 +43,51 @@ class Fault(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Begins or goes on."""
+        self.size = min(1.0, (trainer.global_step - self.at + 1) / self.ramp)  # (0, 1]
         if trainer.global_step == self.at:
             self.begin(trainer, pl_module)
         if trainer.global_step >= self.at:
             self.during(trainer, pl_module, batch)
 
 
-class LearningRate(Fault):
-    """All learning rates times 8."""
-
-    role = "updates"
-
-    def begin(self, trainer: Trainer, model: LightningModule) -> None:
-        """Raises what the scheduler multiplies."""
-        for config in trainer.lr_scheduler_configs:
-            config.scheduler.base_lrs = [8 * lr for lr in config.scheduler.base_lrs]
-        for optimizer in trainer.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] *= 8
-
-
-class _FasterWeights(Fault):
-    """Some weights move ``factor`` times as far in each step, as they do with that learning rate."""
+class _Rate(Fault):
+    """The learning rate of some roles grows to ``factor`` times what it was, as by a wrong factor in the plan."""
 
     factor: float
+    roles: str = ".*"
 
-    def chosen(self, model: LightningModule) -> list[Tensor]:
-        """The weights."""
-        raise NotImplementedError
+    def begin(self, trainer: Trainer, model: LightningModule) -> None:
+        """Keeps the right plan."""
+        mue = next(c for c in trainer.callbacks if isinstance(c, MuECallback))  # type: ignore[attr-defined]
+        self._steps = mue._steps
+        self._plans = [step.plan for step in self._steps]
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        """Keeps the weights as they were."""
-        self._before = [w.detach().clone() for w in self.chosen(pl_module)] if trainer.global_step >= self.at else []
+    def during(self, trainer: Trainer, model: LightningModule, batch: Any) -> None:
+        """Has the optimizer's groups made from the wrong plan."""
+        factor = self.factor**self.size
+        for step, plan in zip(self._steps, self._plans, strict=True):
+            entries = [
+                replace(e, lr=e.lr * factor) if re.fullmatch(self.roles, str(e.role)) else e for e in plan.parameters
+            ]
+            step.plan, step._shape = replace(plan, parameters=tuple(entries)), []  # no shape: split again
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Stretches their step."""
-        for before, w in zip(self._before, self.chosen(pl_module), strict=False):
-            w.data.copy_(before + self.factor * (w.data - before))
+
+class LearningRate(_Rate):
+    """All learning rates times 8."""
+
+    role, factor = "updates", 8.0
 
 
-class RouterRate(_FasterWeights):
+class RouterRate(_Rate):
     """Router learning rate times 32."""
 
-    role, factor = "router", 32.0
-
-    def chosen(self, model: LightningModule) -> list[Tensor]:
-        """All router weights."""
-        return [m.weight for m in model.modules() if isinstance(m, Router)]
+    role, factor, roles = "router", 32.0, "router"
 
 
-class EmbeddingRate(_FasterWeights):
+class EmbeddingRate(_Rate):
     """Embedding learning rate times 64."""
 
-    role, factor = "embedding", 64.0
-
-    def chosen(self, model: LightningModule) -> list[Tensor]:
-        """The token embedding."""
-        return [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    role, factor, roles = "embedding", 64.0, "embedding"
 
 
 class NoBalance(Fault):
@@ -163,18 +154,20 @@ class BiasedRounding(_SpoiltAttention):
 
 
 class CorruptShard(Fault):
-    """60 steps of data in which one of eight sequences, then more and more, is noise."""
+    """A shard of noise: more and more sequences are drawn from it, from one in 8 batches of 16 to half of them.
 
-    role = "loss"
+    The share grows by equal factors, as where a shuffled reader comes to a bad stretch.
+    """
+
+    role = "data"
 
     def during(self, trainer: Trainer, model: LightningModule, batch: Any) -> None:
-        """Overwrites sequences, all of them from 40 steps on."""
-        since = trainer.global_step - self.at
-        if since < 60:
-            tokens = batch["tokens"]
-            n = min(len(tokens), max(1, len(tokens) // 8 + since * len(tokens) // 40))
-            generator = torch.Generator().manual_seed(trainer.global_step)
-            tokens[:n] = torch.randint(0, 256, tokens[:n].shape, generator=generator).to(tokens)
+        """Overwrites each sequence with the shard's probability."""
+        tokens = batch["tokens"]
+        generator = torch.Generator().manual_seed(1000 * torch.initial_seed() + trainer.global_step)
+        drawn = torch.rand(len(tokens), generator=generator) < 0.5 * 64 ** (self.size - 1)
+        noise = torch.randint(0, 256, tokens.shape, generator=generator).to(tokens)
+        tokens[drawn] = noise[drawn]
 
 
 class NotANumber(Fault):
@@ -189,15 +182,15 @@ class NotANumber(Fault):
 
 
 class DeadExpert(Fault):
-    """No token reaches expert 0 of the second layer any more."""
+    """Fewer and fewer tokens, in the end none, reach expert 0 of the second layer."""
 
     role, layer = "rout", "01"
 
-    def begin(self, trainer: Trainer, model: LightningModule) -> None:
-        """Puts a bias on the choice, as a broken balance would."""
+    def during(self, trainer: Trainer, model: LightningModule, batch: Any) -> None:
+        """Puts a growing bias on the choice, as a broken balance would; the scores are shares, 1 is beyond all of them."""
         router = [m for m in model.modules() if isinstance(m, Router)][1]
         router.balance_bias = torch.zeros(router.n_experts)
-        router.balance_bias[0] = -1e9
+        router.balance_bias[0] = -1.01 * self.size
 
 
 class Beta2(Fault):

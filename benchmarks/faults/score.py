@@ -1,141 +1,135 @@
-"""Scores the fault bench: what rose first in each faulty run, how long before the loss showed it, and what it named.
+"""Scores the runs of the fault bench: what rose first, how long before the loss showed it, and what it named.
 
-The loss shows a fault when its median over 5 steps is 5 % above that of the healthy run of the same seed for 5 steps, or is not
-finite. A fault is flagged by the first symptom, from its first step on, that the healthy run of the same seed does not have.
+The loss shows a fault when its median over 5 steps has been 5 % above that of the healthy run of the same seed for 5 steps, or is
+not finite. The two runs have the same weights up to the fault and the same data after it, so that nothing but the fault makes a
+difference: this sees a fault before anybody could who has only the run itself. The indicators have less: the run's own past, and
+healthy runs of other seeds. That the loss leaves its range by these means is a second sight of it (``judged``). A fault is flagged
+in time if it is before both, and a lead counts to the earlier one.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 from faults import FAULTS
-from rich.console import Console
-from rich.table import Table
 
-from lightning_mue.health.departures import Level, Reference
-from lightning_mue.health.judging import Health, Symptom, judge
-from lightning_mue.health.series import Run, read_run
+from lightning_mue.health.judging import Symptom, judge
+from lightning_mue.health.reference import Reference
+from lightning_mue.health.series import Run
 
-_LOSS = "train/loss"
+LOSS = "train/loss"
+#: A role is named if one of the symptoms of the first steps names it: they are on the card that the first of them raises.
+NAMED_WITHIN = 2
+#: The loss shows a fault when it is so much above the healthy one, in the median over so many steps, for as many steps.
+SHOWN_FACTOR, SHOWN_STEPS = 1.05, 5
 
 
 @dataclass(frozen=True)
 class Score:
-    """One faulty run; steps count from the fault's first one, None where nothing happened."""
+    """One run. Steps count from the fault's first one (in a healthy run from its own first one), None where nothing happened.
+
+    Attributes:
+        fault: Its name, or "healthy".
+        seed: Of the run.
+        flagged: When the first indicator left its range.
+        indicator: Which.
+        place: The role and layer that it names.
+        named: Whether the faulty role (and layer) is named within `NAMED_WITHIN` steps.
+        alone: When the first indicator did that by the run's own past alone, without healthy runs.
+        shown: When the loss shows it.
+        judged: When the loss left its range as the indicators do, by its own past and healthy runs of other seeds.
+        left: Steps from the fault to the end of the run.
+    """
 
     fault: str
     seed: int
     flagged: int | None
     indicator: str
     place: str
-    shown: int | None
     named: bool
+    alone: int | None
+    shown: int | None
+    judged: int | None
+    left: int
+
+    @property
+    def seen(self) -> int | None:
+        """When the loss shows it by whichever of the two sights is earlier."""
+        return min((step for step in (self.shown, self.judged) if step is not None), default=None)
 
     @property
     def early(self) -> bool:
-        """Whether it was flagged before the loss showed it."""
-        return self.flagged is not None and (self.shown is None or self.flagged < self.shown)
+        """Whether it was flagged before the loss showed it by either sight."""
+        return self.flagged is not None and (self.seen is None or self.flagged < self.seen)
 
     @property
     def lead(self) -> int | None:
-        """Steps from the flag to the loss; None where one of them is missing."""
-        return None if self.flagged is None or self.shown is None else self.shown - self.flagged
+        """Steps from the flag to when the loss is `seen`, or to the end of a run whose loss shows nothing; None without a flag."""
+        if self.flagged is None:
+            return None
+        return (self.left if self.seen is None else self.seen) - self.flagged
+
+    def row(self) -> dict[str, object]:
+        """As it is stored."""
+        return {**asdict(self), "early": self.early, "lead": self.lead}
 
 
 def loss_shows(run: Run, healthy: Run, at: int) -> int | None:
-    """The step, counted from ``at``, at which the loss shows a fault."""
-    loss, calm = run[_LOSS], healthy[_LOSS]
-    n = min(len(loss.values), len(calm.values))
-    for i in range(at, n):
-        if not np.isfinite(loss.values[i]):
-            return i - at
-        above = [
-            np.median(loss.values[max(0, j - 4) : j + 1]) > 1.05 * np.median(calm.values[max(0, j - 4) : j + 1])
-            for j in range(max(at, i - 4), i + 1)
-        ]
-        if len(above) == 5 and all(above):
+    """The step, counted from ``at``, at which the loss of a run shows a fault beside the healthy run of the same seed."""
+    loss_n, calm_n = run[LOSS].values, healthy[LOSS].values
+    lasted = 0
+    for i in range(at, min(len(loss_n), len(calm_n))):
+        window = slice(max(0, i - SHOWN_STEPS + 1), i + 1)
+        above = np.median(loss_n[window]) > SHOWN_FACTOR * np.median(calm_n[window])
+        lasted = lasted + 1 if above else 0
+        if lasted >= SHOWN_STEPS or not np.isfinite(loss_n[i]):
             return i - at
     return None
 
 
-def score(told: dict[str, object], run: Run, healthy: Run, reference: Reference | None) -> Score:
-    """The score of one run."""
-    fault, at = FAULTS[str(told["fault"])], int(str(told["at"]))
-    usual = {(f.indicator.name, f.where) for f in judge(healthy, reference=reference).symptoms}
-    found = [
-        f for f in judge(run, reference=reference).symptoms if f.step >= at and (f.indicator.name, f.where) not in usual
-    ]
-    first = found[0] if found else None
+def score(fault: str, seed: int, run: Run, at: int, healthy: Mapping[int, Run]) -> Score:
+    """The score of a run with a fault from step ``at`` on, or of a healthy one with ``at`` 0.
+
+    Args:
+        fault: Its name.
+        seed: Of the run.
+        run: Its metrics.
+        at: See above.
+        healthy: Seed -> healthy run; that of the run's own seed is no reference for the indicators.
+    """
+    ill = FAULTS.get(fault)
+    reference = Reference([other for s, other in healthy.items() if s != seed])
+    found = [s for s in judge(run, reference=reference).symptoms if s.step >= at]
+    alone = [s for s in judge(run).symptoms if s.step >= at and not _is_loss(s)]
+    symptoms = [s for s in found if ill is None or not _is_loss(s)]
+    near = [s for s in symptoms if s.step <= symptoms[0].step + NAMED_WITHIN]
     return Score(
-        fault=str(told["fault"]),
-        seed=int(str(told["seed"])),
-        flagged=None if first is None else first.step - at,
-        indicator="" if first is None else first.indicator.name,
-        place="" if first is None else first.place,
-        shown=loss_shows(run, healthy, at),
-        named=any(_names(symptom, fault.role, fault.layer) for symptom in found if symptom.step <= found[0].step + 2),
+        fault=fault,
+        seed=seed,
+        flagged=symptoms[0].step - at if symptoms else None,
+        indicator=symptoms[0].indicator.name if symptoms else "",
+        place=symptoms[0].place if symptoms else "",
+        named=ill is not None and any(_names(s, ill.role, ill.layer) for s in near),
+        alone=alone[0].step - at if alone else None,
+        shown=loss_shows(run, healthy[seed], at),
+        judged=next((s.step - at for s in found if _is_loss(s)), None),
+        left=len(run[LOSS].values) - at,
     )
+
+
+def _is_loss(symptom: Symptom) -> bool:
+    return symptom.indicator.name == "loss"
 
 
 def _names(symptom: Symptom, role: str, layer: str | None) -> bool:
     text = f"{symptom.indicator.tag} {symptom.where}"
-    return role in text and layer in (None, symptom.layer)
+    return re.search(role, text) is not None and layer in (None, symptom.layer)
 
 
-def table(scores: Sequence[Score], calm: Sequence[Health]) -> Table:
-    """The scores of all runs."""
-    shown = Table(title="Faults: what rose first, and when (steps from the fault)")
-    for column in ("fault", "seed", "flagged", "loss shows", "lead", "indicator", "place", "named"):
-        shown.add_column(column)
-    for s in scores:
-        cells = (s.flagged, s.shown, s.lead)
-        numbers = ["-" if cell is None else str(cell) for cell in cells]
-        shown.add_row(s.fault, str(s.seed), *numbers, s.indicator, s.place, "yes" if s.named else "no")
-    shown.caption = f"{sum(v.level > Level.HEALTHY for v in calm)} false alarms in {len(calm)} healthy runs"
-    return shown
-
-
-def main() -> None:
-    """Reads the runs, prints the table and writes the scores."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("runs", type=Path)
-    parser.add_argument(
-        "--reference", type=Path, nargs="*", default=[], help="healthy runs of other seeds to compare with"
-    )
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
-    told = {path.parent: json.loads(path.read_text()) for path in sorted(options.runs.rglob("run.json"))}
-    runs = {folder: read_run(folder) for folder in told}
-    reference = Reference([read_run(folder) for folder in options.reference]) if options.reference else None
-    healthy = {told[f]["seed"]: runs[f] for f in told if told[f]["fault"] == "none"}
-    scores = [
-        score(told[f], runs[f], healthy[told[f]["seed"]], reference)
-        for f in told
-        if told[f]["fault"] != "none" and told[f]["seed"] in healthy
-    ]
-    scores.sort(key=lambda s: (list(FAULTS).index(s.fault), s.seed))
-    calm = [judge(run, reference=reference) for run in healthy.values()]
-    Console(width=160).print(table(scores, calm))
-    early = {f: [s.early for s in scores if s.fault == f] for f in FAULTS}
-    named = {f: [s.named for s in scores if s.fault == f] for f in FAULTS}
-    leads = [s.lead for s in scores if s.lead is not None]
-    told_short = {
-        "faults flagged before the loss (most seeds)": sum(2 * sum(e) > len(e) for e in early.values() if e),
-        "faults named (most seeds)": sum(2 * sum(n) > len(n) for n in named.values() if n),
-        "median lead, where the loss shows the fault": statistics.median(leads) if leads else None,
-        "false alarms": sum(v.level > Level.HEALTHY for v in calm),
-        "healthy runs": len(calm),
-    }
-    print(json.dumps(told_short, indent=1))
-    if options.output:
-        options.output.write_text(json.dumps({"scores": [asdict(s) for s in scores], "summary": told_short}, indent=1))
-
-
-if __name__ == "__main__":
-    main()
+def by_fault(scores: Sequence[Score], quality: str) -> int:
+    """Faults of which every run has a quality of `Score`: "early" or "named"."""
+    faults = dict.fromkeys(s.fault for s in scores)
+    return sum(all(getattr(s, quality) for s in scores if s.fault == fault) for fault in faults)

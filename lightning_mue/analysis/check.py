@@ -17,6 +17,7 @@ from lightning_mue.analysis.plots import plot_slopes
 from lightning_mue.analysis.slopes import Record, Slope, common_prefix, fit_slopes
 from lightning_mue.checks import require_choice
 from lightning_mue.console import to_text
+from lightning_mue.files import whole_file
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class CoordinateCheck:
 
     def to_csv(self, path: str | Path) -> None:
         """Writes one line for each measurement, with the columns of :class:`Record`."""
-        with Path(path).open("w", newline="", encoding="utf-8") as file:
+        with whole_file(path) as part, part.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             columns = [field.name for field in fields(Record)]
             writer.writerow(columns)

@@ -16,7 +16,7 @@ from torch import nn
 
 from lightning_mue.analysis.check import CoordinateCheck
 from lightning_mue.analysis.training import Loss, OptimizerFactory, ShortTraining
-from lightning_mue.checks import require_positive, value_error
+from lightning_mue.checks import require_integer, require_number, require_positive, require_types, value_error
 from lightning_mue.contract import declared_axes
 from lightning_mue.names import clean_name, is_numbered_layer
 from lightning_mue.parameterizations import Parameterization, get_rule
@@ -90,7 +90,12 @@ def coordinate_check(
         ((1, 2), ['change', 'output', 'propagated', 'update'])
     """
     rule = get_rule(rule)
+    require_types(coordinate_check, {**locals(), "rule": ""})
     axis, seeds = _checked(sizes, axis, steps, seeds)
+    require_number("tolerance", tolerance, above=0)
+    require_number("lr_factor", lr_factor, above=0)
+    if lr is not None:
+        require_number("lr", lr, above=0)
     data = _take(batches, steps * len(seeds))
     overrides = sizes[0] if base is None else base
     if isinstance(overrides, Mapping):
@@ -166,6 +171,8 @@ def _checked(
         return axis, tuple(range(seeds))
     if not seeds:
         raise value_error("seeds", found="none", expected="at least one seed")
+    for seed in seeds:
+        require_integer("seeds", seed, 0)
     return axis, tuple(seeds)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning_mue.analysis.slopes import Slope, common_prefix
 from lightning_mue.checks import mismatch, value_error
+from lightning_mue.files import whole_file
 
 _COLUMNS = 4
 _GOOD, _BAD = "#1b7837", "#b2182b"
@@ -55,7 +56,8 @@ def plot_slopes(
         handles=lines, title="after step", loc="outside lower center", ncols=len(lines), fontsize=8, title_fontsize=8
     )
     figure.suptitle(title, fontsize=9, color=_GOOD if passed else _BAD, wrap=True)
-    figure.savefig(path, dpi=130)
+    with whole_file(path) as part:
+        figure.savefig(part, dpi=130, format=Path(path).suffix[1:] or "png")
 
 
 def _finish_panel(axes: Any, panel: Slope, name: str, axis: str, sizes: Collection[float]) -> None:

@@ -52,7 +52,7 @@ def write_trials(path: str | Path, trials: Iterable[Trial]) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*_FIXED, *(f"size.{name}" for name in sizes), *(f"settings.{key}" for key in settings)])
     for t in trials:
-        row = [t.rule, t.seed, repr(t.lr), repr(t.loss), repr(t.tokens), repr(t.compute)]
+        row = [t.rule, t.seed, *(repr(float(number)) for number in (t.lr, t.loss, t.tokens, t.compute))]
         row += [json.dumps(t.size[name]) if name in t.size else "" for name in sizes]
         row += [json.dumps(t.settings[key]) if key in t.settings else "" for key in settings]
         writer.writerow(row)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -16,12 +17,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_mue.callbacks import metric_stream, tensorboard_page
 from lightning_mue.callbacks.mue.callback import MuECallback
 from lightning_mue.callbacks.steps import steps_done
-from lightning_mue.checks import mismatch, type_error
+from lightning_mue.checks import mismatch, require_types, type_error
 from lightning_mue.files import whole_file
 from lightning_mue.health.card import LOOKS, as_markdown, headline, sentence
 from lightning_mue.health.indicators import indicator_of, is_loss
 from lightning_mue.health.judging import Health, RunJudge
 from lightning_mue.health.pictures import as_pixels, heat_map, layered
+from lightning_mue.health.reference import Reference
 from lightning_mue.health.series import series_of
 from lightning_mue.namespaces import is_lightning
 
@@ -50,17 +52,36 @@ class HealthMonitor(Callback):
     Args:
         losses: Tags of further training losses; those called ``loss``, ``train_loss``, ``train/loss`` and the like are known.
         heat_maps: Whether to draw heat maps.
+        reference: Folders of healthy runs, such as that of the tuned base: what a logger wrote, or folders of such folders. The run
+            is compared with them at the same part of its length.
 
     Raises:
-        TypeError: If ``losses`` is not a list of strings.
+        TypeError: If ``losses`` is not a list of strings, or ``reference`` not one of paths.
+        ValueError: When fitting begins, if a folder of ``reference`` holds no run, or only this one.
     """
 
-    def __init__(self, losses: Sequence[str] = (), *, heat_maps: bool = True) -> None:
-        if isinstance(losses, str) or not all(isinstance(tag, str) for tag in losses):
+    def __init__(
+        self, losses: Sequence[str] = (), *, heat_maps: bool = True, reference: Sequence[str | Path] = ()
+    ) -> None:
+        if (
+            isinstance(losses, str)
+            or not isinstance(losses, Sequence)
+            or not all(isinstance(tag, str) for tag in losses)
+        ):
             raise type_error("losses", found=losses, expected="a list of tags", do='For example ["my_objective"].')
-        self.losses = tuple(losses)
+        if isinstance(reference, (str, Path)) or not all(isinstance(path, (str, Path)) for path in reference):
+            do = 'For example ["logs/base/version_0"].'
+            raise type_error("reference", found=reference, expected="a list of folders", do=do)
+        require_types(HealthMonitor.__init__, locals())
+        self.losses, self.reference = tuple(losses), tuple(reference)
         self.heat_maps = heat_maps
-        self._judge = RunJudge(self.losses)
+        self._restored = False  # from a checkpoint, for the fit that begins
+        self._healthy: Reference | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """Knows nothing yet of the run."""
+        self._judge = RunJudge(self.losses, self._healthy)
         self._layers: dict[str, list[tuple[int, float]]] = {}
         self._draw_at, self._told = _FIRST_DRAWN, ""
         self._taken_at = 0  # optimizer steps at the last sample of the module's own metrics
@@ -79,11 +100,16 @@ class HealthMonitor(Callback):
             found, do = "no matplotlib", "There are none now. pip install matplotlib, or set heat_maps=False."
             rank_zero_warn(mismatch("HealthMonitor.heat_maps", found=found, expected="it, to draw with", do=do))
         if trainer.is_global_zero:
+            own = [folder for logger in trainer.loggers if isinstance(folder := getattr(logger, "log_dir", None), str)]
+            self._healthy = Reference.read(self.reference, _steps_of(trainer), own) if self.reference else None
+            self._judge.reference = self._healthy
             metric_stream.listen(trainer, self, lambda step, metrics: self._hear(trainer, step, metrics))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begins to count where a resumed run does."""
-        self._taken_at = steps_done(trainer)
+        """Begins to count where a resumed run does; a run from step 0 on is judged by nothing that an earlier one showed."""
+        if not (self._restored or steps_done(trainer)):
+            self._forget()
+        self._restored, self._taken_at = False, steps_done(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -118,6 +144,7 @@ class HealthMonitor(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from a checkpoint."""
+        self._restored = True
         self._judge.load_state_dict(state_dict["judge"])
         self._layers = {tag: [tuple(point) for point in points] for tag, points in state_dict["layers"].items()}  # type: ignore[misc]
 
@@ -182,6 +209,12 @@ class HealthMonitor(Callback):
             pixels = as_pixels(heat_map(group, layers))
             for logger in boards:
                 logger.experiment.add_image(f"layers/{group}", pixels, step, dataformats="HWC")  # type: ignore[attr-defined]
+
+
+def _steps_of(trainer: Trainer) -> int | None:
+    """Optimizer steps of the whole run; None where it has no end."""
+    steps = trainer.estimated_stepping_batches
+    return int(steps) if 0 < steps < math.inf else None
 
 
 def _is_gradient(tag: str) -> bool:

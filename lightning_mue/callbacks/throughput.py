@@ -38,7 +38,7 @@ class ThroughputMonitor(Callback):
 
     Args:
         tokens_of: Batch -> number of tokens in it. None counts the elements of ``batch["tokens"]``, else of the first integer
-            tensor with at least two dimensions in the batch.
+            tensor with at least two dimensions in the batch; where there is none, it is the data module's ``tokens_per_batch``.
 
     Raises:
         TypeError: If ``tokens_of`` cannot be called.
@@ -79,12 +79,15 @@ class ThroughputMonitor(Callback):
     ) -> None:
         """Counts the batch's tokens; logs on log steps."""
         now, tokens = time.perf_counter(), self._tokens(batch)
+        if tokens is None:
+            tokens = getattr(trainer.datamodule, "tokens_per_batch", None)  # type: ignore[attr-defined]
         if self._start is None:
             self._start = now
             if tokens is None:
                 rank_zero_warn(
                     "ThroughputMonitor: tokens are not counted, because there is no integer tensor of at least two dimensions "
-                    f"in a batch of type {type(batch).__name__}. Give tokens_of, a function of the batch."
+                    f"in a batch of type {type(batch).__name__} and no tokens_per_batch in the data module. "
+                    "Give tokens_of, a function of the batch."
                 )
             return
         self._seen += (tokens or 0) * replicas(trainer)
@@ -98,11 +101,14 @@ class ThroughputMonitor(Callback):
 
     def _tokens(self, batch: Any) -> int | None:
         """Number of tokens in this rank's batch; None if there is nothing to count."""
-        if self.tokens_of is not None:
-            return int(self.tokens_of(batch))
-        named = batch.get("tokens") if isinstance(batch, Mapping) else None
-        ids = named if isinstance(named, Tensor) else next(_token_ids(batch), None)
-        return None if ids is None else ids.numel()
+        return count_tokens(batch) if self.tokens_of is None else int(self.tokens_of(batch))
+
+
+def count_tokens(batch: Any) -> int | None:
+    """Elements of ``batch["tokens"]``, else of the first integer tensor with at least two dimensions; None without one."""
+    named = batch.get("tokens") if isinstance(batch, Mapping) else None
+    ids = named if isinstance(named, Tensor) else next(_token_ids(batch), None)
+    return None if ids is None else ids.numel()
 
 
 def _token_ids(batch: Any) -> Iterator[Tensor]:

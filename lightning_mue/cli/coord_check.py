@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from argparse import ArgumentError
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -17,7 +18,7 @@ from torch.optim import Optimizer
 
 from lightning_mue.analysis import CoordinateCheck, coordinate_check
 from lightning_mue.callbacks import MuECallback
-from lightning_mue.checks import value_error
+from lightning_mue.checks import brief, value_error
 from lightning_mue.console import wide_console
 from lightning_mue.parameterizations.reading.base import RUN_KEYS, build_base
 
@@ -64,10 +65,23 @@ def check_sizes(
         )
 
 
+def check_output(output: str) -> None:
+    """Makes the folder of the report, before anything is trained.
+
+    Raises:
+        ValueError: It is a file, or cannot be made or written to.
+    """
+    try:
+        Path(output).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output).close()
+    except OSError as error:
+        expected = "a folder that can be written to"
+        raise value_error("--output", found=f"{output!r} ({brief(error)})", expected=expected) from error
+
+
 def report(check: CoordinateCheck, output: str) -> None:
     """Prints the check, and writes coordinates.csv and, if matplotlib is installed, coordinates.png to a folder."""
     folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
     check.to_csv(folder / "coordinates.csv")
     wide_console().print(check)
     try:

@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,19 +13,37 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lightning_mue.callbacks import ThroughputMonitor
+from lightning_mue.callbacks import MuECallback, ThroughputMonitor
 from lightning_mue.callbacks.checkpointing.callback import TERMINATED, resume_path
+from lightning_mue.callbacks.trial_report import TrialReport
+from lightning_mue.checks import value_error
+from lightning_mue.class_paths import check_class_paths
+from lightning_mue.cli.certify import certify_command
+from lightning_mue.cli.forecast import forecast_command
+from lightning_mue.cli.parsing.groups import add_groups, with_groups
+from lightning_mue.cli.parsing.parser import BriefParser
+from lightning_mue.cli.parsing.raised import KINDS, message_of
+from lightning_mue.cli.parsing.values import check_checkpoint, check_values
 from lightning_mue.cli.report import report_command
 from lightning_mue.cli.summary import summarize
+from lightning_mue.cli.sweep import sweep_command
 from lightning_mue.cli.trainer import MuETrainer
 
 #: Commands that need the model's shapes only, not its weights.
 _ON_META = ("explain", "export-plan", "coord-check")
 #: Option as users write it -> as the parser knows it; "+" appends to a list.
 _SPELLINGS = {"--axis": "--axis+", "--save-base": "--save_base"}
-_PACKAGE = Path(__file__).parents[1]
 #: Commands that are not a Trainer's: name -> what takes the rest of the command line, and one sentence for --help.
 _OTHER_COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
+    "certify": (
+        certify_command,
+        "SWEEP_DIR...: does the rate hold at every size of a sweep? A page and an exit status.",
+    ),
+    "forecast": (
+        lambda args: forecast_command(args, MuECLI),
+        "SWEEP_DIR... --config ...: loss and best rate of a larger run, written before it starts.",
+    ),
+    "sweep": (lambda args: sweep_command(args, MuECLI), "--config ...: learning rates over sizes, rules and seeds."),
     "report": (report_command, "RUN_DIR...: one HTML page with the verdict on runs (needs no config)."),
 }
 
@@ -45,6 +62,7 @@ class MuECLI(LightningCLI):
             subclass_mode_model=True,
             auto_configure_optimizers=False,
             seed_everything_default=0,
+            parser_class=BriefParser,
             parser_kwargs={"prog": "lightning-mue", "epilog": _epilog()},
             args=args,
             run=run,
@@ -55,16 +73,37 @@ class MuECLI(LightningCLI):
         """Lightning's commands, and those of `MuETrainer`."""
         return {**LightningCLI.subcommands(), **{command: {"model", "datamodule"} for command in _ON_META}}
 
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds callbacks by name."""
+        add_groups(parser)
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Reads the command line, in which ``--axis`` may be given several times."""
         if args is None or isinstance(args, list):
             given = sys.argv[1:] if args is None else args
+            BriefParser.given, BriefParser.commands = (
+                [str(arg) for arg in given],
+                [*self.subcommands(), *_OTHER_COMMANDS],
+            )
             self.config = parser.parse_args([_spelled(arg) for arg in given])
         else:
             super().parse_arguments(parser, args)
+        command = self.config.get("subcommand")
+        if (callbacks := with_groups(self.config[command] if command else self.config)) is not None:
+            edited = {"trainer": {"callbacks": callbacks}}
+            self.config = parser.parse_object({command: edited} if command else edited, self.config)
+
+    def _parse_ckpt_path(self) -> None:
+        """Looks at the values that were given, then reads the hyperparameters of a checkpoint."""
+        command = self.config.get("subcommand")
+        config = self.config[command] if command else self.config
+        check_values(config)
+        check_checkpoint(config.get("ckpt_path"))
+        super()._parse_ckpt_path()
 
     def instantiate_classes(self) -> None:
         """Makes model, data and trainer; for the commands in ``_ON_META`` without memory for the weights."""
+        check_class_paths(self.config.get(str(self.subcommand), self.config), "", typed=True)
         with torch.device("meta") if self.subcommand in _ON_META else nullcontext():
             super().instantiate_classes()
         arguments = self.config_init.get(self.subcommand) or {}
@@ -75,6 +114,9 @@ class MuECLI(LightningCLI):
         """Makes the trainer, with a ThroughputMonitor unless the config has one or asks for a barebones trainer."""
         configured = self._get(self.config_init, "trainer.callbacks") or []
         callbacks = configured if isinstance(configured, list) else [configured]
+        if (count := sum(isinstance(callback, MuECallback) for callback in callbacks)) > 1:
+            do = "Remove all but one; --mue.KEY VALUE changes an argument of the config's."
+            raise value_error("trainer.callbacks", found=f"{count} MuECallbacks", expected="one", do=do)
         has_one = any(isinstance(callback, ThroughputMonitor) for callback in callbacks)
         if not has_one and not self._get(self.config_init, "trainer.barebones"):
             self.trainer_defaults = {"callbacks": [ThroughputMonitor()]}
@@ -84,9 +126,20 @@ class MuECLI(LightningCLI):
             self.save_config_kwargs = {**self.save_config_kwargs, "overwrite": True, **name}
         return super().instantiate_trainer(**kwargs)
 
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """A configuration may name any checkpoint, also at a URL, so only plain data is read from it."""
+        arguments = super()._prepare_subcommand_kwargs(subcommand)
+        if "weights_only" in self._subcommand_method_arguments[subcommand]:
+            if arguments.get("weights_only") is False:
+                do = "A checkpoint with other objects runs their code: load it in Python, by Trainer.fit(..., weights_only=False)."
+                raise value_error("weights_only", found=False, expected="true (or null)", do=do)
+            arguments["weights_only"] = True
+        return arguments
+
     def after_fit(self) -> None:
-        """Prints a summary after a training."""
-        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        """Prints a summary after a training, except in a trial of a sweep, which has no reader."""
+        is_trial = any(isinstance(callback, TrialReport) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        if self.trainer.is_global_zero and not (is_trial or self.trainer.fast_dev_run):  # type: ignore[attr-defined]
             summarize(self.trainer, self.model, self.datamodule)
 
 
@@ -118,24 +171,12 @@ def main(args: list[str] | None = None) -> None:
             MuECLI(args)
     except SIGTERMException:  # its status is 0, which a scheduler reads as success
         raise SystemExit(TERMINATED) from None
-    except (ValueError, TypeError, OSError) as error:
-        message = _message_of_package(error)
+    except KINDS as error:
+        message = message_of(error)
         if message is None or os.environ.get("LIGHTNING_MUE_TRACEBACK"):
             raise
         print(f"lightning-mue: error: {message}", file=sys.stderr)
         raise SystemExit(2) from None
-
-
-def _message_of_package(error: BaseException | None) -> str | None:
-    """The message of an error that this package raised, also if the configuration parser has wrapped it; else None."""
-    while error is not None:
-        traceback = error.__traceback__
-        while traceback is not None and traceback.tb_next is not None:
-            traceback = traceback.tb_next
-        if traceback is not None and _PACKAGE in Path(traceback.tb_frame.f_code.co_filename).parents:
-            return str(error)
-        error = error.__cause__ or error.__context__
-    return None
 
 
 if __name__ == "__main__":

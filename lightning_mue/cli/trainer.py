@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_mue.callbacks import MuECallback
 from lightning_mue.checks import value_error
-from lightning_mue.cli.coord_check import check_sizes, report, training_batches
+from lightning_mue.cli.coord_check import check_output, check_sizes, report, training_batches
 from lightning_mue.console import wide_console
 from lightning_mue.files import whole_file
 from lightning_mue.parameterizations import ScalingPlan
@@ -53,7 +53,7 @@ class MuETrainer(Trainer):
         if save_base is not None:
             _save_base(model, callback, save_base)
             wide_console().print(f"base written to {save_base}; give this path as `base` of MuECallback")
-        plan = callback.make_plan(model, _stand_in_optimizers(model, family), self, datamodule)
+        plan = callback.make_plan(model, stand_in_optimizers(model, family), self, datamodule)
         wide_console().print(plan if rules is None else _compare(model, callback, plan, rules, family))
         if verify and not _verified(self, model, callback, datamodule):
             raise SystemExit(1)
@@ -82,7 +82,7 @@ class MuETrainer(Trainer):
         callback = self._callback("export-plan")
         if callback is None:
             raise _no_callback("export-plan writes")
-        optimizers = _stand_in_optimizers(model, None)
+        optimizers = stand_in_optimizers(model, None)
         plan = callback.make_plan(model, optimizers, self, datamodule)
         written = Path(output or f"plan_{to.replace('-', '_')}.py")
         source = export_plan(model, plan, optimizers, to=to, names=names)
@@ -125,6 +125,7 @@ class MuETrainer(Trainer):
             tolerance: Largest absolute slope that passes.
             output: Folder for coordinates.csv and coordinates.png.
         """
+        check_output(output)
         check = check_sizes(
             self,
             model,
@@ -210,7 +211,7 @@ def _save_base(model: LightningModule, callback: MuECallback, path: str) -> None
     write_base(model, path, base=base, roles=callback.roles, multipliers=callback.multipliers)
 
 
-def _stand_in_optimizers(model: LightningModule, family: Family | None) -> list[Optimizer]:
+def stand_in_optimizers(model: LightningModule, family: Family | None) -> list[Optimizer]:
     """Optimizers for a plan without a run, for which only their family matters: by default the module's own."""
     if family is not None:
         stand_in = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.0)

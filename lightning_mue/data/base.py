@@ -1,4 +1,4 @@
-"""Base class of the language-modelling data modules: arguments, loaders, check of the vocabulary.
+"""Base classes of the data modules: the place in a run; and of language modelling: arguments, loaders, check of the vocabulary.
 
 Shape legend: N tokens in a split, B windows in one process's batch, S context length.
 """
@@ -13,6 +13,7 @@ from lightning.pytorch import LightningDataModule
 
 from lightning_mue.checks import mismatch, require_fraction, require_integer, require_positive, value_error
 from lightning_mue.data.sampling import FixedLoader, StepLoader, validation_starts
+from lightning_mue.seeds import run_seed
 
 
 class Splits(NamedTuple):
@@ -22,7 +23,29 @@ class Splits(NamedTuple):
     val: np.ndarray
 
 
-class LanguageDataModule(LightningDataModule, ABC):
+class StepDataModule(LightningDataModule):
+    """Where in a run a data module is: the step its training batches go on from, and its data-parallel rank."""
+
+    def _data_parallel(self) -> tuple[int, int]:
+        """Rank and world size over which batches differ; tensor-parallel processes share a rank."""
+        kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        return (kwargs["rank"], max(1, kwargs["num_replicas"])) if kwargs else (0, 1)
+
+    def _batches_trained(self) -> int:
+        # Lightning restores a loader's state only when it resumes within an epoch, or with max_steps. Its own count of
+        # batches is also right at the end of an epoch, in a second fit, and after reload_dataloaders_every_n_epochs.
+        progress = self._batch_progress()
+        return progress.total.processed if progress is not None else 0
+
+    def _batches_in_flight(self) -> int:
+        progress = self._batch_progress()
+        return progress.current.ready - progress.current.processed if progress is not None else 0
+
+    def _batch_progress(self) -> Any:
+        return self.trainer.fit_loop.epoch_loop.batch_progress if self.trainer is not None else None
+
+
+class LanguageDataModule(StepDataModule, ABC):
     """Serves windows of a token stream as `{"tokens": int64 [B, S], "targets": int64 [B, S]}`.
 
     Training batches are a pure function of (seed, step, rank), so a run resumed from any checkpoint sees exactly the
@@ -30,16 +53,18 @@ class LanguageDataModule(LightningDataModule, ABC):
     """
 
     def __init__(
-        self, *, context_length: int, batch_size: int, val_fraction: float, val_batches: int | None, seed: int
+        self, *, context_length: int, batch_size: int, val_fraction: float, val_batches: int | None, seed: int | None
     ) -> None:
         super().__init__()
         require_positive(context_length=context_length, batch_size=batch_size)
         if val_batches is not None:
             require_positive(val_batches=val_batches)
-        require_integer("seed", seed, 0)
+        if seed is not None:
+            require_integer("seed", seed, 0)
         require_fraction(val_fraction=val_fraction)
         # int() and float(): NumPy's numbers would not go into a checkpoint that is loaded with weights_only.
-        self.context_length, self.batch_size, self.seed = int(context_length), int(batch_size), int(seed)
+        self.context_length, self.batch_size = int(context_length), int(batch_size)
+        self.seed = None if seed is None else int(seed)
         self.val_batches = None if val_batches is None else int(val_batches)
         self.val_fraction = float(val_fraction)
         self._splits: Splits | None = None
@@ -78,6 +103,7 @@ class LanguageDataModule(LightningDataModule, ABC):
                     expected=f"at least {needed}, the tokens of one window of context_length={self.context_length}",
                     do="Use a larger corpus, a smaller context_length, or another val_fraction.",
                 )
+        self._check_context()
         self._check_vocabulary()
         self._splits = splits
 
@@ -90,7 +116,7 @@ class LanguageDataModule(LightningDataModule, ABC):
             self._mapped().train,
             context_length=self.context_length,
             batch_size=self.batch_size,
-            seed=self.seed,
+            seed=run_seed(self.seed),
             rank=rank,
             world_size=world_size,
             step=self._batches_trained(),
@@ -137,23 +163,16 @@ class LanguageDataModule(LightningDataModule, ABC):
             )
         return self._splits
 
-    def _data_parallel(self) -> tuple[int, int]:
-        """Rank and world size over which batches differ; tensor-parallel processes share a rank."""
-        kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
-        return (kwargs["rank"], max(1, kwargs["num_replicas"])) if kwargs else (0, 1)
-
-    def _batches_trained(self) -> int:
-        # Lightning restores a loader's state only when it resumes within an epoch, or with max_steps. Its own count of
-        # batches is also right at the end of an epoch, in a second fit, and after reload_dataloaders_every_n_epochs.
-        progress = self._batch_progress()
-        return progress.total.processed if progress is not None else 0
-
-    def _batches_in_flight(self) -> int:
-        progress = self._batch_progress()
-        return progress.current.ready - progress.current.processed if progress is not None else 0
-
-    def _batch_progress(self) -> Any:
-        return self.trainer.fit_loop.epoch_loop.batch_progress if self.trainer is not None else None
+    def _check_context(self) -> None:
+        model = getattr(self.trainer, "lightning_module", None)
+        longest = getattr(model, "context_length", None)
+        if type(longest) is int and self.context_length > longest:
+            raise value_error(
+                "data.context_length",
+                found=f"sequences of {self.context_length} tokens",
+                expected=f"at most {longest}, the context_length of {type(model).__name__}",
+                do="Lower it, or raise the model's.",
+            )
 
     def _check_vocabulary(self) -> None:
         model = getattr(self.trainer, "lightning_module", None)

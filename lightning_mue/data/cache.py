@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import tempfile
-import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from lightning_mue.checks import mismatch
+from lightning_mue.files import whole_file
 
 SPLITS = ("train", "val")
 CACHE_TAG = "CACHEDIR.TAG"
@@ -22,8 +20,6 @@ CACHE_TAG = "CACHEDIR.TAG"
 _FORMAT = 2
 # Backup tools recognize a cache folder by this line, too.
 _CACHE_SIGNATURE = b"Signature: 8a477f597d28d172789f06886806bc55"
-_TEMPORARY_PREFIX = ".tmp-"
-_STALE_SECONDS = 3600.0
 
 
 def default_cache_dir() -> Path:
@@ -38,8 +34,8 @@ def default_cache_dir() -> Path:
 class ByteCache:
     """Stores the train and val splits of one corpus as raw uint8 files with a `manifest.json`, in one folder.
 
-    Every file is written under a temporary name, flushed to disk and moved into place, the manifest last. An
-    interrupted build therefore leaves no valid manifest. Processes that build the same corpus at the same time write
+    Every file is written whole or not at all, the manifest last. An interrupted build therefore leaves no valid manifest, and
+    the next build removes what it had written. Processes that build the same corpus at the same time write
     the same bytes, so it does not matter which of them is last. The folder is created when needed.
     """
 
@@ -62,13 +58,12 @@ class ByteCache:
         Raises:
             OSError: The folder cannot be written.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / CACHE_TAG).write_bytes(_CACHE_SIGNATURE)
-        self._remove_stale()
+        with whole_file(self.folder / CACHE_TAG) as part:
+            part.write_bytes(_CACHE_SIGNATURE)
         entries = {split: self._write_split(split, splits[split]) for split in SPLITS}
         manifest = {"format": _FORMAT, "corpus": corpus, "splits": entries}
-        with self._replacing(self.folder / "manifest.json") as file:
-            file.write(json.dumps(manifest, indent=1).encode())
+        with whole_file(self.folder / "manifest.json") as part:
+            part.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
     def open(self, split: str) -> np.ndarray:
         """Maps a split, uint8 `[N]`, read-only.
@@ -100,7 +95,7 @@ class ByteCache:
             for entry in entries.values():
                 _ = int(entry["bytes"]), str(entry["sha256"])
             return {"corpus": manifest["corpus"], "splits": entries}
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
             # A missing or truncated manifest, or a file of another program: there is no cache.
             return None
 
@@ -112,34 +107,12 @@ class ByteCache:
 
     def _write_split(self, split: str, pieces: Iterable[bytes]) -> dict[str, Any]:
         digest, size = hashlib.sha256(), 0
-        with self._replacing(self._path(split)) as file:
+        with whole_file(self._path(split)) as part, part.open("wb") as file:
             for piece in pieces:
                 file.write(piece)
                 digest.update(piece)
                 size += len(piece)
         return {"bytes": size, "sha256": digest.hexdigest()}
-
-    @contextlib.contextmanager
-    def _replacing(self, path: Path) -> Iterator[IO[bytes]]:
-        """Opens a temporary file that replaces `path` once it is flushed to disk."""
-        with tempfile.NamedTemporaryFile(dir=self.folder, prefix=_TEMPORARY_PREFIX, delete=False) as file:
-            try:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-                file.close()
-                os.replace(file.name, path)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    os.unlink(file.name)
-                raise
-
-    def _remove_stale(self) -> None:
-        """Removes the temporary files of killed builds; a recent one may belong to another process that is building."""
-        for path in self.folder.glob(f"{_TEMPORARY_PREFIX}*"):
-            with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > _STALE_SECONDS:
-                    path.unlink()
 
     def _path(self, split: str) -> Path:
         return self.folder / f"{split}.bin"

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lightning_mue.checks import value_error
+from lightning_mue.checks import require_types, value_error
 from lightning_mue.data.base import LanguageDataModule, Splits
 from lightning_mue.data.cache import ByteCache, default_cache_dir
 from lightning_mue.data.corpus import TextCorpus
@@ -28,7 +28,7 @@ class TextDataModule(LanguageDataModule):
         batch_size: Windows in the micro-batch of one process, B.
         val_fraction: Part of the corpus kept for validation, in (0, 1).
         val_batches: Validation batches per process at most, spread evenly over the split; None for all.
-        seed: Data seed, 0 or more.
+        seed: Data seed, 0 or more; None: that of `seed_everything`, or 0.
         cache_dir: Folder of the caches; None for $LIGHTNING_MUE_CACHE, else $XDG_CACHE_HOME/lightning_mue, else
             ~/.cache/lightning_mue.
 
@@ -49,7 +49,7 @@ class TextDataModule(LanguageDataModule):
         batch_size: int = 32,
         val_fraction: float = 0.05,
         val_batches: int | None = 20,
-        seed: int = 0,
+        seed: int | None = None,
         cache_dir: str | Path | None = None,
     ) -> None:
         super().__init__(
@@ -59,6 +59,7 @@ class TextDataModule(LanguageDataModule):
             val_batches=val_batches,
             seed=seed,
         )
+        require_types(TextDataModule.__init__, locals())
         if path is None:
             self.corpus = TextCorpus.standard_library(pattern or "*.py")
         else:

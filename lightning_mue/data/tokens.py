@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from lightning_mue.checks import mismatch, require_choice, value_error
+from lightning_mue.checks import mismatch, require_choice, require_types, value_error
 from lightning_mue.data.base import LanguageDataModule, Splits
 
 TokenDtype = Literal["uint16", "uint32"]
@@ -37,7 +37,7 @@ class TokenDataModule(LanguageDataModule):
         batch_size: Windows in the micro-batch of one process, B.
         val_fraction: Part of `train_path` kept for validation, in (0, 1); unused with `val_path`.
         val_batches: Validation batches per process at most, spread evenly over the split; None for all.
-        seed: Data seed, 0 or more.
+        seed: Data seed, 0 or more; None: that of `seed_everything`, or 0.
         bytes_per_token: Mean number of bytes of text per token, if known; with it a model can report bits per byte.
 
     Raises:
@@ -55,7 +55,7 @@ class TokenDataModule(LanguageDataModule):
         batch_size: int = 8,
         val_fraction: float = 0.05,
         val_batches: int | None = 20,
-        seed: int = 0,
+        seed: int | None = None,
         bytes_per_token: float | None = None,
     ) -> None:
         super().__init__(
@@ -66,6 +66,7 @@ class TokenDataModule(LanguageDataModule):
             seed=seed,
         )
         require_choice("dtype", dtype, get_args(TokenDtype))
+        require_types(TokenDataModule.__init__, locals())
         if bytes_per_token is not None and not bytes_per_token > 0:
             raise value_error("bytes_per_token", found=bytes_per_token, expected="a number above 0, or null if unknown")
         self.train_path = Path(train_path).expanduser()

@@ -30,6 +30,7 @@ from lightning_mue.diagnostics.spectral import (
     qk_spectral_entropy,
     stable_rank,
 )
+from lightning_mue.diagnostics.spike_share import spike_share
 from lightning_mue.diagnostics.spikes import cusum, spike_score
 from lightning_mue.diagnostics.updates import (
     angular_step,
@@ -70,6 +71,7 @@ __all__ = [
     "router_entropy",
     "small_second_moments",
     "spike_score",
+    "spike_share",
     "stable_rank",
     "summary_metrics",
     "token_nats",

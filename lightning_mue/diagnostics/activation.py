@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from lightning_mue.checks import value_error
+from lightning_mue.diagnostics.blocks import block_elements, scratch
 
-#: Elements of the largest float32 temporary (64 MiB).
-CHUNK_ELEMENTS = 1 << 24
 #: A summary's entries: elements, mean, 2nd to 4th central moments, largest magnitude, outliers.
 SUMMARY_SIZE = 7
+#: Of a variance in float32: an entry right at the threshold is no outlier.
+_ROUNDING = 1e-6
 
 
 def output_rms(x: Tensor) -> Tensor:
@@ -30,7 +31,7 @@ def max_over_rms(x: Tensor) -> Tensor:
     Float32 scalar. NaN when ``x`` is empty or all zero.
     """
     if x.numel() == 0:
-        return torch.full((), float("nan"), device=x.device)
+        return torch.full((), float("nan"), dtype=torch.float32, device=x.device)
     return x.float().abs().amax() / output_rms(x)
 
 
@@ -63,19 +64,20 @@ def outlier_percent(x: Tensor, threshold: float = 5.0) -> Tensor:
     """
     x_Td = _as_tokens(x)
     if x_Td.numel() == 0:
-        return torch.full((), float("nan"), device=x.device)
+        return torch.full((), float("nan"), dtype=torch.float32, device=x.device)
     return 100 * _outliers(x_Td.float(), threshold) / x_Td.numel()
 
 
-def activation_summary(x: Tensor, threshold: float = 5.0) -> Tensor:
+def activation_summary(x: Tensor, threshold: float = 5.0, counts: Tensor | None = None) -> Tensor:
     """The statistics of ``x`` for `summary_metrics`, in a form that merges exactly.
 
     Central moments rather than power sums, because a mean much larger than the spread would cancel a float32 sum of
-    fourth powers. Works on chunks of tokens, so that the float32 temporaries stay small.
+    fourth powers: first about each token's mean, from which those about the mean of all follow. A block of tokens at a time.
 
     Args:
         x: [..., d] activations.
         threshold: See `outlier_percent`.
+        counts: [...], True for tokens that count (no padding); None: all do.
 
     Returns:
         Float32 [7]: elements, mean, 2nd, 3rd and 4th central moments, max|x|, outlier entries. Zeros when empty.
@@ -83,20 +85,25 @@ def activation_summary(x: Tensor, threshold: float = 5.0) -> Tensor:
     Raises:
         ValueError: If ``x`` has no dimension.
     """
-    x_Td = _as_tokens(x)
-    summary = torch.zeros(SUMMARY_SIZE, dtype=torch.float32, device=x.device)
+    x_Td = _as_tokens(x.detach())
     if x_Td.numel() == 0:
-        return summary
-    for chunk_Td in x_Td.split(max(1, CHUNK_ELEMENTS // x_Td.shape[1])):
-        chunk_Td = chunk_Td.float()
-        mean = chunk_Td.mean()
-        centered_Td = chunk_Td - mean
-        square_Td = centered_Td.square()
-        moments = [square_Td.mean(), (square_Td * centered_Td).mean(), square_Td.square().mean()]
-        elements = torch.full_like(mean, chunk_Td.numel())
-        tails = [chunk_Td.abs().amax(), _outliers(chunk_Td, threshold)]
-        summary = merge_summaries(summary, torch.stack([elements, mean, *moments, *tails]))
-    return summary
+        return torch.zeros(SUMMARY_SIZE, dtype=torch.float32, device=x.device)
+    step = max(1, block_elements(x.device) // x_Td.shape[1])
+    blocks = [_of_tokens(block_Td.float(), threshold) for block_Td in x_Td.split(step)]
+    tokens_6T = torch.cat(blocks, dim=1)
+    tokens = torch.full((), float(len(x_Td)), dtype=torch.float32, device=x.device)
+    if counts is not None:
+        seen_T = counts.reshape(-1).bool()
+        tokens_6T, tokens = torch.where(seen_T, tokens_6T, 0.0), seen_T.sum().float()
+    mean_T, m2_T, m3_T, m4_T, largest_T, outliers_T = tokens_6T
+    mean = mean_T.sum() / tokens.clamp(min=1)
+    about = torch.stack([torch.ones_like(m2_T), mean_T, m2_T, m3_T, m4_T, largest_T, outliers_T])
+    moments_3T = _moments_about(about, mean_T - mean)
+    if counts is not None:
+        moments_3T = torch.where(seen_T, moments_3T, 0.0)
+    first = torch.stack([tokens * x_Td.shape[1], mean])
+    last = torch.stack([largest_T.amax(), outliers_T.sum()])
+    return torch.cat([first, moments_3T.sum(1) / tokens.clamp(min=1), last])
 
 
 def merge_summaries(a: Tensor, b: Tensor) -> Tensor:
@@ -128,7 +135,7 @@ def summary_metrics(summary: Tensor) -> dict[str, Tensor]:
 
 
 def _moments_about(summary: Tensor, shift: Tensor) -> Tensor:
-    """[3] 2nd to 4th moments of ``x - mean + shift``, by the binomial expansion."""
+    """[3] 2nd to 4th moments of ``x - mean + shift``, by the binomial expansion; [3, T] of [7, T] and [T]."""
     _, _, m2, m3, m4, _, _ = summary.unbind()
     square = shift.square()
     return torch.stack(
@@ -138,9 +145,25 @@ def _moments_about(summary: Tensor, shift: Tensor) -> Tensor:
 
 def _outliers(x_Td: Tensor, threshold: float) -> Tensor:
     """Number of outlier entries; NaN where a token is not finite, since comparisons with NaN are false."""
-    variance_T1, mean_T1 = torch.var_mean(x_Td, dim=-1, correction=0, keepdim=True)
-    count_T1 = ((x_Td - mean_T1).abs() > threshold * variance_T1.sqrt()).sum(dim=-1, keepdim=True)
-    return torch.where(variance_T1.isfinite(), count_T1.float(), float("nan")).sum()
+    return _of_tokens(x_Td, threshold)[5].sum()
+
+
+@torch.no_grad()
+def _of_tokens(x_Td: Tensor, threshold: float) -> Tensor:
+    """[6, T]: of each token mean, 2nd to 4th central moments, max|x| and outlier entries."""
+    mean_T1 = x_Td.mean(-1, keepdim=True)
+    centered_Td, square_Td = scratch(2 * x_Td.numel(), x_Td.device).view(2, *x_Td.shape)
+    torch.sub(x_Td, mean_T1, out=centered_Td)
+    torch.mul(centered_Td, centered_Td, out=square_Td)
+    m2_T1 = square_Td.mean(-1, keepdim=True)
+    m3_T = centered_Td.mul_(square_Td).mean(-1)
+    beyond = threshold**2 * (1 + _ROUNDING)
+    count_T = torch.gt(square_Td, beyond * m2_T1, out=centered_Td).sum(-1)
+    m2_T = m2_T1.squeeze(-1)
+    outliers_T = torch.where(m2_T.isfinite(), count_T, float("nan"))
+    m4_T = square_Td.mul_(square_Td).mean(-1)
+    largest_T = torch.maximum(x_Td.amax(-1), -x_Td.amin(-1))
+    return torch.stack([mean_T1.squeeze(-1), m2_T, m3_T, m4_T, largest_T, outliers_T])
 
 
 def _as_tokens(x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Attention diagnostics: Z-value, largest logit and entropy, a block of queries at a time (docs/theory.md section 6).
 
 Shape legend: B batch, Hq query heads, Hkv key heads, G = Hq / Hkv, S query positions, N key positions, C queries of a block,
-n keys that the block may see, k head dimension, V classes.
+n keys that the block may see, R rows (B * Hq * C), k head dimension, V classes.
 """
 
 from __future__ import annotations
@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 
 from lightning_mue.checks import value_error
+from lightning_mue.diagnostics.blocks import block_elements, scratch
 
-#: Elements of the largest float32 temporary (64 MiB).
-CHUNK_ELEMENTS = 1 << 24
 #: Entries of `logits_summary` and `attention_summary`.
 LOGITS_SIZE, ATTENTION_SIZE = 3, 4
 #: A row whose largest logit is below this sees nothing: masks are minus infinity or a dtype's smallest number.
 HIDDEN = -3e4
+#: What a hidden logit is set to: finite, so that its weight 0 times it is 0.
+_LEAST = -1e30
+#: Queries of a block, where it can be chosen: with fewer, products with the keys are slow.
+_QUERIES = 16
 
 
 def logits_summary(logits: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -35,18 +38,16 @@ def logits_summary(logits: Tensor, weights: Tensor | None = None) -> Tensor:
     if logits.ndim == 0 or logits.shape[-1] == 0:
         found, do = f"shape {list(logits.shape)}", "Pass the logits themselves, not a loss."
         raise value_error("logits", found=found, expected="at least one class in the last dimension", do=do)
-    rows_RV = logits.reshape(-1, logits.shape[-1])
-    total = torch.zeros(LOGITS_SIZE, device=logits.device)
+    rows_RV = logits.detach().reshape(-1, logits.shape[-1])
     if len(rows_RV) == 0:
-        return total
-    step = max(1, CHUNK_ELEMENTS // rows_RV.shape[1])
-    for start in range(0, len(rows_RV), step):
-        chunk_RV = rows_RV[start : start + step].float()
-        seen_R = torch.ones(len(chunk_RV), dtype=torch.bool, device=logits.device)
-        if weights is not None:
-            seen_R = weights.reshape(-1)[start : start + step] > 0
-        total = merge_logits(total, _summed(chunk_RV.logsumexp(-1), chunk_RV.amax(-1), seen_R))
-    return total
+        return torch.zeros(LOGITS_SIZE, dtype=torch.float32, device=logits.device)
+    step = max(1, block_elements(logits.device) // rows_RV.shape[1])
+    rows = []
+    for block_RV in rows_RV.split(step):
+        memory_RV = scratch(block_RV.numel(), logits.device).view_as(block_RV)
+        rows.append(_of_rows(block_RV.float(), memory_RV)[:2])
+    largest_R, logsumexp_R = torch.cat(rows, dim=1)
+    return _summed(logsumexp_R, largest_R, None if weights is None else weights.reshape(-1) > 0)
 
 
 def attention_summary(
@@ -69,48 +70,87 @@ def attention_summary(
     Raises:
         ValueError: If the shapes do not fit.
     """
-    q_BHSk, k_BHNk, mask_BHSN = _as_heads(q, k, mask)
+    q_BHSk, k_BHNk, mask_BHSN = _as_heads(q.detach(), k.detach(), mask)
     B, Hq, S, _ = q_BHSk.shape
     N = k_BHNk.shape[2]
-    total = torch.zeros(ATTENTION_SIZE, device=q.device)
     if B * Hq * S * N == 0:
-        return total
-    k_BHkN = k_BHNk.float().transpose(-1, -2)
-    chunk = max(1, CHUNK_ELEMENTS // (B * Hq * N))
-    for start in range(0, S, chunk):
-        stop = min(start + chunk, S)
-        n = max(1, min(N, stop + offset)) if causal else N
-        q_BHrk = q_BHSk[:, :, start:stop].float().reshape(B, k_BHkN.shape[1], -1, q_BHSk.shape[3])  # r = G * C
-        logits_BHCn = (q_BHrk @ k_BHkN[..., :n] * scale).reshape(B, Hq, stop - start, n)
-        if causal:
-            last_C1 = torch.arange(start, stop, device=q.device).add(offset).unsqueeze(1)
-            logits_BHCn = logits_BHCn.masked_fill(torch.arange(n, device=q.device) > last_C1, float("-inf"))
-        if mask_BHSN is not None:
-            part = mask_BHSN[:, :, start:stop, :n]
-            hide = part.dtype == torch.bool
-            logits_BHCn = logits_BHCn.masked_fill(~part, float("-inf")) if hide else logits_BHCn + part.float()
-        total = merge_attention(total, softmax_summary(logits_BHCn))
-    return total
+        return torch.zeros(ATTENTION_SIZE, dtype=torch.float32, device=q.device)
+    most = block_elements(q.device)
+    b = min(B, max(1, most // (Hq * N * _QUERIES)))
+    c = min(S, max(1, most // (Hq * N * b)))
+    keys = k_BHNk[:b].numel()
+    memory = scratch(keys + 2 * b * Hq * c * N, q.device)
+    logits, weights = memory[keys:].view(2, -1)
+    found = []
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        for first in range(0, B, b):
+            own = slice(first, first + b)
+            q_bHSk, k_bHkN = q_BHSk[own].float(), k_BHNk[own].transpose(-1, -2)
+            k_bHkN = memory[: k_bHkN.numel()].view(k_bHkN.shape).copy_(k_bHkN)
+            mask_bHSN = None if mask_BHSN is None else mask_BHSN[own]
+            for start in range(0, S, c):
+                rows = slice(start, min(start + c, S))
+                logits_Rn = _logits(q_bHSk, k_bHkN, scale, rows, offset if causal else None, mask_bHSN, logits)
+                found.append(_of_rows(logits_Rn, weights[: logits_Rn.numel()].view_as(logits_Rn)))
+    return _attention_summed(torch.cat(found, dim=1))
+
+
+def _logits(
+    q_BHSk: Tensor,
+    k_BHkN: Tensor,
+    scale: float,
+    rows: slice,
+    offset: int | None,
+    mask_BHSN: Tensor | None,
+    memory: Tensor,
+) -> Tensor:
+    """[R, n] logits of the queries of some rows (offset: of causal ones), in the given memory."""
+    (B, Hq, _, width), N, C = q_BHSk.shape, k_BHkN.shape[3], rows.stop - rows.start
+    n = N if offset is None else max(1, min(N, rows.stop + offset))
+    q_brk = q_BHSk[:, :, rows].reshape(B * k_BHkN.shape[1], -1, width)  # b = B * Hkv, r = G * C
+    logits_brn = memory[: q_brk.shape[0] * q_brk.shape[1] * n].view(*q_brk.shape[:2], n)
+    torch.baddbmm(logits_brn, q_brk, k_BHkN.flatten(0, 1)[..., :n], beta=0, alpha=scale, out=logits_brn)
+    logits_BHCn = logits_brn.view(B, Hq, C, n)
+    if mask_BHSN is not None:
+        part = mask_BHSN[:, :, rows, :n]
+        if part.dtype == torch.bool:
+            logits_BHCn.masked_fill_(~part, _LEAST)
+        else:
+            logits_BHCn.add_(part).clamp_(min=_LEAST)
+    if offset is not None:
+        seen = min(n, max(0, rows.start + offset + 1))  # by all of these queries
+        last_C1 = torch.arange(rows.start, rows.stop, device=memory.device).add(offset).unsqueeze(1)
+        logits_BHCn[..., seen:].masked_fill_(torch.arange(seen, n, device=memory.device) > last_C1, _LEAST)
+    return logits_BHCn.view(-1, n)
 
 
 def softmax_summary(logits: Tensor) -> Tensor:
     """`attention_summary` of logits [..., N] that exist already, a block of rows at a time."""
-    rows_RN = logits.reshape(-1, logits.shape[-1])
-    total = torch.zeros(ATTENTION_SIZE, device=logits.device)
+    rows_RN = logits.detach().reshape(-1, logits.shape[-1])
     if rows_RN.numel() == 0:
-        return total
-    for chunk_RN in rows_RN.split(max(1, CHUNK_ELEMENTS // rows_RN.shape[1])):
-        x_RN = chunk_RN.float()
-        largest_R1 = x_RN.amax(-1, keepdim=True)
-        seen_R = ~(largest_R1.squeeze(-1) <= HIDDEN)  # NaN counts as seen
-        weights_RN = (x_RN - largest_R1).exp()
-        sum_R = weights_RN.sum(-1)
-        logsumexp_R = largest_R1.squeeze(-1) + sum_R.log()
-        mean_R = torch.where(weights_RN > 0, weights_RN * x_RN, 0.0).sum(-1) / sum_R
-        entropy = torch.where(seen_R, logsumexp_R - mean_R, 0.0).sum()
-        of_logits = _summed(logsumexp_R, largest_R1.squeeze(-1), seen_R)
-        total = merge_attention(total, torch.cat([of_logits, entropy.reshape(1)]))
-    return total
+        return torch.zeros(ATTENTION_SIZE, dtype=torch.float32, device=logits.device)
+    step = max(1, block_elements(logits.device) // rows_RN.shape[1])
+    found = []
+    for block_RN in rows_RN.split(step):
+        x_RN, weights_RN = scratch(2 * block_RN.numel(), logits.device).view(2, *block_RN.shape)
+        found.append(_of_rows(torch.clamp(block_RN.float(), min=_LEAST, out=x_RN), weights_RN))
+    return _attention_summed(torch.cat(found, dim=1))
+
+
+@torch.no_grad()
+def _of_rows(x_RN: Tensor, memory_RN: Tensor) -> Tensor:
+    """[3, R]: of each row of logits the largest, the logsumexp, and the mean under the softmax."""
+    largest_R = x_RN.amax(-1)
+    weights_RN = torch.softmax(x_RN, -1, out=memory_RN)
+    logsumexp_R = largest_R - weights_RN.amax(-1).log()  # the largest logit has the largest weight
+    return torch.stack([largest_R, logsumexp_R, weights_RN.mul_(x_RN).sum(-1)])
+
+
+def _attention_summed(rows_3R: Tensor) -> Tensor:
+    largest_R, logsumexp_R, mean_R = rows_3R
+    seen_R = ~(largest_R <= HIDDEN)  # NaN counts as seen
+    entropy = torch.where(seen_R, logsumexp_R - mean_R, 0.0).sum()
+    return torch.cat([_summed(logsumexp_R, largest_R, seen_R), entropy.reshape(1)])
 
 
 def merge_logits(a: Tensor, b: Tensor) -> Tensor:
@@ -119,10 +159,10 @@ def merge_logits(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat([a[:2] + b[:2], largest.reshape(1), a[3:] + b[3:]])
 
 
-merge_attention = merge_logits
-
-
-def _summed(logsumexp_R: Tensor, largest_R: Tensor, seen_R: Tensor) -> Tensor:
+def _summed(logsumexp_R: Tensor, largest_R: Tensor, seen_R: Tensor | None) -> Tensor:
+    if seen_R is None:
+        rows = torch.full((), float(len(largest_R)), dtype=torch.float32, device=largest_R.device)
+        return torch.stack([logsumexp_R.square().sum(), rows, largest_R.amax()])
     rows = seen_R.sum()
     squares = torch.where(seen_R, logsumexp_R.square(), 0.0).sum()
     largest = torch.where(seen_R, largest_R, float("-inf")).amax()

@@ -9,20 +9,20 @@ import torch
 from torch import Tensor
 
 from lightning_mue.checks import value_error
+from lightning_mue.diagnostics.blocks import block_elements, scratch
 
-#: Elements of the largest float32 temporary (64 MiB).
-CHUNK_ELEMENTS = 1 << 24
 #: Channels kept: those with the largest magnitudes. More are rarely massive; these merge exactly.
 KEPT = 8
 #: Entries of a summary: elements, sum of magnitudes, then the K largest channels' maxima, and their indices.
 CHANNELS_SIZE = 2 + 2 * KEPT
 
 
-def channel_summary(x: Tensor) -> Tensor:
+def channel_summary(x: Tensor, counts: Tensor | None = None) -> Tensor:
     """The statistics of ``x`` for `channel_metrics`, in a form that merges exactly.
 
     Args:
         x: [..., d] activations.
+        counts: [...], True for tokens that count (no padding); None: all do.
 
     Returns:
         Float32 [18]: elements, sum of |x|, the largest magnitudes of the 8 largest channels, descending, and these channels'
@@ -33,19 +33,25 @@ def channel_summary(x: Tensor) -> Tensor:
     """
     if x.ndim == 0:
         raise value_error("x", found="a scalar", expected="shape [..., channels]", do="Pass the activation itself.")
-    x_Td = x.reshape(-1, x.shape[-1])
+    x_Td = x.detach().reshape(-1, x.shape[-1])
     if x_Td.numel() == 0:
-        return torch.zeros(CHANNELS_SIZE, device=x.device)
-    largest_d, total = None, torch.zeros((), device=x.device)
-    for chunk_Td in x_Td.split(max(1, CHUNK_ELEMENTS // x_Td.shape[1])):
-        size_Td = chunk_Td.float().abs()
+        return torch.zeros(CHANNELS_SIZE, dtype=torch.float32, device=x.device)
+    largest_d, total = None, torch.zeros((), dtype=torch.float32, device=x.device)
+    step = max(1, block_elements(x.device) // x_Td.shape[1])
+    tokens = float(len(x_Td)) if counts is None else counts.sum()
+    seen_T1 = None if counts is None else counts.reshape(-1, 1).bool()
+    for start in range(0, len(x_Td), step):
+        block_Td = x_Td[start : start + step]
+        size_Td = torch.abs(block_Td.float(), out=scratch(block_Td.numel(), x.device).view_as(block_Td))
+        if seen_T1 is not None:
+            size_Td.masked_fill_(~seen_T1[start : start + step], 0.0)
         total = total + size_Td.sum()
-        chunk_d = size_Td.amax(0)
-        largest_d = chunk_d if largest_d is None else torch.maximum(largest_d, chunk_d)
+        block_d = size_Td.amax(0)
+        largest_d = block_d if largest_d is None else torch.maximum(largest_d, block_d)
     assert largest_d is not None
     values, channels = largest_d.topk(min(KEPT, len(largest_d)))
-    summary = torch.zeros(CHANNELS_SIZE, device=x.device)
-    summary[0], summary[1] = x_Td.numel(), total
+    summary = torch.zeros(CHANNELS_SIZE, dtype=torch.float32, device=x.device)
+    summary[0], summary[1] = tokens * x_Td.shape[1], total
     summary[2 : 2 + len(values)], summary[2 + KEPT : 2 + KEPT + len(values)] = values, channels.float()
     return summary
 

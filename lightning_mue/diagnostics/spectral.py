@@ -60,7 +60,7 @@ def leading_singular(weight: Tensor, start: Tensor | None = None, iterations: in
 def _random_block(weight: Tensor) -> Tensor:
     """[..., in, b] orthonormal vectors, the same at every call and on every rank."""
     size, width = weight.shape[-1], min(BLOCK, *weight.shape[-2:])
-    block = torch.randn(size, width, generator=torch.Generator().manual_seed(0)).to(weight.device)
+    block = torch.randn(size, width, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(weight.device)
     return torch.linalg.qr(block).Q.expand(*weight.shape[:-2], size, width)
 
 

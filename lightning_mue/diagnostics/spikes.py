@@ -14,7 +14,7 @@ from torch import Tensor
 MAD_TO_STD = 1.4826
 
 
-class SpikeScore(NamedTuple):
+class RobustScore(NamedTuple):
     """How far values stand out of their windows.
 
     Attributes:
@@ -35,7 +35,7 @@ def spike_score(
     min_history: int | Tensor = 64,
     floor: float | Tensor = 0.02,
     least: float | Tensor = 1e-30,
-) -> SpikeScore:
+) -> RobustScore:
     """Distance of each value from the median of its window, in units of the window's median absolute deviation (MAD).
 
     Median and MAD stay as they are while less than half of a window is outliers, where one large value ruins a mean and
@@ -66,7 +66,7 @@ def spike_score(
     score_S = (values_S.float() - median_S) / scale_S
     counts_S = window_SW.isfinite().sum(-1)
     known_S = (counts_S >= min_history) & values_S.isfinite()
-    return SpikeScore(torch.where(known_S, score_S, torch.nan), median_S, scale_S)
+    return RobustScore(torch.where(known_S, score_S, torch.nan), median_S, scale_S)
 
 
 def push(values_S: Tensor, window_SW: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ def push(values_S: Tensor, window_SW: Tensor) -> Tensor:
 
 def new_cusum(n_series: int, device: torch.device | str = "cpu") -> Tensor:
     """The state of `cusum` before the first value, float32 [S, 3]: sum, and the median and scale that it is held against."""
-    return torch.zeros(n_series, 3, device=device)
+    return torch.zeros(n_series, 3, dtype=torch.float32, device=device)
 
 
 def cusum(
@@ -121,7 +121,7 @@ def older_half(window_SW: Tensor) -> Tensor:
     return torch.nn.functional.pad(window_SW[:, :older], (0, window_SW.shape[1] - older), value=float("nan"))
 
 
-def advance(values_S: Tensor, found: SpikeScore, state_S3: Tensor, *, slack: float = 1.5, cap: float = 4.0) -> Tensor:
+def advance(values_S: Tensor, found: RobustScore, state_S3: Tensor, *, slack: float = 1.5, cap: float = 4.0) -> Tensor:
     """The step of `cusum`, from the scores against the older half."""
     sum_S, median_S, scale_S = state_S3.unbind(-1)
     starts_S = sum_S <= 0

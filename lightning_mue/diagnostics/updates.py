@@ -47,7 +47,7 @@ def update_summary(before: Tensor, after: Tensor) -> Tensor:
     """
     before = before.detach().float().flatten()
     change = after.detach().float().flatten() - before
-    elements = torch.full((), float(before.numel()), device=before.device)
+    elements = torch.full((), float(before.numel()), dtype=torch.float32, device=before.device)
     return torch.stack([elements, change.square().sum(), before.square().sum(), (before * change).sum()])
 
 

@@ -108,7 +108,7 @@ def attention_max_logits(
     _check_attention_shapes(q, k, causal)
     B, Hq, S, width = q.shape
     Hkv, N = k.shape[1], k.shape[2]
-    largest_H = torch.full((Hq,), float("-inf"), device=q.device)
+    largest_H = torch.full((Hq,), float("-inf"), dtype=torch.float32, device=q.device)
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         k_BHkN = k.float().transpose(-1, -2)
         seen = None if hidden is None else ~hidden.expand(B, Hq, S, N)

@@ -7,15 +7,16 @@ Shape legend: n samples of one tag.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lightning_mue.health.indicators import Indicator
-from lightning_mue.health.series import Run, Series
+from lightning_mue.health.series import Series
 
 #: Samples of a tag before its own history says anything.
 LEAST_HISTORY = 20
@@ -23,8 +24,8 @@ LEAST_HISTORY = 20
 SHORT, LONG, LONG_FACTOR = 12, 128, 1.5
 #: A departure from the own history is at least this many standard deviations of the noise.
 SPREADS = 6.0
-#: Departures in a row that make a symptom, unless one is this many times the least.
-IN_A_ROW, AT_ONCE = 3, 3.0
+#: Departures in a row that make a symptom, unless one is `Indicator.at_once` times the least.
+IN_A_ROW = 3
 #: Values whose median is compared with the same of the healthy runs.
 SMOOTHED = 8
 #: Values on which the level of the last one depends.
@@ -42,30 +43,22 @@ class Level(IntEnum):
     ACT = 2
 
 
-class Reference:
-    """Healthy runs, such as that of a tuned base, that another run is compared with at the same part of its length.
+class Healthy(NamedTuple):
+    """One tag in healthy runs, and the departure from their range that matters, in the indicator's scale."""
 
-    Args:
-        runs: At least one.
-        steps: Optimizer steps of the run that is compared; None: those of the reference itself.
-    """
-
-    def __init__(self, runs: Sequence[Run], steps: int | None = None) -> None:
-        self._runs = [_stretched(run, steps) for run in runs]
-
-    def of(self, tag: str) -> list[Series]:
-        """The tag in each of the runs that has it."""
-        return [run[tag] for run in self._runs if tag in run]
+    series: tuple[Series, ...]
+    least: float
 
 
-def _stretched(run: Run, steps: int | None) -> dict[str, Series]:
-    last = max((int(series.steps[-1]) for series in run.values() if len(series.steps)), default=0)
-    scale = 1.0 if steps is None or last == 0 else (steps - 1) / last
-    return {tag: Series((series.steps * scale).astype(np.int64), series.values) for tag, series in run.items()}
+def range_of(indicator: Indicator, steps_n: NDArray[np.int64], healthy: Sequence[Series]) -> tuple[Floats, Floats]:
+    """(lowest [n], highest [n]) of healthy runs, smoothed, at the same steps; NaN before `SMOOTHED` of them."""
+    at = np.array([np.interp(steps_n, one.steps, scaled(indicator, one.values)) for one in healthy])
+    smooth = _smooth(at)
+    return smooth.min(axis=0), smooth.max(axis=0)
 
 
 def levels(
-    indicator: Indicator, series: Series, healthy: Sequence[Series] = (), *, only_last: bool = False
+    indicator: Indicator, series: Series, healthy: Healthy | None = None, *, only_last: bool = False
 ) -> tuple[NDArray[np.int64], Floats, Floats, list[str]]:
     """The level of each sample [n]; what was seen there [n] (a median, for a drift) and expected [n], and that in words [n].
 
@@ -77,15 +70,15 @@ def levels(
     """
     values_n = series.values
     first = max(0, len(values_n) - IN_A_ROW) if only_last else 0
-    y_n = _scaled(indicator, values_n)
+    y_n = scaled(indicator, values_n)
     seen_n, expected_n, beyond_n = from_history(indicator, y_n, first)
-    seen_n, expected_n = _unscaled(indicator, seen_n), _unscaled(indicator, expected_n)
+    seen_n, expected_n = unscaled(indicator, seen_n), unscaled(indicator, expected_n)
     words = [f"about {e:.3g}" for e in expected_n]
-    departed_n = _held(beyond_n >= 1) | (beyond_n >= AT_ONCE)
-    if healthy:
-        smooth_n, healthy_n, beyond_n = from_healthy(indicator, series.steps, y_n, healthy)
+    departed_n = _held(beyond_n >= 1) | (beyond_n >= indicator.at_once)
+    if healthy is not None:
+        smooth_n, healthy_n, beyond_n = from_healthy(indicator, series.steps, y_n, healthy, first)
         left_n = _held(beyond_n >= 1) & ~departed_n
-        smooth_n, healthy_n = _unscaled(indicator, smooth_n), _unscaled(indicator, healthy_n)
+        smooth_n, healthy_n = unscaled(indicator, smooth_n), unscaled(indicator, healthy_n)
         told = [f"about {e:.3g} as in the reference" for e in healthy_n]
         seen_n, expected_n = np.where(left_n, smooth_n, seen_n), np.where(left_n, healthy_n, expected_n)
         words = [new if left else old for old, new, left in zip(words, told, left_n, strict=True)]
@@ -107,13 +100,31 @@ def levels(
     return level_n, np.where(broken_n, values_n, seen_n), np.where(broken_n, np.nan, expected_n), words
 
 
+def surely_healthy(indicator: Indicator, values: Sequence[float]) -> bool:
+    """Whether the last of up to `LONGEST_MEMORY` values is healthy by its own history and the limits, told quickly.
+
+    All that `levels` compares are medians, and medians lie between the least and the largest value: where the last `SMOOTHED`
+    values are not far in the bad direction from any other, nothing has departed. False says nothing; so does it for NaN.
+    """
+    low, high, last = min(values), max(values), values[-1]
+    newest = values[-SMOOTHED:]
+    if not indicator.both:
+        low, high = (min(newest), high) if indicator.falls else (low, max(newest))
+    bounds = [bound for bound in (indicator.watch, indicator.act) if bound is not None]
+    if any(last <= bound if indicator.falls else last >= bound for bound in bounds):
+        return False
+    factor = 0.999 * indicator.factor  # not at the mercy of rounding
+    near = high - low < factor if indicator.linear else 1e-12 < low <= high < factor * low
+    return near and math.isfinite(sum(values))
+
+
 def is_back(indicator: Indicator, value: float, expected: float, now: float) -> bool:
     """Whether a value that was out of range has gone at least half of the way back to what was expected."""
     if not np.isfinite(now):
         return False
     if not (np.isfinite(value) and np.isfinite(expected)):
         return True
-    y, y_expected, y_now = _scaled(indicator, np.array([value, expected, now]))
+    y, y_expected, y_now = scaled(indicator, np.array([value, expected, now]))
     return bool((y_now - y_expected) * np.sign(y - y_expected) < 0.5 * abs(y - y_expected))
 
 
@@ -133,7 +144,10 @@ def from_history(indicator: Indicator, y_n: Floats, first: int = 0) -> tuple[Flo
         if len(past) < LEAST_HISTORY - 1:
             continue
         noise = 1.4826 / 2**0.5 * _median(np.abs(np.diff(past)))
-        least, least_of_median = max(_least(indicator), SPREADS * noise), max(_least(indicator), SPREADS / 2 * noise)
+        least, least_of_median = (
+            max(least_of(indicator), SPREADS * noise),
+            max(least_of(indicator), SPREADS / 2 * noise),
+        )
         long, now = _median(past), _median(np.append(past[1 - SMOOTHED :], y_n[i]))
         short, before = _median(past[-SHORT:]), _median(past[-SHORT - SMOOTHED : 1 - SMOOTHED])
         jump = min(_bad(indicator, y_n[i] - short), _bad(indicator, y_n[i] - long)) / least
@@ -148,15 +162,20 @@ def from_history(indicator: Indicator, y_n: Floats, first: int = 0) -> tuple[Flo
 
 
 def from_healthy(
-    indicator: Indicator, steps_n: NDArray[np.int64], y_n: Floats, healthy: Sequence[Series]
+    indicator: Indicator, steps_n: NDArray[np.int64], y_n: Floats, healthy: Healthy, first: int = 0
 ) -> tuple[Floats, Floats, Floats]:
-    """(seen [n], expected [n], departure [n]) of scaled values, smoothed, by the range of healthy runs at the same steps."""
-    at = [_smooth(np.interp(steps_n, one.steps, _scaled(indicator, one.values))) for one in healthy]
-    low_n, high_n = np.min(at, axis=0), np.max(at, axis=0)
-    own_n = _smooth(y_n)
+    """(seen [n], expected [n], departure [n]) of scaled values, smoothed, by the range of healthy runs at the same steps.
+
+    NaN and 0 before ``first``, and 0 for the first `SMOOTHED` values, which are not smooth yet.
+    """
+    n, start = len(y_n), max(0, first - SMOOTHED + 1)
+    own_n, low_n, high_n, beyond_n = np.full((4, n), np.nan)
+    low_n[start:], high_n[start:] = range_of(indicator, steps_n[start:], healthy.series)
+    own_n[start:] = _smooth(y_n[start:])
     gap_n = np.where(own_n > high_n, own_n - high_n, np.where(own_n < low_n, own_n - low_n, 0.0))
-    beyond_n = np.nan_to_num(_bad(indicator, gap_n) / _least(indicator), nan=0.0, posinf=1e9)
-    beyond_n[: min(SMOOTHED, len(y_n))] = 0.0
+    bad_n = np.abs(gap_n) if indicator.keeps else _bad(indicator, gap_n)
+    beyond_n = np.nan_to_num(bad_n / healthy.least, nan=0.0, posinf=1e9)
+    beyond_n[: max(first, min(SMOOTHED, n))] = 0.0
     return own_n, np.where(own_n > high_n, high_n, low_n), beyond_n
 
 
@@ -165,20 +184,29 @@ def _bad(indicator: Indicator, gap: Any) -> Any:
     return np.abs(gap) if indicator.both else -gap if indicator.falls else gap
 
 
-def _least(indicator: Indicator) -> float:
+def least_of(indicator: Indicator) -> float:
+    """The least departure that matters, in the indicator's scale."""
     return indicator.factor if indicator.linear else float(np.log(indicator.factor))
 
 
-def _scaled(indicator: Indicator, values_n: Floats) -> Floats:
+def scaled(indicator: Indicator, values_n: Floats) -> Floats:
+    """Values in the scale in which departures are measured: logarithms, unless differences count."""
     return values_n.astype(np.float64) if indicator.linear else np.log(np.maximum(values_n, 1e-12))
 
 
-def _unscaled(indicator: Indicator, y_n: Floats) -> Floats:
+def unscaled(indicator: Indicator, y_n: Floats) -> Floats:
+    """What `scaled` was made from."""
     return y_n if indicator.linear else np.exp(y_n)
 
 
 def _smooth(y_n: Floats) -> Floats:
-    return np.array([_median(y_n[max(0, i - SMOOTHED + 1) : i + 1]) for i in range(len(y_n))])
+    """The median of each value and the `SMOOTHED` - 1 before it, [..., n]; NaN where there are fewer, or one of them is."""
+    smooth_n = np.full(y_n.shape, np.nan)
+    if y_n.shape[-1] >= SMOOTHED:
+        ordered = np.sort(np.lib.stride_tricks.sliding_window_view(y_n, SMOOTHED, axis=-1), axis=-1)  # NaN last
+        median = 0.5 * (ordered[..., (SMOOTHED - 1) // 2] + ordered[..., SMOOTHED // 2])
+        smooth_n[..., SMOOTHED - 1 :] = np.where(np.isnan(ordered[..., -1]), np.nan, median)
+    return smooth_n
 
 
 def _median(values: Floats) -> float:

@@ -25,7 +25,9 @@ class Indicator:
         linear: Differences count, not ratios: an entropy or a share, which may be zero; ``factor`` is then in its unit.
         falls: A fall is the bad direction (an entropy); else a rise is.
         both: Both directions are.
+        keeps: Both are against healthy runs, whose schedules fall as the run's own does.
         hold: Samples in a row that must be beyond ``watch`` or ``act``.
+        at_once: How many times the least departure from the own history counts although it is one sample.
     """
 
     name: str
@@ -38,7 +40,9 @@ class Indicator:
     linear: bool = False
     falls: bool = False
     both: bool = False
+    keeps: bool = False
     hold: int = 3
+    at_once: float = 3.0
 
 
 _LOWER = "Lower the learning rate of the role, or clip its gradient"
@@ -72,6 +76,32 @@ INDICATORS: tuple[Indicator, ...] = (
         watch=100.0,
         act=1000.0,
         factor=2.5,
+    ),
+    Indicator(
+        "attention error",
+        "stability/attention_error",
+        "attention is computed less exactly than before",
+        "Look at what was changed in kernel, precision and QK-norm; compute the softmax in float32.",
+        watch=0.03,  # bfloat16 has 0.002 to 0.01
+        factor=4.0,
+    ),
+    Indicator(
+        "attention bias",
+        "stability/attention_bias",
+        "the errors of attention have a sign, and add up over layers and steps",
+        "Look at what rounds in attention; it must round to nearest.",
+        watch=0.01,
+        linear=True,
+        factor=0.01,
+    ),
+    Indicator(
+        "sequence entropy",
+        "data/sequence_entropy(?=_max|_mean)",
+        "sequences hold other tokens than before: noise has the highest entropy, padding the lowest",
+        "Look at the sequences of these steps and at the shard that they come from.",
+        linear=True,
+        factor=1.0,
+        at_once=1.0,  # one sequence is enough, and comes alone where a shard begins
     ),
     Indicator(
         "attention entropy",
@@ -159,16 +189,18 @@ INDICATORS: tuple[Indicator, ...] = (
     Indicator(
         "update ratio",
         "updates/update_ratio",
-        "the weights of the role move much further in a step than before",
+        "the weights of the role move much further in a step than they should (or, by healthy runs, much less)",
         "Check the learning rate of the role, Adam's betas and eps, and gradient clipping.",
         factor=2.5,
+        keeps=True,
     ),
     Indicator(
         "angular step",
         "updates/angular_step",
-        "the weights of the role turn much further in a step than before",
+        "the weights of the role turn much further in a step than they should (or, by healthy runs, much less)",
         "Check the learning rate of the role.",
         factor=2.5,
+        keeps=True,
     ),
     Indicator(
         "weight RMS",
@@ -215,8 +247,12 @@ def indicator_of(tag: str) -> tuple[Indicator, str, str] | None:
     for indicator in INDICATORS[1:]:
         match = re.fullmatch(rf"(?:{indicator.tag})(?P<rest>(_mean|_max|_min)?(/.+)?)", tag)
         if match is not None:
-            return (indicator, *_place(match["rest"], "router" if tag.startswith("routing/") else ""))
+            return (indicator, *_place(match["rest"], _OWNERS.get(tag.partition("/")[0], "")))
     return None
+
+
+#: First part of a tag -> what all of its tags are about.
+_OWNERS = {"routing": "router", "data": "data"}
 
 
 def _place(rest: str, owner: str) -> tuple[str, str]:
@@ -229,7 +265,7 @@ def _place(rest: str, owner: str) -> tuple[str, str]:
 
 
 #: First parts of the tags that this package's callbacks log.
-FAMILIES = ("stability", "routing", "updates", "spectral", "transfer", "guard", "mue")
+FAMILIES = ("data", "stability", "routing", "updates", "spectral", "transfer", "guard", "mue")
 #: Regular expression of the whole tags of losses, under whatever usual name; parts of a loss (``aux_loss``) are none.
 LOSS_TAGS = (
     rf"(?!({'|'.join(FAMILIES)}|final)/)(?!.*(aux|z_?loss|balanc|load))"

@@ -8,14 +8,15 @@ Shape legend: n samples of one tag.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from lightning_mue.health.departures import LONGEST_MEMORY, Level, Reference, is_back, levels
+from lightning_mue.health.departures import LONGEST_MEMORY, Healthy, Level, is_back, levels, surely_healthy
 from lightning_mue.health.indicators import INDICATORS, Indicator, indicator_of, is_training_loss
+from lightning_mue.health.reference import Reference
 from lightning_mue.health.series import Run, Series, series_of
 
 #: (indicator, where, layer) of a tag.
@@ -119,13 +120,18 @@ class RunJudge:
             recent = self._recent.setdefault(tag, [])
             recent.append((step, value))
             del recent[:-LONGEST_MEMORY]
+            usual = tag not in self._symptoms and self.reference is None
+            if usual and surely_healthy(found[0], [v for _, v in recent]):
+                continue
             symptom = self._updated(tag, found, step, recent)
             if symptom is not None:
                 new.append(symptom)
         return new
 
     def _updated(self, tag: str, found: Placed, step: int, recent: list[tuple[int, float]]) -> Symptom | None:
-        level_n, seen_n, expected_n, words = levels(found[0], series_of(recent), self._expected(tag), only_last=True)
+        level_n, seen_n, expected_n, words = levels(
+            found[0], series_of(recent), self._expected(tag, found[0]), only_last=True
+        )
         level, known = Level(int(level_n[-1])), self._symptoms.get(tag)
         if known is not None:
             self._symptoms[tag] = replace(known, level=max(known.level, level), lasts=_lasts(known, recent[-1][1]))
@@ -136,8 +142,8 @@ class RunJudge:
             return self._symptoms[tag]
         return None
 
-    def _expected(self, tag: str) -> list[Series]:
-        return [] if self.reference is None else self.reference.of(tag)
+    def _expected(self, tag: str, indicator: Indicator) -> Healthy | None:
+        return None if self.reference is None else self.reference.of(tag, indicator)
 
     @property
     def verdict(self) -> Health:
@@ -170,8 +176,7 @@ def judge(run: Run, *, losses: Iterable[str] = (), reference: Reference | None =
         losses: Tags of further training losses that their names do not show.
         reference: Healthy runs to compare with.
     """
-    expected = {tag: [] if reference is None else reference.of(tag) for tag in run}
-    found = [judge_series(tag, series, losses=losses, expected=expected[tag]) for tag, series in run.items()]
+    found = [judge_series(tag, series, losses=losses, reference=reference) for tag, series in run.items()]
     symptoms = [symptom for symptom in found if symptom is not None]
     samples = max((len(series.steps) for series in run.values()), default=0)
     last = max((int(series.steps[-1]) for series in run.values() if len(series.steps)), default=0)
@@ -179,13 +184,14 @@ def judge(run: Run, *, losses: Iterable[str] = (), reference: Reference | None =
 
 
 def judge_series(
-    tag: str, series: Series, *, losses: Iterable[str] = (), expected: Sequence[Series] = ()
+    tag: str, series: Series, *, losses: Iterable[str] = (), reference: Reference | None = None
 ) -> Symptom | None:
-    """The first symptom in one tag, or None if it is healthy or no indicator; ``expected`` is the tag in healthy runs."""
+    """The first symptom in one tag, or None if it is healthy or no indicator."""
     found = _placed(tag, losses)
     if found is None or not len(series.steps):
         return None
-    level_n, seen_n, expected_n, words = levels(found[0], series, expected)
+    healthy = None if reference is None else reference.of(tag, found[0])
+    level_n, seen_n, expected_n, words = levels(found[0], series, healthy)
     bad = np.flatnonzero(level_n > 0)
     if not len(bad):
         return None

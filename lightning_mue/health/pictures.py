@@ -18,6 +18,32 @@ from lightning_mue.health.series import Run, Series
 _MOST_COLUMNS = 400
 
 
+def split_place(tag: str) -> tuple[str, str]:
+    """(group of tags, layer) of a metric of one layer, by its index or by the name of a module with one; else (tag, "").
+
+    Example:
+        >>> split_place("stability/rms/ffn/03"), split_place("updates/lr/hidden/model.layers.0.q_proj")
+        (('stability/rms/ffn', '03'), ('updates/lr/hidden', 'model.layers.0.q_proj'))
+        >>> split_place("routing/max_violation_max")
+        ('routing/max_violation_max', '')
+    """
+    group, _, layer = tag.rpartition("/")
+    return (group, layer) if group and re.fullmatch(r"\d+|.+\.\d+(\..+)?", layer) else (tag, "")
+
+
+def _order(layer: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in layer.split(".")]
+
+
+def without_shared_start(names: Sequence[str]) -> list[str]:
+    """Names of modules without what all begin with."""
+    parts = [name.split(".") for name in names]
+    shared = 0
+    while min(map(len, parts)) > shared + 1 and len({p[shared] for p in parts}) == 1:
+        shared += 1
+    return [".".join(p[shared:]) for p in parts]
+
+
 def layered(run: Run) -> dict[str, dict[str, Series]]:
     """Group of tags -> layer -> series, for each metric with at least two layers that is not the same everywhere.
 
@@ -29,10 +55,11 @@ def layered(run: Run) -> dict[str, dict[str, Series]]:
     """
     groups: dict[str, dict[str, Series]] = {}
     for tag, series in run.items():
-        group, _, layer = tag.rpartition("/")
-        if group and re.fullmatch(r"\d+", layer):
+        group, layer = split_place(tag)
+        if layer:
             groups.setdefault(group, {})[layer] = series
-    return {g: dict(sorted(layers.items())) for g, layers in groups.items() if len(layers) > 1 and _varies(layers)}
+    kept = {group: layers for group, layers in groups.items() if len(layers) > 1 and _varies(layers)}
+    return {group: dict(sorted(layers.items(), key=lambda each: _order(each[0]))) for group, layers in kept.items()}
 
 
 def _varies(layers: Mapping[str, Series]) -> bool:
@@ -55,8 +82,11 @@ def heat_map(title: str, layers: Mapping[str, Series]) -> Any:
     finite = table[np.isfinite(table)]
     spread = len(finite) > 0 and finite.min() > 0 and finite.max() > 3 * finite.min()
     height = 0.95 + min(5.0, max(0.9, 0.14 * len(layers)))
-    figure = Figure(figsize=(4.4, height), dpi=130)  # margins by hand: a layout engine takes half of the time
-    axes = figure.add_axes((0.11, 0.5 / height, 0.76, 1 - 0.8 / height))
+    names = without_shared_start(list(layers))
+    margin = 0.48 + max(0, max(map(len, names)) - 2) * 0.055
+    width = 3.92 + margin
+    figure = Figure(figsize=(width, height), dpi=130)  # margins by hand: a layout engine takes half of the time
+    axes = figure.add_axes((margin / width, 0.5 / height, 3.34 / width, 1 - 0.8 / height))
     colours = _colours()
     picture = axes.imshow(
         np.ma.masked_invalid(table),
@@ -69,12 +99,12 @@ def heat_map(title: str, layers: Mapping[str, Series]) -> Any:
     shown = np.unique(np.linspace(0, len(steps) - 1, min(8, len(steps))).astype(int))
     axes.set_xticks(shown, [f"{steps[i]:d}" for i in shown], fontsize=7)
     rows = np.unique(np.linspace(0, len(layers) - 1, min(16, len(layers))).astype(int))
-    names = list(layers)
     axes.set_yticks(rows, [names[i] for i in rows], fontsize=7)
     axes.set_xlabel("step", fontsize=8)
     axes.set_ylabel("layer", fontsize=8)
-    bar = figure.add_axes((0.885, 0.5 / height, 0.02, 1 - 0.8 / height))
-    figure.colorbar(picture, cax=bar).ax.tick_params(labelsize=7)
+    bar = figure.add_axes(((margin + 3.41) / width, 0.5 / height, 0.09 / width, 1 - 0.8 / height))
+    figure.colorbar(picture, cax=bar, format="%.2g").ax.tick_params(which="both", labelsize=6)
+    bar.yaxis.set_minor_formatter("{x:.1g}" if spread and finite.max() < 30 * finite.min() else "")
     return figure
 
 
@@ -84,6 +114,7 @@ def lines(
     *,
     band: tuple[float | None, float | None] = (None, None),
     marks: Sequence[tuple[int, str]] = (),
+    ranges: Sequence[tuple[Series, Series]] = (),
 ) -> Any:
     """A figure of lines: run -> label -> series.
 
@@ -92,6 +123,7 @@ def lines(
         runs: Lines of one run have one colour where there are several runs.
         band: (watch, act) limits, drawn where they are within reach of the lines.
         marks: (step, colour) of symptoms, drawn as vertical lines.
+        ranges: (lowest, highest) of healthy runs, drawn as areas behind the lines.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -101,6 +133,8 @@ def lines(
     tab10 = colormaps["tab10"]
     drawn: list[float] = []
     several = len(runs) > 1
+    for low, high in ranges:
+        axes.fill_between(low.steps, low.values, high.values, color="#1b7837", alpha=0.15, linewidth=0)
     for i, (run, tags) in enumerate(runs.items()):
         for j, (label, series) in enumerate(tags.items()):
             style = ("-", "--", ":", "-.")[j % 4] if several else "-"

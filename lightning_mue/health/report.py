@@ -14,7 +14,8 @@ from lightning_mue.files import whole_file
 from lightning_mue.health.card import HEADERS, LOOKS, cells, headline
 from lightning_mue.health.indicators import indicator_of, is_loss
 from lightning_mue.health.judging import Health, Symptom, judge
-from lightning_mue.health.pictures import as_svg, heat_map, layered, lines
+from lightning_mue.health.pictures import as_svg, heat_map, layered, lines, split_place, without_shared_start
+from lightning_mue.health.reference import Reference
 from lightning_mue.health.series import Run, Series, find_runs, read_run
 
 #: Heading -> regular expressions of the tags below it; a tag belongs to the first that matches.
@@ -51,8 +52,15 @@ class ReportedRun:
         return {tag: float(self.metrics[tag].values[-1]) for tag in sorted(shown)}
 
 
-def read_runs(folders: Iterable[str | Path], *, losses: Iterable[str] = ()) -> list[ReportedRun]:
+def read_runs(
+    folders: Iterable[str | Path], *, losses: Iterable[str] = (), reference: Reference | None = None
+) -> list[ReportedRun]:
     """Reads and judges every run in the folders; names are the parts of the paths in which they differ.
+
+    Args:
+        folders: What loggers wrote, or folders of such folders.
+        losses: Tags of further training losses.
+        reference: Healthy runs to compare with, step by step.
 
     Raises:
         ValueError: If a folder holds no run, or a loss is in no run.
@@ -66,13 +74,22 @@ def read_runs(folders: Iterable[str | Path], *, losses: Iterable[str] = ()) -> l
                 "--loss", found=repr(loss), expected="a metric of the run", do=f"It logged {', '.join(known[:20])}."
             )
     return [
-        ReportedRun(name, path, metrics[path], judge(metrics[path], losses=losses), _plan_of(path))
+        ReportedRun(name, path, metrics[path], judge(metrics[path], losses=losses, reference=reference), _plan_of(path))
         for path, name in zip(paths, _short_names(paths), strict=True)
     ]
 
 
-def write_report(runs: Sequence[ReportedRun], path: str | Path) -> Path:
-    """Writes the page and returns its path; the file is written whole or not at all."""
+def write_report(
+    runs: Sequence[ReportedRun],
+    path: str | Path,
+    reference: Reference | None = None,
+    *,
+    tables: Mapping[str, Sequence[Sequence[str]]] | None = None,
+) -> Path:
+    """Writes the page, whole or not at all, and returns its path.
+
+    With a `reference` it shows the range of healthy runs; `tables` (heading -> lines, the first a header) stand in it.
+    """
     from jinja2 import Environment, PackageLoader, select_autoescape
 
     environment = Environment(
@@ -84,7 +101,8 @@ def write_report(runs: Sequence[ReportedRun], path: str | Path) -> Path:
         headline=headline,
         headers=HEADERS,
         cells=cells,
-        sections=_sections(runs),
+        tables=tables or {},
+        sections=_sections(runs, reference),
         heat_maps=_heat_maps(runs),
         now=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     )
@@ -93,14 +111,16 @@ def write_report(runs: Sequence[ReportedRun], path: str | Path) -> Path:
     return Path(path)
 
 
-def _sections(runs: Sequence[ReportedRun]) -> dict[str, list[str]]:
+def _sections(runs: Sequence[ReportedRun], reference: Reference | None) -> dict[str, list[str]]:
     """Heading -> panels as SVG, without empty ones."""
     panels: dict[str, dict[str, list[str]]] = {name: {} for name in _ORDER}
     for tag in dict.fromkeys(tag for run in runs for tag in run.metrics):
         section = next(name for name, patterns in SECTIONS.items() if any(re.fullmatch(p, tag) for p in patterns))
         panels[section].setdefault(_panel_of(tag), []).append(tag)
     return {
-        section: [as_svg(_panel(title, tags, runs)) for title, tags in titles.items() if len(tags) <= _MOST_LINES]
+        section: [
+            as_svg(_panel(title, tags, runs, reference)) for title, tags in titles.items() if len(tags) <= _MOST_LINES
+        ]
         for section, titles in panels.items()
         if any(len(tags) <= _MOST_LINES for tags in titles.values())
     }
@@ -108,26 +128,30 @@ def _sections(runs: Sequence[ReportedRun]) -> dict[str, list[str]]:
 
 def _panel_of(tag: str) -> str:
     """The panel in which a tag is a line: one for each metric and place, one for its layers, one for a loss of each kind."""
-    group, _, layer = tag.rpartition("/")
-    if re.fullmatch(r"\d+", layer):
+    group, layer = split_place(tag)
+    if layer:
         return f"{group} by layer"
     if is_loss(tag):
         return "loss"
     return re.sub(r"_(mean|max|min|step|epoch)$", "", tag)
 
 
-def _panel(title: str, tags: Sequence[str], runs: Sequence[ReportedRun]) -> Any:
+def _panel(title: str, tags: Sequence[str], runs: Sequence[ReportedRun], reference: Reference | None) -> Any:
+    labels = dict(zip(tags, _labels(tags, title), strict=True))
     shown: dict[str, dict[str, Series]] = {
-        run.name: {_label(tag, title): run.metrics[tag] for tag in tags if tag in run.metrics} for run in runs
+        run.name: {labels[tag]: run.metrics[tag] for tag in tags if tag in run.metrics} for run in runs
     }
     found = indicator_of(tags[0])
     band = (None, None) if found is None else (found[0].watch, found[0].act)
     marks = [(f.step, LOOKS[f.level][1]) for run in runs for f in run.verdict.symptoms if _is_shown(f, found)]
-    return lines(title, shown, band=band, marks=marks)
+    ranges = [] if reference is None else [both for tag in tags if (both := reference.band(tag)) is not None]
+    return lines(title, shown, band=band, marks=marks, ranges=ranges)
 
 
-def _label(tag: str, title: str) -> str:
-    return tag if title == "loss" else tag.removeprefix(title.removesuffix(" by layer")).strip("/_")
+def _labels(tags: Sequence[str], title: str) -> list[str]:
+    if title.endswith(" by layer"):
+        return without_shared_start([split_place(tag)[1] for tag in tags])
+    return [tag if title == "loss" else tag.removeprefix(title).strip("/_") for tag in tags]
 
 
 def _is_shown(symptom: Symptom, found: tuple[Any, str, str] | None) -> bool:

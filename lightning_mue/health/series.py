@@ -36,8 +36,10 @@ def series_of(points: Iterable[tuple[int, float]]) -> Series:
     return Series(np.array(steps, dtype=np.int64), np.array([by_step[s] for s in steps], dtype=np.float64))
 
 
-def find_runs(folder: str | Path) -> list[Path]:
+def find_runs(folder: str | Path, key: str = "RUN_DIR") -> list[Path]:
     """The folders in (and including) a folder that hold event files or a ``metrics.csv``, in order of their names.
+
+    ``key`` is what the folder was given as, for the error.
 
     Raises:
         ValueError: If there is none.
@@ -50,12 +52,12 @@ def find_runs(folder: str | Path) -> list[Path]:
         expected = "a folder with TensorBoard event files or a metrics.csv, or one that holds such folders"
         found_what = f"{root} with neither" if root.is_dir() else f"{root}, which is no folder"
         raise value_error(
-            "RUN_DIR", found=found_what, expected=expected, do="Give a logger's log_dir, such as logs/quickstart."
+            key, found=found_what, expected=expected, do="Give a logger's log_dir, such as logs/quickstart."
         )
     return runs
 
 
-def read_run(folder: str | Path) -> Run:
+def read_run(folder: str | Path, key: str = "RUN_DIR") -> Run:
     """Tag -> series of a run, without the logger's prefix; event files count before a ``metrics.csv``.
 
     Raises:
@@ -66,7 +68,7 @@ def read_run(folder: str | Path) -> Run:
     if not run and (folder / "metrics.csv").exists():
         run = _from_csv(folder / "metrics.csv")
     if not run:
-        raise value_error("RUN_DIR", found=f"{folder} without a scalar", expected="at least one logged metric")
+        raise value_error(key, found=f"{folder} without a scalar", expected="at least one logged metric")
     return without_prefix(run)
 
 

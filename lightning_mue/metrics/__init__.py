@@ -7,6 +7,7 @@ name in `lightning_mue.diagnostics` measures one tensor.
 from lightning_mue.metrics.activation import Kurtosis, MaxOverRMS, OutlierPercent, OutputRMS
 from lightning_mue.metrics.logits import AttentionZValue, RouterEntropy, ZValue
 from lightning_mue.metrics.routing import DeadExperts, LoadEntropy, LoadMaxFraction, MaxViolation
+from lightning_mue.metrics.spikes import SpikeScore
 from lightning_mue.metrics.tokens import BitsPerByte, CrossEntropy, Perplexity
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "OutputRMS",
     "Perplexity",
     "RouterEntropy",
+    "SpikeScore",
     "ZValue",
 ]

@@ -14,6 +14,7 @@ from lightning_mue.checks import (
     require_number,
     require_positive,
     require_size,
+    require_type,
     type_error,
     value_error,
 )
@@ -27,6 +28,8 @@ def check_sizes(given: Mapping[str, Any]) -> None:
     optional = [name for name in ("n_kv_heads", "head_dim", "ffn_width", "expert_width") if given[name] is not None]
     require_positive(**{name: given[name] for name in (*sizes, *optional)})
     require_size(n_experts=given["n_experts"], top_k=given["top_k"])
+    for name in ("qk_norm", "tie_embeddings", "ffn_bias", "gated_attention", "uniform_init"):
+        require_type(name, given[name], bool, "true or false")
     for name in ("rope_base", "bytes_per_token"):
         require_number(name, given[name], above=0)
     factors = [name for name in given if name.endswith(("_std", "_multiplier")) and given[name] is not None]

@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_mue.checks import value_error
 from lightning_mue.models.arguments import check_effects, check_options, check_sizes, infer_head_dim
 from lightning_mue.models.evaluation import Evaluates
 from lightning_mue.models.generation import Generates
+from lightning_mue.models.loading import LoadsSafely
+from lightning_mue.models.training import TrainsExperts
 from lightning_mue.models.transformer import Attention, Block, RotaryEmbedding, Transformer, draw_uniform
-from lightning_mue.moe import FeedForward, MoELayer, clip_grad_norm, parallelize_experts
-from lightning_mue.moe.balance_callbacks import balance_callbacks
+from lightning_mue.moe import parallelize_experts
 from lightning_mue.parameterizations.applying.keeps_multipliers import KeepsMultipliers
 from lightning_mue.parameterizations.reading.parameters import tag_roles
 
@@ -30,7 +30,7 @@ def _default_optimizer(params: Iterable[Any]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
 
 
-class MoELanguageModel(KeepsMultipliers, Generates, Evaluates, LightningModule):
+class MoELanguageModel(KeepsMultipliers, Generates, Evaluates, LoadsSafely, TrainsExperts):
     """Pre-norm transformer language model: RMSNorm, RoPE, QK-norm, grouped-query attention, FFN or MoE.
 
     Batches are dicts ``{"tokens": int64 [B, S], "targets": int64 [B, S]}``. Logs ``train/loss`` (nats per token, without the
@@ -151,38 +151,6 @@ class MoELanguageModel(KeepsMultipliers, Generates, Evaluates, LightningModule):
         # Counted here: strategies may shard or flatten parameters later.
         self._active_parameters, self._attention_width = self.transformer.active_parameters(), n_heads * self.head_dim
 
-    def _ffn(
-        self, has_experts: bool, activation: str, bias: bool, init_std: float | None, n_groups: int, **moe: Any
-    ) -> nn.Module:
-        """One FFN branch. Not in __init__: a layer made there would take the model's hyperparameters for its own."""
-        if not has_experts:
-            return FeedForward(self.width, self.ffn_width, activation=activation, bias=bias, init_std=init_std)
-        return MoELayer(
-            self.width,
-            self.expert_width,
-            self.n_experts,
-            self.top_k,
-            activation=activation,
-            bias=bias,
-            init_std=init_std,
-            n_groups=n_groups,
-            **moe,
-        )
-
-    def mue_axes(self) -> dict[str, float]:
-        """Sizes for the parameterization; a dense model is the MoE of one expert."""
-        moe = next(iter(self.moe_layers), None)
-        return {
-            "width": self.width,
-            "depth": self.depth,
-            "ffn_width": self.ffn_width,
-            "expert_width": moe.expert_width if moe else self.ffn_width,
-            "n_experts": moe.n_experts if moe else 1,
-            "top_k": moe.top_k if moe else 1,
-            "active_width": moe.active_width if moe else self.ffn_width,
-            "head_dim": self.head_dim,
-        }
-
     def flops_per_token(self) -> float:
         """FLOPs of the forward and backward pass of one training token, at sequences of ``context_length``.
 
@@ -191,11 +159,6 @@ class MoELanguageModel(KeepsMultipliers, Generates, Evaluates, LightningModule):
         k, S tokens of context. PaLM, arXiv:2204.02311, appendix B, has ``12 L N k S``: here a causal mask halves attention.
         """
         return 6.0 * (self._active_parameters + self.depth * self._attention_width * self.context_length)
-
-    @property
-    def moe_layers(self) -> list[MoELayer]:
-        """The MoE layers, in order."""
-        return [module for module in self.modules() if isinstance(module, MoELayer)]
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
         """Logits [B, S, V] for token ids [B, S] int64.
@@ -222,8 +185,7 @@ class MoELanguageModel(KeepsMultipliers, Generates, Evaluates, LightningModule):
         loss = self.loss(batch)
         self.log("train/loss", loss.detach(), prog_bar=True)
         self.log("train/bits_per_byte", self._bits_per_byte(loss.detach()), prog_bar=True)
-        auxiliary = [layer.aux_loss for layer in self.moe_layers]
-        return loss + sum(auxiliary) if auxiliary else loss
+        return self.with_auxiliary(loss)
 
     def _bits_per_byte(self, loss: Tensor) -> Tensor:
         return loss / (math.log(2) * self.bytes_per_token)
@@ -248,36 +210,3 @@ class MoELanguageModel(KeepsMultipliers, Generates, Evaluates, LightningModule):
         if mesh["data_parallel"].size() > 1:
             for module in (*self.transformer.blocks, self.transformer):
                 fully_shard(module, mesh=mesh["data_parallel"])
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clips as Lightning does, and also parameters on several meshes, which torch refuses."""
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        several = len({getattr(p, "device_mesh", None) for p in params}) > 1
-        if several and gradient_clip_val and gradient_clip_algorithm == "value":
-            torch.nn.utils.clip_grad_value_(params, gradient_clip_val, foreach=False)
-        elif several and gradient_clip_val:
-            clip_grad_norm(params, gradient_clip_val)
-        else:
-            self.clip_gradients(
-                optimizer, gradient_clip_val=gradient_clip_val, gradient_clip_algorithm=gradient_clip_algorithm
-            )
-
-    def configure_optimizers(self) -> Any:
-        """Builds the optimizer from named parameters, and the scheduler, stepped every optimizer step."""
-        tag_roles(self)  # sharding a parameter, or moving a DTensor, drops the attributes noted on it
-        optimizer = self.optimizer(list(self.named_parameters()))
-        if self.scheduler is None:
-            return optimizer
-        scheduler = self.scheduler(optimizer)
-        if getattr(scheduler, "total_steps", 0) is None:  # as WarmupDecay's
-            scheduler.total_steps = self.trainer.estimated_stepping_batches  # type: ignore[attr-defined]
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def configure_callbacks(self) -> list[Any]:
-        """Returns the callbacks that the balance of the MoE layers needs."""
-        return [*balance_callbacks(self.moe_layers)]

@@ -60,28 +60,31 @@ class RotaryEmbedding(nn.Module):
 
 
 class AttentionCore(nn.Module):
-    """Causal attention with logits ``scale * q . k``, a module of its own so that monitors can hook its queries and keys."""
+    """Attention with logits ``scale * q . k``, a module of its own so that monitors can hook its queries and keys.
 
-    mue_attention_core = True
+    ``causal``: a query sees no later keys. Only then is it a declared core, which by the contract is causal.
+    """
+
     mue_multipliers: ClassVar[Mapping[str, str]] = {"attention": "scale"}
 
-    def __init__(self, scale: float) -> None:
+    def __init__(self, scale: float, causal: bool = True) -> None:
         super().__init__()
-        self.scale = scale
+        self.scale, self.causal = scale, causal
+        self.mue_attention_core = causal
 
     def forward(self, q_BNSk: Tensor, k_BMSk: Tensor, v_BMSk: Tensor) -> Tensor:
         """Returns the attention output [B, N, S, k]."""
         grouped = q_BNSk.shape[1] != k_BMSk.shape[1]
         return F.scaled_dot_product_attention(
-            q_BNSk, k_BMSk, v_BMSk, is_causal=True, scale=self.scale, enable_gqa=grouped
+            q_BNSk, k_BMSk, v_BMSk, is_causal=self.causal, scale=self.scale, enable_gqa=grouped
         )
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions, grouped queries and normalized queries and keys.
+    """Self-attention with rotary positions, grouped queries and normalized queries and keys.
 
-    ``scale`` is a factor on the logits; the other arguments are as for `MoELanguageModel`. With ``gated``, head n's output is
-    multiplied by sigmoid(w_n . x), one number a token and head.
+    ``scale`` is a factor on the logits, ``causal`` hides later tokens; the other arguments are as for `MoELanguageModel`. With
+    ``gated``, head n's output is multiplied by sigmoid(w_n . x), one number a token and head.
     """
 
     mue_branch = "attention"
@@ -98,6 +101,7 @@ class Attention(nn.Module):
         scale: float,
         init_std: float | None,
         gated: bool = False,
+        causal: bool = True,
     ) -> None:
         super().__init__()
         self.head_dim = head_dim
@@ -110,7 +114,7 @@ class Attention(nn.Module):
         self.w_o = nn.Parameter(torch.randn(width, n_heads * head_dim) * std_o)
         self.q_norm = RMSNorm(head_dim, Role.QK_NORM) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(head_dim, Role.QK_NORM) if qk_norm else nn.Identity()
-        self.core = AttentionCore(scale)
+        self.core = AttentionCore(scale, causal)
 
     def forward(self, x_BSd: Tensor, rotary: Callable[[Tensor], Tensor]) -> Tensor:
         """Attends over the sequence; same shape."""

@@ -17,8 +17,8 @@ from lightning_mue.contract import declared_role
 from lightning_mue.names import all_indices, is_elementwise, is_embedding, is_head, is_vector
 from lightning_mue.optim.options import check_adamw
 from lightning_mue.optim.split import by_split, checked_split, describe_split
-from lightning_mue.parameterizations.rules.kinds import KINDS, MUON_KINDS
-from lightning_mue.parameterizations.rules.roles import MATRIX_ROLES, Role
+from lightning_mue.parameterizations.rules.kinds import KINDS, MUON_KINDS, default_kind
+from lightning_mue.parameterizations.rules.roles import Role
 
 logger = logging.getLogger(__name__)
 
@@ -63,9 +63,7 @@ def _classify(name: str | None, param: Tensor) -> tuple[str, str]:
         return "adamw", "shape"
     if (given := declared_role(param)) is not None:
         role = _role(given, name, param)
-        if role is Role.UNEMBEDDING:
-            return "adam_sphere", f"role {role}"
-        return ("sphere" if role in MATRIX_ROLES else "adamw"), f"role {role}"
+        return default_kind(role, "sphere"), f"role {role}"
     # What shape cannot tell from a hidden matrix: tables, vectors of stacked experts, heads.
     if name and (is_vector(name) or is_elementwise(name) or is_embedding(name)):
         return "adamw", "name"

@@ -209,7 +209,10 @@ def _refuse_zero(param: Tensor, norm_E: Tensor, what: str) -> None:
         which = f", matrix {at[0]} of the stack" if param.ndim == 3 else ""
         which += f", part {at[1]} of its split" if len(at) > 1 else ""
         found, expected = "zero (its Frobenius norm is 0)", "a nonzero matrix, with a direction to keep on the sphere"
-        do = "Initialize it with random values, or put it in a group of kind 'adamw'."
+        do = (
+            "Initialize it with random values; or, for one that has to start at zero (adaLN-zero), declare its role "
+            "'modulation' (`mue_roles` of its module, then tag_roles(model)), which puts it in a group of kind 'adamw'."
+        )
         raise value_error(what + which, found=found, expected=expected, do=do)
 
 

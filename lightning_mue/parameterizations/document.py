@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lightning_mue.checks import mismatch, value_error
+from lightning_mue.files import whole_file
 from lightning_mue.parameterizations.rules.kinds import Family
 from lightning_mue.parameterizations.rules.monomial import SYMBOLS, parse
 from lightning_mue.parameterizations.rules.roles import Role
@@ -163,7 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             do = f"Run `python -m {__package__}.document`."
             print(mismatch(str(path), found="tables that are out of date", expected="the code's", do=do))
         else:
-            path.write_text(new, encoding="utf-8")
+            with whole_file(path) as part:
+                part.write_text(new, encoding="utf-8")
             print(f"{path}: written")
     return stale
 

@@ -154,3 +154,23 @@ def test_it_listens_no_more_after_the_fit(toy, tmp_path):
 def test_bad_losses_are_refused(losses):
     with pytest.raises(TypeError, match="losses"):
         HealthMonitor(losses)
+
+
+def test_healthy_runs_show_what_the_own_history_cannot(toy, tmp_path):
+    run(toy, tmp_path, loggers=[CSVLogger(tmp_path, name="base", version=0)])
+    own = CSVLogger(tmp_path, name="base", version="own")  # beside them, and none of them
+    (tmp_path / "base" / "own").mkdir()
+    (tmp_path / "base" / "own" / "metrics.csv").write_text("step,train/loss\n0,1e9\n")
+    health = HealthMonitor(heat_maps=False, reference=[tmp_path / "base"])
+    _, _, told = run(toy, tmp_path, spoil_at=0, health=health, loggers=[own])
+    assert [symptom.indicator.name for symptom in health.verdict.symptoms] == ["loss"]
+    assert "as in the reference" in told[0]
+    _, alone, _ = run(toy, tmp_path, spoil_at=0, loggers=False)
+    assert alone.verdict.level is Level.HEALTHY  # a loss that was always bad has no better past
+
+
+def test_a_reference_without_a_run_is_refused(toy, tmp_path):
+    with pytest.raises(ValueError, match=r"reference: found .*nothing, which is no folder"):
+        run(toy, tmp_path, health=HealthMonitor(reference=[tmp_path / "nothing"]))
+    with pytest.raises(TypeError, match="reference"):
+        HealthMonitor(reference="logs")

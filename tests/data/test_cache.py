@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import threading
-import time
 
 import pytest
 
 from lightning_mue.data import TextDataModule
 from lightning_mue.data.cache import ByteCache, default_cache_dir
+from lightning_mue.files import PART, whole_file
 
 
 def cache_folder(data):
@@ -116,7 +116,7 @@ def test_an_interrupted_build_leaves_nothing_that_could_be_used(folder, make, mo
         with pytest.raises(KeyboardInterrupt):
             data.prepare_data()
     (found,) = data.cache_dir.iterdir()
-    assert list(inodes(found)) == ["CACHEDIR.TAG"]
+    assert not inodes(found)
     with pytest.raises(FileNotFoundError):
         data.setup()
     data.prepare_data()
@@ -150,16 +150,17 @@ def test_an_interrupted_rebuild_is_noticed(folder, make, monkeypatch, read):
 def test_leftovers_of_killed_builds_are_removed_but_not_a_build_in_progress(folder, make, read):
     data = make(folder)
     found = cache_folder(data)
-    old, young = found / ".tmp-old", found / ".tmp-young"
-    for path in (old, young):
-        path.write_bytes(b"half a split")
-    os.utime(old, (time.time() - 7200,) * 2)
+    dead = found / f".train.bin.abcdefgh{PART}"
+    dead.write_bytes(b"half a split")
     intact = read(data)
-    assert old.exists(), "a valid cache is not touched"
+    assert dead.exists(), "a valid cache is not touched"
     truncate(found)
+    with whole_file(found / "val.bin") as living:  # holds its lock, as another process that builds would
+        assert read(data) == intact
+        assert living.exists()
+        living.write_bytes((found / "val.bin").read_bytes())
+    assert not dead.exists()
     assert read(data) == intact
-    assert not old.exists()
-    assert young.exists()
 
 
 @pytest.mark.parametrize("change", ["content", "added", "removed", "touched"])
@@ -228,7 +229,7 @@ def test_full_disk(make, text_file, monkeypatch):
     with pytest.raises(ValueError, match=r"No space left on device.*room for a copy"):
         data.prepare_data()
     (found,) = data.cache_dir.iterdir()
-    assert list(inodes(found)) == ["CACHEDIR.TAG"]
+    assert not inodes(found)
 
 
 def test_cache_location(monkeypatch, tmp_path):

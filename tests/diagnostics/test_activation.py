@@ -17,6 +17,7 @@ from lightning_mue.diagnostics import (
     output_rms,
     summary_metrics,
 )
+from lightning_mue.diagnostics.channels import channel_summary
 
 METRICS = {
     "rms": output_rms,
@@ -110,7 +111,7 @@ def test_summaries_merge_to_the_whole(monkeypatch):
     swapped = merge_summaries(
         activation_summary(torch.cat(parts[1:]), threshold=2.0), activation_summary(parts[0], 2.0)
     )
-    monkeypatch.setattr(activation, "CHUNK_ELEMENTS", 5 * 30)  # five tokens a chunk
+    monkeypatch.setattr(activation, "block_elements", lambda device: 5 * 30)  # five tokens a chunk
     chunked = activation_summary(torch.cat(parts), threshold=2.0)
     for merged in (total, swapped, chunked):
         for name, value in summary_metrics(merged).items():
@@ -164,3 +165,16 @@ def test_float32_and_input_untouched(function):
 def test_refuses_a_scalar(function):
     with pytest.raises(ValueError, match=r"x: found a scalar, expected .*features"):
         function(torch.tensor(1.0))
+
+
+def test_tokens_that_do_not_count_change_nothing():
+    """Padding may hold anything, NaN too: the summaries are those of the other tokens."""
+    x, counts = torch.randn(3, 7, 40).pow(3) + 1, torch.rand(3, 7) < 0.6
+    x[~counts] = torch.tensor([float("nan"), 1e4, -50.0])[torch.randint(0, 3, ((~counts).sum(), 1))]
+    torch.testing.assert_close(
+        activation_summary(x, 2.0, counts), activation_summary(x[counts], 2.0), rtol=1e-5, atol=0
+    )
+    torch.testing.assert_close(channel_summary(x, counts), channel_summary(x[counts]), rtol=1e-6, atol=0)
+    assert activation_summary(x, 2.0, counts)[6] > 0
+    assert not activation_summary(x, 2.0, torch.zeros(3, 7)).any()
+    assert not channel_summary(x, torch.zeros(3, 7))[:10].any()

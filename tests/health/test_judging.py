@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
-from lightning_mue.health.departures import LEAST_HISTORY, Level, Reference
+from lightning_mue.health.departures import LEAST_HISTORY, LONGEST_MEMORY, Level, levels, surely_healthy
+from lightning_mue.health.indicators import INDICATORS
 from lightning_mue.health.judging import RunJudge, judge
+from lightning_mue.health.reference import Reference
 from lightning_mue.health.series import series_of
 
 N = 200
@@ -150,3 +152,21 @@ def test_a_loss_of_another_name_can_be_given():
     assert judge(as_run(values)).level is Level.HEALTHY
     (symptom,) = judge(as_run(values), losses=["objective"]).symptoms
     assert symptom.indicator.name == "loss"
+
+
+def test_what_is_surely_healthy_is_healthy():
+    """On walks, jumps and drifts of every indicator; most values of a healthy run are told so, none that is not healthy."""
+    rng = np.random.default_rng(7)
+    sure, ill = 0, 0
+    for indicator in INDICATORS * 3:
+        walk = np.exp(rng.uniform(-1, 3) + np.cumsum(rng.normal(0, rng.choice([0.002, 0.02, 0.2]), 160)))
+        walk[rng.integers(30, 150) :] *= rng.choice([1.0, 1.0, 0.2, 5.0])
+        walk[rng.integers(30, 150)] = rng.choice([np.nan, walk[0], 0.0])
+        for n in rng.integers(1, len(walk), 12):
+            values = walk[max(0, n - LONGEST_MEMORY) : n]
+            level = levels(indicator, series_of(enumerate(values)), only_last=True)[0][-1]
+            told = surely_healthy(indicator, values.tolist())
+            assert not (told and level)
+            sure, ill = sure + told, ill + (level > 0)
+    assert sure > 50
+    assert ill > 50

@@ -121,3 +121,20 @@ def test_bad_arguments_get_one_paragraph(tmp_path, monkeypatch, capsys, args, me
     assert stopped.value.code == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "report.html").exists()
+
+
+def test_layers_that_have_names_share_a_panel(tmp_path):
+    """Several matrices of one layer are told apart by their modules' names; each in a panel of its own could not be read."""
+    logger = CSVLogger(tmp_path, name="named")
+    names = [f"model.layers.{i}.{part}" for i in (0, 10, 2) for part in ("q_proj", "k_proj")]
+    for step in range(4):
+        tags = [f"updates/update_ratio/{role}/{name}" for role in ("hidden", "down") for name in names]
+        logger.log_metrics({tag: 1.0 + 0.01 * step + i for i, tag in enumerate(tags)}, step=step)
+    logger.save()
+    page = write_report(read_runs([logger.log_dir]), tmp_path / "page.html").read_text()
+    panels, maps = page.split("By layer over time")
+    assert panels.count("<svg") == maps.count("<svg") == 2  # one a role
+    assert re.findall(r"\d+\.[qk]_proj", maps)[:6] == [
+        f"{i}.{part}" for i in (0, 2, 10) for part in ("k_proj", "q_proj")
+    ]
+    assert "model.layers.0" not in page

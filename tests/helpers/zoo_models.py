@@ -42,6 +42,11 @@ def build(kind: str, head: str, **sizes: Any) -> torch.nn.Module:
     return getattr(transformers, kind + head)(getattr(transformers, f"{kind}Config")(**sizes))
 
 
+#: Llama's names of sizes, for a model of two layers; what another architecture calls otherwise has its default.
+CAUSAL_SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "num_attention_heads": 4, **TOKENS}
+CAUSAL_SIZES |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
+
+
 def causal(kind: str, moe: Callable[[int, int], dict[str, Any]] | None = None, **own: Any) -> ZooModel:
     """A causal language model whose config names its sizes as Llama's does."""
 

@@ -24,7 +24,7 @@ def near(value, expected, rel=TIGHT):
 
 
 def test_every_metric_is_tried():
-    assert set(CASES) == set(metrics.__all__)
+    assert set(CASES) | {"SpikeScore"} == set(metrics.__all__)  # that one knows an order: test_spike_score.py
 
 
 @cases

@@ -78,7 +78,7 @@ def test_names_of_two_dimensional_parameters(name, kind):
 def test_roles_decide_before_names(role):
     weight = param(6, 4)
     weight.mue_role = role
-    vectors = {"embedding", "balance_bias", "norm", "qk_norm", "final_norm", "bias", "scalar"}
+    vectors = {"embedding", "balance_bias", "norm", "qk_norm", "final_norm", "bias", "scalar", "modulation"}
     expected = "adam_sphere" if role == "unembedding" else "adamw" if role in vectors else "sphere"
     name = "lm_head.weight" if expected == "sphere" else "experts.up"  # the name says something else
     assert classify(name, weight) == (expected, f"role {role.value}")

@@ -49,13 +49,17 @@ class Acting:
         self.guard, self.settings, self.keep = guard, settings, keep
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.samples = Samples(sample_ids)
+        self.stopped = False
+        self.folder = Path()
+        self.snapshots = snapshot.Snapshots(None, 0)
+        self.forget()
+
+    def forget(self) -> None:
+        """Knows nothing yet of the run."""
         self.decisions: list[dict[str, Any]] = []
         self.skipped = self.rollbacks = 0
         self.lr_factor, self.lowered_until = 1.0, -1
-        self.stopped = False
         self._to_list: list[int] = []
-        self.folder = Path()
-        self.snapshots = snapshot.Snapshots(None, 0)
 
     def begin(self, trainer: Trainer, kept_steps: list[int]) -> None:
         """When training begins: finds the folder, and in it the states that an interrupted run left."""
@@ -173,14 +177,14 @@ class Acting:
         for finding in findings:
             self._note(trainer, finding, "the run was over")
 
-    def metrics(self, last: Verdict) -> dict[str, float]:
+    def metrics(self, last: Verdict, spike_share: float) -> dict[str, float]:
         """Tag -> value, of what there is a value of."""
         counts = {"skipped_steps": self.skipped, "rollbacks": self.rollbacks, "lr_factor": self.lr_factor}
         metrics = {f"guard/{name}": float(value) for name, value in counts.items()}
         for name, value, score, total in zip(SERIES, last.values, last.scores, last.drifts, strict=True):
             series = {f"guard/{name}": value, f"guard/spike_score_{name}": score, f"guard/drift_{name}": total}
             metrics.update({tag: number for tag, number in series.items() if math.isfinite(number)})
-        return metrics
+        return metrics if math.isnan(spike_share) else {**metrics, "guard/SpikeScore": spike_share}
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types."""

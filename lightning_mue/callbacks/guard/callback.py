@@ -16,8 +16,7 @@ from lightning_mue.callbacks import tensorboard_page
 from lightning_mue.callbacks.guard import serving
 from lightning_mue.callbacks.guard.acting import Acting
 from lightning_mue.callbacks.guard.deciding.judging import Decided, Judging
-from lightning_mue.callbacks.guard.deciding.verdict import Judge
-from lightning_mue.callbacks.guard.findings import Finding, Reader, StepHistory
+from lightning_mue.callbacks.guard.findings import Finding, Reader
 from lightning_mue.callbacks.guard.indicators import Indicators
 from lightning_mue.callbacks.guard.settings import GuardSettings, bounds_of, patterns_of
 from lightning_mue.callbacks.steps import steps_done
@@ -26,6 +25,7 @@ from lightning_mue.checks import listed, mismatch, require_type, value_error
 _CHARTS = {
     "Skipped steps": ["guard/(skipped_steps|rollbacks)"],
     "Spike scores": ["guard/spike_score_.*"],
+    "SpikeScore (share of steps)": ["guard/SpikeScore"],
     "Drift sums": ["guard/drift_.*"],
 }
 
@@ -44,7 +44,8 @@ class StabilityGuard(Callback):
     ends the run. Each decision is one line in the log of rank zero, an entry of `decisions`, and in the checkpoint.
 
     Metrics: ``guard/skipped_steps``, ``guard/rollbacks``, ``guard/lr_factor``, ``guard/loss``, ``guard/gradient_norm`` (before
-    clipping), ``guard/spike_score_loss``, ``guard/spike_score_gradient_norm`` and ``guard/drift_loss``.
+    clipping), ``guard/spike_score_loss``, ``guard/spike_score_gradient_norm``, ``guard/drift_loss`` and, from 128 steps on,
+    ``guard/SpikeScore``, the share of steps that OLMo-core counts as spikes (`lightning_mue.diagnostics.spike_share`).
 
     Args:
         nonfinite: Action for a loss or gradient that is NaN or infinite. ``warn`` lets it into the weights.
@@ -117,6 +118,8 @@ class StabilityGuard(Callback):
             max_rollbacks,
         )
         self.settings.check()
+        if dirpath is not None:
+            require_type("dirpath", dirpath, (str, Path), "a folder's path, or None")
         if sample_ids is not None and not callable(sample_ids):
             require_type("sample_ids", sample_ids, str, "a key of the batch, a function of the batch, or None")
         self.indicators = Indicators(self.settings)
@@ -150,6 +153,9 @@ class StabilityGuard(Callback):
         self._judging = judging = Judging(self.settings, trainer, pl_module, *options)
         self._reader = Reader(self.settings, self.indicators, len(trainer.optimizers))
         self._step = steps_done(trainer)
+        if not (self._restored or self._step):  # another run: what was found in the last one, and done, is over
+            self.acting.forget()
+            self.indicators.forget()
         self.acting.begin(trainer, self._restored.get("acting", {}).get("kept_steps", []))
         self._restore(judging)
         self._set_rates()
@@ -239,6 +245,7 @@ class StabilityGuard(Callback):
             "indicators": self.indicators.state_dict(),
             "judges": [judge.state_dict() for judge in self._judging.judges],
             "records": [record.state_dict() for record in self._reader.records],
+            "spikes": [count.state_dict() for count in self._reader.counts],
             "pending": self._judging.pending(),
         }
 
@@ -255,8 +262,8 @@ class StabilityGuard(Callback):
             raise value_error("ckpt_path", found=found, expected="as many", do="Resume with the same optimizers.")
         self.acting.load_state_dict(state["acting"])
         self.indicators.load_state_dict(state["indicators"])
-        parts: list[Judge | StepHistory] = [*judging.judges, *self._reader.records]
-        for part, kept in zip(parts, [*state["judges"], *state["records"]], strict=True):
+        parts: list[Any] = [*judging.judges, *self._reader.records, *self._reader.counts]
+        for part, kept in zip(parts, [*state["judges"], *state["records"], *state["spikes"]], strict=True):
             part.load_state_dict(kept)
         judging.decided = [Decided(step, index, record) for step, index, record in state["pending"]]
 
@@ -281,7 +288,7 @@ class StabilityGuard(Callback):
         every, last = trainer.log_every_n_steps, self._reader.last  # type: ignore[attr-defined]  # by a connector
         if last is None or not (always or (every and (self._step + 1) % every == 0)):
             return
-        metrics = self.acting.metrics(last)
+        metrics = self.acting.metrics(last, self._reader.spike_share)
         trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in metrics.items()})
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=self._step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -11,6 +12,7 @@ from lightning_mue.callbacks.guard.deciding.verdict import SERIES, Verdict
 from lightning_mue.callbacks.guard.indicators import Indicators
 from lightning_mue.callbacks.guard.settings import ACTIONS, LOSS, GuardSettings
 from lightning_mue.checks import listed
+from lightning_mue.diagnostics.spike_share import SpikeCount
 from lightning_mue.names import clean_name
 
 #: Steps without a finding after which a state counts as good.
@@ -131,17 +133,20 @@ class Reader:
     Attributes:
         records: Of each optimizer.
         last: The last verdict; None before the first.
+        counts: Of each optimizer, for SpikeScore.
     """
 
     def __init__(self, settings: GuardSettings, indicators: Indicators, optimizers: int) -> None:
         self.settings, self.indicators = settings, indicators
         self.records = [StepHistory(settings) for _ in range(optimizers)]
         self.last: Verdict | None = None
+        self.counts = [SpikeCount() for _ in range(optimizers)]
 
     def read(self, decided: Decided, module: nn.Module, *, scaler: bool) -> tuple[list[Finding], bool]:
         """Findings of a step, and whether it was skipped."""
         self.last = verdict = decided.verdict()
         record = self.records[decided.optimizer]
+        self.counts[decided.optimizer].add(*verdict.values)
         found = record.read(decided.step, verdict, scaler=scaler)
         if found and found[0].kind == "nonfinite" and verdict.bad_gradient:
             names = {id(p): name for name, p in module.named_parameters()}
@@ -152,6 +157,12 @@ class Reader:
             found.append(self._of_indicator(decided.step, verdict))
             record.last_fault = decided.step
         return found, bool(verdict.skip)
+
+    @property
+    def spike_share(self) -> float:
+        """SpikeScore over the steps of all optimizers; NaN before one of them has a window's steps."""
+        known = [count for count in self.counts if count.steps >= count.window]
+        return sum(count.spikes for count in known) / sum(count.steps for count in known) if known else math.nan
 
     def is_good(self, step: int) -> bool:
         """Whether the state after a step is one to come back to."""

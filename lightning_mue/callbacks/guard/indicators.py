@@ -67,6 +67,10 @@ class Indicators:
         #: Patterns of drifts; the guard's own series are followed elsewhere.
         self._drifting = [pattern for pattern in settings.drifts if pattern.pattern not in (LOSS, GRADIENT)]
         self._patterns = [bound.pattern for bound in settings.bounds] + self._drifting
+        self.forget()
+
+    def forget(self) -> None:
+        """Knows nothing yet of the run."""
         #: Number of a pattern -> the indicator that was amiss last.
         self._latest: dict[int, str] = {}
         self._outside: set[str] = set()

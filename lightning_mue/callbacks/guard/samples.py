@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 #: Keys under which batches hold the ids of their samples.
@@ -71,10 +72,13 @@ class Samples:
             ranks = [None] * trainer.world_size
             torch.distributed.all_gather_object(ranks, rows)
         if trainer.is_global_zero:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                for rank, own in enumerate(ranks):
-                    file.writelines(json.dumps({**row, "rank": rank}) + "\n" for row in own)
+            lines = [json.dumps({**row, "rank": rank}) + "\n" for rank, own in enumerate(ranks) for row in own]
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("a", encoding="utf-8") as file:
+                    file.write("".join(lines))
+            except OSError as error:
+                rank_zero_warn(f"StabilityGuard: {path} was not written ({error}). The run goes on.")
         return sum(len(own) for own in ranks)
 
     def _ids(self, trainer: Trainer, batch: Any, total: int) -> Any:

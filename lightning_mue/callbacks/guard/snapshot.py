@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_mue.files import whole_file
@@ -161,14 +162,17 @@ class Snapshots:
         return self.folder / f"guard-step={step}-rank={self.rank}.pt"
 
     def _store(self, step: int, state: dict[str, Any]) -> None:
-        if self.folder is None:
-            self._states[step] = state
-            return
-        with whole_file(self._path(step)) as part:
-            torch.save(state, part)
+        if self.folder is not None:
+            try:
+                with whole_file(self._path(step)) as part:
+                    torch.save(state, part)
+                return
+            except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError where the disk is full
+                rank_zero_warn(f"StabilityGuard: {self._path(step)} was not written ({error}); it is kept in memory.")
+        self._states[step] = state
 
     def _load(self, step: int) -> dict[str, Any]:
-        if self.folder is None:
+        if step in self._states:
             return self._states[step]
         return torch.load(self._path(step), map_location="cpu", weights_only=True)
 

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from lightning_mue.callbacks.monitors.finding.branches import find_branches
 from lightning_mue.callbacks.monitors.finding.reading import read
-from lightning_mue.callbacks.monitors.probes import Probe, first_tensor, layer_labels, over_layers
+from lightning_mue.callbacks.monitors.probes import Layers, Probe, first_tensor, layer_labels, over_layers
 from lightning_mue.callbacks.monitors.sampling import SampledMonitor
-from lightning_mue.checks import value_error
+from lightning_mue.callbacks.monitors.seeing.padding import PaddingMask
+from lightning_mue.callbacks.monitors.seeing.watching import Handles
+from lightning_mue.checks import require_pattern, require_types, value_error
 from lightning_mue.contract import declared_multipliers
 from lightning_mue.diagnostics import activation_summary, merge_summaries, summary_metrics
 from lightning_mue.diagnostics.activation import SUMMARY_SIZE
@@ -35,10 +37,16 @@ class _BranchProbe(Probe):
 
     size = SUMMARY_SIZE + CHANNELS_SIZE
 
-    def __init__(self, module: nn.Module, label: str, threshold: float, block: nn.Module | None) -> None:
+    def __init__(
+        self, module: nn.Module, label: str, threshold: float, block: nn.Module | None, padding: PaddingMask
+    ) -> None:
         super().__init__(module, label)
-        self.threshold, self.block = threshold, block
+        self.threshold, self.block, self._padding = threshold, block, padding
         self.massive: list[int] = []  # of the last sample
+
+    def attach(self, device: torch.device) -> Any:
+        """Hook the module and forget the previous step."""
+        return Handles(super().attach(device), self._padding.attach())
 
     def measure(self, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
         x = first_tensor(output)
@@ -46,7 +54,8 @@ class _BranchProbe(Probe):
             return None
         if isinstance(self.module, _CHANNELS_SECOND) and x.ndim > 2:
             x = x.movedim(1, -1)
-        return torch.cat([activation_summary(x, self.threshold), channel_summary(x)])
+        real = self._padding.real(x.shape[:-1].numel(), x.shape[:-1])
+        return torch.cat([activation_summary(x, self.threshold, real), channel_summary(x, real)])
 
     def merge(self, a: Tensor, b: Tensor) -> Tensor:
         n = SUMMARY_SIZE
@@ -117,6 +126,9 @@ class ActivationOutlierMonitor(SampledMonitor):
         detail: str | None = None,
     ) -> None:
         super().__init__(every_n_steps, detail=detail)
+        require_types(ActivationOutlierMonitor.__init__, locals())
+        for pattern in [branches] if isinstance(branches, str) else (branches or {}).values():
+            require_pattern("branches", pattern)
         if not threshold > 0:
             expected = "a positive number of standard deviations"
             raise value_error("threshold", found=threshold, expected=expected, do="5 is usual.")
@@ -127,24 +139,25 @@ class ActivationOutlierMonitor(SampledMonitor):
         reading = read(pl_module)
         branches = find_branches(reading, self.branches)
         self.findings = {"residual branches": branches}
+        padding = PaddingMask(pl_module)
         blocks = {name: m for name, m in reading.modules.items() if _residual_of(m)}
         probes: list[Probe] = []
         for kind in sorted({each.kind for each in branches.found}):
             modules = {each.name: each.module for each in branches.found if each.kind == kind}
             labels = layer_labels(modules)
             probes += [
-                _BranchProbe(m, f"{kind}/{labels[name]}", self.threshold, _block_of(name, blocks))
+                _BranchProbe(m, f"{kind}/{labels[name]}", self.threshold, _block_of(name, blocks), padding)
                 for name, m in modules.items()
             ]
         return probes
 
-    def summarize(self, metrics: Mapping[str, float]) -> dict[str, float]:
+    def summarize(self, layers: Layers) -> dict[str, float]:
         """Mean and max over the layers of each kind of branch."""
         found: dict[str, float] = {}
         for kind in sorted({probe.label.partition("/")[0] for probe in self._probes}):
             for name in _METRICS:
-                found |= over_layers(metrics, f"stability/{name}/{kind}", "mean", "max")
-            found |= over_layers(metrics, f"stability/massive_channels/{kind}", "max")
+                found |= over_layers(layers, f"stability/{name}/{kind}", "mean", "max")
+            found |= over_layers(layers, f"stability/massive_channels/{kind}", "max")
         return found
 
     def massive(self) -> dict[str, list[int]]:

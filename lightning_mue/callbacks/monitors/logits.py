@@ -6,24 +6,25 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from lightning.pytorch import LightningModule
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_mue.callbacks.monitors.finding.attentions import find_attentions_of
 from lightning_mue.callbacks.monitors.finding.heads import find_heads
 from lightning_mue.callbacks.monitors.finding.reading import Found, Reading, read
-from lightning_mue.callbacks.monitors.finding.routers import find_routers, router_scopes, weight_name
-from lightning_mue.callbacks.monitors.probes import Probe, layer_labels, over_layers
+from lightning_mue.callbacks.monitors.finding.routers import find_routers, n_experts, router_scopes, weight_name
+from lightning_mue.callbacks.monitors.probes import Layers, Probe, layer_labels, over_layers
 from lightning_mue.callbacks.monitors.sampling import SampledMonitor
 from lightning_mue.callbacks.monitors.seeing.logit_probes import (
     CoreProbe,
     OutputLogitsProbe,
     ProductLogitsProbe,
+    ReturnedLogits,
     SeenAttentionProbe,
     TorchAttentionProbe,
 )
 from lightning_mue.callbacks.monitors.seeing.padding import PaddingMask
+from lightning_mue.checks import require_pattern, require_types
 from lightning_mue.contract import is_attention_core
-from lightning_mue.parameterizations.reading.parameters import module_form
 
 
 class LogitsZMonitor(SampledMonitor):
@@ -76,6 +77,10 @@ class LogitsZMonitor(SampledMonitor):
         detail: str | None = None,
     ) -> None:
         super().__init__(every_n_steps, detail=detail)
+        require_types(LogitsZMonitor.__init__, locals())
+        for key, pattern in (("lm_logits", lm_logits), ("attention", attention), ("routers", routers)):
+            if isinstance(pattern, str):
+                require_pattern(key, pattern)
         self.lm_logits = lm_logits
         self.attention = attention
         self.routers = routers
@@ -87,7 +92,10 @@ class LogitsZMonitor(SampledMonitor):
         self.findings = {"LM logits": heads}
         labels = {name: f"lm_logits/{label}" for name, label in layer_labels(heads.names()).items()}
         labels = labels if len(heads.found) > 1 else dict.fromkeys(labels, "lm_logits")
-        probes: list[Probe] = [_head_probe(head, labels[head.name], reading) for head in heads.found]
+        padding = PaddingMask(pl_module)
+        probes: list[Probe] = [
+            _head_probe(head, labels[head.name], reading, heads.found, padding) for head in heads.found
+        ]
         if self.attention:
             pattern = self.attention if isinstance(self.attention, str) else None
             attentions = self.findings["attention logits"] = find_attentions_of(reading, pattern)
@@ -95,18 +103,17 @@ class LogitsZMonitor(SampledMonitor):
             probes += [_attention_probe(each.module, f"attention/{labels[each.name]}") for each in attentions.found]
         routers = self.findings["router logits"] = find_routers(reading, self.routers)
         labels = layer_labels(routers.names())
-        padding = PaddingMask(pl_module)
         return probes + [
             router_logits_probe(each, f"router/{labels[each.name]}", reading, padding) for each in routers.found
         ]
 
-    def summarize(self, metrics: Mapping[str, float]) -> dict[str, float]:
+    def summarize(self, layers: Layers) -> dict[str, float]:
         """Mean and worst over layers."""
         found: dict[str, float] = {}
         for kind in ("attention", "router"):
-            found |= over_layers(metrics, f"stability/z/{kind}", "mean", "max")
-            found |= over_layers(metrics, f"stability/max_logit/{kind}", "max")
-        return found | over_layers(metrics, "stability/entropy/attention", "mean", "min")
+            found |= over_layers(layers, f"stability/z/{kind}", "mean", "max")
+            found |= over_layers(layers, f"stability/max_logit/{kind}", "max")
+        return found | over_layers(layers, "stability/entropy/attention", "mean", "min")
 
 
 def scopes_around(name: str, reading: Reading) -> list[nn.Module]:
@@ -118,12 +125,21 @@ def scopes_around(name: str, reading: Reading) -> list[nn.Module]:
     return scopes
 
 
-def _head_probe(head: Found, label: str, reading: Reading) -> Probe:
-    if "the table" not in head.how:
-        return OutputLogitsProbe(head.module, label)
-    probe = ProductLogitsProbe(head.module, label, "weight", scopes_around(head.name, reading))
-    probe.optional = head.how != "tied to the table"
+def _head_probe(head: Found, label: str, reading: Reading, heads: Sequence[Found], padding: PaddingMask) -> Probe:
+    scopes, classes = scopes_around(head.name, reading), n_classes(head.module)
+    probe: OutputLogitsProbe | ProductLogitsProbe = OutputLogitsProbe(head.module, label, padding)
+    if "the table" in head.how:
+        probe = ProductLogitsProbe(head.module, label, "weight", classes, scopes, padding)
+        probe.optional = head.how != "tied to the table"
+    if [n_classes(each.module) for each in heads].count(classes) == 1 <= classes:
+        probe.returned = ReturnedLogits(probe, classes, scopes[:-1])  # the LightningModule returns what it likes
     return probe
+
+
+def n_classes(head: nn.Module) -> int:
+    """Outputs of a head or rows of a table; 0 if its weight does not tell."""
+    weight = getattr(getattr(head, "base_layer", head), "weight", None)
+    return int(weight.shape[0]) if isinstance(weight, Tensor) and weight.ndim == 2 else 0
 
 
 def _attention_probe(module: nn.Module, label: str) -> Probe:
@@ -138,6 +154,7 @@ def router_logits_probe(router: Found, label: str, reading: Reading, padding: Pa
     """A probe of a router's logits: of its output where it declares itself, else of the product with its weight."""
     if router.info is None:
         return OutputLogitsProbe(router.module, label)
-    if module_form(router.module) == "linear":
+    leaf, experts = weight_name(router), n_experts(router.info)
+    if not leaf:
         return OutputLogitsProbe(router.module, label, padding)
-    return ProductLogitsProbe(router.module, label, weight_name(router), router_scopes(router, reading), padding)
+    return ProductLogitsProbe(router.module, label, leaf, experts, router_scopes(router, reading), padding)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -16,18 +18,28 @@ from lightning_mue.moe.passes import records_gradients
 from lightning_mue.names import clean_name, metric_name, split_layer
 from lightning_mue.sharded import whole
 
+#: Group of metrics -> layer -> value.
+Layers = Mapping[str, Mapping[str, float]]
+
+_REDUCTIONS: Mapping[str, Callable[[list[float]], float]] = {"mean": fmean, "max": max, "min": min}
 _measuring = False
 
 
 @contextmanager
 def measuring(device: torch.device) -> Iterator[None]:
-    """No graph is recorded, nothing is cast, and what is computed is not itself watched (`is_measuring`)."""
+    """No graph is recorded, nothing is cast, and what is computed is not itself watched (`is_measuring`).
+
+    New tensors are float32 also under ``precision="bf16-true"``, which makes bfloat16 the default of a training step.
+    """
     global _measuring
     outer, _measuring = _measuring, True
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             yield
     finally:
+        torch.set_default_dtype(default)
         _measuring = outer
 
 
@@ -165,13 +177,23 @@ def layer_labels(names: Iterable[str]) -> dict[str, str]:
     }
 
 
-def over_layers(metrics: Mapping[str, float], group: str, *reductions: str) -> dict[str, float]:
-    """Reduce the metrics ``<group>/<layer>`` over layers to ``<group>_mean``, ``<group>_max`` or ``<group>_min``.
+def by_layer(metrics: Mapping[str, float]) -> Layers:
+    """Metrics ``<group>/<layer>`` as group -> layer -> value."""
+    layers: dict[str, dict[str, float]] = {}
+    for tag, value in metrics.items():
+        group, _, layer = tag.rpartition("/")
+        layers.setdefault(group, {})[layer] = value
+    return layers
+
+
+def over_layers(layers: Layers, group: str, *reductions: str) -> dict[str, float]:
+    """Reduce the metrics of a group over layers to ``<group>_mean``, ``<group>_max`` or ``<group>_min``.
 
     NaN in any layer gives NaN; a group without layers gives nothing.
     """
-    values = torch.tensor([value for tag, value in metrics.items() if tag.startswith(f"{group}/")], dtype=torch.float64)
-    return {f"{group}_{name}": float(getattr(values, name)()) for name in reductions} if len(values) else {}
+    values = list(layers.get(group, {}).values())
+    broken = any(math.isnan(value) for value in values)
+    return {f"{group}_{name}": math.nan if broken else _REDUCTIONS[name](values) for name in reductions if values}
 
 
 def first_tensor(output: Any) -> Tensor | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_mue.callbacks import tensorboard_page
 from lightning_mue.callbacks.monitors.finding.reading import SearchResult
-from lightning_mue.callbacks.monitors.probes import Probe
+from lightning_mue.callbacks.monitors.probes import Layers, Probe
 from lightning_mue.checks import listed
 from lightning_mue.console import wide_console
 from lightning_mue.names import all_indices
@@ -141,15 +141,14 @@ def _merged(probes: list[Probe], parts: Any) -> dict[str, float]:
     return metrics
 
 
-def worst_layers(metrics: Mapping[str, float], summary: Mapping[str, float]) -> dict[str, str]:
+def worst_layers(layers: Layers, summary: Mapping[str, float]) -> dict[str, str]:
     """Tag of a largest or smallest value over layers -> the label of the layer that has it."""
     found = {}
     for tag, value in summary.items():
         group, _, reduction = tag.rpartition("_")
         if reduction not in ("max", "min"):
             continue
-        layers = {t.rpartition("/")[2]: v for t, v in metrics.items() if t.rpartition("/")[0] == group}
-        label = next((name for name, v in layers.items() if v == value or v != v), None)
+        label = next((name for name, v in layers.get(group, {}).items() if v == value or v != v), None)
         if label is not None:
             found[tag] = label
     return found

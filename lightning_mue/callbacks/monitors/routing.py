@@ -15,10 +15,11 @@ from lightning_mue.callbacks.monitors.finding.routers import (
     top_k_near,
     weight_name,
 )
-from lightning_mue.callbacks.monitors.probes import Probe, layer_labels, over_layers
+from lightning_mue.callbacks.monitors.probes import Layers, Probe, layer_labels, over_layers
 from lightning_mue.callbacks.monitors.sampling import SampledMonitor
 from lightning_mue.callbacks.monitors.seeing.padding import PaddingMask
 from lightning_mue.callbacks.monitors.seeing.router_probes import DeclaredRouterProbe, FoundRouterProbe
+from lightning_mue.checks import require_pattern, require_types
 from lightning_mue.moe.balance_callbacks import warn_of_missing_callbacks
 from lightning_mue.moe.masks import follow_attention_mask
 
@@ -78,6 +79,9 @@ class RouterMonitor(SampledMonitor):
         self, every_n_steps: int | None = None, *, routers: str | None = None, detail: str | None = None
     ) -> None:
         super().__init__(every_n_steps, detail=detail)
+        require_types(RouterMonitor.__init__, locals())
+        if routers is not None:
+            require_pattern("routers", routers)
         self.routers = routers
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -95,17 +99,17 @@ class RouterMonitor(SampledMonitor):
         padding = PaddingMask(pl_module)
         return [_probe(router, labels[router.name], reading, padding) for router in routers.found]
 
-    def summarize(self, metrics: Mapping[str, float]) -> dict[str, float]:
+    def summarize(self, layers: Layers) -> dict[str, float]:
         """The mean of MaxVio over layers, and the worst layer of each metric."""
         return {
-            **over_layers(metrics, "routing/max_violation", "mean", "max"),
-            **over_layers(metrics, "routing/token_entropy", "min"),
-            **over_layers(metrics, "routing/load_entropy", "min"),
-            **over_layers(metrics, "routing/dead_experts", "max"),
-            **over_layers(metrics, "routing/load_max_fraction", "max"),
-            **over_layers(metrics, "routing/gate_mass", "mean"),
-            **over_layers(metrics, "routing/expert_similarity", "max"),
-            **over_layers(metrics, "routing/choice_churn", "mean"),
+            **over_layers(layers, "routing/max_violation", "mean", "max"),
+            **over_layers(layers, "routing/token_entropy", "min"),
+            **over_layers(layers, "routing/load_entropy", "min"),
+            **over_layers(layers, "routing/dead_experts", "max"),
+            **over_layers(layers, "routing/load_max_fraction", "max"),
+            **over_layers(layers, "routing/gate_mass", "mean"),
+            **over_layers(layers, "routing/expert_similarity", "max"),
+            **over_layers(layers, "routing/choice_churn", "mean"),
         }
 
 

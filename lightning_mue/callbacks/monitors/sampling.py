@@ -34,8 +34,9 @@ from torch.optim import Optimizer
 
 from lightning_mue.callbacks import metric_stream, tensorboard_page
 from lightning_mue.callbacks.monitors.finding.reading import SearchResult
-from lightning_mue.callbacks.monitors.probes import Probe
+from lightning_mue.callbacks.monitors.probes import Layers, Probe, by_layer
 from lightning_mue.callbacks.monitors.registry import registry_of, worst_layers
+from lightning_mue.callbacks.monitors.writing import write
 from lightning_mue.callbacks.steps import steps_done
 from lightning_mue.checks import require_choice, require_integer
 
@@ -89,7 +90,7 @@ class SampledMonitor(Callback, ABC):
     def find_probes(self, pl_module: LightningModule) -> list[Probe]:
         """Return the probes of all modules to watch, in the same order on every rank."""
 
-    def summarize(self, metrics: Mapping[str, float]) -> dict[str, float]:
+    def summarize(self, layers: Layers) -> dict[str, float]:
         """Return metrics over all layers, from those of each layer."""
         return {}
 
@@ -149,16 +150,17 @@ class SampledMonitor(Callback, ABC):
             self._warn("silent", message)
         logged = self.report(metrics)
         for logger in trainer.loggers if logged else ():
-            logger.log_metrics(logged, step=self._step)
+            write(logger, logged, self._step)
         metric_stream.tell(trainer, self._step, {**metrics, **logged})  # every layer, whatever the detail
         return logged
 
     def report(self, metrics: dict[str, float]) -> dict[str, float]:
         """What is logged, from the metrics of the probes: with those over layers, in the detail that was asked for."""
-        summary = self.summarize(metrics)
-        self.worst_names = worst_layers(metrics, summary)
-        by_layer = (tag for tag in metrics if any(over.startswith(f"{tag.rpartition('/')[0]}_") for over in summary))
-        places = {tag.split("/", 2)[2] for tag in by_layer}  # "ffn/03"
+        groups = by_layer(metrics)
+        summary = self.summarize(groups)
+        self.worst_names = worst_layers(groups, summary)
+        reduced = {tag.rpartition("_")[0] for tag in summary}
+        places = {tag.split("/", 2)[2] for tag in metrics if tag.rpartition("/")[0] in reduced}  # "ffn/03"
         layers = {tag for tag in metrics if tag.split("/", 2)[2:] and tag.split("/", 2)[2] in places}
         most = max(Counter(tag.rpartition("/")[0] for tag in layers).values(), default=0)
         if self.detail == "full" or (self.detail is None and most <= MOST_LAYERS_IN_FULL):
@@ -249,4 +251,6 @@ _EAGER = _EagerSteps()
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+    """By `torch.compile`, by ``module.compile()``, or as a LightningModule, whose steps the Trainer then runs compiled."""
+    marks = ("_compiled_call_impl", "_compiler_ctx")
+    return hasattr(module, "_orig_mod") or any(getattr(module, mark, None) is not None for mark in marks)

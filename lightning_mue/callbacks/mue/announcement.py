@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_mue.console import wide_console
 from lightning_mue.namespaces import is_lightning
@@ -30,11 +31,13 @@ def announce(trainer: Trainer, plan: ScalingPlan, *, drawn: bool, verbose: bool)
     else:
         wide_console().print(plan)
     for logger in trainer.loggers:
-        if is_lightning(logger, "TensorBoardLogger"):
-            logger.experiment.add_text("parameterization", as_markdown(plan), 0)  # type: ignore[attr-defined]
-        if isinstance(folder := getattr(logger, "log_dir", None), str):
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            plan.save(Path(folder) / "plan.yaml")
+        try:
+            if is_lightning(logger, "TensorBoardLogger"):
+                logger.experiment.add_text("parameterization", as_markdown(plan), 0)  # type: ignore[attr-defined]
+            if isinstance(folder := getattr(logger, "log_dir", None), str):
+                plan.save(Path(folder) / "plan.yaml")
+        except Exception as error:  # a full disk, or whatever a logger raises: no reason to end a run
+            rank_zero_warn(f"MuECallback: {type(logger).__name__} did not take the plan ({error}). The run goes on.")
 
 
 def rates_by_role(steps: Sequence[ScaledStep]) -> dict[str, float]:

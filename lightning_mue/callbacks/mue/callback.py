@@ -18,7 +18,6 @@ from lightning_mue.callbacks.mue.announcement import announce, rates_by_role
 from lightning_mue.callbacks.mue.run import known_to, refuse_other_sizes, run_sizes
 from lightning_mue.callbacks.mue.verifying import verify
 from lightning_mue.callbacks.rewinding import rewind_to_step
-from lightning_mue.checks import require_choice
 from lightning_mue.parameterizations import Parameterization, ScaledStep, ScalingPlan, get_rule, plan
 from lightning_mue.parameterizations.applying import initial_weights as weights
 from lightning_mue.parameterizations.applying.families import family_of
@@ -27,6 +26,7 @@ from lightning_mue.parameterizations.reading.base import Base
 from lightning_mue.parameterizations.reading.parameters import named_tensors
 from lightning_mue.parameterizations.reading.sites import read_multipliers
 from lightning_mue.parameterizations.rules.kinds import Family
+from lightning_mue.seeds import run_seed
 
 #: Attribute of a module that holds the plan of its last fit.
 _LAST_PLAN = "_mue_last_plan"
@@ -63,7 +63,7 @@ class MuECallback(Callback):
         verify: Run base and target for one step on the first batch, near the base's size on the CPU, and compare what a sound plan
             keeps (:func:`lightning_mue.verify_plan`). True or ``"warn"`` warns of deviations, ``"raise"`` raises; None does it
             where a role of the module is inferred, False never.
-        seed: Seed of the initial weights.
+        seed: Seed of the initial weights; None: that of `seed_everything`, or 0.
         initialize: Which initial weights are drawn, where the plan asks for some. True: all. False: none, to train on from
             loaded weights. ``changed``: those of parameters whose shape or initial std differs from the base's, or that it lacks.
             A list of regular expressions: those of parameters in whose name one of them is found (``[head, "adapter.*down"]``);
@@ -84,7 +84,7 @@ class MuECallback(Callback):
         tokens: float | str | None = None,
         batch_tokens: float | None = None,
         roles: dict[str, str] | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         initialize: bool | Literal["changed"] | list[str] = True,
         verbose: bool = True,
         multipliers: dict[str, str] | None = None,
@@ -92,12 +92,11 @@ class MuECallback(Callback):
         verify: bool | Literal["warn", "raise"] | None = None,
     ) -> None:
         self.rule: Parameterization = get_rule(rule)
+        checks.check_arguments(MuECallback, {**locals(), "rule": ""})
         self.base: Base | None = base
         self.alpha, self.tokens, self.batch_tokens = alpha, tokens, batch_tokens
         self.roles, self.multipliers, self.preset = roles, multipliers, preset
         self.seed, self.initialize, self.verbose = seed, initialize, verbose
-        weights.check_draws(initialize)
-        require_choice("verify", verify, (None, True, False, "warn", "raise"))
         self.verify, self._to_verify = verify, False
         self._own_multipliers: dict[str, float] = {}
         #: The plan in force, from fit start on.
@@ -206,7 +205,9 @@ class MuECallback(Callback):
             checks.warn_of_weights(trainer, pl_module, plan, self._versions, self.base)
         copies = companions.copies_in_optimizers(trainer)
         # Restored, loaded, or trained before: the weights stay.
-        drawn = weights.apply_plan(pl_module, plan, seed=self.seed, draw=bool(self.initialize) and not resumed)
+        drawn = weights.apply_plan(
+            pl_module, plan, seed=run_seed(self.seed), draw=bool(self.initialize) and not resumed
+        )
         setattr(pl_module, _LAST_PLAN, plan)
         if drawn:
             companions.copy_to_averages(trainer, pl_module)

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_mue.checks import listed, mismatch, value_error
+from lightning_mue.checks import listed, mismatch, require_choice, require_integer, require_types, value_error
 from lightning_mue.moe.balance_callbacks import warn_of_missing_callbacks
 from lightning_mue.parameterizations import ScalingPlan
-from lightning_mue.parameterizations.applying.initial_weights import has_weights, without_multiplier
+from lightning_mue.parameterizations.applying.initial_weights import check_draws, has_weights, without_multiplier
 from lightning_mue.parameterizations.applying.loaded import drawn_over
 from lightning_mue.parameterizations.applying.update_probe import inner_optimizer
+from lightning_mue.parameterizations.planning.plan import check_plan_arguments
 from lightning_mue.parameterizations.reading.base import Base
 from lightning_mue.sharded import is_sharded
 
@@ -27,12 +29,31 @@ _TUNERS_CHECKPOINTS = (".lr_find_", ".scale_batch_size_")
 _SMALLEST_HALF = 2.0**-24
 
 
+def check_arguments(cls: type, given: Mapping[str, Any]) -> None:
+    """Refuses arguments of MuECallback (cls) that no module makes right.
+
+    Raises:
+        TypeError: One is of another type.
+        ValueError: One is out of range, no regular expression, or none of the choices.
+    """
+    check_draws(given["initialize"])
+    require_choice("verify", given["verify"], (None, True, False, "warn", "raise"))
+    require_types(cls.__init__, given)  # type: ignore[misc]
+    check_plan_arguments(*(given[name] for name in ("alpha", "tokens", "batch_tokens", "roles", "multipliers")))
+    if given["seed"] is not None:
+        require_integer("seed", given["seed"], 0)
+
+
 def check_setup(trainer: Trainer, pl_module: LightningModule) -> None:
     """Refuses strategies that flatten the parameters, and warns where training may start before the plan is applied.
 
     Raises:
-        ValueError: For FSDP1 and DeepSpeed.
+        ValueError: For FSDP1 and DeepSpeed, and a second MuECallback.
     """
+    own = [c for c in trainer.callbacks if any(base.__name__ == "MuECallback" for base in type(c).__mro__)]  # type: ignore[attr-defined]
+    if len(own) > 1:
+        do = "Remove all but one; on the command line, --mue.KEY VALUE changes the one of the config."
+        raise value_error("trainer.callbacks", found=f"{len(own)} MuECallbacks", expected="one", do=do)
     strategy = type(trainer.strategy)
     if _FLATTENING & {base.__name__ for base in strategy.__mro__}:
         raise value_error(

@@ -13,21 +13,12 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_mue.callbacks.mue.checks import refuse_other_plan
 from lightning_mue.checks import mismatch, value_error
+from lightning_mue.names import BATCHES, LENGTHS
 from lightning_mue.namespaces import is_lightning
 from lightning_mue.parameterizations import ScalingPlan
 from lightning_mue.parameterizations.reading.base import RUN_KEYS, Base, load_base
 
 _KNOWN_LENGTH = {"expected": "a run of known length", "do": "Set max_steps of the Trainer (and max_epochs: -1)."}
-#: Names under which data modules and models hold the length of a sequence.
-LENGTHS = (
-    *("context_length", "sequence_length", "seq_length", "seq_len", "max_seq_len", "block_size", "max_length"),
-    *("max_seq_length", "max_sequence_length", "context_len", "ctx_len", "n_ctx"),
-)
-#: Names under which they hold the number of sequences in a batch of one process.
-BATCHES = (
-    *("batch_size", "train_batch_size", "micro_batch_size", "per_device_train_batch_size", "per_device_batch_size"),
-    "per_gpu_batch_size",
-)
 
 
 def known_to(base: Base | None) -> dict[str, float | str]:

@@ -13,7 +13,15 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from lightning_mue.checks import value_error
+from lightning_mue.checks import (
+    brief,
+    require_choice,
+    require_finite,
+    require_non_negative,
+    require_positive,
+    require_types,
+    value_error,
+)
 from lightning_mue.files import whole_file
 
 #: Version of the file format; a change of meaning gets a new number.
@@ -137,13 +145,17 @@ def _checked(plain: dict[str, Any], path: str | Path) -> Fingerprint:
         raise _unreadable(path, f"which lacks or has too many of the entries {sorted(missing)}")
     found = Fingerprint(**plain)
     try:
+        require_types(Fingerprint.__init__, plain)
+        require_positive(steps=found.steps, **found.classes)
+        values = [value for curve in found.curves.values() for value in curve if value is not None]
+        require_finite(**{f"value {i}": x for i, x in enumerate((*values, *found.progress, *found.depths.values()))})
+        require_non_negative(**found.axes)
         lengths = {len(curve) for curve in found.curves.values()}
-        well_formed = all(len(key.split("/")) == 3 for key in found.curves) and found.steps > 0
-        well_formed &= all(isinstance(x, (int, float)) for x in (*found.progress, *found.depths.values()))
-    except (AttributeError, TypeError):
-        well_formed = False
-    if not well_formed:
-        raise _unreadable(path, "which is damaged: its curves are not lists of numbers")
+        for key in found.curves:
+            _, _, place = key.split("/")
+            require_choice("place", place, {*found.depths, "outside"})
+    except (TypeError, ValueError) as error:
+        raise _unreadable(path, f"which is damaged ({brief(error)})") from error
     if not found.progress or lengths != {len(found.progress)} or found.progress != sorted(found.progress):
         what = f"whose curves have {sorted(lengths)} points for {len(found.progress)} values of progress"
         raise _unreadable(path, what, "one point for each of the ascending values of progress")

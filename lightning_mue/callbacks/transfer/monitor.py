@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,9 +29,10 @@ from lightning_mue.callbacks.transfer.probes import (
 )
 from lightning_mue.callbacks.transfer.reach import forward_multipliers
 from lightning_mue.callbacks.transfer.run import plan_in_force, total_steps
-from lightning_mue.checks import require_integer, require_number, value_error
+from lightning_mue.checks import require_integer, require_number, require_types, value_error
 from lightning_mue.names import clean_name
 from lightning_mue.parameterizations import ScalingPlan
+from lightning_mue.parameterizations.reading.parameters import role_patterns
 
 
 class TransferMonitor(SampledMonitor):
@@ -116,6 +118,8 @@ class TransferMonitor(SampledMonitor):
     ) -> None:
         super().__init__(every_n_steps)
         _check(record, compare, points=points, band=band, patience=patience, warmup=warmup, max_elements=max_elements)
+        require_types(TransferMonitor.__init__, locals())
+        role_patterns(roles)
         self.record, self.compare, self.points = record, compare, points
         self.band, self.patience, self.warmup = band, patience, warmup
         self.attention, self.max_elements, self.roles = attention, max_elements, roles
@@ -143,7 +147,12 @@ class TransferMonitor(SampledMonitor):
             if Path(self.record).is_dir():
                 found = f"{str(self.record)!r}, which is a folder"
                 raise value_error("record", found=found, expected="a file's name", do="Give e.g. base.json.")
-            Path(self.record).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                Path(self.record).parent.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=Path(self.record).parent).close()
+            except OSError as error:
+                found, expected = f"{str(self.record)!r} ({error})", "a file in a folder that can be written to"
+                raise value_error("record", found=found, expected=expected, do="Give another path.") from error
 
     def find_probes(self, pl_module: LightningModule) -> list[Probe]:
         """Probe weights, branches, blocks and logits."""
@@ -262,6 +271,7 @@ def _check(record: object, compare: object, **numbers: float) -> None:
         raise value_error("record", found="None, and compare is None too", expected="one of them", do=do)
     for name, minimum in (("points", 2), ("patience", 1), ("max_elements", 1)):
         require_integer(name, numbers[name], minimum)
+    require_number("band", numbers["band"])
     if not numbers["band"] > 1:
         raise value_error("band", found=numbers["band"], expected="a ratio above 1", do="2 is usual.")
     require_number("warmup", numbers["warmup"], at_least=0, below=1, do="It is a fraction of the run.")

@@ -8,6 +8,7 @@ that a rank receives.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_mue.checks import require_choice, value_error
+from lightning_mue.checks import require_choice, require_number, require_type, require_types, value_error
 from lightning_mue.kernels.combine.op import combine_rows
 from lightning_mue.kernels.dispatch.op import DispatchPlan, count_by_expert, plan_dispatch
 from lightning_mue.moe import autocast
@@ -77,6 +78,7 @@ def parallelize_experts(module: Module, mesh: DeviceMesh, *, tokens: str = "repl
         ValueError: The mesh has several dimensions or leaves this rank out, P does not divide E, the experts are sharded
             already, or `tokens` is unknown.
     """
+    require_type("module", module, nn.Module, "a torch.nn.Module")
     require_choice("tokens", tokens, TOKENS)
     check_mesh(mesh)
     found = {name: each for name, each in module.named_modules() if isinstance(each, Experts)}
@@ -202,6 +204,9 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float | None) -> Tens
     Returns:
         The norm before, 0-dim, the same on all ranks.
     """
+    require_types(clip_grad_norm, locals())
+    if max_norm is not None and max_norm != math.inf:
+        require_number("max_norm", max_norm)
     grads = [p.grad for p in parameters if p.grad is not None]
     squares: dict[tuple[Any, tuple[int, ...]], Tensor] = {}
     for grad in grads:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_mue.checks import listed, mismatch, value_error
+from lightning_mue.checks import listed, mismatch, require_choice, require_number, require_types, value_error
 from lightning_mue.parameterizations.applying.initial_weights import check_covers
 from lightning_mue.parameterizations.planning.scaling_plan import ParameterPlan, ScalingPlan
 from lightning_mue.parameterizations.reading.parameters import named_tensors
@@ -144,7 +144,7 @@ def scale_groups(
 
 
 def param_groups(
-    model: nn.Module, plan: ScalingPlan, *, lr: float, kinds: Collection[str] | None = None, **defaults: Any
+    model: nn.Module, plan: ScalingPlan, *, lr: float | Tensor, kinds: Collection[str] | None = None, **defaults: Any
 ) -> list[dict[str, Any]]:
     """Parameter groups with the plan's factors, for people who write ``configure_optimizers`` themselves.
 
@@ -166,9 +166,13 @@ def param_groups(
     Example:
         ``torch.optim.AdamW(param_groups(model, plan(model, base={"width": 64}), lr=1e-3, weight_decay=0.1, eps=1e-8))``
     """
+    require_types(param_groups, locals())
+    require_number("lr", float(lr), at_least=0)
     check_covers(model, plan)
     tensors = named_tensors(model)
     kind_of = {entry.name: entry.kind for entry in plan.parameters}
+    for kind in kinds or ():
+        require_choice("kinds", kind, sorted(set(map(str, kind_of.values()))))
     taken = {name: p for name, p in tensors.items() if p.requires_grad and (kinds is None or kind_of[name] in kinds)}
     _refuse_rows([entry for entry in plan.parameters if entry.rows is not None and entry.name in taken])
     # The optimizer's own default would not be scaled.
@@ -187,32 +191,6 @@ def param_groups(
         scaled["name"] = f"{scaled['role']}/{i}"
         scaled[SCALED] = True
     return groups
-
-
-def rate_tags(parts: Sequence[Part], groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
-    """Names for the learning rates of `split`'s parts: the role, with the differences between its parts where it has several.
-
-    Returns:
-        (tag, index of a part): ``hidden``; ``hidden/sgd`` where kinds differ; ``hidden/group1`` (or the group's ``name``) where
-        the user's groups do; ``hidden/x0.25`` where the plan's factors do. They depend on the structure, not on the rates.
-    """
-    by_role: dict[str, list[int]] = {}
-    for index, part in enumerate(parts):
-        for role in part.roles:
-            by_role.setdefault(role, []).append(index)
-    tags: dict[str, int] = {}
-    for role, indexes in by_role.items():
-        qualities = [_qualities(parts[index], groups) for index in indexes]
-        differ = [len({quality[i] for quality in qualities}) > 1 for i in range(3)]
-        for index, quality in zip(indexes, qualities, strict=True):
-            tags["/".join([role, *(q for q, shown in zip(quality, differ, strict=True) if shown)])] = index
-    return list(tags.items())
-
-
-def _qualities(part: Part, groups: Sequence[Mapping[str, Any]]) -> tuple[str, str, str]:
-    assert part.entry is not None
-    name = groups[part.group].get("name")
-    return part.entry.kind, str(name) if name else f"group{part.group}", f"x{part.lr:.4g}"
 
 
 def _muon_correction(group: Mapping[str, Any], entry: ParameterPlan) -> float:

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from lightning_mue.checks import listed, value_error
+from lightning_mue.checks import listed, require_integer, require_pattern, require_types, value_error
 from lightning_mue.names import clean_name
 from lightning_mue.parameterizations.applying.drawing import draw_all, scale_
 from lightning_mue.parameterizations.applying.folded_rows import multiply_rows
@@ -45,6 +45,8 @@ def initialize(model: nn.Module, plan: ScalingPlan, *, seed: int = 0) -> None:
     Raises:
         ValueError: If the model's parameters are not those of the plan.
     """
+    require_types(initialize, locals())
+    require_integer("seed", seed, 0)
     check_covers(model, plan)
     set_multipliers(model, plan.multipliers)
     if plan.same_size:
@@ -106,12 +108,7 @@ def check_draws(draws: Draws) -> list[str]:
     if isinstance(draws, str) or not isinstance(draws, Sequence) or not all(isinstance(p, str) for p in draws):
         raise value_error("initialize", found=repr(draws), expected=expected, do="Put a single pattern in a list.")
     for pattern in draws:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise value_error(
-                "initialize", found=f"{pattern!r} ({error})", expected=expected, do="Correct it."
-            ) from error
+        require_pattern("initialize", pattern)
     return list(draws)
 
 

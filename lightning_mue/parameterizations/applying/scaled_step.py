@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lightning_mue.checks import value_error
 from lightning_mue.parameterizations.applying.folded_rows import RowFolds
-from lightning_mue.parameterizations.applying.groups import Part, rate_tags, scaled_group, split
+from lightning_mue.parameterizations.applying.groups import Part, scaled_group, split
+from lightning_mue.parameterizations.applying.rate_tags import rate_tags
 from lightning_mue.parameterizations.applying.update_probe import inner_optimizer
 from lightning_mue.parameterizations.planning.scaling_plan import ScalingPlan
 from lightning_mue.parameterizations.reading.parameters import named_tensors

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from lightning_mue.checks import listed, value_error
+from lightning_mue.checks import listed, require_number, require_pattern, require_types, value_error
 from lightning_mue.names import clean_name
 from lightning_mue.parameterizations.planning.evaluate import Scale
 from lightning_mue.parameterizations.planning.match import Pair
@@ -17,6 +17,7 @@ from lightning_mue.parameterizations.planning.notes import plan_notes
 from lightning_mue.parameterizations.planning.scaling_plan import ScalingPlan
 from lightning_mue.parameterizations.planning.tied import TiedHead
 from lightning_mue.parameterizations.reading.base import RUN_KEYS, Base, describe_base
+from lightning_mue.parameterizations.reading.parameters import role_patterns
 from lightning_mue.parameterizations.reading.record import ModelRecord, describe
 from lightning_mue.parameterizations.reading.run_sizes import resolve_run
 from lightning_mue.parameterizations.rules.kinds import Family
@@ -60,7 +61,8 @@ def plan(
         ValueError: For a bad argument, a parameter without a role, or a rule without a row for a role.
     """
     rule = get_rule(rule)
-    _check(alpha, multipliers)
+    require_types(plan, {**locals(), "rule": ""})
+    check_plan_arguments(alpha, tokens, batch_tokens, roles, multipliers)
     constants = _preset(rule, preset)
     if constants is not None and (base is None or base == {}):
         base = dict(constants.base)
@@ -105,9 +107,26 @@ def plan(
     )
 
 
-def _check(alpha: float, multipliers: Mapping[str, str] | None) -> None:
+def check_plan_arguments(
+    alpha: float,
+    tokens: float | str | None,
+    batch_tokens: float | None,
+    roles: Mapping[str, str] | None,
+    multipliers: Mapping[str, str] | None,
+) -> None:
+    """Refuses arguments of :func:`plan` that no model makes right.
+
+    Raises:
+        ValueError: One is out of range, a pattern is no regular expression, or a role or kind is unknown.
+    """
     if not 0.5 <= alpha <= 1.0:
         raise value_error("alpha", found=alpha, expected="a depth exponent in [0.5, 1]")
+    for key, size in (("tokens", tokens), ("batch_tokens", batch_tokens)):
+        if size is not None and not isinstance(size, str):
+            require_number(key, size, above=0)
+    role_patterns(roles)
+    for kind, pattern in (multipliers or {}).items():
+        require_pattern(f"multipliers.{kind}", pattern)
     if unknown := sorted(set(multipliers or {}) - set(MULTIPLIER_KINDS)):
         found = f"the kind(s) {listed(unknown)}"
         raise value_error("multipliers", found=found, expected=f"kinds among {listed(MULTIPLIER_KINDS)}")

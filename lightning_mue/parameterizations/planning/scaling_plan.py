@@ -14,7 +14,9 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from lightning_mue.checks import brief, require_types, value_error
 from lightning_mue.console import human, to_text
+from lightning_mue.files import whole_file
 from lightning_mue.parameterizations.planning import table
 from lightning_mue.parameterizations.planning.parameter_plan import FoldedRows, ParameterPlan
 from lightning_mue.parameterizations.reading.initial.initializer import Init
@@ -109,16 +111,28 @@ class ScalingPlan:
     def from_dict(cls, plain: Mapping[str, Any]) -> ScalingPlan:
         """The inverse of :meth:`to_dict`."""
         parameters = tuple(map(_parameter, plain["parameters"]))
-        return cls(**{**plain, "parameters": parameters, "notes": tuple(plain["notes"])})
+        made = cls(**{**plain, "parameters": parameters, "notes": tuple(plain["notes"])})
+        for part in (made, *parameters):
+            require_types(type(part).__init__, vars(part))  # type: ignore[misc]
+        return made
 
     def save(self, path: str | Path) -> None:
-        """Writes the plan as YAML."""
-        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+        """Writes the plan as YAML, whole or not at all."""
+        with whole_file(path) as part:
+            part.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> ScalingPlan:
-        """Reads a plan that :meth:`save` wrote."""
-        return cls.from_dict(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+        """Reads a plan that :meth:`save` wrote.
+
+        Raises:
+            ValueError: If there is no such file, or it is something else.
+        """
+        try:
+            return cls.from_dict(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
+            found = f"the file {str(path)!r}, which cannot be read as one ({brief(error)})"
+            raise value_error("path", found=found, expected="what ScalingPlan.save wrote") from error
 
     def diff(self, other: ScalingPlan, *, init: bool = True) -> list[str]:
         """Lines ``what: mine -> other's`` for everything in which two plans differ; empty if they train alike.

@@ -20,7 +20,9 @@ import torch
 import yaml
 from torch import nn
 
-from lightning_mue.checks import value_error
+from lightning_mue.checks import brief, listed, require_types, value_error
+from lightning_mue.class_paths import INSTANTIATORS, check_arguments
+from lightning_mue.files import whole_file
 from lightning_mue.parameterizations.reading.initial.initializer import Init
 from lightning_mue.parameterizations.reading.initial.measuring import measure_build, measure_ready
 from lightning_mue.parameterizations.reading.overrides import (
@@ -166,11 +168,13 @@ def _construct(
     names: list[str],
 ) -> nn.Module:
     """The module; what goes wrong is told as a fault of the overrides."""
+    if instantiator is not None:  # it calls what the arguments name
+        make = _instantiator(instantiator)
+        check_arguments(cls, arguments, "base")
     try:
         if instantiator is not None:
             # LightningCLI stores the parsed configuration (nested classes as dicts) and the function that reads it.
-            path, name = str(instantiator).rsplit(".", 1)
-            made = getattr(importlib.import_module(path), name)(cls, own_copy(arguments))
+            made = make(cls, own_copy(arguments))
             if callable(keep := getattr(made, "_set_hparams", None)):  # so that it can be rebuilt in its turn
                 keep({**arguments, "_instantiator": instantiator})
             return made
@@ -185,6 +189,15 @@ def _construct(
             reason = deeper  # the configuration parser wraps the module's message in a long text of its own
         found = f"{dict(overrides)}, with which {cls.__name__} cannot be built: {type(reason).__name__}: {reason}"
         raise value_error("base", found=found, expected=f"overrides that {cls.__name__} takes") from error
+
+
+def _instantiator(path: str) -> Any:
+    """The function that makes a module from saved hyperparameters; which comes from a file, so only known ones are called."""
+    if path not in INSTANTIATORS:
+        do = "Give `base` as a module or a factory."
+        raise value_error("_instantiator", found=repr(path), expected=f"one of {listed(INSTANTIATORS)}", do=do)
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 def describe_base(
@@ -248,10 +261,14 @@ def save_base(
         roles: Regular expression on names -> role, for modules that declare none.
         multipliers: Kind -> regular expression on dotted attribute paths.
     """
+    require_types(save_base, locals())
+    if Path(path).is_dir():
+        raise value_error("path", found=f"the folder {str(path)!r}", expected="a file", do=f"Give {path}/base.yaml.")
     if base is None:
         base = {} if any(p.is_meta for p in model.parameters()) else model
     record = describe_base(model, base, roles, multipliers, measure=True)
-    Path(path).write_text(yaml.safe_dump(record.to_dict(), sort_keys=False), encoding="utf-8")
+    with whole_file(path) as part:
+        part.write_text(yaml.safe_dump(record.to_dict(), sort_keys=False), encoding="utf-8")
 
 
 def load_base(path: str | Path) -> ModelRecord:
@@ -262,14 +279,14 @@ def load_base(path: str | Path) -> ModelRecord:
     """
     try:
         plain = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise _not_a_base(path, f"cannot be read ({error})") from error
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:  # ValueError: no UTF-8, no date, no number
+        raise _not_a_base(path, f"cannot be read ({brief(error)})") from error
     if not isinstance(plain, dict) or plain.get("lightning_mue_base") != VERSION:
         raise _not_a_base(path, "is something else")
     try:
         return ModelRecord.from_dict(plain)
-    except (KeyError, TypeError, ValueError) as error:
-        raise _not_a_base(path, f"is damaged ({error!r})") from error
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise _not_a_base(path, f"is damaged ({brief(error)})") from error
 
 
 def _not_a_base(path: str | Path, why: str) -> ValueError:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from lightning_mue.checks import listed, require_choice, value_error
+from lightning_mue.checks import listed, require_choice, require_pattern, value_error
 from lightning_mue.contract import branch_kind, branch_sizes, declared_roles, note_role
 from lightning_mue.names import clean_name, split_layer
 from lightning_mue.parameterizations.reading.weight_parts import weight_parts
@@ -162,13 +162,9 @@ def role_patterns(roles: Mapping[str, str] | None) -> list[tuple[re.Pattern[str]
     """
     patterns = []
     for pattern, role in (roles or {}).items():
-        try:
-            compiled = re.compile(pattern)
-        except re.error as error:
-            found = f"{pattern!r} ({error})"
-            raise value_error("roles", found=found, expected="a regular expression", do="Correct it.") from error
+        require_pattern("roles", pattern)
         require_choice(f"roles[{pattern!r}]", role, [known.value for known in Role])
-        patterns.append((compiled, Role(role)))
+        patterns.append((re.compile(pattern), Role(role)))
     return patterns
 
 

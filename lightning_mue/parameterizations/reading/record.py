@@ -5,16 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
-from lightning_mue.checks import value_error
+from lightning_mue.checks import require_choice, require_number, require_types, value_error
 from lightning_mue.contract import declared_axes, is_router
 from lightning_mue.names import clean_name
-from lightning_mue.parameterizations.reading.initial.initializer import Init
+from lightning_mue.parameterizations.reading.initial.initializer import KINDS, Init
 from lightning_mue.parameterizations.reading.initial.measuring import measure_module
-from lightning_mue.parameterizations.reading.parameters import ParameterInfo, Query, list_parameters
+from lightning_mue.parameterizations.reading.parameters import Form, ParameterInfo, Query, list_parameters
 from lightning_mue.parameterizations.reading.roles.head import own_scales
 from lightning_mue.parameterizations.reading.roles.queries import head_size, read_queries
 from lightning_mue.parameterizations.reading.roles.role_names import in_experts, name_roles
@@ -62,9 +62,13 @@ class ModelRecord:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> ModelRecord:
-        """The inverse of :meth:`to_dict`."""
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            AttributeError, KeyError, TypeError, ValueError: If it is something else, or was changed since.
+        """
         plain = {key: value for key, value in plain.items() if key != "lightning_mue_base"}
-        return cls(
+        record = cls(
             **{
                 **plain,
                 "parameters": tuple(_parameter(entry) for entry in plain["parameters"]),
@@ -73,6 +77,32 @@ class ModelRecord:
                 "routing": {setting: tuple(found) for setting, found in plain["routing"].items()},
             }
         )
+        _check(record)
+        return record
+
+
+def _check(record: ModelRecord) -> None:
+    """Refuses what `describe` cannot have found: a file may have been edited, or damaged."""
+    queries = [info.query for info in record.parameters if info.query is not None]
+    for part in (record, *record.parameters, *record.sites, *record.inits.values(), *queries):
+        require_types(type(part).__init__, vars(part))  # type: ignore[misc]
+    for key in ("sizes", "inferred", "run"):
+        for name, size in getattr(record, key).items():
+            require_number(f"{key}.{name}", size, at_least=0)
+    names = [info.name for info in record.parameters]
+    for info in record.parameters:
+        require_choice(f"{info.name}.form", info.form, get_args(Form))
+        numbers = (*info.shape, *info.fans, *((info.query and info.query.rows) or ()))
+        if len(info.fans) != 2 or min((*numbers, info.groups), default=1) < 0 or names.count(info.name) > 1:
+            raise value_error(
+                info.name, found=f"shape {info.shape}, fans {info.fans}", expected="sizes, for each name once"
+            )
+    for name, init in record.inits.items():
+        require_choice(name, name, names)
+        require_choice(f"{name}.kind", init.kind, KINDS)
+        require_number(f"{name}.value", init.value)
+    for site in record.sites:
+        require_number(site.path, site.value)
 
 
 def _plain_parameter(info: ParameterInfo) -> dict[str, Any]:

@@ -25,7 +25,7 @@ _ADAM = {
         final_norm={"lr": "S", "wd": "S", "eps": "S^-1"},
         unembedding={"init": "fan_in^-1", "lr": "fan_in^-1 S", "wd": "fan_in S", "eps": "S^-1"},
     ),
-    **rows(_SOURCE, "derived", scalar={"lr": "S", "wd": "S", "eps": "S^-1"}),
+    **rows(_SOURCE, "derived", scalar={"lr": "S", "wd": "S", "eps": "S^-1"}, modulation=_HIDDEN),
 }
 
 COMPLETE_P = register(

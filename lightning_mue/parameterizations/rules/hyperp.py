@@ -17,9 +17,15 @@ _SOURCE = "2603.28743 Table 1, eq. 8"
 _LR = "L^-1/2 T^-0.32 B^1/2"
 _MATRIX = {"init": "fan_in^-1/2", "lr": _LR}
 _VECTOR = {"lr": _LR}
-_VECTORS: Table = {
+_ADAMW_SIDE: Table = {
     **rows(_SOURCE, **dict.fromkeys(("embedding", "norm", "qk_norm", "final_norm", "bias"), _VECTOR)),
-    **rows(_SOURCE, "derived", scalar=_VECTOR),
+    # A matrix that starts at zero has no radius. AdamW moves each entry by lr, all in agreement with the input: fan_in^-1.
+    **rows(
+        _SOURCE,
+        "derived",
+        scalar=_VECTOR,
+        modulation={"init": "fan_in^-1/2", "lr": f"fan_in^-1 {_LR}", "wd": "fan_in"},
+    ),
 }
 
 _PRINTED: Table = {
@@ -29,7 +35,7 @@ _PRINTED: Table = {
         router={**_MATRIX, "absent_init": "d^-1/2"},
         unembedding=_VECTOR,
     ),
-    **_VECTORS,
+    **_ADAMW_SIDE,
 }
 
 # Outputs with a fixed number of rows. With the printed constant std a step of lr eta moves the logits by eta * d, and Muon's
@@ -46,7 +52,7 @@ _SPHERE: Table = {
 _MUON_MATRIX = {"init": "fan_in^-1/2", "lr": f"fan_out^1/2 fan_in^-1/2 {_LR}", "wd": "fan_out^-1/2 fan_in^1/2 L^-1"}
 # The AdamW side of plain Muon. The code multiplies the logits by 8/L, which on its path (width = 128 L) is d^-1: folded here.
 _ADAM: Table = {
-    **_VECTORS,
+    **_ADAMW_SIDE,
     **rows("2603.28743, muP++ head (folded)", "code", unembedding={"init": "d^-1", "lr": f"d^-1 {_LR}", "wd": "d"}),
 }
 _MUON: Table = {

@@ -36,10 +36,10 @@ CONVENTIONS: dict[str, Callable[[int, int], float]] = {
 
 
 def default_kind(role: Role, family: Family) -> Kind:
-    """The update that a role gets: Muon for hidden matrices of the sphere and muon families, Adam's for vectors."""
+    """The update that a role gets: Muon for hidden matrices of the sphere and muon families, Adam's for vectors and modulations."""
     if family == "sgd":
         return "sgd"
-    if family == "adam" or role not in MATRIX_ROLES:
+    if family == "adam" or role not in MATRIX_ROLES - {Role.MODULATION}:
         return "adamw"
     if family == "muon":
         return "adamw" if role is Role.UNEMBEDDING else "muon"

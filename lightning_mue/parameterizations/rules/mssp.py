@@ -24,7 +24,9 @@ _ADAM_DENSE = {
     **rows(_SOURCE, embedding=_VECTOR, norm=_VECTOR, bias=_VECTOR, hidden=_FAN_IN, unembedding=_OUTPUT),
     **rows(_SOURCE, "code", final_norm=_VECTOR, ffn_up=_FAN_IN, ffn_down=_FAN_IN),
     # A QK norm acts on one head, whose size stays. A shared expert is a dense FFN.
-    **rows(_SOURCE, "derived", qk_norm={}, scalar={}, shared_up=_FAN_IN, shared_down=_FAN_IN),
+    **rows(
+        _SOURCE, "derived", qk_norm={}, scalar={}, **dict.fromkeys(("shared_up", "shared_down", "modulation"), _FAN_IN)
+    ),
 }
 
 _UP = {"init": "d^-1/2", "lr": "d^-1", "wd": "d"}
@@ -66,6 +68,7 @@ _SGD_BIAS = {"lr": "fan_out", "wd": "fan_out^-1"}
 _SGD_DENSE = {
     **rows(_SOURCE, embedding=_SGD_VECTOR, unembedding=_OUTPUT, hidden={"init": "fan_in^-1/2"}),
     **rows(_SOURCE, "derived", norm=_SGD_VECTOR, final_norm=_SGD_VECTOR, bias=_SGD_BIAS, qk_norm={}, scalar={}),
+    **rows(_SOURCE, "derived", modulation={"init": "fan_in^-1/2"}),
     **rows(_SOURCE, "derived", **dict.fromkeys(("ffn_up", "ffn_down", "shared_up", "shared_down"), _SGD_MATRIX)),
 }
 _SGD_ROUTER = {"absent_init": "d^-1/2"}

@@ -22,7 +22,7 @@ _ADAM = {
         unembedding=_OUTPUT,
     ),
     # A QK norm acts on one head, whose size the width leaves alone.
-    **rows(_SOURCE, "derived", qk_norm={}, scalar={}),
+    **rows(_SOURCE, "derived", qk_norm={}, scalar={}, modulation=_MATRIX),
 }
 
 # SGD's weight decay is an L2 term, applied as lr * wd: that product is kept, so wd moves against lr.
@@ -41,7 +41,7 @@ _SGD = {
         unembedding=_OUTPUT,
         router={**_OUTPUT, "absent_init": "d^-1/2"},
     ),
-    **rows(_SGD_SOURCE, "derived", **dict.fromkeys(FFN_MATRICES, _SGD_MATRIX), qk_norm={}, scalar={}),
+    **rows(_SGD_SOURCE, "derived", **dict.fromkeys((*FFN_MATRICES, "modulation"), _SGD_MATRIX), qk_norm={}, scalar={}),
 }
 
 MUP = register(

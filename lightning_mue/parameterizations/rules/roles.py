@@ -17,12 +17,14 @@ from enum import Enum
 class Role(str, Enum):
     """The role of one parameter (docs/theory.md section 3).
 
-    SCALAR holds single trained numbers, and parameters that act on each channel by itself although they have two sides, e.g.
-    ``A_log`` of Mamba.
+    MODULATION is a hidden matrix that starts at zero, such as that of adaLN-zero: it has no norm that a sphere could keep, so
+    AdamW trains it under HyperSphereOptimizer, too. SCALAR holds single trained numbers, and parameters that act on each
+    channel by itself although they have two sides, e.g. ``A_log`` of Mamba.
     """
 
     EMBEDDING = "embedding"
     HIDDEN = "hidden"
+    MODULATION = "modulation"
     FFN_UP = "ffn_up"
     FFN_DOWN = "ffn_down"
     EXPERT_UP = "expert_up"
@@ -46,6 +48,7 @@ class Role(str, Enum):
 MATRIX_ROLES = frozenset(
     {
         Role.HIDDEN,
+        Role.MODULATION,
         Role.FFN_UP,
         Role.FFN_DOWN,
         Role.EXPERT_UP,

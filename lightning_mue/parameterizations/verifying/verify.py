@@ -12,12 +12,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_mue.checks import type_error, value_error
+from lightning_mue.checks import require_integer, require_types, type_error, value_error
 from lightning_mue.namespaces import is_lightning
 from lightning_mue.parameterizations.applying.families import family_of
 from lightning_mue.parameterizations.applying.initial_weights import initialize
 from lightning_mue.parameterizations.applying.scaled_step import ScaledStep
-from lightning_mue.parameterizations.planning.plan import plan
+from lightning_mue.parameterizations.planning.plan import check_plan_arguments, plan
 from lightning_mue.parameterizations.planning.scaling_plan import ScalingPlan
 from lightning_mue.parameterizations.reading.base import RUN_KEYS, Base
 from lightning_mue.parameterizations.rules.axes import Axes
@@ -103,8 +103,12 @@ def verify_plan(
     Raises:
         ValueError: If the models cannot be built or run, or the plan cannot be made.
     """
+    rule = get_rule(rule)
+    require_types(verify_plan, {**locals(), "rule": "", "base": {}})
+    check_plan_arguments(alpha, None, None, roles, multipliers)
+    require_integer("seed", seed, 0)
     began = time.perf_counter()
-    run = _Run(get_rule(rule), loss, optimizer or _own_optimizers, alpha, seed)
+    run = _Run(rule, loss, optimizer or _own_optimizers, alpha, seed)
     with torch.compiler.set_stance("force_eager"):  # few passes, which are not worth compiling for
         make_base, make_target, sizes = two_models(model, base)
         theirs = run.prepare(_with_factory(make_base(), model), None)

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback
 from torch import nn
 
 from lightning_mue import StabilityGuard
+from lightning_mue.diagnostics import spike_share
 
 SHORT = {"min_history": 16, "window": 32, "drift": None}
 
@@ -268,6 +269,19 @@ def test_metrics():
     assert logger.steps("guard/spike_score_loss") == [19, 20, 24, 29]
     assert abs(logger.values("guard/loss")[-1] - model.losses[-1]) < 1e-6
     assert float(trainer.callback_metrics["guard/skipped_steps"]) == 1
+
+
+@pytest.mark.slow
+def test_spike_score_is_that_of_the_steps_so_far():
+    from callbacks.conftest import MemoryLogger
+
+    logger, model = MemoryLogger(), Regression(scale={131: 300.0, 136: 0.0, 138: 300.0})
+    train(model, StabilityGuard(spike=None, drift=None), batches(140), logger=logger, log_every_n_steps=1)
+    assert logger.steps("guard/SpikeScore") == list(range(127, 140))
+    series = [torch.tensor(logger.values(f"guard/{name}"), dtype=torch.float64) for name in ("loss", "gradient_norm")]
+    expected = [float(spike_share(*(values[: step + 1] for values in series))) for step in range(127, 140)]
+    assert logger.values("guard/SpikeScore") == pytest.approx(expected, rel=1e-6)
+    assert expected[0] == 0 < expected[-1]
 
 
 def test_gradient_norm_is_that_of_the_unclipped_gradient():

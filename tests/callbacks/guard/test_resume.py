@@ -59,6 +59,7 @@ def test_resumed_is_undisturbed(tmp_path, stop, options):
     assert guard.skipped_steps == whole.skipped_steps
     assert furthest(weights(model), weights(whole_model)) == 0
     assert torch.equal(guard._ended["judges"][0]["window"], whole._ended["judges"][0]["window"])
+    assert guard._ended["spikes"] == whole._ended["spikes"]
 
 
 def test_checkpoints_load_with_weights_only(tmp_path):

@@ -91,10 +91,11 @@ def test_patterns_name_the_rest(toy):
         (ActivationOutlierMonitor(branches=r"blocks\.\d\.fnn"), r"branches: found 'blocks.*nearest names are .*ffn'"),
         (LogitsZMonitor(attention="blocks.0.atention"), r"attention: found 'blocks.0.atention'.*'blocks.0.attention'"),
         (RouterMonitor(routers=r"blocks\.\d\.fn\.router"), r"routers: found .*ffn.router"),
-        (LogitsZMonitor(lm_logits="lm_(head"), "no regular expression"),
     ):
         with pytest.raises(ValueError, match=message):
             toy.fit([monitor], model=toy.make_model(), n_batches=1)
+    with pytest.raises(ValueError, match=r"lm_logits: found 'lm_\(head' .*, expected a regular expression"):
+        LogitsZMonitor(lm_logits="lm_(head")
 
 
 class Padded(LightningModule):
@@ -104,6 +105,8 @@ class Padded(LightningModule):
         self.model, self.mask, self.seen = zoo_models.MOE["Mixtral"].make(32, 1, 4), mask, []
         gate = self.model.get_submodule("model.layers.0.mlp.gate")
         gate.register_forward_hook(lambda *args: self.seen.append((args[2][0].detach(), args[2][2])))
+        for name in ("model.layers.0.mlp", "lm_head"):
+            self.model.get_submodule(name).register_forward_hook(lambda *args: self.seen.append(args[2].detach()))
 
     def training_step(self, batch, batch_idx):
         return self.model(input_ids=zoo_models.tokens(), attention_mask=self.mask, labels=zoo_models.tokens()).loss
@@ -112,17 +115,30 @@ class Padded(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def test_padding_does_not_count_in_foreign_routers(toy):
+def test_padding_does_not_count(toy):
+    """In routers, branches and heads of a foreign model."""
     mask = torch.ones(2, 12, dtype=torch.long)
     mask[0, 5:] = 0
     model, logger = Padded(mask), toy.MemoryLogger()
-    monitors = [RouterMonitor(), LogitsZMonitor(attention=False)]
+    monitors = [RouterMonitor(), LogitsZMonitor(attention=False), ActivationOutlierMonitor()]
     toy.make_trainer(monitors, logger).fit(model, torch.utils.data.DataLoader(torch.zeros(1, 1)))
-    (logits, ids), real = model.seen[0], mask.flatten().bool()
+    ((logits, ids), branch, lm_logits), real = model.seen, mask.flatten().bool()
     counts = torch.bincount(ids[real].flatten(), minlength=4).double()
     expected = (counts.max() / counts.mean() - 1).item()
     assert logger.values("routing/max_violation/00") == pytest.approx([expected], rel=1e-5)
     z = logits[real].double().logsumexp(-1).square().mean().item()
     assert logger.values("stability/z/router/00") == pytest.approx([z], rel=1e-5)
     assert z != pytest.approx(logits.double().logsumexp(-1).square().mean().item(), rel=1e-5)  # negative control
-    assert toy.n_hooks(model) == 1  # the test's own
+    z = lm_logits.flatten(0, 1)[real].double().logsumexp(-1).square().mean().item()
+    assert logger.values("stability/z/lm_logits") == pytest.approx([z], rel=1e-5)
+    for x, same in ((branch.flatten(0, 1)[real], True), (branch, False)):
+        x = x.double()
+        expected = {
+            "rms": x.square().mean().sqrt(),
+            "kurtosis": (x - x.mean()).pow(4).mean() / (x - x.mean()).square().mean().square(),
+            "max_over_rms": x.abs().max() / x.square().mean().sqrt(),
+        }
+        for name, value in expected.items():
+            found = logger.values(f"stability/{name}/ffn/00")
+            assert (found == pytest.approx([value.item()], rel=1e-4)) is same or name == "max_over_rms"
+    assert toy.n_hooks(model) == 3  # the test's own

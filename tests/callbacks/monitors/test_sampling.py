@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import math
 import warnings
 
 import pytest
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_mue.callbacks.monitors.activations import ActivationOutlierMonitor
 from lightning_mue.callbacks.monitors.logits import LogitsZMonitor
-from lightning_mue.callbacks.monitors.probes import find_modules, layer_labels, over_layers
+from lightning_mue.callbacks.monitors.probes import by_layer, find_modules, layer_labels, over_layers
 from lightning_mue.callbacks.monitors.routing import RouterMonitor
 
 TAG = "stability/z/lm_logits"
@@ -357,7 +357,8 @@ def test_names_lose_their_wrappers():
 
 
 def test_over_layers():
-    metrics = {"a/x/00": 1.0, "a/x/01": 4.0, "a/xy/00": 100.0}
-    assert over_layers(metrics, "a/x", "mean", "max", "min") == {"a/x_mean": 2.5, "a/x_max": 4.0, "a/x_min": 1.0}
-    assert over_layers(metrics, "a/z", "mean") == {}
-    assert re.fullmatch("nan", str(over_layers({"a/x/0": float("nan"), "a/x/1": 1.0}, "a/x", "max")["a/x_max"]))
+    layers = by_layer({"a/x/00": 1.0, "a/x/01": 4.0, "a/xy/00": 100.0})
+    assert over_layers(layers, "a/x", "mean", "max", "min") == {"a/x_mean": 2.5, "a/x_max": 4.0, "a/x_min": 1.0}
+    assert over_layers(layers, "a/z", "mean") == {}
+    for broken in ({"a/x/0": float("nan"), "a/x/1": 1.0}, {"a/x/0": 1.0, "a/x/1": float("nan")}):
+        assert all(math.isnan(x) for x in over_layers(by_layer(broken), "a/x", "mean", "max", "min").values())

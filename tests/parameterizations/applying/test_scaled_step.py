@@ -25,7 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_mue.parameterizations import Init, ParameterPlan, ScaledStep, ScalingPlan
 from lightning_mue.parameterizations.applying.families import family_of
-from lightning_mue.parameterizations.applying.groups import rate_tags, scale_groups, split
+from lightning_mue.parameterizations.applying.groups import scale_groups, split
+from lightning_mue.parameterizations.applying.rate_tags import rate_tags
 
 ROLES = {"embedding": 1.0, "hidden": 0.25, "head": 0.5}
 KINDS = {"embedding": "embedding", "hidden": "hidden", "head": "unembedding"}

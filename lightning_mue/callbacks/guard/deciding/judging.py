@@ -150,7 +150,7 @@ class Judging:
         record = self.judges[guarded.index].decide(gather(self._figures(params, norms_P), self.trainer.world_size))
         self._losses.stepped, self._begins, self.alarm = True, True, None
         self.buffers.settle()
-        if guarded.takes_device_flag and (self.everywhere or self.device.type != "cpu"):
+        if (self.everywhere or self.device.type != "cpu") and guarded.takes_device_flag:
             guarded.found = record[0]
             self.buffers.undo(where=record[0])
             self._late.append(Decided(self.step, guarded.index, *_sent(record), norms_P, tuple(params)))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_mue.callbacks.guard.settings import GRADIENT, LOSS, GuardSettings
-from lightning_mue.diagnostics.spikes import SpikeScore, advance, new_cusum, older_half, push, spike_score
+from lightning_mue.diagnostics.spikes import RobustScore, advance, new_cusum, older_half, push, spike_score
 
 SERIES = (LOSS, GRADIENT)
 #: Least robust standard deviation: 2 % of the median for the loss, 0.1 for the logarithm of the gradient norm. (Norms have long
@@ -88,7 +88,7 @@ class Judge:
         scored = spike_score(
             values_S.repeat(2), both, min_history=self._history_2S, floor=self._floor_2S, least=self._least_2S
         )
-        found, older = (SpikeScore(*(each[part] for each in scored)) for part in (slice(0, 2), slice(2, 4)))
+        found, older = (RobustScore(*(each[part] for each in scored)) for part in (slice(0, 2), slice(2, 4)))
         moves = self._drifting_S1 & ~nonfinite
         self.sums_S3 = torch.where(moves, advance(values_S, older, self.sums_S3), self.sums_S3)
         self.window_SW = torch.where(nonfinite, self.window_SW, push(values_S, self.window_SW))

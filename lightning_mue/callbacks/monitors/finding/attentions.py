@@ -24,6 +24,7 @@ def find_attentions_of(reading: Reading, pattern: str | None = None) -> SearchRe
         ("nn.MultiheadAttention", [n for n, m in reading.modules.items() if isinstance(m, nn.MultiheadAttention)]),
         ("query matrix", round_queries(reading)),
         ("class", [n for n, m in reading.modules.items() if _is_called_attention(m)]),
+        ("query matrix of the layer", round_queries(reading, layers=True)),
     )
     for how, candidates in kinds:
         known = list(found)
@@ -47,15 +48,19 @@ def _has_extra_keys(module: nn.Module) -> bool:
     return torch_own and (module.bias_k is not None or bool(module.add_zero_attn))
 
 
-def round_queries(reading: Reading) -> list[str]:
-    """Names of the modules that hold query matrices beside matrices of keys."""
+def round_queries(reading: Reading, *, layers: bool = False) -> list[str]:
+    """Names of the modules that hold query matrices beside matrices of keys.
+
+    ``layers``: whole layers instead, which hold them themselves; not those with a router, whose softmax is none of attention.
+    """
     names = []
+    routed = {reading.layer(info.name) for info in reading.of_role(Role.ROUTER)}
     for info in reading.infos:
         if info.query is None or len(info.shape) < 2 or info.role is Role.QK_NORM:
             continue
         owner = reading.owner(info.path)
-        name = owner.rpartition(".")[0] if owner == info.path else owner
-        if name and name != reading.layer(info.name):
+        name = owner.rpartition(".")[0] if owner == info.path or reading.is_adapted(owner) else owner
+        if name and (name == reading.layer(info.name)) == layers and not (layers and name in routed):
             names.append(name)
     return list(dict.fromkeys(names))
 

@@ -7,7 +7,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from itertools import takewhile
 
-from lightning_mue.callbacks.monitors.finding.attentions import round_queries
+from torch import nn
+
+from lightning_mue.callbacks.monitors.finding.attentions import find_attentions_of, round_queries
 from lightning_mue.callbacks.monitors.finding.reading import Found, Reading, SearchResult, by_pattern, inside
 from lightning_mue.contract import branch_kind
 from lightning_mue.names import in_attention
@@ -53,6 +55,7 @@ def find_branches(reading: Reading, patterns: str | Mapping[str, str] | None = N
         known = any(each.kind == "attention" and inside(each.name, [layer]) for each in found.values())
         if layer and not known and not inside(name, list(found)):
             found[name] = Found(name, reading.modules[name], "attention", "query matrix")
+    missing += [f"{i.path}: its role is not known" for i in _unknown(reading) if not inside(i.path, list(found))]
     order = {name: i for i, name in enumerate(reading.modules)}
     return SearchResult(sorted(found.values(), key=lambda each: order[each.name]), missing)
 
@@ -61,6 +64,11 @@ def _read(reading: Reading, missing: list[str]) -> Iterable[Found]:
     """The branches that the roles of parameters show."""
     ends = [info for info in reading.infos if "residual" in info.folds and info.role is not Role.BIAS]
     experts: dict[str, list[ParameterInfo]] = defaultdict(list)
+    attentions = [name for name in find_attentions_of(reading).names() if reading.layer(f"{name}.x") != name != ""]
+    for info in _unknown(reading):
+        layer = reading.layer(info.name)
+        if len(info.shape) == 3 and any(reading.layer(router.name) == layer for router in reading.of_role(Role.ROUTER)):
+            experts[layer].append(info)
     for info in ends:
         layer = reading.layer(info.name)
         if info.role in (Role.EXPERT_DOWN, Role.SHARED_DOWN):
@@ -72,12 +80,18 @@ def _read(reading: Reading, missing: list[str]) -> Iterable[Found]:
         if not name or name == layer:
             missing.append(f"{info.path}: its layer multiplies with the weight itself")
             continue
-        yield Found(name, reading.modules[name], _kind(reading, info, layer), "role", info)
+        kind = "attention" if inside(name, attentions) else _kind(reading, info, layer)
+        yield Found(name, reading.modules[name], kind, "role", info)
     for layer, infos in experts.items():
         for name in _blocks(reading, layer, infos):
             yield Found(name, reading.modules[name], "ffn", "experts")
     for (layer, part), members in open_branches(reading.infos).items():
         yield from _open(reading, layer, part, members, missing)
+
+
+def _unknown(reading: Reading) -> list[ParameterInfo]:
+    """Matrices in layers whose role the reading could not tell."""
+    return [i for i in reading.infos if i.role is None and sum(n > 1 for n in i.shape) > 1 and reading.layer(i.name)]
 
 
 def _open(reading: Reading, layer: str, part: str, members: list[ParameterInfo], missing: list[str]) -> Iterable[Found]:
@@ -91,7 +105,7 @@ def _open(reading: Reading, layer: str, part: str, members: list[ParameterInfo],
     if name == layer or name not in reading.modules:
         missing.append(f"{name}: which of its matrices ends the branch is not known")
         return
-    kind = "ffn" if any(info.role in _FFN for info in members) else _kind_by_name(part)
+    kind = "ffn" if all(info.role in _FFN for info in members) else _kind_by_name(part)
     yield Found(name, reading.modules[name], kind, "the layer's child")
 
 
@@ -118,7 +132,8 @@ def _around(reading: Reading, infos: list[ParameterInfo]) -> str:
 
 
 def _is_called(reading: Reading, name: str) -> bool:
-    return type(reading.modules[name]).__name__ not in ("ModuleList", "ModuleDict")
+    """Not so a list, or another container, whose parts are called by what is around it."""
+    return type(reading.modules[name]).forward is not nn.Module.forward
 
 
 def _kind(reading: Reading, info: ParameterInfo, layer: str) -> str:

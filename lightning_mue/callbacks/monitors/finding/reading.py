@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -83,12 +84,18 @@ class Reading:
     def owner(self, path: str) -> str:
         """The name of the innermost module at or around a path that is called as a module.
 
-        ``out_proj`` of an ``nn.MultiheadAttention`` is not: its parent takes only the weights.
+        ``out_proj`` of an ``nn.MultiheadAttention`` is not: its parent takes only the weights. Nor are the parts of an adapter
+        (LoRA), of whose output each makes a part.
         """
         while path and path not in self.modules:
             path = path.rpartition(".")[0]
+        path = next((name for name in accumulate(path.split("."), "{}.{}".format) if self.is_adapted(name)), path)
         parent = path.rpartition(".")[0]
         return parent if path and isinstance(self.modules.get(parent), nn.MultiheadAttention) else path
+
+    def is_adapted(self, name: str) -> bool:
+        """Whether a module is an adapter round a layer, as PEFT's are."""
+        return f"{name}.base_layer" in self.modules
 
 
 def read(model: nn.Module) -> Reading:

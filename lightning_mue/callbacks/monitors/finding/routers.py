@@ -59,16 +59,22 @@ def n_experts(info: ParameterInfo) -> int:
 
 
 def weight_name(router: Found) -> str:
-    """The attribute that holds a router's weight."""
+    """The attribute that holds a router's weight; empty for one inside an adapter, of whose output it makes only a part."""
     assert router.info is not None
+    if hasattr(router.module, "base_layer"):
+        return ""
     names = (router.info.name, *router.info.also)
     return next((name for name in names if name.startswith(f"{router.name}.")), names[0]).rpartition(".")[2]
 
 
 def router_scopes(router: Found, reading: Reading) -> list[nn.Module]:
-    """The modules in which a router's choice is made: the one round it and itself."""
-    around: Any = reading.modules.get(router.name.rpartition(".")[0]) if "." in router.name else None
-    return [module for module in (router.module, around) if module is not None]
+    """The modules in which a router's choice is made: itself, the one round it, and those round that within its layer."""
+    scopes, layer, name = [router.module], reading.layer(f"{router.name}.x"), router.name
+    while "." in name and (len(scopes) == 1 or inside(name, [layer] if layer else [])):
+        name = name.rpartition(".")[0]
+        if name != layer or len(scopes) == 1:
+            scopes.append(reading.modules[name])
+    return scopes
 
 
 def _weight(module: nn.Module) -> str | None:

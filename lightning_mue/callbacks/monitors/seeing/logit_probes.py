@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_mue.callbacks.monitors.probes import Probe, first_tensor
+from lightning_mue.callbacks.monitors.probes import Probe, first_tensor, measuring
 from lightning_mue.callbacks.monitors.seeing.padding import PaddingMask
 from lightning_mue.callbacks.monitors.seeing.torch_attention import added_mask, given_to, torch_heads
 from lightning_mue.callbacks.monitors.seeing.watching import Handles, WatchingProbe, WeightCalls
@@ -21,19 +21,39 @@ from lightning_mue.diagnostics.attention import (
     merge_logits,
     softmax_summary,
 )
+from lightning_mue.moe.passes import records_gradients
 from lightning_mue.sharded import whole
 
 #: Functions whose first argument is logits.
 SOFTMAXES = frozenset({torch.softmax, F.softmax, Tensor.softmax, torch.special.softmax})
 #: Kept: programs replace the name by functions that call this one.
 FUSED_ATTENTION = F.scaled_dot_product_attention
-_SDPA = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
 class _Logits(Probe):
     """Statistics: those of `logits_summary`."""
 
     size = LOGITS_SIZE
+    _padding: PaddingMask | None = None
+    #: Of the head of a model that returns logits itself.
+    returned: ReturnedLogits | None = None
+
+    def with_others(self, handle: Any, device: torch.device) -> Handles:
+        """The handle of the probe's own hooks together with those of what else it listens to."""
+        others: list[Any] = [] if self._padding is None else [self._padding.attach()]
+        others += [] if self.returned is None else [self.returned.attach(device)]
+        return Handles(handle, *others)
+
+    @property
+    def padding_mask(self) -> Tensor | None:
+        """The padding mask of the call that runs now."""
+        return None if self._padding is None else self._padding.mask
+
+    def real(self, logits: Tensor, mask: Tensor | None = None) -> Tensor | None:
+        """Which of the tokens are no padding, of the call that runs or by its ``mask``; None: all."""
+        shape = logits.shape[:-1]
+        return None if self._padding is None else self._padding.real(shape.numel(), shape, mask)
 
     def merge(self, a: Tensor, b: Tensor) -> Tensor:
         return merge_logits(a, b)
@@ -54,32 +74,34 @@ class OutputLogitsProbe(_Logits):
 
     def attach(self, device: torch.device) -> Any:
         """Hook the module and forget the previous step."""
-        handle = super().attach(device)
-        return handle if self._padding is None else Handles(handle, self._padding.attach())
+        return self.with_others(super().attach(device), device)
 
     def measure(self, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
         """From the output."""
         logits, mask = first_tensor(getattr(output, "logits", output)), getattr(output, "mask", None)
         if logits is None or logits.ndim < 2:  # a scalar is a loss
             return None
-        if mask is None and self._padding is not None:
-            mask = self._padding.real(logits.shape[:-1].numel())
-        return logits_summary(logits, mask)
+        return logits_summary(logits, self.real(logits) if mask is None else mask)
 
 
 class ProductLogitsProbe(WatchingProbe, _Logits):
     """Logits that are a product with a weight: of a tied table, or of a router in whatever form."""
 
     def __init__(
-        self, module: nn.Module, label: str, leaf: str, scopes: Sequence[nn.Module], padding: PaddingMask | None = None
+        self,
+        module: nn.Module,
+        label: str,
+        leaf: str,
+        classes: int,
+        scopes: Sequence[nn.Module],
+        padding: PaddingMask | None = None,
     ) -> None:
         super().__init__(module, label, scopes)
-        self._calls, self._padding = WeightCalls(module, leaf), padding
+        self._calls, self._padding = WeightCalls(module, leaf, classes), padding
 
     def attach(self, device: torch.device) -> Any:
         """Hook the scopes and forget the previous step."""
-        handle = super().attach(device)
-        return handle if self._padding is None else Handles(handle, self._padding.attach())
+        return self.with_others(super().attach(device), device)
 
     def enter(self) -> None:
         """A pass begins."""
@@ -89,8 +111,44 @@ class ProductLogitsProbe(WatchingProbe, _Logits):
         """Measure the calls that are looked for."""
         logits = self._calls.product(func, args, kwargs, output)
         if logits is not None:
-            mask = None if self._padding is None else self._padding.real(logits.shape[:-1].numel())
-            self.add(logits_summary(whole(logits.detach()), mask))
+            self.add(logits_summary(whole(logits.detach()), self.real(logits)))
+
+
+class ReturnedLogits:
+    """Takes the ``logits`` that a model returns in place of what its head does: after soft caps, factors and biases behind it.
+
+    Args:
+        probe: Of the head.
+        classes: Outputs of the head.
+        owners: The modules round it; of those that return logits the outermost counts.
+    """
+
+    def __init__(self, probe: _Logits, classes: int, owners: Sequence[nn.Module]) -> None:
+        self._probe, self._classes, self._owners = probe, classes, owners
+
+    def attach(self, device: torch.device) -> Handles:
+        """Hook the owners."""
+        before: list[tuple[Tensor | None, Tensor | None]] = []
+        training = {id(owner): owner.training for owner in self._owners}
+
+        def enter(module: nn.Module, inputs: Any) -> None:
+            before.append((self._probe.total, self._probe.padding_mask))  # which is no longer there when the call ends
+
+        def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+            total, mask = before.pop()
+            given = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+            logits = first_tensor(given)
+            counts = module.training == training[id(module)] and records_gradients()
+            if counts and logits is not None and logits.ndim > 1 and logits.shape[-1] == self._classes:
+                self._probe.total = total
+                with measuring(device):
+                    self._probe.add(logits_summary(logits, self._probe.real(logits, mask)))
+
+        handles = []
+        for owner in self._owners:
+            handles.append(owner.register_forward_pre_hook(enter))
+            handles.append(owner.register_forward_hook(leave, always_call=True))
+        return Handles(*handles)
 
 
 class _AttentionLogits(Probe):
@@ -173,13 +231,15 @@ def is_over_last(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], nd
 
 def sdpa_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call of ``scaled_dot_product_attention`` by name."""
-    return {**dict(zip(_SDPA, args, strict=False)), **kwargs}
+    return {**dict(zip(SDPA_ARGUMENTS, args, strict=False)), **kwargs}
 
 
 def _of_sdpa(given: Mapping[str, Any]) -> Tensor | None:
     if given["query"].is_nested or given["key"].is_nested:
         return None
     q, k = whole(given["query"].detach()), whole(given["key"].detach())
+    if q.ndim == 2:  # of one head and one sample
+        q, k = q.unsqueeze(0), k.unsqueeze(0)
     mask = given.get("attn_mask")
     mask = None if mask is None else whole(mask.detach())
     scale = given.get("scale")

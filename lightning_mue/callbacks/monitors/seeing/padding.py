@@ -34,10 +34,21 @@ class PaddingMask:
             for hook in self._hooks:
                 hook.remove()
 
-    def real(self, tokens: int) -> Tensor | None:
-        """Which of the tokens are no padding, flat: bool [tokens]; None if there is no mask, or one of another size."""
-        mask = self._masks[-1] if self._masks else None
-        return mask.reshape(-1) if mask is not None and mask.numel() == tokens else None
+    @property
+    def mask(self) -> Tensor | None:
+        """The mask of the innermost call that runs now."""
+        return self._masks[-1] if self._masks else None
+
+    def real(self, tokens: int, shape: tuple[int, ...] = (), mask: Tensor | None = None) -> Tensor | None:
+        """Which of the tokens are no padding, flat: bool [tokens]; None if there is no mask, or one of another size.
+
+        A shape of two or more dimensions must be the mask's: tokens in another order cannot be told apart. ``mask``: that of a
+        call that is over; None: that of the call that runs.
+        """
+        mask = self.mask if mask is None else mask
+        if mask is None or mask.numel() != tokens or (len(shape) > 1 and tuple(mask.shape) != tuple(shape)):
+            return None
+        return mask.reshape(-1)
 
     def _follow(self, module: nn.Module, read: Any) -> Handles:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -25,7 +25,8 @@ _HEADER = 8
 #: Fixed directions whose choice is followed.
 _DIRECTIONS = 256
 
-_CHOICES = frozenset({torch.topk, Tensor.topk, torch.argmax, Tensor.argmax})
+_TOP = frozenset({torch.topk, Tensor.topk})
+_CHOICES = _TOP | {torch.argmax, Tensor.argmax, torch.max, Tensor.max}
 
 
 class _Routing(Probe):
@@ -102,7 +103,7 @@ class _Routing(Probe):
 def _directions(width: int, device: torch.device) -> Tensor:
     """[P, d], the same ones on every rank and in every run."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(_DIRECTIONS, width, generator=generator).to(device)
+    return torch.randn(_DIRECTIONS, width, generator=generator, dtype=torch.float32).to(device)
 
 
 class DeclaredRouterProbe(_Routing):
@@ -145,9 +146,9 @@ class DeclaredRouterProbe(_Routing):
 class FoundRouterProbe(WatchingProbe, _Routing):
     """A router of any project, seen at work inside the module round it.
 
-    Logits are what comes of the product with its weight (else its output of E columns); the choice is the last one made over E
-    entries while the module round it runs (``topk``, ``argmax``), else the integers in its output, else the ``top_k`` largest
-    logits.
+    Logits are what comes of the product with its weight (else its output of E columns); the choice is the last ``topk`` over E
+    entries while the module round it runs, or what ``argmax`` and ``max`` find together; else the integers in its output, else
+    the ``top_k`` largest logits. Where experts choose among the tokens there is no load.
     """
 
     def __init__(
@@ -163,7 +164,7 @@ class FoundRouterProbe(WatchingProbe, _Routing):
         super().__init__(module, label, scopes)
         self.size = _HEADER + n_experts
         self._padding = padding
-        self._leaf, self._top_k, self._calls = leaf, top_k, WeightCalls(module, leaf)
+        self._leaf, self._top_k, self._calls = leaf, top_k, WeightCalls(module, leaf, n_experts)
         self.enter()
 
     def weight(self) -> Tensor | None:
@@ -185,6 +186,7 @@ class FoundRouterProbe(WatchingProbe, _Routing):
         self._logits: list[Tensor] = []
         self._chosen: list[Tensor] = []
         self._returned: list[Any] = []
+        self._by_experts = self._many = False
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         """Keep the logits and the choices of this pass."""
@@ -192,11 +194,34 @@ class FoundRouterProbe(WatchingProbe, _Routing):
         if product is not None:
             self._logits.append(whole(product.detach()).reshape(-1, self.n_experts))
             self._chosen = self._chosen[: len(self._logits) - 1]
-        elif func in _CHOICES and isinstance(args[0], Tensor) and args[0].shape[-1:] == (self.n_experts,):
-            ids = output if isinstance(output, Tensor) else output[1]
-            ids = ids.unsqueeze(-1) if ids.ndim < args[0].ndim else ids
-            if ids.shape[:-1] == args[0].shape[:-1]:
-                self._chosen[max(0, len(self._logits) - 1) :] = [whole(ids.detach()).flatten(0, -2)]
+        elif func in _CHOICES:
+            scores = args[0] if args else kwargs.get("input")
+            if isinstance(scores, Tensor) and self.n_experts in scores.shape:
+                self._choose(func, scores, args[1:], kwargs, output)
+
+    def _choose(self, func: Any, scores: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        """Keep a choice made over the experts: of several columns, or one expert a token at each call (DeepSpeed's argmax)."""
+        single = func not in _TOP
+        place = 0 if single else 1
+        dim = kwargs.get("dim", args[place] if len(args) > place else None if single else -1)
+        keeps = single and kwargs.get("keepdim", any(arg is True for arg in args))
+        if keeps or not isinstance(dim, int):
+            return  # to subtract the largest, or over all entries
+        if scores.shape[dim] != self.n_experts:
+            tokens = [logits.numel() for logits in self._logits[-1:]]
+            self._by_experts |= scores.numel() in tokens and self.n_experts in scores.shape[-2:]
+            return
+        ids = (output if isinstance(output, Tensor) else output[1]).detach()
+        ids = whole(ids).unsqueeze(-1) if single else whole(ids).movedim(dim, -1)
+        ids = ids.flatten(0, -2)
+        at = max(0, len(self._logits) - 1)
+        before = self._chosen[at] if at < len(self._chosen) else None
+        if single and before is not None and len(before) == len(ids):
+            if self._many or before.shape[1] == self._top_k:
+                return  # the choice stands; this call only looks at it
+            ids = torch.cat([before, ids.masked_fill((before == ids).any(1, keepdim=True), -1)], dim=1)
+        self._many = not single
+        self._chosen[at:] = [ids]
 
     def leave(self, output: Any) -> None:
         """Measure the pass."""
@@ -206,7 +231,9 @@ class FoundRouterProbe(WatchingProbe, _Routing):
             ids = self._chosen[i] if i < len(self._chosen) else None
             if ids is None or len(ids) != len(logits_TE):
                 ids = self._integers(i, len(logits_TE))
-            if ids is None and self._top_k is not None:
+            if self._by_experts:
+                ids = None  # experts choose their tokens: each has as many
+            elif ids is None and self._top_k is not None:
                 ids = logits_TE.topk(min(self._top_k, self.n_experts), dim=-1).indices
             self.add(self.statistics(logits_TE, ids, None, self._padding.real(len(logits_TE))))
         self.enter()

@@ -94,4 +94,4 @@ def hidden_keys(module: Any, given: dict[str, Any], q: Tensor, k: Tensor) -> Ten
 def _added(mask: Tensor) -> Tensor:
     if mask.dtype != torch.bool:
         return mask.detach().float()
-    return torch.zeros(mask.shape, device=mask.device).masked_fill(mask, float("-inf"))
+    return torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_fill(mask, float("-inf"))

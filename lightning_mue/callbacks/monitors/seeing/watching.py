@@ -22,7 +22,8 @@ from lightning_mue.sharded import is_sharded
 #: What sees one call: (function, arguments, keywords, result).
 See = Callable[[Any, tuple[Any, ...], Mapping[str, Any], Any], None]
 
-_PRODUCTS = frozenset({F.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__})
+_MATMULS = frozenset({torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__})
+_RIGHT = _MATMULS | {F.linear, torch.addmm}
 _CASTS = frozenset({Tensor.to, Tensor.type, Tensor.float, Tensor.bfloat16, Tensor.half, Tensor.type_as})
 
 
@@ -102,10 +103,16 @@ class WatchingProbe(Probe):
 
 
 class WeightCalls:
-    """Recognises products with one weight, also through casts and transposed views of it."""
+    """Recognises products with one weight, also through casts and transposed views of it.
 
-    def __init__(self, owner: nn.Module, leaf: str) -> None:
-        self._owner, self._leaf = owner, leaf
+    Args:
+        owner: The module that has the weight.
+        leaf: Its name in there.
+        classes: Outputs of a product that counts: the size of its last dimension.
+    """
+
+    def __init__(self, owner: nn.Module, leaf: str, classes: int) -> None:
+        self._owner, self._leaf, self._classes = owner, leaf, classes
         self._casts: list[Tensor] = []
 
     def forget(self) -> None:
@@ -113,18 +120,41 @@ class WeightCalls:
         self._casts = []
 
     def product(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Tensor | None:
-        """The result of a product with the weight; None for another call."""
+        """The result of a product with the weight, its classes last; None for another call."""
         if func in _CASTS:
             if args and self._is_weight(args[0]) and isinstance(output, Tensor):
                 self._casts.append(output)
             return None
-        if func not in _PRODUCTS or not isinstance(output, Tensor):
+        if not isinstance(output, Tensor):
             return None
-        return output if any(self._is_weight(x) for x in (*args[:2], *kwargs.values())) else None
+        result = None
+        on_the_right = args[2:3] if func is torch.addmm else args[1:2]
+        if func in _RIGHT and any(self._is_weight(x) for x in (*on_the_right, *kwargs.values())):
+            result = output
+        elif func in _MATMULS and args and self._is_weight(args[0]) and output.ndim > 1:  # W x has the classes first
+            result = output.mT
+        elif func is torch.einsum:
+            result = self._of_einsum(args, output)
+        return result if result is not None and result.shape[-1] == self._classes else None
+
+    def _of_einsum(self, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """The classes are the index of the weight that is summed over nowhere, and is no other operand's."""
+        operands = args[1] if len(args) == 2 and isinstance(args[1], (tuple, list)) else args[1:]
+        at = next((i for i, x in enumerate(operands) if self._is_weight(x)), None)
+        if at is None or not isinstance(args[0], str) or "->" not in args[0]:
+            return None
+        given, result = args[0].replace(" ", "").split("->")
+        terms = given.split(",")
+        others = "".join(term for i, term in enumerate(terms) if i != at)
+        own = [letter for letter in terms[at] if letter in result and letter not in others]
+        if len(own) != 1:
+            return None
+        before, _, behind = result.rpartition("...")
+        return output.movedim(behind.index(own[0]) - len(behind) if own[0] in behind else before.index(own[0]), -1)
 
     def _is_weight(self, x: Any) -> bool:
         if not isinstance(x, Tensor):
             return False
-        weight = getattr(self._owner, self._leaf)
+        weight = getattr(self._owner, self._leaf, None)
         base = x._base if not is_sharded(x) else None
         return any(x is known or (base is not None and base is known) for known in (weight, *self._casts))

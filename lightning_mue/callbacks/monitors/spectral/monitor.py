@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_mue.callbacks.monitors.probes import Probe, find_modules, layer_labels, over_layers
+from lightning_mue.callbacks.monitors.probes import Layers, Probe, find_modules, layer_labels, over_layers
 from lightning_mue.callbacks.monitors.sampling import SampledMonitor
 from lightning_mue.callbacks.monitors.spectral.probes import MatrixProbe, QueryKeyProbe
-from lightning_mue.checks import listed, require_integer
+from lightning_mue.checks import listed, require_integer, require_types
 from lightning_mue.parameterizations import MATRIX_ROLES
 from lightning_mue.parameterizations.planning.model_roles import read_parameters
-from lightning_mue.parameterizations.reading.parameters import ParameterInfo, module_form
+from lightning_mue.parameterizations.reading.parameters import ParameterInfo, module_form, role_patterns
 from lightning_mue.parameterizations.reading.roles.queries import key_of
 from lightning_mue.sharded import whole
 
@@ -79,6 +79,8 @@ class SpectralMonitor(SampledMonitor):
     ) -> None:
         super().__init__(every_n_steps, detail=detail)
         require_integer("iterations", iterations, 1)
+        require_types(SpectralMonitor.__init__, locals())
+        role_patterns(roles)
         self.iterations, self.roles = iterations, roles
         self._labels: list[str] = []
 
@@ -100,15 +102,15 @@ class SpectralMonitor(SampledMonitor):
         self._labels = [probe.label for probe in probes]
         return probes
 
-    def summarize(self, metrics: Mapping[str, float]) -> dict[str, float]:
+    def summarize(self, layers: Layers) -> dict[str, float]:
         """Mean over each role's layers, and the worst layer."""
         found: dict[str, float] = {}
-        seen = {tag.split("/", 2)[2] for tag in metrics}
+        seen = {f"{group.split('/', 2)[2]}/{label}" for group, labels in layers.items() for label in labels}
         if unseen := [label for label in self._labels if label not in seen]:
             self._warn("unseen", f"saw no forward pass of the modules that hold {listed(unseen, limit=4)}.")
         for role in dict.fromkeys(label.partition("/")[0] for label in self._labels):
             for name, reductions in _OVER_LAYERS.items():
-                found |= over_layers(metrics, f"spectral/{name}/{role}", *reductions)
+                found |= over_layers(layers, f"spectral/{name}/{role}", *reductions)
         return found
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from lightning_mue.callbacks.monitors.probes import UnhookedProbe
+from lightning_mue.callbacks.monitors.probes import UnhookedProbe, measuring
 from lightning_mue.diagnostics import (
     alignment_summary,
     leading_singular,
@@ -85,7 +85,7 @@ class MatrixProbe(_WeightProbe):
         weight = module.get_parameter(self._name)
         if not self._seen:
             self._seen = True
-            with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            with measuring(weight.device):
                 self._measure(whole(weight.detach()))
         if weight.ndim == 2:
             watch = _Products(weight, self._see)
@@ -118,7 +118,7 @@ class MatrixProbe(_WeightProbe):
         """Takes inputs; of a weight that is stored as [in, out], ``turned``, the other side's vector is theirs."""
         if self._vectors is None or self.total is None:
             return
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        with measuring(x.device):
             direction = self._vectors[..., 0]
             if turned is not None:
                 direction = F.normalize(whole(turned.detach()).float() @ direction, dim=0)
@@ -181,7 +181,7 @@ class QueryKeyProbe(_WeightProbe):
         if self._seen or self.total is None or not records_gradients():
             return
         self._seen = True
-        with torch.no_grad(), torch.autocast(self.total.device.type, enabled=False):
+        with measuring(self.total.device):
             entropy_H = qk_spectral_entropy(*self._read())
             heads = torch.full_like(entropy_H[0], len(entropy_H))
             self.total[:] = torch.stack([heads / heads, entropy_H.sum(), heads, entropy_H.min()])

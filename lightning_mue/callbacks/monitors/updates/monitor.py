@@ -10,14 +10,15 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
 
-from lightning_mue.callbacks.monitors.probes import Probe, over_layers
+from lightning_mue.callbacks.monitors.probes import Layers, Probe, over_layers
 from lightning_mue.callbacks.monitors.sampling import SampledMonitor
 from lightning_mue.callbacks.monitors.updates.noise import NoiseProbe, why_no_noise
 from lightning_mue.callbacks.monitors.updates.recording import StepRecorder
 from lightning_mue.callbacks.monitors.updates.weights import OTHER, SETTINGS, RoleProbe, role_probes
 from lightning_mue.callbacks.mue.callback import MuECallback
-from lightning_mue.checks import require_integer
+from lightning_mue.checks import require_integer, require_types
 from lightning_mue.parameterizations.planning.model_roles import read_parameters
+from lightning_mue.parameterizations.reading.parameters import role_patterns
 
 #: Metrics of a role in a layer, each with ``_mean`` and ``_max`` over the role's layers.
 METRICS = ("update_ratio", "angular_step", "weight_rms", "gradient_rms", "gradient_norm", "eps_share", *SETTINGS)
@@ -82,6 +83,8 @@ class UpdateMonitor(SampledMonitor):
     ) -> None:
         super().__init__(every_n_steps, detail=detail)
         require_integer("max_elements", max_elements, 1)
+        require_types(UpdateMonitor.__init__, locals())
+        role_patterns(roles)
         self.max_elements, self.roles = max_elements, roles
         self._weights: list[RoleProbe] = []
         self._recorder: StepRecorder | None = None
@@ -142,13 +145,14 @@ class UpdateMonitor(SampledMonitor):
         super().teardown(trainer, pl_module, stage)
         self._weights, self._recorder, self._noise = [], None, None
 
-    def summarize(self, metrics: Mapping[str, float]) -> dict[str, float]:
+    def summarize(self, layers: Layers) -> dict[str, float]:
         """Mean and max over each role's layers, and the norm of all gradients."""
         found: dict[str, float] = {}
-        for role in dict.fromkeys(probe.role for probe in self._weights):
+        roles = dict.fromkeys(probe.role for probe in self._weights)
+        for role in roles:
             for name in METRICS:
-                found |= over_layers(metrics, f"updates/{name}/{role}", "mean", "max")
-        norms = [metrics[tag] for probe in self._weights if (tag := f"updates/gradient_norm/{probe.label}") in metrics]
+                found |= over_layers(layers, f"updates/{name}/{role}", "mean", "max")
+        norms = [norm for role in roles for norm in layers.get(f"updates/gradient_norm/{role}", {}).values()]
         return {**found, "updates/gradient_norm/all": math.hypot(*norms)} if norms else found
 
     def state_dict(self) -> dict[str, Any]:

@@ -144,8 +144,9 @@ class RoleProbe(UnhookedProbe):
         outweighed, above = total[self.MOMENTS : self.SETTING]
         found: dict[str, Tensor] = {}
         if summary[0] > 0:
-            found |= {"update_ratio": update_rms(summary) / weight_rms(summary), "angular_step": angular_step(summary)}
             found["weight_rms"] = weight_rms(summary)
+        if summary[0] > 0 and summary[2] != 0:  # from zero (biases, adaLN-zero) there is no ratio; NaN is shown
+            found |= {"update_ratio": update_rms(summary) / weight_rms(summary), "angular_step": angular_step(summary)}
         if seen > 0:
             found |= {"gradient_rms": (square / seen).sqrt(), "gradient_norm": square.sqrt()}
         if above > 0:

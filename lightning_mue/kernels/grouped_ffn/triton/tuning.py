@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_mue.checks import mismatch
+from lightning_mue.files import whole_file
 from lightning_mue.kernels.grouped_ffn.triton.tilings import SMALLEST, ExpertTiling, TilingKey, candidates, shared_bytes
 from lightning_mue.kernels.triton_tools.launching import describe, multiprocessors
 from lightning_mue.kernels.triton_tools.timing import NO_ROOM, launch_fitting, may_time, milliseconds
@@ -94,12 +94,9 @@ def _read(file: Path) -> dict[str, Any]:
 def _write(file: Path, name: str, tiling: ExpertTiling) -> None:
     """Add a choice to a file. Readers see the old file or the new one; of two writers at a time, one choice may be lost."""
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
         content = {**_read(file), name: list(tiling)}
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False) as new:
-            json.dump(content, new, indent=0, sort_keys=True)
-        os.chmod(new.name, 0o644)  # others may share the folder
-        os.replace(new.name, file)
+        with whole_file(file) as part:
+            part.write_text(json.dumps(content, indent=0, sort_keys=True))
     except OSError as error:
         found, expected = f"{error}, so that tilings are timed again in every process", "a file that can be written"
         do = "Set LIGHTNING_MUE_CACHE to a folder that can be written."

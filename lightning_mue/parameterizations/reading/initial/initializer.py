@@ -35,6 +35,7 @@ class Init:
     value: float
 
 
+KINDS = ("normal", "uniform", "truncated", "constant", "scaled", "keep")
 KEEP = Init("keep", 0.0)
 #: Fourth moment over the squared variance; for a cut at 2: (3 Z - 28 p) Z / (Z - 4 p)^2, p the density at 2, Z the mass left.
 _KURTOSIS = {"normal": 3.0, "uniform": 1.8, "truncated": 2.3655}

@@ -105,7 +105,7 @@ def _branches(infos: list[ParameterInfo]) -> list[_Branch]:
     stacks, found = Stacks(infos), dict[tuple[str, str], _Branch]()
     for info in infos:
         layer = stacks.layer(info.name)
-        matrix = len(info.shape) >= 2 and info.role in MATRIX_ROLES - {Role.ROUTER, Role.UNEMBEDDING}
+        matrix = len(info.shape) >= 2 and info.role in MATRIX_ROLES - {Role.ROUTER, Role.UNEMBEDDING, Role.MODULATION}
         if not layer or not matrix or _is_per_channel(info):
             continue
         inside = info.path[len(layer) + 1 :]

@@ -18,6 +18,7 @@ from lightning_mue.parameterizations.rules.roles import MATRIX_ROLES, Role
 _QUERY_NORM = re.compile(r"(^|[._])(q|query)_?(layer_?)?norm(\.|$)|(^|[._])norm_q(\.|$)", re.IGNORECASE)
 # Blocks that normalize a branch's output before it is added (Gemma, OLMo): there the norm comes last.
 _POST_FFN = re.compile(r"(^|\.)post_(feedforward|ffn|ff|mlp)_?(layer)?norm(\.|$)")
+_POST_SELF = re.compile(r"(^|\.)post_self_attn_?(layer)?norm(\.|$)")
 _POST_NORM = re.compile(r"(^|\.)post_(feedforward|ffn|ff|mlp|attention|attn|self_attn)_?(layer)?norm(\.|$)")
 
 
@@ -41,10 +42,13 @@ def mark_folds(infos: list[ParameterInfo]) -> list[ParameterInfo]:
             folds[path] = kinds - {"attention"}
     folds |= dict.fromkeys(query_norms, frozenset({"attention"}))
     normed = {layer_of(info.path) for info in infos if info.role is Role.NORM and _POST_FFN.search(info.name)}
+    # GLM-4: the norm behind the attention is post_self_attn_layernorm, and post_attention_layernorm stands before the FFN.
+    named_self = {layer_of(info.path) for info in infos if info.role is Role.NORM and _POST_SELF.search(info.name)}
     for info in infos:
-        if layer_of(info.path) in normed:
+        if (layer := layer_of(info.path)) in normed:
             kinds = folds.get(info.path, frozenset())
-            last = info.role is Role.NORM and _POST_NORM.search(info.name)
+            match = _POST_NORM.search(info.name) if info.role is Role.NORM else None
+            last = match is not None and not (layer in named_self and match[2] in ("attention", "attn"))
             folds[info.path] = kinds | {"residual"} if last else kinds - {"residual"}
     final = set(head_norms(infos))
     for path in final:
@@ -87,7 +91,7 @@ def why_not_foldable(infos: list[ParameterInfo], kind: str) -> str | None:
     has: set[tuple[str, str]] = set()
     for info in infos:
         layer, part = layer_of(info.path), _part(info)
-        in_layer = info.position[1] >= 0 and info.role in MATRIX_ROLES - {Role.ROUTER}
+        in_layer = info.position[1] >= 0 and info.role in MATRIX_ROLES - {Role.ROUTER, Role.MODULATION}
         if in_layer:
             wants[layer, part].append(info)
         if kind in info.folds:

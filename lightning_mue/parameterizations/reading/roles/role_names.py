@@ -24,7 +24,7 @@ from lightning_mue.parameterizations.reading.parameters import ParameterInfo
 from lightning_mue.parameterizations.reading.size_inference import residual_widths
 from lightning_mue.parameterizations.rules.roles import Role
 
-EXPERTS = re.compile(r"(^|\.)\w*experts\b", re.IGNORECASE)
+EXPERTS = re.compile(r"(^|\.)\w*experts\b(\.\w*experts\b)*", re.IGNORECASE)
 SHARED = re.compile(r"(^|\.)shared_(experts?|mlp|ffn)(\.|$)")
 _ROUTER = re.compile(
     r"(^|\.)\w*(router|gating|gate_network)(\.|$)|(^|\.)(gate|switch|wg|w_g|w_?noise|shared_expert_gate|shared_gate)$"

@@ -1,0 +1,1 @@
+"""How the command line is read: callbacks by name, and errors in one paragraph."""

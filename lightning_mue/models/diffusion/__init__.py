@@ -1,0 +1,1 @@
+"""Diffusion: a transformer that turns noise into images by a learned flow."""
