@@ -131,9 +131,8 @@ class SafeCheckpoint(Checkpoint):
             folder.refuse_damaged(found, folder.damages(found))
             return
         # The ranks share the reading.
-        own: list[str] = _words(found, trainer.global_rank, trainer.world_size)
         parts: list[Any] = [None] * trainer.world_size
-        dist.all_gather_object(parts, own, group=group)
+        dist.all_gather_object(parts, _words(found, trainer.global_rank, trainer.world_size), group=group)
         folder.refuse_damaged(found, [each for part in parts for each in part])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -250,12 +249,8 @@ def resume_path(trainer: Trainer) -> str | None:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, SafeCheckpoint):
             return callback.resume_path(trainer)
-    raise value_error(
-        "ckpt_path",
-        found="auto, and no SafeCheckpoint among trainer.callbacks",
-        expected="one, whose folder is searched",
-        do="Add lightning_mue.callbacks.SafeCheckpoint.",
-    )
+    found, do = "auto, and no SafeCheckpoint among trainer.callbacks", "Add lightning_mue.callbacks.SafeCheckpoint."
+    raise value_error("ckpt_path", found=found, expected="one, whose folder is searched", do=do)
 
 
 def _newest(dirpath: Path, *, contents: bool) -> Path | None:
