@@ -19,7 +19,7 @@ from lightning_mue.cli.summary import summarize
 from lightning_mue.cli.trainer import MuETrainer
 
 #: Commands that need the model's shapes only, not its weights.
-_ON_META = ("explain", "export-plan", "coord-check")
+_ON_META = ("explain", "export-plan", "dry-run", "coord-check")
 #: Option as users write it -> as the parser knows it; "+" appends to a list.
 _SPELLINGS = {"--axis": "--axis+", "--save-base": "--save_base"}
 _PACKAGE = Path(__file__).parents[1]
