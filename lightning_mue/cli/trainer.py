@@ -10,10 +10,11 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from rich.console import RenderableType
 from torch.optim import Optimizer
 
+from lightning_mue.analysis.dry_run.run import dry_run
 from lightning_mue.callbacks import MuECallback
 from lightning_mue.checks import value_error
 from lightning_mue.cli.coord_check import check_sizes, report, training_batches
-from lightning_mue.cli.dry_run import make_dry_run
+from lightning_mue.cli.dry_run import check_report, read_run, report_dry_run
 from lightning_mue.console import wide_console
 from lightning_mue.files import whole_file
 from lightning_mue.parameterizations import ScalingPlan
@@ -116,25 +117,17 @@ class MuETrainer(Trainer):
             gib: Memory of one rank in GiB. The exit status is 1 if a rank needs more.
             output: A file, to which all figures are written as JSON.
         """
-        callback = self._callback("dry-run")
+        check_report(gib, output)
+        sizes = {"world": world, "tensor_parallel": tensor_parallel, "sequences": sequences}
+        run = read_run(self, model, datamodule, **sizes)  # type: ignore[arg-type]
         roles = {}
-        if callback is not None:
+        if (callback := self._callback("dry-run")) is not None:
             plan = callback.make_plan(model, _stand_in_optimizers(model, None), self, datamodule, trains=False)
             roles = {each.name: str(each.role) for each in plan.parameters}
-        fits = make_dry_run(
-            self,
-            model,
-            datamodule,
-            lambda sharded: _stand_in_optimizers(sharded, None),
-            roles=roles,
-            shares_replicas=callback is not None,
-            world=world,
-            tensor_parallel=tensor_parallel,
-            sequences=sequences,
-            gib=gib,
-            output=output,
-        )
-        if not fits:
+        model.trainer = self
+        whole = self.precision_plugin.convert_module(model)
+        found = dry_run(whole, run, lambda sharded: _stand_in_optimizers(sharded, None), roles)
+        if not report_dry_run(found, run, gib, output):
             raise SystemExit(1)
 
     def coord_check(
@@ -271,9 +264,10 @@ def _stand_in_optimizers(model: LightningModule, family: Family | None) -> list[
         configured = model.configure_optimizers()
     except Exception as error:
         raise value_error(
-            "--family",
-            found=f"none, and {type(model).__name__}.configure_optimizers cannot run without a trainer ({error})",
-            expected="the family of the optimizer",
-            do="Give --family adam, sgd, sphere or muon.",
+            f"{type(model).__name__}.configure_optimizers",
+            found=f"that it cannot run without a training ({error})",
+            expected="optimizers",
+            do="Give the model an attribute `optimizer`, a function from parameters to an optimizer; or, to explain only, "
+            "give --family adam, sgd, sphere or muon.",
         ) from error
     return flatten_optimizers(configured)

@@ -50,7 +50,9 @@ def optimizer_work(optimizers: Sequence[Optimizer], ranks: Sequence[Place]) -> l
     elements = [float(sum(math.prod(local_shape(p, place)) for p in params)) for place in ranks]
     work = [Work("weights stepped", "numbers", elements)]
     own = [optimizer for optimizer in optimizers if isinstance(optimizer, HyperSphereOptimizer)]
-    groups = [(o, group) for o in own for each in o.param_groups for group in parts_of(each) if group["kind"] in MUON_KINDS]
+    groups = [
+        (o, group) for o in own for each in o.param_groups for group in parts_of(each) if group["kind"] in MUON_KINDS
+    ]
     if groups:
         flops = [0.0] * len(ranks)
         for optimizer, group in groups:

@@ -52,7 +52,13 @@ def expert_traffic(module: nn.Module, tokens: int, dtype: torch.dtype | None, mi
         add("their gradients, backward", "all-to-all", ranks, rows, gates, rows)
         if replicated:
             add("outputs of token slices, forward", "all-gather", ranks, width * number)
-            add("gradients of token slices, backward", "all-gather", ranks, width * weight.dtype.itemsize, layer.top_k * mine * gate)
+            add(
+                "gradients of token slices, backward",
+                "all-gather",
+                ranks,
+                width * weight.dtype.itemsize,
+                layer.top_k * mine * gate,
+            )
     return [Traffic(*key, *sent) for key, sent in sums.items()]
 
 
@@ -62,7 +68,9 @@ def balance_traffic(module: nn.Module, world: int, micro_batches: int) -> list[T
     rows = []
     if biased := [layer.n_experts for layer in layers if "bias" in layer.balances]:
         rows.append(Traffic("load for bias balance", "all-reduce", 1, sent_bytes("all-reduce", world, 8 * sum(biased))))
-    if spread := [layer.n_experts for layer in layers if "switch" in layer.balances and layer.balance_scope == "global"]:
+    if spread := [
+        layer.n_experts for layer in layers if "switch" in layer.balances and layer.balance_scope == "global"
+    ]:
         sent = micro_batches * sum(sent_bytes("all-reduce", world, 16 * experts) for experts in spread)
         rows.append(Traffic("load of the global switch loss", "all-reduce", micro_batches * len(spread), sent))
     return rows if world > 1 else []

@@ -83,7 +83,9 @@ class Collectives(TorchDispatchMode):
 
 def _handed(operator: str, args: Any) -> int:
     """Bytes of the tensors that a rank hands over. Those of c10d that have an output list it first."""
-    has_output = operator.startswith(("_allgather_base", "allgather_", "_reduce_scatter_base", "reduce_scatter_", "alltoall"))
+    has_output = operator.startswith(
+        ("_allgather_base", "allgather_", "_reduce_scatter_base", "reduce_scatter_", "alltoall")
+    )
     given = args[1] if has_output else args[0]
     return sum(tensor.nbytes for tensor in tree_leaves(given) if isinstance(tensor, Tensor))
 

@@ -15,16 +15,20 @@ from lightning_mue.analysis.dry_run.memory import Bytes
 from lightning_mue.analysis.dry_run.recording import Traffic
 from lightning_mue.console import human
 
+#: Placement of a parameter that is not sharded.
+EVERYWHERE = "on every rank"
+_SHARE = "more ranks, or precision bf16-true"
 _REMEDIES = {
-    "weights": "more ranks, or tensor_parallel_size for the experts",
-    "gradients": "more ranks, or tensor_parallel_size for the experts",
-    "optimizer state": "more ranks, or an optimizer with less state (HyperSphereOptimizer with state_dtype bfloat16)",
-    "buffers": "a shorter context_length, or smaller buffers",
-    "FSDP in flight": "a larger tensor_parallel_size, or fully_shard on smaller modules",
-    "DDP buckets": "gradient_as_bucket_view=True in DDPStrategy, or ModelParallelStrategy",
+    "weights": _SHARE,
+    "gradients": _SHARE,
+    "optimizer state": f"{_SHARE}, or an optimizer with less state (HyperSphereOptimizer with state_dtype bfloat16)",
+    "buffers": "smaller buffers",
+    "FSDP in flight": "a larger tensor-parallel size, if the model has experts, or fully_shard on smaller modules",
+    "DDP buckets": "gradient_as_bucket_view of DDPStrategy, or ModelParallelStrategy",
     "residual stream": "fewer sequences in a micro-batch, or activation checkpointing",
     "logits": "fewer sequences in a micro-batch",
 }
+_UNSHARDED = "ModelParallelStrategy and a configure_model that shards: every rank holds all of it"
 
 
 class Placed(NamedTuple):
@@ -75,11 +79,13 @@ class DryRun:
     def verdict(self, gib: float) -> str:
         """One sentence for a memory of so many GiB: what fits, or which kind is largest and what makes it smaller."""
         held = self.memory[self.largest]
-        total = f"{_size(sum(held.values()))} of {gib:g} GiB on rank {self.largest}"
+        total = f"rank {self.largest} needs {_size(sum(held.values()))} of {gib:g} GiB"
         if self.fits(gib):
             return f"fits: {total}, as far as it is counted"
         kind = max(held, key=lambda name: held[name])
-        return f"does not fit: {total}. Largest: {kind}, {_size(held[kind])}. To make it smaller: {_REMEDIES[kind]}."
+        whole = all(each.placements == EVERYWHERE for each in self.placed)
+        remedy = _UNSHARDED if whole and kind in ("weights", "gradients", "optimizer state") else _REMEDIES[kind]
+        return f"does not fit: {total}. Largest: {kind}, {_size(held[kind])}. To make it smaller: {remedy}."
 
     def to_json(self) -> dict[str, Any]:
         """All figures, for ``json.dumps``: bytes, numbers and FLOPs."""
@@ -105,22 +111,30 @@ class DryRun:
     def _memory_table(self) -> Table:
         totals = [sum(held.values()) for held in self.memory]
         least, most = totals.index(min(totals)), self.largest
-        head = ("kind", f"rank {least} (least)", f"rank {most} (most)")
-        rows = [[kind, _size(self.memory[least][kind]), _size(self.memory[most][kind])] for kind in self.memory[most]]
-        return _table("memory of a rank", head, [*rows, ["sum", _size(totals[least]), _size(totals[most])]])
+        shown = {f"rank {least} (least)": least, f"rank {most} (most)": most} if least != most else {"every rank": most}
+        rows = [[kind, *(_size(self.memory[rank][kind]) for rank in shown.values())] for kind in self.memory[most]]
+        rows.append(["sum", *(_size(totals[rank]) for rank in shown.values())])
+        return _table("memory of a rank", ("kind", *shown), rows)
 
     def _traffic_table(self) -> Table:
         rows = [[row.what, row.collective, f"{row.count:,}", _size(row.sent)] for row in self.traffic]
         total = ["sum", "", f"{sum(row.count for row in self.traffic):,}", _size(sum(row.sent for row in self.traffic))]
-        return _table("collectives of rank 0 in an optimizer step", ("what", "collective", "count", "sent"), [*rows, total])
+        return _table(
+            "collectives of rank 0 in an optimizer step", ("what", "collective", "count", "sent"), [*rows, total]
+        )
 
     def _plan_table(self) -> Table:
-        rows = [[r.role, str(list(r.shape)), str(list(r.local_shape)), r.placements, r.dtype, str(r.count)] for r in self.placed]
+        rows = [
+            [r.role, str(list(r.shape)), str(list(r.local_shape)), r.placements, r.dtype, str(r.count)]
+            for r in self.placed
+        ]
         return _table("sharded plan", ("role", "whole", "on rank 0", "placements", "dtype", "count"), rows)
 
     def _work_table(self) -> Table:
         rows = [[w.what, w.unit, human(w.mean), human(max(w.by_rank)), f"{w.imbalance:.3f}"] for w in self.work]
-        return _table("optimizer's work in a step", ("what", "unit", "mean of ranks", "largest", "largest / mean"), rows)
+        return _table(
+            "optimizer's work in a step", ("what", "unit", "mean of ranks", "largest", "largest / mean"), rows
+        )
 
 
 def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

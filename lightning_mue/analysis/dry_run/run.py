@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from lightning_mue.analysis.dry_run.blocks import block_traffic, fsdp_blocks, in
 from lightning_mue.analysis.dry_run.exchange import balance_traffic, expert_traffic
 from lightning_mue.analysis.dry_run.memory import activation_bytes, held_by_rank
 from lightning_mue.analysis.dry_run.recording import Collectives, Traffic, sent_bytes
-from lightning_mue.analysis.dry_run.report import DryRun, Placed
+from lightning_mue.analysis.dry_run.report import EVERYWHERE, DryRun, Placed
 from lightning_mue.analysis.dry_run.world import fake_world, places
 from lightning_mue.checks import require_positive, value_error
 from lightning_mue.moe.experts import Experts
@@ -27,6 +27,8 @@ from lightning_mue.sharded import is_sharded, local
 
 
 _CLIPPING, _STEPPING = "gradient clipping", "optimizer"
+#: Type of HyperSphereOptimizer's products, and so of the matrices that it sends, where it is left open: that of CUDA.
+_PRODUCTS = "float16"
 #: Bytes of the first bucket of DDP and of the others, torch's defaults.
 _DDP_BUCKETS = [1 << 20, 25 << 20]
 
@@ -45,7 +47,6 @@ class Run:
         autocast: The type of the products under mixed precision; None: that of the weights.
         clip: Clips the gradients of an optimizer; None: not clipped.
         shares_replicas: Whether the ranks of DDP share the work of a HyperSphereOptimizer, as under MuECallback.
-        roles: Name of a parameter -> its role in the plan.
     """
 
     world: int
@@ -57,16 +58,21 @@ class Run:
     autocast: torch.dtype | None = None
     clip: Callable[[Optimizer], None] | None = None
     shares_replicas: bool = True
-    roles: Mapping[str, str] = field(default_factory=dict)
 
 
-def dry_run(module: Any, run: Run, make_optimizers: Callable[[Any], Sequence[Optimizer]]) -> DryRun:
+def dry_run(
+    module: Any,
+    run: Run,
+    make_optimizers: Callable[[Any], Sequence[Optimizer]],
+    roles: Mapping[str, str] | None = None,
+) -> DryRun:
     """Counts what a training of a module on `run.world` ranks would hold and send.
 
     Args:
         module: A LightningModule on ``meta``. Its ``configure_model`` shards it, so that it is of no use afterwards.
         run: The run.
         make_optimizers: Makes the optimizers of the sharded module.
+        roles: Name of a parameter -> its role in the plan.
 
     Raises:
         ValueError: If the ranks cannot be divided so, or sizes are below 1.
@@ -80,7 +86,7 @@ def dry_run(module: Any, run: Run, make_optimizers: Callable[[Any], Sequence[Opt
         module.configure_model()
         tag_roles(module)  # sharding a parameter drops the attributes noted on it
         with torch.device("cpu"):
-            return _count(module, run, make_optimizers(module), data_parallel)
+            return _count(module, run, make_optimizers(module), roles or {})
 
 
 def check_run(module: nn.Module, run: Run) -> None:
@@ -103,7 +109,8 @@ def check_run(module: nn.Module, run: Run) -> None:
             raise value_error("tensor_parallel", found=run.tensor_parallel, expected=expected, do=do)
 
 
-def _count(module: Any, run: Run, optimizers: Sequence[Optimizer], data_parallel: int) -> DryRun:
+def _count(module: Any, run: Run, optimizers: Sequence[Optimizer], roles: Mapping[str, str]) -> DryRun:
+    data_parallel = run.world // run.tensor_parallel
     stepped, notes = _step(module, run, optimizers)
     blocks, ranks = fsdp_blocks(module), places(data_parallel, run.tensor_parallel)
     memory = held_by_rank(module, optimizers, ranks)
@@ -122,7 +129,7 @@ def _count(module: Any, run: Run, optimizers: Sequence[Optimizer], data_parallel
         sum(p.numel() for p in params),
         [{**held, **moving, **activations} for held in memory],
         [*block_traffic(blocks, run.micro_batches), *_pass_traffic(module, run), *stepped],
-        _placed(module, run.roles),
+        _placed(module, roles),
         optimizer_work(optimizers, ranks),
         notes,
     )
@@ -136,6 +143,8 @@ def _step(module: Any, run: Run, optimizers: Sequence[Optimizer]) -> tuple[list[
         if run.replicated and run.shares_replicas and isinstance(optimizer, HyperSphereOptimizer) and run.world > 1:
             optimizer.process_group = dist.group.WORLD
         for group in optimizer.param_groups:
+            if group.get("compute_dtype", "") is None:
+                group["compute_dtype"] = _PRODUCTS
             for param in group["params"]:
                 param.grad = torch.empty_like(param) if param.requires_grad else None
         for what, act in ((_CLIPPING, run.clip), (_STEPPING, lambda each: each.step())):
@@ -147,7 +156,9 @@ def _step(module: Any, run: Run, optimizers: Sequence[Optimizer]) -> tuple[list[
                         act(optimizer)
                 rows += seen.rows(what)
             except Exception as error:  # someone's optimizer may need values
-                reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}" if str(error) else repr(error)
+                reason = (
+                    f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}" if str(error) else repr(error)
+                )
                 state = ", nor its state" if what == _STEPPING else ""
                 notes.append(f"{what}: NOT COUNTED{state}: {type(optimizer).__name__} does not run on meta ({reason})")
     return rows, notes
@@ -183,10 +194,10 @@ def _placed(module: nn.Module, roles: Mapping[str, str]) -> list[Placed]:
 
 def _placements(param: Any) -> str:
     if not is_sharded(param):
-        return "on every rank"
+        return EVERYWHERE
     names = param.device_mesh.mesh_dim_names or range(param.device_mesh.ndim)
     shards = [(name, p) for name, p in zip(names, param.placements, strict=True) if hasattr(p, "dim")]
-    return ", ".join(f"dim {p.dim} over {name}" for name, p in shards) or "on every rank"
+    return ", ".join(f"dim {p.dim} over {name}" for name, p in shards) or EVERYWHERE
 
 
 def _notes(module: Any, run: Run, activations: bool, blocks: bool) -> Iterator[str]:
@@ -196,9 +207,15 @@ def _notes(module: Any, run: Run, activations: bool, blocks: bool) -> Iterator[s
             "workspace of kernels, fragmentation"
         )
     else:
-        why = "give --sequences" if run.sequences is None else "the module does not say context_length, width, depth, vocab_size"
+        why = (
+            "give --sequences"
+            if run.sequences is None
+            else "the module does not say context_length, width, depth, vocab_size"
+        )
         yield f"activations: NOT COUNTED ({why})"
-    parallel = [e for e in module.modules() if isinstance(e, Experts) and e.parallel is not None and e.parallel.n_ranks > 1]
+    parallel = [
+        e for e in module.modules() if isinstance(e, Experts) and e.parallel is not None and e.parallel.n_ranks > 1
+    ]
     if parallel and (run.sequences is None or not isinstance(getattr(module, "context_length", None), int)):
         yield "exchange of tokens between experts: NOT COUNTED (give --sequences; the module must have a context_length)"
     elif parallel:
