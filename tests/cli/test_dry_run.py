@@ -24,7 +24,7 @@ def test_the_file_has_the_figures_and_the_group_is_gone(tmp_path, capsys):
     assert (found["data_parallel"], found["tensor_parallel"], len(found["memory_by_rank"])) == (3, 2, 6)
     sizes = {True: 0, False: 0}
     for row in found["plan"]:
-        sizes[row["role"] in EXPERTS] += 4 * row["count"] * math.prod(row["shape"])
+        sizes[row["role"] in EXPERTS] += 4 * row["number"] * math.prod(row["shape"])
     # Over three data-parallel ranks everything is sharded, over two tensor-parallel ones the experts only.
     assert sum(held["weights"] for held in found["memory_by_rank"]) == sizes[True] + 2 * sizes[False]
     assert "fits: rank" in capsys.readouterr().out

@@ -35,7 +35,8 @@ def fsdp_blocks(module: nn.Module) -> list[FSDPBlock]:
     """The FSDP2 blocks of a module, outer ones first; [] if nothing is sharded by `fully_shard`."""
     from torch.distributed.fsdp import FSDPModule
 
-    found, outer = [], []
+    found: list[FSDPBlock] = []
+    outer: list[str] = []
     for name, each in module.named_modules():
         if isinstance(each, FSDPModule):
             is_root = not any(name.startswith(f"{other}.") or not other for other in outer)

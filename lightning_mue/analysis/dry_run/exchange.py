@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from lightning_mue.analysis.dry_run.recording import Traffic, sent_bytes
-from lightning_mue.moe.experts import Experts
 from lightning_mue.moe.layer import MoELayer
+from lightning_mue.moe.parallel.expert_parallel import ExpertParallel
 from lightning_mue.moe.parallel.replicas import FINGERPRINT
 
 _GATE_BYTES = 4  # gates are float32 unless the model is float64
@@ -35,13 +35,10 @@ def expert_traffic(module: nn.Module, tokens: int, dtype: torch.dtype | None, mi
         entry[1] += micro_batches * sum(sent_bytes(kind, ranks, each) for each in handed)
 
     for layer in module.modules():
-        experts = getattr(layer, "experts", None)
-        if not isinstance(layer, MoELayer) or not isinstance(experts, Experts) or experts.parallel is None:
+        parallel = layer.experts.parallel if isinstance(layer, MoELayer) else None
+        if not isinstance(layer, MoELayer) or not isinstance(parallel, ExpertParallel) or parallel.n_ranks == 1:
             continue
-        ranks, weight = experts.parallel.n_ranks, next(experts.parameters())
-        if ranks == 1:
-            continue
-        replicated = experts.parallel.tokens == "replicated"
+        ranks, weight, replicated = parallel.n_ranks, layer.router.weight, parallel.tokens == "replicated"
         mine = -(-tokens // ranks) if replicated else tokens
         number = (dtype or weight.dtype).itemsize
         gate = max(_GATE_BYTES, number)

@@ -18,13 +18,13 @@ class Traffic(NamedTuple):
     Attributes:
         what: Their purpose.
         collective: Their kind, e.g. ``all-gather``.
-        count: How many.
+        number: How many.
         sent: Bytes that the rank sends to others, see `sent_bytes`.
     """
 
     what: str
     collective: str
-    count: int
+    number: int
     sent: int
 
 
@@ -98,5 +98,5 @@ def _group_size(argument: Any) -> int:
         except RuntimeError:  # a reduce operation
             return 0
     if isinstance(argument, str) and argument not in ("sum", "avg", "max", "min", "product"):
-        return dist.distributed_c10d._resolve_process_group(argument).size()
+        return dist.distributed_c10d._resolve_process_group(argument).size()  # type: ignore[attr-defined,arg-type]
     return 0

@@ -39,7 +39,7 @@ class Placed(NamedTuple):
     local_shape: tuple[int, ...]
     placements: str
     dtype: str
-    count: int
+    number: int
 
 
 @dataclass(frozen=True)
@@ -117,15 +117,20 @@ class DryRun:
         return _table("memory of a rank", ("kind", *shown), rows)
 
     def _traffic_table(self) -> Table:
-        rows = [[row.what, row.collective, f"{row.count:,}", _size(row.sent)] for row in self.traffic]
-        total = ["sum", "", f"{sum(row.count for row in self.traffic):,}", _size(sum(row.sent for row in self.traffic))]
+        rows = [[row.what, row.collective, f"{row.number:,}", _size(row.sent)] for row in self.traffic]
+        total = [
+            "sum",
+            "",
+            f"{sum(row.number for row in self.traffic):,}",
+            _size(sum(row.sent for row in self.traffic)),
+        ]
         return _table(
             "collectives of rank 0 in an optimizer step", ("what", "collective", "count", "sent"), [*rows, total]
         )
 
     def _plan_table(self) -> Table:
         rows = [
-            [r.role, str(list(r.shape)), str(list(r.local_shape)), r.placements, r.dtype, str(r.count)]
+            [r.role, str(list(r.shape)), str(list(r.local_shape)), r.placements, r.dtype, str(r.number)]
             for r in self.placed
         ]
         return _table("sharded plan", ("role", "whole", "on rank 0", "placements", "dtype", "count"), rows)
@@ -138,7 +143,7 @@ class DryRun:
 
 
 def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title, title_justify="left", *(str(name) for name in head))
+    table = Table(*head, title=title, title_justify="left")
     for row in rows:
         table.add_row(*row)
     return table

@@ -25,7 +25,6 @@ from lightning_mue.optim.hypersphere import HyperSphereOptimizer
 from lightning_mue.parameterizations.reading.parameters import tag_roles
 from lightning_mue.sharded import is_sharded, local
 
-
 _CLIPPING, _STEPPING = "gradient clipping", "optimizer"
 #: Type of HyperSphereOptimizer's products, and so of the matrices that it sends, where it is left open: that of CUDA.
 _PRODUCTS = "float16"

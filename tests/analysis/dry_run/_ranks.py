@@ -101,7 +101,7 @@ def train(case, rank):
         "buffers": model.buffers(),
     }
     return {
-        "traffic": {row.collective: (row.count, row.sent) for row in watch.rows},
+        "traffic": {row.collective: (row.number, row.sent) for row in watch.rows},
         "held": {kind: sum(local(each).nbytes for each in tensors) for kind, tensors in held.items()},
     }
 

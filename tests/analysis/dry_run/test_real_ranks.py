@@ -47,7 +47,7 @@ def test_collectives_and_bytes_are_those_of_a_step(real, case):
     foretold = {}
     for row in dry(case).traffic:
         count, sent = foretold.get(row.collective, (0, 0))
-        foretold[row.collective] = (count + row.count, sent + row.sent)
+        foretold[row.collective] = (count + row.number, sent + row.sent)
     measured = dict(real[0][case]["traffic"])
     # Lightning broadcasts some bytes to agree on when to stop.
     if "broadcast" in measured:

@@ -53,7 +53,7 @@ def test_uneven_shards_by_hand():
     assert work.by_rank == numbers
     assert work.imbalance == pytest.approx(13 / (42 / 4))
     # Padded to eight and four rows, gathered by a ring of four: each rank passes on three parts.
-    assert {row.what: (row.count, row.sent) for row in found.traffic} == {
+    assert {row.what: (row.number, row.sent) for row in found.traffic} == {
         "FSDP weights, forward": (2, 4 * 3 * (2 * 3 + 7)),
         "FSDP gradients": (2, 4 * 3 * (2 * 3 + 7)),
     }
