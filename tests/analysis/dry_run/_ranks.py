@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_mue import MoELanguageModel, MuECallback
 from lightning_mue.analysis.dry_run.recording import Collectives
-from lightning_mue.optim import HyperSphereOptimizer
+from lightning_mue.optim import HyperSphereOptimizer, step
+from lightning_mue.optim.distributed import update
 from lightning_mue.sharded import local
 
 SEQUENCES, LENGTH, VOCABULARY = 3, 8, 67  # a vocabulary that four ranks cannot divide evenly
@@ -50,21 +51,38 @@ def model_of(case):
     )
 
 
+class _Products:
+    """Counts the FLOPs of Newton-Schulz: `m n^2` multiplications for XX^T and for its product with X, `n^3` for its square."""
+
+    def __init__(self):
+        self.flops, self.chunk = 0, step.orthogonalize_chunk
+        step.orthogonalize_chunk = update.orthogonalize_chunk = self
+
+    def __call__(self, u_Boi, schedule, *args, **kwargs):
+        n, m = sorted(u_Boi.shape[1:])
+        self.flops += 2 * len(u_Boi) * len(schedule.steps) * (2 * m * n**2 + n**3)
+        return self.chunk(u_Boi, schedule, *args, **kwargs)
+
+    def stop(self):
+        step.orthogonalize_chunk = update.orthogonalize_chunk = self.chunk
+
+
 class _Watch(Callback):
     """Records the second optimizer step: the first one sends more, to create state."""
 
     def __init__(self, micro_batches):
-        self.micro_batches, self.rows, self.seen = micro_batches, [], None
+        self.micro_batches, self.rows, self.seen, self.products = micro_batches, [], None, None
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if batch_idx == self.micro_batches:
-            self.seen = Collectives()
+            self.products, self.seen = _Products(), Collectives()
             self.seen.__enter__()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if batch_idx == 2 * self.micro_batches - 1:
             self.seen.__exit__(None, None, None)
             self.rows = self.seen.rows("step")
+            self.products.stop()
 
 
 def tokens_of(batch):
@@ -102,6 +120,7 @@ def train(case, rank):
     }
     return {
         "traffic": {row.collective: (row.number, row.sent) for row in watch.rows},
+        "flops": watch.products.flops,
         "held": {kind: sum(local(each).nbytes for each in tensors) for kind, tensors in held.items()},
     }
 

@@ -42,6 +42,13 @@ def test_each_rank_holds_what_was_foretold(real, case):
         assert held == {kind: found.memory[rank][kind] for kind in held}
 
 
+@pytest.mark.parametrize("case", ["both", "rows", "global", "ddp"])
+def test_each_rank_orthogonalizes_its_share(real, case):
+    _, work = dry(case).work
+    assert work.by_rank == [report[case]["flops"] for report in real]
+    assert case != "ddp" or work.imbalance > 1  # else the case would not tell ranks apart
+
+
 @pytest.mark.parametrize("case", ranks.CASES)
 def test_collectives_and_bytes_are_those_of_a_step(real, case):
     foretold = {}
