@@ -32,7 +32,7 @@ def test_the_file_has_the_figures_and_the_group_is_gone(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_too_little_memory_is_exit_status_1_and_names_the_largest_kind(capsys):
-    args = ["--model.depth", "1", "--world", "8", "--gib", "16", "--tensor_parallel", "8"]
+    args = ["--model.depth", "1", "--world", "8", "--gib", "16", "--tensor-parallel", "8"]
     with pytest.raises(SystemExit) as stop:
         main(["dry-run", "--config", str(CONFIGS / "trillion.yaml"), *args])
     assert stop.value.code == 1

@@ -74,15 +74,16 @@ def dry_run(
         roles: Name of a parameter -> its role in the plan.
 
     Raises:
-        ValueError: If the ranks cannot be divided so, or sizes are below 1.
+        ValueError: If the ranks cannot be divided so, sizes are below 1, or the model has no parameters.
         RuntimeError: If torch.distributed is initialized.
     """
     check_run(module, run)
-    data_parallel = run.world // run.tensor_parallel
-    with fake_world(data_parallel, run.tensor_parallel) as mesh, torch.device("meta"):
+    with fake_world(run.world // run.tensor_parallel, run.tensor_parallel) as mesh, torch.device("meta"):
         if not run.replicated:
             module._device_mesh = mesh
         module.configure_model()
+        if not any(True for _ in module.parameters()):
+            raise value_error("model", found="no parameters", expected="some, after configure_model")
         tag_roles(module)  # sharding a parameter drops the attributes noted on it
         with torch.device("cpu"):
             return _count(module, run, make_optimizers(module), roles or {})
@@ -98,13 +99,13 @@ def check_run(module: nn.Module, run: Run) -> None:
     if run.sequences is not None:
         require_positive(sequences=run.sequences)
     if run.world % run.tensor_parallel:
-        do = "Give --tensor_parallel a divisor of --world."
+        do = "Give --tensor-parallel a divisor of --world."
         expected = f"a multiple of the tensor-parallel size {run.tensor_parallel}"
         raise value_error("world", found=run.world, expected=expected, do=do)
     for name, each in module.named_modules():
         if isinstance(each, Experts) and each.n_experts % run.tensor_parallel:
             expected = f"a divisor of n_experts={each.n_experts} ({name}): every rank holds equally many experts"
-            do = "Give --tensor_parallel one, or change n_experts."
+            do = "Give --tensor-parallel one, or change n_experts."
             raise value_error("tensor_parallel", found=run.tensor_parallel, expected=expected, do=do)
 
 
@@ -155,9 +156,7 @@ def _step(module: Any, run: Run, optimizers: Sequence[Optimizer]) -> tuple[list[
                         act(optimizer)
                 rows += seen.rows(what)
             except Exception as error:  # someone's optimizer may need values
-                reason = (
-                    f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}" if str(error) else repr(error)
-                )
+                reason = repr(error).splitlines()[0][:200]
                 state = ", nor its state" if what == _STEPPING else ""
                 notes.append(f"{what}: NOT COUNTED{state}: {type(optimizer).__name__} does not run on meta ({reason})")
     return rows, notes

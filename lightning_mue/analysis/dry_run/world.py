@@ -7,14 +7,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lightning_mue.checks import mismatch, value_error
 from lightning_mue.sharded import is_sharded
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 #: Lightning's names of the dimensions of `ModelParallelStrategy`'s mesh.
 AXES = ("data_parallel", "tensor_parallel")
@@ -32,6 +34,7 @@ def fake_world(data_parallel: int, tensor_parallel: int) -> Iterator[DeviceMesh]
     if dist.is_initialized():
         do = "Make the dry run in a process of its own."
         raise RuntimeError(mismatch("process group", found="one", expected="none before a dry run", do=do))
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
 
     dist.init_process_group("fake", rank=0, world_size=data_parallel * tensor_parallel, store=FakeStore())
