@@ -30,9 +30,9 @@ from lightning_mue.cli.sweep import sweep_command
 from lightning_mue.cli.trainer import MuETrainer
 
 #: Commands that need the model's shapes only, not its weights.
-_ON_META = ("explain", "export-plan", "coord-check")
+_ON_META = ("explain", "export-plan", "dry-run", "coord-check")
 #: Option as users write it -> as the parser knows it; "+" appends to a list.
-_SPELLINGS = {"--axis": "--axis+", "--save-base": "--save_base"}
+_SPELLINGS = {"--axis": "--axis+", "--save-base": "--save_base", "--tensor-parallel": "--tensor_parallel"}
 #: Commands that are not a Trainer's: name -> what takes the rest of the command line, and one sentence for --help.
 _OTHER_COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "certify": (

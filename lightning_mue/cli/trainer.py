@@ -1,4 +1,4 @@
-"""The Trainer of ``lightning-mue``: Lightning's, with the commands ``explain``, ``export-plan`` and ``coord-check`` as methods."""
+"""The Trainer of ``lightning-mue``: Lightning's, with more commands as methods."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from rich.console import RenderableType
 from torch.optim import Optimizer
 
+from lightning_mue.analysis.dry_run.run import dry_run
 from lightning_mue.callbacks import MuECallback
 from lightning_mue.checks import value_error
 from lightning_mue.cli.coord_check import check_output, check_sizes, report, training_batches
+from lightning_mue.cli.dry_run import check_report, read_run, report_dry_run
 from lightning_mue.console import wide_console
 from lightning_mue.files import whole_file
 from lightning_mue.parameterizations import ScalingPlan
@@ -25,7 +27,7 @@ from lightning_mue.parameterizations.verifying.verify import flatten_optimizers,
 
 
 class MuETrainer(Trainer):
-    """Lightning's Trainer with three more commands."""
+    """Lightning's Trainer with the commands ``explain``, ``export-plan``, ``dry-run`` and ``coord-check``."""
 
     def explain(
         self,
@@ -89,6 +91,44 @@ class MuETrainer(Trainer):
         with whole_file(written) as part:
             part.write_text(source, encoding="utf-8")
         wide_console().print(f"{written}: {headline(plan)}", markup=False)
+
+    def dry_run(
+        self,
+        model: LightningModule,
+        world: int,
+        datamodule: LightningDataModule | None = None,
+        tensor_parallel: int | None = None,
+        sequences: int | None = None,
+        gib: float | None = None,
+        output: str | None = None,
+    ) -> None:
+        """Prints what a training on many ranks would hold and send, without the ranks and without memory for the weights.
+
+        Memory by rank and kind, collectives and bytes of a step, where each weight is, how even the optimizer's work is
+        (docs/large-runs.md). For configs of GPUs give ``--trainer.accelerator cpu`` where there is none.
+
+        Args:
+            model: The module, which may be on ``meta``.
+            world: Ranks.
+            datamodule: Its data, from which the micro-batch is taken.
+            tensor_parallel: Ranks that share a batch and divide the experts; by default those of the config's
+                ModelParallelStrategy. With a config for one device the model is sharded over all ranks.
+            sequences: Sequences in a micro-batch of one rank; by default the ``batch_size`` of the data.
+            gib: Memory of one rank in GiB. The exit status is 1 if a rank needs more.
+            output: A file, to which all figures are written as JSON.
+        """
+        check_report(gib, output)
+        sizes = {"world": world, "tensor_parallel": tensor_parallel, "sequences": sequences}
+        run = read_run(self, model, datamodule, **sizes)  # type: ignore[arg-type]
+        roles = {}
+        if (callback := self._callback("dry-run")) is not None:
+            plan = callback.make_plan(model, stand_in_optimizers(model, None), self, datamodule, trains=False)
+            roles = {each.name: str(each.role) for each in plan.parameters}
+        model.trainer = self
+        whole = self.precision_plugin.convert_module(model)
+        found = dry_run(whole, run, lambda sharded: stand_in_optimizers(sharded, None), roles)
+        if not report_dry_run(found, run, gib, output):
+            raise SystemExit(1)
 
     def coord_check(
         self,
@@ -159,6 +199,7 @@ class MuETrainer(Trainer):
 # The command's name on the command line is the method's.
 setattr(MuETrainer, "coord-check", MuETrainer.coord_check)
 setattr(MuETrainer, "export-plan", MuETrainer.export_plan)
+setattr(MuETrainer, "dry-run", MuETrainer.dry_run)
 
 
 def _no_callback(needs: str) -> ValueError:
@@ -224,9 +265,10 @@ def stand_in_optimizers(model: LightningModule, family: Family | None) -> list[O
         configured = model.configure_optimizers()
     except Exception as error:
         raise value_error(
-            "--family",
-            found=f"none, and {type(model).__name__}.configure_optimizers cannot run without a trainer ({error})",
-            expected="the family of the optimizer",
-            do="Give --family adam, sgd, sphere or muon.",
+            f"{type(model).__name__}.configure_optimizers",
+            found=f"that it cannot run without a training ({error})",
+            expected="optimizers",
+            do="Give the model an attribute `optimizer`, a function from parameters to an optimizer; or, to explain only, "
+            "give --family adam, sgd, sphere or muon.",
         ) from error
     return flatten_optimizers(configured)

@@ -253,8 +253,10 @@ class HyperSphereOptimizer(Optimizer):
         """Check once that the ranks of the process group hold replicas, at the first step with a learning rate.
 
         Not at a step with lr 0, which shares nothing: restoring takes one before the weights are loaded. All groups
-        decide, of any kind, so that a rank without matrices takes part.
+        decide, of any kind, so that a rank without matrices takes part. Weights on meta have no values to compare.
         """
+        if any(param.is_meta for group in self.param_groups for param in group["params"]):
+            return
         if self._replicas_checked or self._process_group is None or all(is_zero(g["lr"]) for g in self.param_groups):
             return
         check_replicas(self._parts(), self._process_group)
