@@ -528,7 +528,7 @@ def test_weight_norm_is_not_scaled_by_mistake():
     ("arguments", "message"),
     [
         ({"base": {"widht": 32}}, r"base\.widht: .*Did you mean 'width'"),
-        ({"base": [64]}, r"base: found \[64\], expected overrides"),
+        ({"base": [64]}, r"base: found \[64\] of type list, expected a mapping"),
         ({"base": {"width": 32}, "roles": {"(": "hidden"}}, r"roles: found '\(' .*, expected a regular expression"),
         (
             {"base": {"width": 32}, "multipliers": {"atention": "scaling"}},
@@ -537,7 +537,7 @@ def test_weight_norm_is_not_scaled_by_mistake():
     ],
 )
 def test_slips_are_told(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         plan(CausalLM("Llama", head_dim=16), **arguments)
 
 
