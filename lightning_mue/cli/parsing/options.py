@@ -64,7 +64,9 @@ class Given:
             if (name.startswith(f"--{top}.") or by_name) and name.endswith(f".{last}"):
                 return name
         inside = [key for document in self._documents() for key, _ in _walk(document) if key.startswith(top)]
-        return next((key for key in inside if key.endswith(f".{last}")), f"{top}.{rest}")
+        parts = rest.split(".")
+        ends = [".".join(["", *parts[n:]]) for n in range(len(parts))]  # the longest end that a key has tells most
+        return next((key for end in ends for key in inside if key.endswith(end)), f"{top}.{rest}")
 
     def classes(self, path: str) -> list[str]:
         """Paths of classes that could have been meant by one."""
