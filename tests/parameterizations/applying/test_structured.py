@@ -179,5 +179,5 @@ def test_only_what_changes_or_matches_is_drawn():
 
 @pytest.mark.parametrize("wrong", ["head", 3, None, ["("], [3]])
 def test_other_forms_are_refused(wrong):
-    with pytest.raises(ValueError, match=r"initialize: found .*expected true, false, 'changed' or a list"):
+    with pytest.raises(ValueError, match=r"initialize: found .*expected (true, false, 'changed' or a list|a regular)"):
         check_draws(wrong)
