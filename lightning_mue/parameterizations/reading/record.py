@@ -89,11 +89,9 @@ def _check(record: ModelRecord) -> None:
     for key in ("sizes", "inferred", "run"):
         for name, size in getattr(record, key).items():
             require_number(f"{key}.{name}", size, at_least=0)
-    for part in (*record.parameters, *record.sites):
-        if part.branch is not None and not (
-            part.branch.keys() == {"A", "E", "a", "h"} and min(part.branch.values()) > 0
-        ):
-            raise value_error("branch", found=dict(part.branch), expected="positive sizes A, E, a, h")
+    for branch in [*(info.branch for info in record.parameters), *(site.branch for site in record.sites)]:
+        if branch is not None and not (branch.keys() == {"A", "E", "a", "h"} and min(branch.values()) > 0):
+            raise value_error("branch", found=dict(branch), expected="positive sizes A, E, a, h")
     names = [info.name for info in record.parameters]
     for info in record.parameters:
         require_choice(f"{info.name}.form", info.form, get_args(Form))
