@@ -168,15 +168,17 @@ class Sweep:
 def is_far_above(loss: float, twentieth: int, others: Sequence[Entry]) -> bool:
     """Whether a run has diverged, by the training losses of other runs of its cell after as many twentieths.
 
-    That is so from a quarter of the run on, if its loss is as far above the start as the best other one's is below it. The start is
-    the median of the first losses noted. No unit of loss and no zero of it is assumed.
+    That is so from a quarter of the run on, if its loss is as far above the start as the best other one's is below it, and as far
+    as losses move within a run, which is mostly noise in runs that hardly learn. The start is the median of the first losses
+    noted. No unit of loss and no zero of it is assumed.
     """
     starts = [e.early[min(e.early)] for e in others if e.early]
     now = [e.early[twentieth] for e in others if twentieth in e.early]
     if twentieth < _JUDGED or not now:
         return False
     start, best = median(starts), min(now)
-    return best < start and loss > start + (start - best)
+    moves = median(max(e.early.values()) - min(e.early.values()) for e in others if e.early)
+    return best < start and loss > start + max(start - best, moves)
 
 
 def missing_jobs(plan: SweepPlan, entries: Sequence[Entry]) -> Iterator[Job]:

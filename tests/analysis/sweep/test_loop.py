@@ -159,6 +159,12 @@ def test_far_above_is_as_far_above_the_start_as_the_best_is_below(loss, twentiet
     assert is_far_above(loss - 7.0, twentieth, shifted) is expected
 
 
+def test_noise_of_runs_that_hardly_learn_stops_nobody():
+    others = [entry({1: 5.545, 8: 5.58, 16: 5.54}), entry({1: 5.55, 8: 5.52, 16: 5.56})]
+    assert not is_far_above(5.576, 16, others)
+    assert is_far_above(5.7, 16, others)
+
+
 def test_others_that_learned_nothing_stop_nobody():
     assert not is_far_above(99.0, 10, [entry({1: 5.0, 10: 5.0})])
 
