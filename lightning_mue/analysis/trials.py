@@ -29,7 +29,7 @@ class Trial:
         lr: Base learning rate: the one given to the optimizer, before the rule scales it.
         loss: Final loss (validation, nats unless the module logs another unit); not finite where the run diverged.
         tokens: Tokens (or samples) trained on; NaN if unknown.
-        compute: Training FLOPs, 6 x active parameters x tokens; NaN if unknown.
+        compute: Training FLOPs: those that the model declares, else 6 x active parameters x tokens; NaN if unknown.
         settings: Other searched config keys and their values.
     """
 
