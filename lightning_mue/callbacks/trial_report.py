@@ -19,10 +19,8 @@ from torch import Tensor
 from lightning_mue.callbacks.mue.run import replicas, steps
 from lightning_mue.callbacks.throughput import count_tokens
 from lightning_mue.checks import value_error
-from lightning_mue.contract import flops_per_token
 from lightning_mue.files import TRIAL_PROGRESS, TRIAL_RESULT, TRIAL_WATCHED, whole_file
-from lightning_mue.parameterizations.reading.record import describe
-from lightning_mue.parameterizations.reading.run_sizes import active_parameters
+from lightning_mue.parameterizations.reading.flops import training_flops_per_token
 
 #: Reports in a run; a window holds at least so many batches, since single bad batches may be skipped by a guard.
 _REPORTS, _WINDOW = 100, 5
@@ -134,10 +132,8 @@ class TrialReport(Callback):
 
 def _flops(module: LightningModule) -> float | None:
     """FLOPs of one token in training; None where neither the module nor its parameters tell."""
-    if (declared := flops_per_token(module)) is not None:
-        return declared
     try:
-        return 6.0 * active_parameters(describe(module).parameters)
+        return training_flops_per_token(module)
     except ValueError:
         return None
 

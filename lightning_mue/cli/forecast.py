@@ -25,9 +25,7 @@ from lightning_mue.callbacks.mue.run import run_sizes, steps
 from lightning_mue.checks import listed, require_choice, require_number, value_error
 from lightning_mue.cli.certify import read_size, read_sweeps, table_of
 from lightning_mue.console import human
-from lightning_mue.contract import flops_per_token
-from lightning_mue.parameterizations.reading.record import describe
-from lightning_mue.parameterizations.reading.run_sizes import active_parameters
+from lightning_mue.parameterizations.reading.flops import training_flops_per_token
 
 
 def forecast_command(args: Sequence[str], cli: type[LightningCLI]) -> None:
@@ -110,9 +108,7 @@ def _sizes(made: Any, given: Mapping[str, float | None]) -> dict[str, float]:
     if tokens is None:
         tokens = run_sizes(known, {}, made.trainer, made.model, made.datamodule, optimizers=1)["tokens"]
     if compute is None:
-        of_token = flops_per_token(made.model)
-        # As `lightning-mue sweep` counts where the module does not.
-        compute = (6 * active_parameters(describe(made.model).parameters) if of_token is None else of_token) * tokens
+        compute = training_flops_per_token(made.model) * tokens
     try:
         length = float(steps(made.trainer, 1))
     except LookupError:

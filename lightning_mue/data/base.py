@@ -26,6 +26,21 @@ class Splits(NamedTuple):
 class StepDataModule(LightningDataModule):
     """Where in a run a data module is: the step its training batches go on from, and its data-parallel rank."""
 
+    batch_size: int
+    seed: int | None
+
+    def _stream(self) -> dict[str, Any]:
+        """The arguments of a `StepLoader` that say which batches it gives, and from where on."""
+        rank, world_size = self._data_parallel()
+        return {
+            "batch_size": self.batch_size,
+            "seed": run_seed(self.seed),
+            "rank": rank,
+            "world_size": world_size,
+            "step": self._batches_trained(),
+            "in_flight": self._batches_in_flight,
+        }
+
     def _data_parallel(self) -> tuple[int, int]:
         """Rank and world size over which batches differ; tensor-parallel processes share a rank."""
         kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
@@ -111,17 +126,7 @@ class LanguageDataModule(StepDataModule, ABC):
         """Random windows; under `Trainer(overfit_batches=...)` fixed ones, the same in every epoch."""
         if getattr(self.trainer, "overfit_batches", 0):
             return self._fixed_loader(self._mapped().train, None)
-        rank, world_size = self._data_parallel()
-        return StepLoader(
-            self._mapped().train,
-            context_length=self.context_length,
-            batch_size=self.batch_size,
-            seed=run_seed(self.seed),
-            rank=rank,
-            world_size=world_size,
-            step=self._batches_trained(),
-            in_flight=self._batches_in_flight,
-        )
+        return StepLoader(self._mapped().train, context_length=self.context_length, **self._stream())
 
     def val_dataloader(self) -> FixedLoader:
         """Fixed windows of the validation split, the same number on every rank."""

@@ -17,7 +17,6 @@ from torch import Tensor
 from lightning_mue.checks import mismatch, require_fraction, require_integer, require_positive, value_error
 from lightning_mue.data.base import StepDataModule
 from lightning_mue.data.sampling import Int64Array, StepLoader, window_starts
-from lightning_mue.seeds import run_seed
 
 
 class ImageBatch(TypedDict):
@@ -103,16 +102,7 @@ class DigitsDataModule(StepDataModule):
         """Random images; under `Trainer(overfit_batches=...)` fixed ones, the same in every epoch."""
         if getattr(self.trainer, "overfit_batches", 0):
             return self._fixed(self._train)
-        rank, world_size = self._data_parallel()
-        return ImageStepLoader(
-            self._loaded(self._train),
-            batch_size=self.batch_size,
-            seed=run_seed(self.seed),
-            rank=rank,
-            world_size=world_size,
-            step=self._batches_trained(),
-            in_flight=self._batches_in_flight,
-        )
+        return ImageStepLoader(self._loaded(self._train), **self._stream())
 
     def val_dataloader(self) -> FixedImageLoader:
         """All validation images in a fixed order; every rank gets equally many, so at most world size - 1 are left out."""

@@ -87,9 +87,7 @@ def percent(estimate: Estimate) -> str:
         >>> percent(Estimate(0.006, 0.001, 0.0123))
         '0.60 % [0.10, 1.23]'
     """
-    if math.isnan(estimate.value):
-        return "-"
-    return f"{100 * estimate.value:.2f} % [{100 * estimate.low:.2f}, {100 * estimate.high:.2f}]"
+    return _shown(estimate, ".2f", " %", times=100)
 
 
 def octaves(estimate: Estimate) -> str:
@@ -99,13 +97,16 @@ def octaves(estimate: Estimate) -> str:
         >>> octaves(Estimate(0.5, 0.25, 0.75))
         '+0.50 [+0.25, +0.75]'
     """
-    if math.isnan(estimate.value):
-        return "-"
-    return f"{estimate.value:+.2f} [{estimate.low:+.2f}, {estimate.high:+.2f}]"
+    return _shown(estimate, "+.2f")
 
 
 def plain(estimate: Estimate) -> str:
     """A figure with its interval; "-" where it is not known."""
+    return _shown(estimate, ".2g")
+
+
+def _shown(estimate: Estimate, form: str, unit: str = "", times: float = 1) -> str:
     if math.isnan(estimate.value):
         return "-"
-    return f"{estimate.value:.2g} [{estimate.low:.2g}, {estimate.high:.2g}]"
+    value, low, high = (format(times * figure, form) for figure in (estimate.value, estimate.low, estimate.high))
+    return f"{value}{unit} [{low}, {high}]"
