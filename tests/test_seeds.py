@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
 
-from lightning_mue import MoELanguageModel, MuECallback, TextDataModule
+from lightning_mue import FlowMatchingTransformer, MoELanguageModel, MuECallback, TextDataModule
 
 
 @pytest.fixture
@@ -45,3 +47,16 @@ def test_without_one_it_is_zero(run, monkeypatch):
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
     for mine, zero in zip(run(None), run(None, seed=0), strict=True):
         assert torch.equal(mine, zero)
+
+
+def test_noise_of_training_follows_the_seed_of_the_run_and_that_of_validation_does_not(monkeypatch):
+    def seeds(everything, **own):
+        monkeypatch.setenv("PL_GLOBAL_SEED", str(everything))
+        model = FlowMatchingTransformer(width=16, depth=1, n_heads=2, **own)
+        model._trainer = SimpleNamespace(distributed_sampler_kwargs=None)
+        return [model._generator(stream, 0).initial_seed() for stream in ("train", "val")]
+
+    (train, val), (other_train, other_val) = seeds(0), seeds(1)
+    assert train != other_train
+    assert val == other_val
+    assert seeds(1, seed=0) == [train, val]

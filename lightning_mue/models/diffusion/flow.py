@@ -29,6 +29,7 @@ from lightning_mue.models.training import TrainsExperts
 from lightning_mue.models.transformer import Attention
 from lightning_mue.parameterizations.applying.keeps_multipliers import KeepsMultipliers
 from lightning_mue.parameterizations.reading.parameters import tag_roles
+from lightning_mue.seeds import run_seed
 
 #: Streams of random numbers: one seed serves all three.
 _STREAMS = ("train", "val", "sample")
@@ -71,7 +72,8 @@ class FlowMatchingTransformer(KeepsMultipliers, LoadsSafely, TrainsExperts):
         activation: Of every FFN and expert, as for `FeedForward`.
         ffn_bias: Give every FFN and expert biases.
         class_dropout: Share of training images whose class is hidden, in [0, 1); above 0 `sample` can be guided.
-        seed: Of noise, times and dropped classes, 0 or more.
+        seed: Of noise, times and dropped classes, 0 or more; None: in training that of `seed_everything`, in validation 0, so that
+            runs of several seeds are compared on the same noise.
         optimizer: From parameters to an optimizer.
         scheduler: As for `MoELanguageModel`.
         **moe: Further options of every MoE layer, as `MoELayer` and `Router` name them. They are checked in a dense model too.
@@ -104,7 +106,7 @@ class FlowMatchingTransformer(KeepsMultipliers, LoadsSafely, TrainsExperts):
         activation: str = "swiglu",
         ffn_bias: bool = False,
         class_dropout: float = 0.0,
-        seed: int = 0,
+        seed: int | None = None,
         optimizer: OptimizerCallable = _default_optimizer,
         scheduler: LRSchedulerCallable | None = None,
         **moe: Any,
@@ -249,7 +251,8 @@ class FlowMatchingTransformer(KeepsMultipliers, LoadsSafely, TrainsExperts):
         if trainer is None:
             return None
         ranks = trainer.distributed_sampler_kwargs  # tensor-parallel processes share a rank
-        key = (self.seed, _STREAMS.index(stream), number, ranks["rank"] if ranks else 0)
+        seed = run_seed(self.seed) if stream == "train" else self.seed or 0
+        key = (seed, _STREAMS.index(stream), number, ranks["rank"] if ranks else 0)
         return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
 
 
@@ -262,7 +265,8 @@ def _check(given: Mapping[str, Any]) -> None:
     factors = [name for name in given if name.endswith(("_std", "_multiplier")) and given[name] is not None]
     require_non_negative(**{name: given[name] for name in factors})
     require_number("class_dropout", given["class_dropout"], at_least=0, below=1)
-    require_integer("seed", given["seed"], 0)
+    if given["seed"] is not None:
+        require_integer("seed", given["seed"], 0)
     if given["image_size"] % given["patch_size"]:
         expected = f"a divisor of image_size={given['image_size']}"
         raise value_error("patch_size", found=given["patch_size"], expected=expected)
