@@ -27,10 +27,11 @@ def test_every_config_is_explained(run, config):
 @pytest.mark.slow
 def test_explain_for_a_trillion_parameters_takes_seconds_and_little_memory(tmp_path):
     """Under 20 s and 2 GiB, from process start to exit."""
-    code = (
-        "import json, resource, sys, time; start = time.perf_counter()\n"
+    code = (  # not ru_maxrss: Linux starts it at the peak of the process that forked, here pytest after 1000 tests
+        "import json, re, sys, time; start = time.perf_counter()\n"
         "from lightning_mue.cli.lightning_cli import main; main(sys.argv[1:])\n"
-        "json.dump([time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20], open('r.json', 'w'))"
+        "peak = re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())\n"
+        "json.dump([time.perf_counter() - start, int(peak[1]) / 2**20], open('r.json', 'w'))"
     )
     config = str(CONFIGS / "trillion.yaml")
     done = subprocess.run(
