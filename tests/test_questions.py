@@ -1,0 +1,59 @@
+"""The commands of the page of questions: those that show a plan run, and show what the answer says; sweeps are planned."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+
+import pytest
+from helpers.pages import ROOT, blocks, command, printed, run_here
+
+from lightning_mue.cli import sweep
+
+LINES = [shlex.split(line)[1:] for kind, text in blocks("questions.md") if kind == "bash" for line in text.splitlines()]
+#: A word of the line -> what its table shows: role and factors, or a line below it.
+SHOWN = {
+    "tokens: 819200": r"embedding .* std \S+ +0\.5 +0\.5 ",
+    "n_experts 64": r"expert_up .* 0\.25 +4 +0\.00781 ",
+    "alpha 0.5": r"hidden .* 0\.177 +4 ",
+    "n_heads 2": r"forward multiplier +blocks\.\*\.attention\.core\.scale = 0\.0442",
+    "tie_embeddings true": r"forward multiplier +output_multiplier = 0\.25",
+    "hyperp-paper": r"unembedding .* hyperp",
+    "initialize false": r"as it is",
+}
+
+
+def test_the_page_has_a_command_for_every_answer():
+    answers = (ROOT / "docs" / "questions.md").read_text(encoding="utf-8").split("\n## ")[1:]
+    without = [answer.splitlines()[0] for answer in answers if "```bash" not in answer and "See it" not in answer]
+    assert len(answers) >= 10
+    assert without == []
+
+
+@pytest.mark.slow
+def test_every_plan_is_shown(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    lines = [line for line in LINES if line[0] == "explain"]
+    for line in lines:
+        told = printed(lambda line=line: command(line))
+        expected = [pattern for words, pattern in SHOWN.items() if words in " ".join(line).replace("--mue.", "")]
+        assert len(expected) == 1, line
+        assert re.search(expected[0], told), (line, told)
+    assert len(lines) == len(SHOWN)
+
+
+@pytest.mark.slow
+def test_every_other_command_is_one(monkeypatch):
+    """Sweeps and checks up to their first training."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(subprocess, "run", run_here)
+    monkeypatch.setattr(sweep, "check_builds", lambda plan, cli: None)
+    planned = []
+    monkeypatch.setattr(sweep, "_run", lambda options, plan: planned.append(plan))
+    others = [line for line in LINES if line[0] != "explain"]
+    for line in others:
+        end = ["--print_config"] if line[0] == "coord-check" else []
+        printed(lambda line=line, end=end: command([*line, *end]))
+    assert len(planned) == sum(line[0] == "sweep" for line in others) == 2
+    assert all(plan.seeds == 3 for plan in planned)
