@@ -14,13 +14,13 @@ from lightning_mue.cli import sweep
 LINES = [shlex.split(line)[1:] for kind, text in blocks("questions.md") if kind == "bash" for line in text.splitlines()]
 #: A word of the line -> what its table shows: role and factors, or a line below it.
 SHOWN = {
-    "tokens: 819200": r"embedding .* std \S+ +0\.5 +0\.5 ",
-    "n_experts 64": r"expert_up .* 0\.25 +4 +0\.00781 ",
-    "alpha 0.5": r"hidden .* 0\.177 +4 ",
-    "n_heads 2": r"forward multiplier +blocks\.\*\.attention\.core\.scale = 0\.0442",
-    "tie_embeddings true": r"forward multiplier +output_multiplier = 0\.25",
-    "hyperp-paper": r"unembedding .* hyperp",
-    "initialize false": r"as it is",
+    "tokens: 819200": r"embedding .* std 1 +0\.5 +0\.5 ",
+    "n_experts 64": r"expert_up .* 0\.25 +4 +0\.003997 ",
+    "alpha 0.5": r"hidden .* 0\.1768 +4 ",
+    "n_heads 2": r"forward multiplier +transformer\.blocks\.\*\.attention\.core\.scale = 0\.04419",
+    "tie_embeddings true": r"unembedding .* 1 +1 +0\.25 (.*\n)*.*unembedding\.output_multiplier = 0\.25",
+    "hyperp-paper": r"unembedding .* 0\.25 │ +0\.12 │ +0\.25 ",
+    "initialize false": r"hidden .* 0\.25 +4 ",
 }
 
 
