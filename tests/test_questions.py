@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-import shlex
 import subprocess
 
 import pytest
-from helpers.pages import ROOT, blocks, command, printed, run_here
+from helpers.pages import ROOT, blocks, command, lines, printed, run_here
 
 from lightning_mue.cli import sweep
 
-LINES = [shlex.split(line)[1:] for kind, text in blocks("questions.md") if kind == "bash" for line in text.splitlines()]
+LINES = [line[1:] for kind, text in blocks("questions.md") if kind == "bash" for line in lines(text)]
 #: A word of the line -> what its table shows: role and factors, or a line below it.
 SHOWN = {
     "tokens: 819200": r"embedding .* std 1 +0\.5 +0\.5 ",
@@ -34,13 +33,13 @@ def test_the_page_has_a_command_for_every_answer():
 @pytest.mark.slow
 def test_every_plan_is_shown(monkeypatch):
     monkeypatch.chdir(ROOT)
-    lines = [line for line in LINES if line[0] == "explain"]
-    for line in lines:
+    plans = [line for line in LINES if line[0] == "explain"]
+    for line in plans:
         told = printed(lambda line=line: command(line))
         expected = [pattern for words, pattern in SHOWN.items() if words in " ".join(line).replace("--mue.", "")]
         assert len(expected) == 1, line
         assert re.search(expected[0], told), (line, told)
-    assert len(lines) == len(SHOWN)
+    assert len(plans) == len(SHOWN)
 
 
 @pytest.mark.slow

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from helpers.pages import ROOT, blocks, command, printed, run_here
+from helpers.pages import ROOT, blocks, command, lines, printed, run_here
 
 from lightning_mue.analysis.certificate import certify
 from lightning_mue.analysis.sweep import runner
@@ -69,9 +68,9 @@ def follow(kind, text, names):
         return ""
     if kind == "python":
         return printed(lambda: exec(compile(quick(text), "<tutorial>", "exec"), names))
-    lines = [shlex.split(line) for line in quick(text).splitlines()]
-    assert all(line[:2] == ["pip", "install"] or line[0] == "lightning-mue" for line in lines)
-    return printed(lambda: [command(line[1:]) for line in lines if line[0] == "lightning-mue"])
+    called = lines(quick(text))
+    assert all(line[:2] == ["pip", "install"] or line[0] == "lightning-mue" for line in called)
+    return printed(lambda: [command(line[1:]) for line in called if line[0] == "lightning-mue"])
 
 
 def lines_of(text):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import shlex
 import subprocess
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -19,6 +20,11 @@ def blocks(page: str) -> list[tuple[str, str]]:
     """(language, text) of each fenced block of a page in docs, in order."""
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     return re.findall(r"```(\w+)\n(.*?)```", text, flags=re.DOTALL)
+
+
+def lines(text: str) -> list[list[str]]:
+    """The words of each command of a bash block, which a backslash continues on the next line."""
+    return [shlex.split(line) for line in text.replace("\\\n", " ").splitlines()]
 
 
 def printed(action) -> str:
