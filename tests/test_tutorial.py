@@ -12,13 +12,15 @@ from typing import ClassVar
 
 import pytest
 import yaml
-from helpers.pages import ROOT, blocks, command, lines, printed, run_here
+from helpers.pages import ROOT, command, lines, printed, run_here, sections
 
 from lightning_mue.analysis.sweep import runner
 from lightning_mue.analysis.trials import read_trials
 from lightning_mue.files import TRIAL_RESULT
 from lightning_mue.health.report import read_runs
 
+#: The introduction, and the steps.
+SECTIONS = sections("tutorial.md")
 #: What makes the page quick. Rates lie so far apart that the best is the middle one, whatever the number of steps.
 TOY = {
     r"max_steps=100, limit_val_batches=20": "max_steps=4, limit_val_batches=1, enable_progress_bar=False",
@@ -108,20 +110,40 @@ def _reader(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("_reader")
-def test_every_block_runs_and_tables_are_as_shown():
+def read(parts):
+    """Follows the blocks of sections; returns how many tables of a plan are as shown, which does not depend on the steps."""
     names: dict = {}
     told, tables = "", 0
-    for kind, text in blocks("tutorial.md"):
+    for kind, text in (block for part in parts for block in part):
         if kind != "text":
             told = follow(kind, text, names)
-        elif "role" in text and "shape" in text:  # a plan does not depend on the number of steps
+        elif "role" in text and "shape" in text:
             tables += 1
             assert [line for line in lines_of(text) if line not in lines_of(told)] == []
-    assert tables == 2
+    return tables
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_reader")
+def test_from_the_dense_model_to_the_plan_of_the_target():
+    assert read(SECTIONS[:7]) == 2
+    assert len(read_trials("base/trials.csv")) == 1
+    assert Path("coordinates.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_reader")
+def test_from_the_sweep_over_sizes_to_larger_machines():
+    for kind, text in (block for section in SECTIONS[:7] for block in section):
+        if kind in ("python", "yaml") and text.startswith("# "):
+            follow(kind, text, {})  # the files, without what was done with them
+    assert read(SECTIONS[7:]) == 0
     assert {trial.size["width"] for trial in read_trials("path/trials.csv")} == {32, 64, 96, 128}
     assert sorted(Here.trained) == [32, 64, 96, 128]
-    assert len(read_trials("base/trials.csv")) == 1
     assert len(read_runs(["logs/moe"])) == 1
     assert Path("report.html").stat().st_size > 10_000
+
+
+def test_each_step_of_the_page_has_blocks():
+    assert len(SECTIONS) == 12
+    assert all(SECTIONS)

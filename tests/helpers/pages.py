@@ -16,10 +16,15 @@ ROOT = Path(__file__).parents[2]
 _RUN = subprocess.run
 
 
+def sections(page: str) -> list[list[tuple[str, str]]]:
+    """(language, text) of each fenced block of a page in docs, in order, by the headings that they stand under."""
+    parts = (ROOT / "docs" / page).read_text(encoding="utf-8").split("\n## ")
+    return [re.findall(r"```(\w+)\n(.*?)```", part, flags=re.DOTALL) for part in parts]
+
+
 def blocks(page: str) -> list[tuple[str, str]]:
-    """(language, text) of each fenced block of a page in docs, in order."""
-    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
-    return re.findall(r"```(\w+)\n(.*?)```", text, flags=re.DOTALL)
+    """The same of the whole page."""
+    return [block for section in sections(page) for block in section]
 
 
 def lines(text: str) -> list[list[str]]:
