@@ -27,7 +27,7 @@ TOY = {
     r"max_steps: 100": "max_steps: 6",
     r"max_steps 100 (.*)limit_val_batches 20": r"max_steps 4 \1limit_val_batches 1 --extend 0",
     r"val_check_interval: 50": "val_check_interval: 3",
-    r"limit_val_batches: 20": "limit_val_batches: 1",
+    r"limit_val_batches: 20": "limit_val_batches: 0.04",
     r"\[0.008, 0.016, 0.032\]": "[0.001, 0.03, 0.6]",
     r"--lr 0.002,0.004,0.008,0.016,0.032": "--lr 0.03",
     r"--lr 0.008,0.016,0.032 --seeds 3": "--lr 0.001,0.03,0.6 --seeds 2 --extend 0 --jobs 1",
