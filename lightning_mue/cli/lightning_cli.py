@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_mue.callbacks import MuECallback, ThroughputMonitor
 from lightning_mue.callbacks.checkpointing.callback import TERMINATED, resume_path
+from lightning_mue.callbacks.checkpointing.plain import PlainCheckpoints
 from lightning_mue.callbacks.trial_report import TrialReport
 from lightning_mue.checks import value_error
 from lightning_mue.class_paths import check_class_paths
@@ -24,6 +25,7 @@ from lightning_mue.cli.parsing.groups import add_groups, with_groups
 from lightning_mue.cli.parsing.parser import BriefParser
 from lightning_mue.cli.parsing.raised import KINDS, message_of
 from lightning_mue.cli.parsing.values import check_checkpoint, check_values
+from lightning_mue.cli.parsing.words import check_words
 from lightning_mue.cli.report import report_command
 from lightning_mue.cli.summary import summarize
 from lightning_mue.cli.sweep import sweep_command
@@ -33,6 +35,8 @@ from lightning_mue.cli.trainer import MuETrainer
 _ON_META = ("explain", "export-plan", "dry-run", "coord-check")
 #: Option as users write it -> as the parser knows it; "+" appends to a list.
 _SPELLINGS = {"--axis": "--axis+", "--save-base": "--save_base", "--tensor-parallel": "--tensor_parallel"}
+#: Of several configs, each overrides those before it.
+_REPEATABLE = ("--config", "-c", "--axis")
 #: Commands that are not a Trainer's: name -> what takes the rest of the command line, and one sentence for --help.
 _OTHER_COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "certify": (
@@ -80,11 +84,9 @@ class MuECLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Reads the command line, in which ``--axis`` may be given several times."""
         if args is None or isinstance(args, list):
-            given = sys.argv[1:] if args is None else args
-            BriefParser.given, BriefParser.commands = (
-                [str(arg) for arg in given],
-                [*self.subcommands(), *_OTHER_COMMANDS],
-            )
+            given = [str(arg) for arg in (sys.argv[1:] if args is None else args)]
+            BriefParser.given, BriefParser.commands = given, [*self.subcommands(), *_OTHER_COMMANDS]
+            check_words(given, _REPEATABLE)
             self.config = parser.parse_args([_spelled(arg) for arg in given])
         else:
             super().parse_arguments(parser, args)
@@ -111,15 +113,19 @@ class MuECLI(LightningCLI):
             arguments["ckpt_path"] = resume_path(self.trainer)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Makes the trainer, with a ThroughputMonitor unless the config has one or asks for a barebones trainer."""
+        """Makes the trainer, with a ThroughputMonitor unless the config has one or asks for a barebones trainer.
+
+        No checkpoint that it loads may run code.
+        """
         configured = self._get(self.config_init, "trainer.callbacks") or []
         callbacks = configured if isinstance(configured, list) else [configured]
         if (count := sum(isinstance(callback, MuECallback) for callback in callbacks)) > 1:
             do = "Remove all but one; --mue.KEY VALUE changes an argument of the config's."
             raise value_error("trainer.callbacks", found=f"{count} MuECallbacks", expected="one", do=do)
         has_one = any(isinstance(callback, ThroughputMonitor) for callback in callbacks)
+        self.trainer_defaults = {"callbacks": [PlainCheckpoints()]}
         if not has_one and not self._get(self.config_init, "trainer.barebones"):
-            self.trainer_defaults = {"callbacks": [ThroughputMonitor()]}
+            self.trainer_defaults["callbacks"].append(ThroughputMonitor())
         if self._get(self.config_init, "ckpt_path") == "auto":
             # The same command again meets the configuration that it saved. Without a logger, it is saved where users keep theirs.
             name = {} if self._get(self.config_init, "trainer.logger") else {"config_filename": "saved_config.yaml"}
