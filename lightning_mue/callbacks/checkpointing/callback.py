@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_mue.callbacks.checkpointing import folder
+from lightning_mue.callbacks.checkpointing.buckets import BucketOrder
 from lightning_mue.callbacks.checkpointing.plain import refuse_code
 from lightning_mue.callbacks.checkpointing.random_states import random_states, restore_random_states
 from lightning_mue.callbacks.checkpointing.signals import Requests
@@ -25,6 +26,8 @@ from lightning_mue.namespaces import is_lightning
 
 #: In a checkpoint: each rank's random states.
 _RANDOM = "lightning_mue_random_states"
+#: In a checkpoint: the order of DDP's buckets.
+_BUCKETS = "lightning_mue_bucket_order"
 #: Exit status of a program that SIGTERM ended: 128 + 15.
 TERMINATED = 143
 #: Longest wait for a write when the run ends by an error: the other ranks may be gone.
@@ -66,7 +69,7 @@ class SafeCheckpoint(Checkpoint):
                 raise value_error("keep_every", found=keep_every, expected=expected, do="No other steps are saved.")
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.every_n_train_steps, self.keep_last, self.keep_every = every_n_train_steps, keep_last, keep_every
-        self._requests, self._writer = Requests(), Writer()
+        self._requests, self._writer, self._buckets = Requests(), Writer(), BucketOrder()
         self._groups: list[Any] = []
         self._step = self._saved = 0
         self._stopping = False
@@ -80,7 +83,7 @@ class SafeCheckpoint(Checkpoint):
 
         Every byte of it is read; damaged ones are warned of and passed over.
         """
-        found = _newest(Path(dirpath), contents=True)
+        found = folder.newest(Path(dirpath), contents=True)
         return None if found is None else str(folder.path_for_lightning(found))
 
     def resume_path(self, trainer: Trainer) -> str | None:
@@ -90,7 +93,7 @@ class SafeCheckpoint(Checkpoint):
         """
         dirpath = self._dirpath(trainer)
         alone = trainer.world_size == 1 or not self._is_sharded(trainer)
-        found = _newest(dirpath, contents=alone)
+        found = folder.newest(dirpath, contents=alone)
         if found is None:
             rank_zero_info(f"ckpt_path: auto: no checkpoint in {dirpath}, so the run starts at step 0")
             return None
@@ -105,7 +108,7 @@ class SafeCheckpoint(Checkpoint):
             ValueError: The strategy keeps its state in another way, there is a second SafeCheckpoint, or the checkpoint to load
                 is not plain data.
         """
-        self._stopping, self._random = False, None
+        self._stopping, self._random, self._buckets = False, None, BucketOrder()
         refuse_code(trainer.ckpt_path)
         if stage != "fit":
             return
@@ -125,7 +128,7 @@ class SafeCheckpoint(Checkpoint):
         Raises:
             ValueError: Its bytes are not those that were written.
         """
-        self._random = checkpoint.get(_RANDOM)
+        self._random, self._buckets.names = checkpoint.get(_RANDOM), dict.fromkeys(checkpoint.get(_BUCKETS, ()))
         found = folder.folder_of(trainer.ckpt_path)
         if found is None or found == self._sound:
             return
@@ -135,12 +138,15 @@ class SafeCheckpoint(Checkpoint):
             return
         # The ranks share the reading.
         parts: list[Any] = [None] * trainer.world_size
-        dist.all_gather_object(parts, _words(found, trainer.global_rank, trainer.world_size), group=group)
+        dist.all_gather_object(
+            parts, folder.words_of_damages(found, trainer.global_rank, trainer.world_size), group=group
+        )
         folder.refuse_damaged(found, [each for part in parts for each in part])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listens to signals, and goes on with the random numbers where the checkpoint left them."""
         self._requests.listen(trainer)
+        self._buckets.begin(trainer)
         self._step = self._saved = steps_done(trainer)
         if self._random is not None and len(self._random) == trainer.world_size:
             restore_random_states(self._random[trainer.global_rank])
@@ -160,6 +166,7 @@ class SafeCheckpoint(Checkpoint):
         Raises:
             SIGTERMException: SIGTERM came, and the run is saved; the program's exit status is then 143.
         """
+        self._buckets.end()
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._tell()
@@ -203,7 +210,7 @@ class SafeCheckpoint(Checkpoint):
         self._tell()
         self._saved = self._step
         state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-        state[_RANDOM] = self._all_random_states(trainer)
+        state[_RANDOM], state[_BUCKETS] = self._all_random_states(trainer), list(self._buckets.names)
         assert self.dirpath is not None
         group = self._groups[1] if self._is_sharded(trainer) else None
         to = Target(self.dirpath, self._step, self.keep_last, self.keep_every, trainer.global_rank, group)
@@ -254,25 +261,6 @@ def resume_path(trainer: Trainer) -> str | None:
             return callback.resume_path(trainer)
     found, do = "auto, and no SafeCheckpoint among trainer.callbacks", "Add lightning_mue.callbacks.SafeCheckpoint."
     raise value_error("ckpt_path", found=found, expected="one, whose folder is searched", do=do)
-
-
-def _newest(dirpath: Path, *, contents: bool) -> Path | None:
-    """The newest checkpoint without damage, of those in a folder."""
-    for _, found in reversed(folder.complete(dirpath)):
-        try:
-            folder.refuse_damaged(found, folder.damages(found, contents=contents))
-            return found
-        except ValueError as error:
-            rank_zero_warn(f"{error} The one before is taken now.")
-    return None
-
-
-def _words(found: Path, part: int, parts: int) -> list[str]:
-    """Damages in a part of a checkpoint; those of its manifest too."""
-    try:
-        return list(folder.damages(found, part, parts))
-    except ValueError as error:
-        return [str(error)]
 
 
 def _refuse_unsupported(trainer: Trainer) -> None:

@@ -1,6 +1,7 @@
-"""Distributed checkpoints as plain data: torch unpickles their table of contents and whatever is no tensor, with all that pickles may call.
+"""Distributed checkpoints as plain data.
 
-Both are read here first, by readers that know a few classes and no functions, before torch or Lightning touch them.
+torch unpickles their table of contents and all that is no tensor, and a pickle may call anything. Both are read here first, by
+readers that know a few classes and no functions, before torch or Lightning touch them.
 """
 
 from __future__ import annotations

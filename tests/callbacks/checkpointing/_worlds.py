@@ -7,13 +7,12 @@ in float64, so that sums in another order agree to far less than 1e-6.
 from __future__ import annotations
 
 import functools
-import os
 import sys
-import traceback
 import warnings
 from pathlib import Path
 
 import torch
+from helpers.processes import fork
 from helpers.sharded_models import ShardedLanguageModel
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -114,40 +113,18 @@ def of_world(folder, world):
     return found
 
 
-def run(folder, world, rank):
-    """One rank of a world."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "GROUP_RANK": 0}
-    names |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "worlds"}
-    os.environ.update({name: str(value) for name, value in names.items()})
-    torch.distributed.init_process_group("gloo", f"file://{folder}/store-{world}", rank=rank, world_size=world)
-    found = of_world(folder, world)
-    if rank == 0:
-        torch.save(found, folder / f"world{world}.pt")
-    torch.distributed.barrier()
-
-
 def main(folder):
-    """World after world; the ranks share this process's imports."""
+    """World after world."""
     for world in (4, 2, 3):
-        children = []
-        for rank in range(world):
-            if child := os.fork():
-                children.append(child)
-                continue
-            status = 1
-            try:
-                run(folder, world, rank)
-                status = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(status)
-        if any(os.waitpid(child, 0)[1] for child in children):
-            raise SystemExit(f"a world of {world} failed")
+
+        def act(rank, world=world):
+            warnings.simplefilter("ignore")
+            torch.set_default_dtype(torch.float64)
+            found = of_world(folder, world)
+            if rank == 0:
+                torch.save(found, folder / f"world{world}.pt")
+
+        fork(world, act, folder)
 
 
 if __name__ == "__main__":
