@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_mue.callbacks import MuECallback, ThroughputMonitor
 from lightning_mue.callbacks.checkpointing.callback import TERMINATED, resume_path
-from lightning_mue.callbacks.checkpointing.plain import PlainCheckpoints
+from lightning_mue.callbacks.checkpointing.plain import load_plain_only
 from lightning_mue.callbacks.trial_report import TrialReport
 from lightning_mue.checks import value_error
 from lightning_mue.class_paths import check_class_paths
@@ -60,6 +60,10 @@ class MuECLI(LightningCLI):
     """
 
     def __init__(self, args: Any = None, run: bool = True) -> None:
+        given = sys.argv[1:] if args is None else args
+        if run and isinstance(given, list) and given and given[0] in (every := self.subcommands()):
+            # The parser of a command takes a third of a second: the others are not made.
+            self.subcommands = lambda: {given[0]: every[given[0]]}  # type: ignore[method-assign]
         super().__init__(
             LightningModule,
             trainer_class=MuETrainer,
@@ -85,7 +89,7 @@ class MuECLI(LightningCLI):
         """Reads the command line, in which ``--axis`` may be given several times."""
         if args is None or isinstance(args, list):
             given = [str(arg) for arg in (sys.argv[1:] if args is None else args)]
-            BriefParser.given, BriefParser.commands = given, [*self.subcommands(), *_OTHER_COMMANDS]
+            BriefParser.given, BriefParser.commands = given, [*type(self).subcommands(), *_OTHER_COMMANDS]
             check_words(given, _REPEATABLE)
             self.config = parser.parse_args([_spelled(arg) for arg in given])
         else:
@@ -113,24 +117,22 @@ class MuECLI(LightningCLI):
             arguments["ckpt_path"] = resume_path(self.trainer)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Makes the trainer, with a ThroughputMonitor unless the config has one or asks for a barebones trainer.
-
-        No checkpoint that it loads may run code.
-        """
+        """Makes the trainer, with a ThroughputMonitor unless the config has one or asks for a barebones trainer."""
         configured = self._get(self.config_init, "trainer.callbacks") or []
         callbacks = configured if isinstance(configured, list) else [configured]
         if (count := sum(isinstance(callback, MuECallback) for callback in callbacks)) > 1:
             do = "Remove all but one; --mue.KEY VALUE changes an argument of the config's."
             raise value_error("trainer.callbacks", found=f"{count} MuECallbacks", expected="one", do=do)
         has_one = any(isinstance(callback, ThroughputMonitor) for callback in callbacks)
-        self.trainer_defaults = {"callbacks": [PlainCheckpoints()]}
         if not has_one and not self._get(self.config_init, "trainer.barebones"):
-            self.trainer_defaults["callbacks"].append(ThroughputMonitor())
+            self.trainer_defaults = {"callbacks": [ThroughputMonitor()]}
         if self._get(self.config_init, "ckpt_path") == "auto":
             # The same command again meets the configuration that it saved. Without a logger, it is saved where users keep theirs.
             name = {} if self._get(self.config_init, "trainer.logger") else {"config_filename": "saved_config.yaml"}
             self.save_config_kwargs = {**self.save_config_kwargs, "overwrite": True, **name}
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        load_plain_only(trainer)
+        return trainer
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """A configuration may name any checkpoint, also at a URL, so only plain data is read from it."""

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_mue.callbacks.checkpointing import folder
 from lightning_mue.callbacks.checkpointing.buckets import BucketOrder
-from lightning_mue.callbacks.checkpointing.plain import refuse_code
+from lightning_mue.callbacks.checkpointing.plain import load_plain_only
 from lightning_mue.callbacks.checkpointing.random_states import random_states, restore_random_states
 from lightning_mue.callbacks.checkpointing.signals import Requests
 from lightning_mue.callbacks.checkpointing.writing import Target, Writer, write_shards, write_whole
@@ -105,11 +105,10 @@ class SafeCheckpoint(Checkpoint):
         """Refuses what cannot be saved, and takes its place as the last of the callbacks.
 
         Raises:
-            ValueError: The strategy keeps its state in another way, there is a second SafeCheckpoint, or the checkpoint to load
-                is not plain data.
+            ValueError: The strategy keeps its state in another way, or there is a second SafeCheckpoint.
         """
         self._stopping, self._random, self._buckets = False, None, BucketOrder()
-        refuse_code(trainer.ckpt_path)
+        load_plain_only(trainer)
         if stage != "fit":
             return
         _refuse_unsupported(trainer)

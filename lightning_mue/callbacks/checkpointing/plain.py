@@ -6,6 +6,7 @@ readers that know a few classes and no functions, before torch or Lightning touc
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import pickle
@@ -13,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, ReadItem, load
+from lightning.pytorch import Trainer
+from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner, FileSystemReader, ReadItem, load
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta
 
 from lightning_mue.checks import brief, value_error
@@ -48,22 +49,24 @@ def refuse_code(ckpt_path: str | os.PathLike[str] | None) -> None:
         contents = _Reader(folder).read_metadata()
         names = [name for name, kind in contents.state_dict_metadata.items() if isinstance(kind, BytesStorageMetadata)]
         load(dict.fromkeys(names), storage_reader=_Reader(folder), planner=_Planner(), no_dist=True)
-    except Exception as error:  # whatever reading a damaged or forged file raises
+    except (Exception, CheckpointException) as error:  # whatever reading a damaged or forged file raises
         found = f"{str(folder)!r}, which cannot be read as plain data ({brief(error)})"
         expected = "a distributed checkpoint of tensors, numbers and text"
         raise value_error("ckpt_path", found=found, expected=expected, do=_DO) from error
 
 
-class PlainCheckpoints(Callback):
-    """Holds every checkpoint that a run loads to `refuse_code`, also those that Lightning finds by itself (``last``, ``hpc``)."""
+def load_plain_only(trainer: Trainer) -> None:
+    """Holds every checkpoint that a trainer loads to `refuse_code`, those that Lightning finds (``last``, ``hpc``) included."""
+    loads = trainer.strategy.load_checkpoint
+    if not getattr(loads, "refuses_code", False):
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Comes before the loading.
+        @functools.wraps(loads)
+        def load(checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+            refuse_code(checkpoint_path)
+            return loads(checkpoint_path, *args, **kwargs)
 
-        Raises:
-            ValueError: The checkpoint is not plain data.
-        """
-        refuse_code(trainer.ckpt_path)
+        load.refuses_code = True  # type: ignore[attr-defined]
+        trainer.strategy.load_checkpoint = load  # type: ignore[method-assign]
 
 
 class _Unpickler(pickle.Unpickler):

@@ -24,12 +24,14 @@ def nearest(key: str, known: Iterable[str]) -> str:
 
     Near is one that differs in case or a few letters, that differs so in the last part of its path, or that begins like this.
     """
-    key, small = key.lower(), {name.lower(): name for name in reversed(list(known))}
+    small = {name.lower(): name for name in reversed(list(known))}
+    key = key.lower()
     close = difflib.get_close_matches(key, small, n=1, cutoff=0.75)
     if not close:
         last = {name.rpartition(".")[2].removeprefix("--"): name for name in small}
         near = difflib.get_close_matches(key.rpartition(".")[2].removeprefix("--"), last, n=1, cutoff=0.7)
-        close = [last[name] for name in near] or [name for name in reversed(small) if key and name.startswith(key)]
+        begins = f"--{key.removeprefix('--')}" if key else "nothing"
+        close = [last[name] for name in near] or [name for name in reversed(small) if name.startswith(begins)]
     return f"Did you mean {small[close[0]]!r}?" if close else ""
 
 

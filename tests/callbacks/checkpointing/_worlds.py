@@ -18,7 +18,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from lightning_mue import MuECallback, SafeCheckpoint
+from lightning_mue import SafeCheckpoint
 from lightning_mue.optim import HyperSphereOptimizer
 from lightning_mue.sharded import whole
 
@@ -67,8 +67,8 @@ class Notes(Callback):
         self.at[trainer.global_step] = state_of(trainer, pl_module)
 
 
-def fit(folder, optimizer, world, steps, ckpt_path=None):
-    """Trains up to a step, and returns the states; the folder gets checkpoints of both kinds after each step."""
+def fit(folder, optimizer, world, steps, saved, ckpt_path=None):
+    """Trains up to a step, and returns the states; the folder gets checkpoints of both kinds of one step."""
     torch.manual_seed(world)  # other weights at the start
     model = Divided(**SIZES, scoring="sigmoid", balance="none", optimizer=OPTIMIZERS[optimizer])
     notes = Notes()
@@ -82,9 +82,8 @@ def fit(folder, optimizer, world, steps, ckpt_path=None):
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[
-            MuECallback(rule="sp", verbose=False),
-            SafeCheckpoint(folder / "SafeCheckpoint", every_n_train_steps=1, keep_last=9),
-            ModelCheckpoint(folder / "Lightning", filename="{step}", every_n_train_steps=1, save_top_k=-1),
+            SafeCheckpoint(folder / "SafeCheckpoint", every_n_train_steps=saved, keep_last=9),
+            ModelCheckpoint(folder / "Lightning", filename="{step}", every_n_train_steps=saved, save_top_k=-1),
             notes,
         ],
     )
@@ -102,14 +101,14 @@ def of_world(folder, world):
     found = {}
     for name in OPTIMIZERS:
         if world == 4:
-            found[name] = fit(folder / f"{name}-4", name, 4, LAST)
+            found[name] = fit(folder / f"{name}-4", name, 4, LAST, FIRST)
             continue
         source, step, end = (4, FIRST, SECOND) if world == 2 else (2, SECOND, LAST)
         for kind in KINDS:
             # Each kind of checkpoint has a line of its own; 4 ranks have written both.
             source_folder = folder / (f"{name}-4" if source == 4 else f"{name}-2-{kind}")
             path = checkpoint(source_folder, kind, step)
-            found[name, kind] = fit(folder / f"{name}-{world}-{kind}", name, world, end, path)
+            found[name, kind] = fit(folder / f"{name}-{world}-{kind}", name, world, end, SECOND, path)
     return found
 
 

@@ -7,16 +7,16 @@ import os
 import pickle
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
 from torch.distributed.checkpoint.metadata import Metadata
 
 from lightning_mue import SafeCheckpoint
-from lightning_mue.callbacks.checkpointing.plain import PlainCheckpoints, refuse_code
+from lightning_mue.callbacks.checkpointing.plain import refuse_code
 
 MARKER = "the_payload_ran"
 
@@ -86,14 +86,13 @@ def test_it_runs_nothing(case):
     trainer = Trainer(accelerator="cpu", logger=False, callbacks=[SafeCheckpoint()], enable_progress_bar=False)
     for load in (
         lambda: refuse_code("saved"),
-        lambda: PlainCheckpoints().setup(SimpleNamespace(ckpt_path="saved"), None, "test"),
-        lambda: trainer.fit(LightningModule(), [0], ckpt_path="saved"),
+        lambda: trainer.fit(BoringModel(), ckpt_path="saved"),
     ):
         with pytest.raises(ValueError, match=r"^ckpt_path: found 'saved', which cannot be read as plain data"):
             load()
         assert not Path(MARKER).exists()
     # A control: torch runs it.
-    with contextlib.suppress(Exception):  # after the payload, there is no table
+    with contextlib.suppress(Exception, dcp.CheckpointException):  # after the payload, there is no table
         dcp.load({**STATE, "weight": torch.zeros(3, 5)}, checkpoint_id="saved", no_dist=True)
     assert Path(MARKER).exists()
 
