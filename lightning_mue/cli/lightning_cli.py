@@ -25,7 +25,7 @@ from lightning_mue.cli.parsing.groups import add_groups, with_groups
 from lightning_mue.cli.parsing.parser import BriefParser
 from lightning_mue.cli.parsing.raised import KINDS, message_of
 from lightning_mue.cli.parsing.values import check_checkpoint, check_values
-from lightning_mue.cli.parsing.words import check_words
+from lightning_mue.cli.parsing.words import check_environment, check_words
 from lightning_mue.cli.report import report_command
 from lightning_mue.cli.summary import summarize
 from lightning_mue.cli.sweep import sweep_command
@@ -173,6 +173,7 @@ def main(args: list[str] | None = None) -> None:
     """
     given = sys.argv[1:] if args is None else args
     try:
+        check_environment()
         if given and given[0] in _OTHER_COMMANDS:
             _OTHER_COMMANDS[given[0]][0](given[1:])
         else:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from lightning_mue.cli.lightning_cli import MuECLI
 from lightning_mue.cli.parsing.options import nearest
-from lightning_mue.cli.parsing.words import check_words
+from lightning_mue.cli.parsing.words import check_environment, check_words
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "debug.yaml"
@@ -116,6 +117,25 @@ def test_keys_that_are_merged_may_come_twice_and_so_do_none_of_ours(tmp_path):
     assert len(files) > 5
     for file in files:
         check_words(["--config", str(file)], ())
+
+
+def test_a_variable_that_nothing_reads_is_refused(run, monkeypatch):
+    monkeypatch.setenv("LIGHTNING_MUE_CASHE", "x")
+    status, out = run("report", "x")
+    assert status == 2
+    assert "LIGHTNING_MUE_CASHE: found a variable of the environment that nothing reads" in out
+    assert "Did you mean 'LIGHTNING_MUE_CACHE'?" in out
+
+
+def test_a_variable_of_lightning_that_the_command_line_overrides_is_warned_of(monkeypatch, corpus):
+    monkeypatch.setenv("PL_TRAINER_LIMIT_VAL_BATCHES", "7")
+    with pytest.warns(
+        UserWarning, match=r"^PL_TRAINER_LIMIT_VAL_BATCHES: .*Give --trainer.limit_val_batches, or unset it"
+    ):
+        check_environment()
+    monkeypatch.setattr(MuECLI, "_run_subcommand", lambda self, subcommand: None)
+    cli = MuECLI(["fit", "--config", str(CONFIG), "--data.path", str(corpus)])
+    assert cli.trainer.limit_val_batches != 7
 
 
 def test_the_nearest_name():

@@ -40,7 +40,7 @@ def main(parts, part, rank, world, folder):
     dist.destroy_process_group()
 
 
-def fork(world, act, folder):
+def fork(name, world, act, folder):
     """Forks ranks that share this process's imports, in a process group and as torchrun's workers; each acts.
 
     For scripts, which must not have computed before.
@@ -56,7 +56,7 @@ def fork(world, act, folder):
             names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "GROUP_RANK": 0}
             names |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "fork"}
             os.environ.update({name: str(value) for name, value in names.items()})
-            dist.init_process_group("gloo", f"file://{folder}/store-{world}", rank=rank, world_size=world)
+            dist.init_process_group("gloo", f"file://{folder}/store-{name}", rank=rank, world_size=world)
             act(rank)
             dist.barrier()
             status = 0
@@ -67,4 +67,4 @@ def fork(world, act, folder):
             os._exit(status)
     statuses = [os.waitpid(child, 0)[1] for child in children]
     if any(statuses):
-        raise SystemExit(f"a world of {world} failed")
+        raise SystemExit(f"{name} failed")

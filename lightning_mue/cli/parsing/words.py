@@ -1,16 +1,24 @@
-"""What parsers would pass over in silence: an option or a key that is given twice, of which the last would count.
+"""What parsers would pass over in silence: options and keys that are given twice, variables of the environment that nothing reads.
 
 Values of options are looked into, too: files of YAML, and mappings that stand on the command line.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import yaml
+from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_mue.checks import value_error
+from lightning_mue.checks import mismatch, value_error
+from lightning_mue.cli.parsing.options import nearest
+
+#: Variables of the environment that this package and its tests read.
+_VARIABLES = tuple(
+    f"LIGHTNING_MUE_{name}" for name in ("AUTOTUNE", "CACHE", "CPU_DTYPE", "TRACEBACK", "TRIAL", "TEST_SEED")
+)
 
 
 def check_words(args: Sequence[str], repeatable: Collection[str]) -> None:
@@ -35,6 +43,23 @@ def check_words(args: Sequence[str], repeatable: Collection[str]) -> None:
             continue
         if seen.setdefault(key, value) != value:
             raise value_error(name, found=f"{seen[key]!r} and {value!r}", expected="one value", do="Remove the other.")
+
+
+def check_environment() -> None:
+    """Refuses misspelled variables of this package, and warns of Lightning's for the trainer, which a command line overrides.
+
+    Raises:
+        ValueError: With the nearest name.
+    """
+    for name in os.environ:
+        if name.startswith("PL_TRAINER_"):
+            key = f"--trainer.{name.removeprefix('PL_TRAINER_').lower()}"
+            found, expected = "a variable of the environment, which is not read here", "an option"
+            rank_zero_warn(mismatch(name, found=found, expected=expected, do=f"Give {key}, or unset it."))
+        own = name.startswith("LIGHTNING_MUE_") and not os.environ.get("JSONARGPARSE_DEFAULT_ENV")
+        if own and name not in _VARIABLES:
+            found, expected = "a variable of the environment that nothing reads", f"one of {', '.join(_VARIABLES)}"
+            raise value_error(name, found=found, expected=expected, do=nearest(name, _VARIABLES))
 
 
 def _options(args: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -1,14 +1,11 @@
-"""DDP on four ranks, for test_buckets.py: `_buckets.py folder`. Why resumed runs differ in the last bit, and that ours do not."""
+"""DDP on four ranks, for test_buckets.py (run by _forked.py). Why resumed runs differ in the last bit, and that ours do not."""
 
 from __future__ import annotations
 
-import sys
 import warnings
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from helpers.processes import fork
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch.nn.parallel import DistributedDataParallel
@@ -93,7 +90,3 @@ def act(folder, rank):
         seen["without", view] = fit(where / "other", ckpt_path=without, **options)
     if rank == 0:
         torch.save(seen, folder / "seen.pt")
-
-
-if __name__ == "__main__":
-    fork(4, lambda rank: act(Path(sys.argv[1]), rank), sys.argv[1])

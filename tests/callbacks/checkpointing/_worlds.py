@@ -1,4 +1,4 @@
-"""Distributed checkpoints from 4 to 2 to 3 ranks, for test_worlds.py: `_worlds.py folder`; the ranks are forked from this process.
+"""Distributed checkpoints from 4 to 2 to 3 ranks, for test_worlds.py (run by _forked.py).
 
 Each world trains on the same tokens, divided among its ranks, and notes whole weights and whole optimizer state, all
 in float64, so that sums in another order agree to far less than 1e-6.
@@ -7,12 +7,9 @@ in float64, so that sums in another order agree to far less than 1e-6.
 from __future__ import annotations
 
 import functools
-import sys
 import warnings
-from pathlib import Path
 
 import torch
-from helpers.processes import fork
 from helpers.sharded_models import ShardedLanguageModel
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -112,19 +109,11 @@ def of_world(folder, world):
     return found
 
 
-def main(folder):
-    """World after world."""
-    for world in (4, 2, 3):
-
-        def act(rank, world=world):
-            warnings.simplefilter("ignore")
-            torch.set_default_dtype(torch.float64)
-            found = of_world(folder, world)
-            if rank == 0:
-                torch.save(found, folder / f"world{world}.pt")
-
-        fork(world, act, folder)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+def act(folder, rank):
+    """One rank of a world."""
+    warnings.simplefilter("ignore")
+    torch.set_default_dtype(torch.float64)
+    world = torch.distributed.get_world_size()
+    found = of_world(folder, world)
+    if rank == 0:
+        torch.save(found, folder / f"world{world}.pt")

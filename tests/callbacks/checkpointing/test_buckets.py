@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from callbacks.checkpointing import _buckets
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory):
+def seen(forked):
     """What rank 0 saw."""
-    folder = tmp_path_factory.mktemp("buckets")
-    command = [sys.executable, _buckets.__file__, folder]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(folder / "seen.pt", weights_only=True)
+    return torch.load(forked / "seen.pt", weights_only=True)
 
 
 @pytest.mark.slow

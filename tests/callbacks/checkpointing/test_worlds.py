@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from callbacks.checkpointing import _worlds as worlds
@@ -14,14 +10,9 @@ CASES = [(name, kind) for name in worlds.OPTIMIZERS for kind in worlds.KINDS]
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory):
+def seen(forked):
     """States of each world, by step."""
-    folder = tmp_path_factory.mktemp("worlds")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, worlds.__file__, folder]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {world: torch.load(folder / f"world{world}.pt", weights_only=True) for world in (4, 2, 3)}
+    return {world: torch.load(forked / f"world{world}.pt", weights_only=True) for world in (4, 2, 3)}
 
 
 def difference(a, b):
