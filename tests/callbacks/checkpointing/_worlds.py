@@ -7,9 +7,12 @@ in float64, so that sums in another order agree to far less than 1e-6.
 from __future__ import annotations
 
 import functools
+import shutil
 import warnings
 
+import pytest
 import torch
+import torch.distributed as dist
 from helpers.sharded_models import ShardedLanguageModel
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -109,11 +112,29 @@ def of_world(folder, world):
     return found
 
 
+def refused(folder):
+    """What each of two ranks says of a checkpoint whose second part has another byte."""
+    damaged = folder / "damaged" / f"step-{FIRST:06d}"
+    if dist.get_rank() == 0:
+        shutil.copytree(checkpoint(folder / "AdamW-4", "SafeCheckpoint", FIRST), damaged)
+        data = bytearray((damaged / "__1_0.distcp").read_bytes())
+        data[len(data) // 2] ^= 1
+        (damaged / "__1_0.distcp").write_bytes(data)
+    dist.barrier()
+    with pytest.raises(ValueError, match="checkpoint: found") as error:
+        fit(folder / "never", "AdamW", 2, SECOND, SECOND, damaged)
+    told = [None, None]
+    dist.all_gather_object(told, str(error.value))
+    return told
+
+
 def act(folder, rank):
     """One rank of a world."""
     warnings.simplefilter("ignore")
     torch.set_default_dtype(torch.float64)
-    world = torch.distributed.get_world_size()
+    world = dist.get_world_size()
     found = of_world(folder, world)
+    if world == 2:
+        found["refused"] = refused(folder)
     if rank == 0:
         torch.save(found, folder / f"world{world}.pt")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from callbacks.checkpointing import _worlds as worlds
@@ -35,3 +37,13 @@ def test_other_numbers_of_ranks_go_on_from_a_distributed_checkpoint(seen, name, 
     assert {key.rpartition("/")[2] for key in four[worlds.FIRST]} >= {"exp_avg", "exp_avg_sq", "step"}
     assert any("radius" in key for key in four[worlds.FIRST]) == (name == "HyperSphereOptimizer")
     assert four[worlds.FIRST]["transformer.blocks.0.ffn.experts.w_up"].shape == (5, 24, 14)
+
+
+@pytest.mark.slow
+def test_every_rank_refuses_a_damaged_part(seen):
+    """Each has read one half of the files."""
+    assert len(seen[2]["refused"]) == 2
+    for told in seen[2]["refused"]:
+        assert re.search(
+            r"^checkpoint: found \S*step-000003: __1_0.distcp with other bytes than were written, expected", told
+        )
