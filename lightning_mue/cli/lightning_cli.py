@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_mue.callbacks import MuECallback, ThroughputMonitor
 from lightning_mue.callbacks.checkpointing.callback import TERMINATED, resume_path
-from lightning_mue.callbacks.checkpointing.plain import load_plain_only
+from lightning_mue.callbacks.checkpointing.loading import before_loading, refuse_code
 from lightning_mue.callbacks.trial_report import TrialReport
 from lightning_mue.checks import value_error
 from lightning_mue.class_paths import check_class_paths
@@ -131,7 +131,7 @@ class MuECLI(LightningCLI):
             name = {} if self._get(self.config_init, "trainer.logger") else {"config_filename": "saved_config.yaml"}
             self.save_config_kwargs = {**self.save_config_kwargs, "overwrite": True, **name}
         trainer = super().instantiate_trainer(**kwargs)
-        load_plain_only(trainer)
+        before_loading(trainer, refuse_code)
         return trainer
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def _reduced(trainer: Trainer) -> dict[str, Tensor]:
     return {} if others or any(each.grad is not None for each in params.values()) else params
 
 
-def _repeat(ddp: DistributedDataParallel, params: list[Tensor]) -> None:
+def _repeat(ddp: Any, params: list[Tensor]) -> None:
     """A backward pass of zeros, after which DDP makes its buckets in this order."""
     ddp.reducer.prepare_for_backward([])
     for each in params:

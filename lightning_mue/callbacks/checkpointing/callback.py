@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_mue.callbacks.checkpointing import folder
 from lightning_mue.callbacks.checkpointing.buckets import BucketOrder
-from lightning_mue.callbacks.checkpointing.plain import load_plain_only
+from lightning_mue.callbacks.checkpointing.loading import before_loading, first_brief, refuse_code
 from lightning_mue.callbacks.checkpointing.random_states import random_states, restore_random_states
 from lightning_mue.callbacks.checkpointing.signals import Requests
 from lightning_mue.callbacks.checkpointing.writing import Target, Writer, write_shards, write_whole
@@ -108,7 +108,7 @@ class SafeCheckpoint(Checkpoint):
             ValueError: The strategy keeps its state in another way, or there is a second SafeCheckpoint.
         """
         self._stopping, self._random, self._buckets = False, None, BucketOrder()
-        load_plain_only(trainer)
+        before_loading(trainer, self._refuse_unsound)
         if stage != "fit":
             return
         _refuse_unsupported(trainer)
@@ -122,25 +122,8 @@ class SafeCheckpoint(Checkpoint):
         self._requests.listen_early(trainer)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Refuses a damaged checkpoint, before a step is trained with it.
-
-        Raises:
-            ValueError: Its bytes are not those that were written.
-        """
+        """Takes what this callback has saved."""
         self._random, self._buckets.names = checkpoint.get(_RANDOM), dict.fromkeys(checkpoint.get(_BUCKETS, ()))
-        found = folder.folder_of(trainer.ckpt_path)
-        if found is None or found == self._sound:
-            return
-        group = self._requests.group
-        if group is None:
-            folder.refuse_damaged(found, folder.damages(found))
-            return
-        # The ranks share the reading.
-        parts: list[Any] = [None] * trainer.world_size
-        dist.all_gather_object(
-            parts, folder.words_of_damages(found, trainer.global_rank, trainer.world_size), group=group
-        )
-        folder.refuse_damaged(found, [each for part in parts for each in part])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listens to signals, and goes on with the random numbers where the checkpoint left them."""
@@ -217,6 +200,19 @@ class SafeCheckpoint(Checkpoint):
             write = write_whole if group is None else write_shards
             self._writer.start(partial(write, self._writer.copy(state), to))
 
+    def _refuse_unsound(self, ckpt_path: str) -> None:
+        """Refuses a checkpoint whose bytes are not those that were written, or that is more than data, before it is loaded."""
+        found, group = folder.folder_of(ckpt_path), self._requests.group
+        if found is not None and found != self._sound:
+            share = () if group is None else (dist.get_rank(group), dist.get_world_size(group))
+            words = folder.words_of_damages(found, *share)
+            if group is not None:  # the ranks share the reading
+                parts: list[Any] = [None] * share[1]
+                dist.all_gather_object(parts, words, group=group)
+                words = [each for part in parts for each in part]
+            folder.refuse_damaged(found, words)
+        refuse_code(ckpt_path)
+
     def _all_random_states(self, trainer: Trainer) -> list[Any]:
         own = random_states()
         if self._requests.group is None:
@@ -235,7 +231,7 @@ class SafeCheckpoint(Checkpoint):
     def _tell(self) -> None:
         if (error := self._writer.error()) is not None:
             _warn(
-                found=f"that of step {self._saved} not written ({type(error).__name__}: {error})",
+                found=f"that of step {self._saved} not written ({first_brief(error)})",
                 expected="a complete checkpoint",
                 do=f"The run goes on, and the older checkpoints are as they were. Make room in {self.dirpath}, or check that it "
                 "can be written to.",

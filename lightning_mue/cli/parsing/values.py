@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lightning_mue.callbacks.checkpointing.plain import refuse_code
+from lightning_mue.callbacks.checkpointing.loading import refuse_code
 from lightning_mue.checks import brief, value_error
 from lightning_mue.class_paths import as_mapping
 

@@ -7,16 +7,18 @@ import os
 import pickle
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from lightning_mue import SafeCheckpoint
-from lightning_mue.callbacks.checkpointing.plain import refuse_code
+from lightning_mue.callbacks.checkpointing.loading import before_loading, refuse_code
 
 MARKER = "the_payload_ran"
 
@@ -92,7 +94,7 @@ def test_it_runs_nothing(case):
             load()
         assert not Path(MARKER).exists()
     # A control: torch runs it.
-    with contextlib.suppress(Exception, dcp.CheckpointException):  # after the payload, there is no table
+    with contextlib.suppress(Exception, CheckpointException):  # after the payload, there is no table
         dcp.load({**STATE, "weight": torch.zeros(3, 5)}, checkpoint_id="saved", no_dist=True)
     assert Path(MARKER).exists()
 
@@ -112,3 +114,22 @@ def test_a_damaged_table_is_refused():
         Path("damaged/.metadata").write_bytes(damaged)
         with pytest.raises(ValueError, match=r"ckpt_path: found 'damaged'"):
             refuse_code("damaged")
+
+
+def test_functions_are_called_before_the_loading_and_errors_of_ranks_become_one():
+    def load(path, weights_only=None):
+        calls.append(path)
+        raise CheckpointException("load", {1: (KeyError("Missing key x"), None)})
+
+    def act(path):
+        calls.append(f"first {path}")
+
+    calls, trainer = [], SimpleNamespace(strategy=SimpleNamespace(load_checkpoint=load))
+    before_loading(trainer, act)
+    before_loading(trainer, act)
+    before_loading(trainer, refuse_code)
+    with pytest.raises(
+        ValueError, match=r"^ckpt_path: found 'a', which cannot be loaded \(KeyError: 'Missing key x'\)"
+    ):
+        trainer.strategy.load_checkpoint("a", weights_only=True)
+    assert calls == ["first a", "a"]

@@ -1,7 +1,7 @@
-"""Distributed checkpoints as plain data.
+"""What is looked at before Lightning loads a checkpoint; and whether a distributed one is plain data.
 
-torch unpickles their table of contents and all that is no tensor, and a pickle may call anything. Both are read here first, by
-readers that know a few classes and no functions, before torch or Lightning touch them.
+torch unpickles a distributed checkpoint's table of contents and all that is no tensor, and a pickle may call anything. Both are
+read here first, by readers that know a few classes and no functions.
 """
 
 from __future__ import annotations
@@ -10,13 +10,18 @@ import functools
 import io
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner, FileSystemReader, ReadItem, load
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from lightning_mue.checks import brief, value_error
 
@@ -33,7 +38,6 @@ _CLASSES = {
     "pathlib": "Path, PosixPath, WindowsPath, PurePosixPath, PureWindowsPath",
     "pathlib._local": "Path, PosixPath, WindowsPath, PurePosixPath, PureWindowsPath",
 }
-_DO = "Loading it would run code. Use a checkpoint that you wrote yourself."
 
 
 def refuse_code(ckpt_path: str | os.PathLike[str] | None) -> None:
@@ -50,23 +54,41 @@ def refuse_code(ckpt_path: str | os.PathLike[str] | None) -> None:
         names = [name for name, kind in contents.state_dict_metadata.items() if isinstance(kind, BytesStorageMetadata)]
         load(dict.fromkeys(names), storage_reader=_Reader(folder), planner=_Planner(), no_dist=True)
     except (Exception, CheckpointException) as error:  # whatever reading a damaged or forged file raises
-        found = f"{str(folder)!r}, which cannot be read as plain data ({brief(error)})"
+        found = f"{str(folder)!r}, which cannot be read as plain data ({first_brief(error)})"
         expected = "a distributed checkpoint of tensors, numbers and text"
-        raise value_error("ckpt_path", found=found, expected=expected, do=_DO) from error
+        do = "It is damaged, or made to run code: use an earlier one, that you wrote yourself."
+        raise value_error("ckpt_path", found=found, expected=expected, do=do) from error
 
 
-def load_plain_only(trainer: Trainer) -> None:
-    """Holds every checkpoint that a trainer loads to `refuse_code`, those that Lightning finds (``last``, ``hpc``) included."""
+def before_loading(trainer: Trainer, act: Callable[[Any], None]) -> None:
+    """Calls a function with the path of each checkpoint before a trainer loads it, those that Lightning finds (``last``) included.
+
+    A second function of the same name takes the place of the first. What torch raises on several ranks becomes a ValueError.
+    """
     loads = trainer.strategy.load_checkpoint
-    if not getattr(loads, "refuses_code", False):
+    if not hasattr(loads, "acts"):
 
         @functools.wraps(loads)
         def load(checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
-            refuse_code(checkpoint_path)
-            return loads(checkpoint_path, *args, **kwargs)
+            for each in load.acts.values():  # type: ignore[attr-defined]
+                each(checkpoint_path)
+            try:
+                return loads(checkpoint_path, *args, **kwargs)
+            except CheckpointException as error:  # no Exception, so that nobody would tell it
+                found = f"{str(checkpoint_path)!r}, which cannot be loaded ({first_brief(error)})"
+                expected = "a checkpoint of this module and its optimizers"
+                do = "Use one of the same module; if it is of the same, it is damaged: use an earlier one."
+                raise value_error("ckpt_path", found=found, expected=expected, do=do) from error
 
-        load.refuses_code = True  # type: ignore[attr-defined]
-        trainer.strategy.load_checkpoint = load  # type: ignore[method-assign]
+        load.acts = {}  # type: ignore[attr-defined]
+        trainer.strategy.load_checkpoint = loads = load  # type: ignore[method-assign]
+    loads.acts[act.__name__] = act  # type: ignore[attr-defined]
+
+
+def first_brief(error: BaseException) -> str:
+    """Of errors on several ranks, the first."""
+    ranks = error.failures.values() if isinstance(error, CheckpointException) else ()
+    return brief(next((each for each, _ in ranks), error))
 
 
 class _Unpickler(pickle.Unpickler):
