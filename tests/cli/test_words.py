@@ -119,6 +119,21 @@ def test_keys_that_are_merged_may_come_twice_and_so_do_none_of_ours(tmp_path):
         check_words(["--config", str(file)], ())
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["certify", "a", "--drift", "x"], "--drift: found 'x', expected a value that is float"),
+        (["report"], "RUN_DIR: found nothing, expected a value: the command needs it"),
+        (["report", "a", "--output"], "--output: found nothing, expected a value after it"),
+    ],
+)
+def test_commands_without_a_configuration_tell_errors_alike(run, words, told):
+    status, out = run(*words)
+    assert status == 2
+    assert out.startswith(f"lightning-mue: error: {told}")
+    assert "usage" not in out
+
+
 def test_a_variable_that_nothing_reads_is_refused(run, monkeypatch):
     monkeypatch.setenv("LIGHTNING_MUE_CASHE", "x")
     status, out = run("report", "x")

@@ -65,12 +65,12 @@ def before_loading(trainer: Trainer, act: Callable[[Any], None]) -> None:
 
     A second function of the same name takes the place of the first. What torch raises on several ranks becomes a ValueError.
     """
-    loads = trainer.strategy.load_checkpoint
-    if not hasattr(loads, "acts"):
+    strategy: Any = trainer.strategy
+    if not hasattr(loads := strategy.load_checkpoint, "acts"):
 
         @functools.wraps(loads)
         def load(checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
-            for each in load.acts.values():  # type: ignore[attr-defined]
+            for each in strategy.load_checkpoint.acts.values():
                 each(checkpoint_path)
             try:
                 return loads(checkpoint_path, *args, **kwargs)
@@ -80,9 +80,9 @@ def before_loading(trainer: Trainer, act: Callable[[Any], None]) -> None:
                 do = "Use one of the same module; if it is of the same, it is damaged: use an earlier one."
                 raise value_error("ckpt_path", found=found, expected=expected, do=do) from error
 
+        strategy.load_checkpoint = load
         load.acts = {}  # type: ignore[attr-defined]
-        trainer.strategy.load_checkpoint = loads = load  # type: ignore[method-assign]
-    loads.acts[act.__name__] = act  # type: ignore[attr-defined]
+    strategy.load_checkpoint.acts[act.__name__] = act
 
 
 def first_brief(error: BaseException) -> str:

@@ -131,12 +131,16 @@ def _unrecognized(found: re.Match[str], given: Given) -> str:
 
 def _required(found: re.Match[str], given: Given) -> str:
     key = found[1].removeprefix(f"{given.command}.").strip()
-    hint = "Give it in the file of --config, or as an option."
+    hint = "Give it in the file of --config, or as an option." if "--config" in given.options() else ""
     return mismatch(_short(key), found="nothing", expected="a value: the command needs it", do=hint)
 
 
 def _no_value(found: re.Match[str], given: Given) -> str:
-    return mismatch(found[1], found=_short(found[2]), expected="a value after it")
+    return mismatch(found[1], found="nothing", expected="a value after it")
+
+
+def _no_number(found: re.Match[str], given: Given) -> str:
+    return mismatch(found[1], found=_short(found[3]), expected=f"a value that is {found[2]}")
 
 
 def _command(found: re.Match[str], given: Given) -> str:
@@ -159,6 +163,7 @@ _SIMPLE = [
     (r"^argument subcommand: |expected \"subcommand\"", _command),
     (r"^the following arguments are required: (.*)", _required),
     (r"^argument (\S+): (expected .*)", _no_value),
+    (r"^argument (\S+): invalid (\w+) value: (.*)", _no_number),
     (r"does not accept option '([^']+)'", lambda found, given: _unknown(found[1], given.options())),
     (r"^Problems parsing config: (.*)", _bad_config),
     (
