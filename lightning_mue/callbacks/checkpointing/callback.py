@@ -204,10 +204,10 @@ class SafeCheckpoint(Checkpoint):
         """Refuses a checkpoint whose bytes are not those that were written, or that is more than data, before it is loaded."""
         found, group = folder.folder_of(ckpt_path), self._requests.group
         if found is not None and found != self._sound:
-            share = () if group is None else (dist.get_rank(group), dist.get_world_size(group))
-            words = folder.words_of_damages(found, *share)
+            rank, world = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+            words = folder.words_of_damages(found, rank, world)
             if group is not None:  # the ranks share the reading
-                parts: list[Any] = [None] * share[1]
+                parts: list[Any] = [None] * world
                 dist.all_gather_object(parts, words, group=group)
                 words = [each for part in parts for each in part]
             folder.refuse_damaged(found, words)

@@ -127,7 +127,7 @@ def damages(folder: Path, part: int = 0, parts: int = 1, *, contents: bool = Tru
             yield f"{name}, which cannot be read ({type(error).__name__})"
 
 
-def words_of_damages(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
+def words_of_damages(folder: Path, part: int, parts: int) -> list[str]:
     """As `damages`; those of the manifest too."""
     try:
         return list(damages(folder, part, parts))
