@@ -65,7 +65,7 @@ def check_environment() -> None:
 
 def _options(args: Sequence[str]) -> Iterator[tuple[str, str]]:
     """(option, value); "" where none follows."""
-    for word, following in zip(args, [*args[1:], "--"], strict=True):
+    for word, following in zip(args, [*args[1:], "--"], strict=False):
         name, equals, value = word.partition("=")
         if name.startswith("--") or name == "-c":
             yield name, value if equals or following.startswith("--") else following
