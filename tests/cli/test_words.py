@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from lightning_mue.cli import forecast, sweep
 from lightning_mue.cli.lightning_cli import MuECLI
+from lightning_mue.cli.parsing.groups import GROUPS
 from lightning_mue.cli.parsing.options import nearest
 from lightning_mue.cli.parsing.words import check_environment, check_words
 
@@ -151,6 +153,13 @@ def test_a_variable_of_lightning_that_the_command_line_overrides_is_warned_of(mo
     monkeypatch.setattr(MuECLI, "_run_subcommand", lambda self, subcommand: None)
     cli = MuECLI(["fit", "--config", str(CONFIG), "--data.path", str(corpus)])
     assert cli.trainer.limit_val_batches != 7
+
+
+@pytest.mark.parametrize("parser", [sweep._parser, forecast._parser])
+def test_options_of_the_run_are_not_taken_for_misspelled_ones(parser):
+    others = ["trainer", "model", "data", "ckpt_path", "seed_everything", "print_config", "weights_only"]
+    words = [f"--{name}" for name in (*others, *GROUPS)]
+    assert parser().parse_known_args(["runs", *words] if parser is forecast._parser else words)[1] == words
 
 
 def test_the_nearest_name():

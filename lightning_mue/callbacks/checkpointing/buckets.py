@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -24,16 +25,19 @@ class BucketOrder:
         self.names: dict[str, None] = {}
         self._handles: list[Any] = []
 
-    def begin(self, trainer: Trainer) -> None:
-        """Before the first batch: takes up the order of `names`, or notes it if there is none."""
+    def begin(self, trainer: Trainer, group: Any) -> None:
+        """Before the first batch: takes up the order of `names`, if all ranks of the group can; else notes it."""
         params = _reduced(trainer)
-        if sorted(self.names) != sorted(params):
-            self.names = {}
-            self._handles = [
-                each.register_post_accumulate_grad_hook(partial(self._note, name)) for name, each in params.items()
-            ]
-        elif params:
+        can = torch.tensor(int(bool(params) and sorted(self.names) == sorted(params)))
+        if group is not None:
+            dist.all_reduce(can, op=dist.ReduceOp.MIN, group=group)
+        if can:
             _repeat(trainer.strategy.model, [params[name] for name in self.names])
+            return
+        self.names = {}
+        self._handles = [
+            each.register_post_accumulate_grad_hook(partial(self._note, name)) for name, each in params.items()
+        ]
 
     def end(self) -> None:
         """After the first batch."""

@@ -128,7 +128,7 @@ class SafeCheckpoint(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listens to signals, and goes on with the random numbers where the checkpoint left them."""
         self._requests.listen(trainer)
-        self._buckets.begin(trainer)
+        self._buckets.begin(trainer, self._requests.group)
         self._step = self._saved = steps_done(trainer)
         if self._random is not None and len(self._random) == trainer.world_size:
             restore_random_states(self._random[trainer.global_rank])

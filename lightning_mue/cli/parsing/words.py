@@ -38,7 +38,7 @@ def check_words(args: Sequence[str], repeatable: Collection[str]) -> None:
     lists = tuple(f"{name.removesuffix('+')}." for name, _ in options if name.endswith("+"))
     seen: dict[str, str] = {}
     for name, value in options:
-        _check_document(name, value)
+        _check_document(value)
         key = name.replace("-", "_")
         if name in repeatable or name.endswith("+") or name.startswith(lists):
             continue
@@ -71,7 +71,7 @@ def _options(args: Sequence[str]) -> Iterator[tuple[str, str]]:
             yield name, value if equals or following.startswith("--") else following
 
 
-def _check_document(name: str, value: str) -> None:
+def _check_document(value: str) -> None:
     text = value if value.startswith(("{", "[")) else ""
     try:
         if Path(value).suffix in (".yaml", ".yml", ".json") and Path(value).is_file():
