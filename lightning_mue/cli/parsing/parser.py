@@ -58,9 +58,10 @@ class WordsParser(argparse.ArgumentParser):
             args, [name for a in self._actions if isinstance(a, argparse._AppendAction) for name in a.option_strings]
         )
         found, others = super().parse_known_args(args, namespace)
-        for word in others:  # those with a dot are the run's
+        for word in others:  # those with a dot, and --model, --data and so on, are the run's
             name = word.partition("=")[0]
-            if name.startswith("--") and "." not in name and nearest(name, own):
+            begins = [each for each in own if each[2] == name[2:3]]
+            if name.startswith("--") and "." not in name and nearest(name, begins):
                 self.error(f"unrecognized arguments: {word}")
         return found, others
 
