@@ -60,7 +60,7 @@ class WordsParser(argparse.ArgumentParser):
         found, others = super().parse_known_args(args, namespace)
         for word in others:  # those with a dot, and --model, --data and so on, are the run's
             name = word.partition("=")[0]
-            begins = [each for each in own if each[2] == name[2:3]]
+            begins = [each for each in own if each[2] == name[2:3].lower()]
             if name.startswith("--") and "." not in name and nearest(name, begins):
                 self.error(f"unrecognized arguments: {word}")
         return found, others
