@@ -29,6 +29,8 @@ NOT_IN_FULL = [
     ("fit", ["--seed", "3"], "--seed_everything"),
     ("fit", ["--conf", "x"], "--config"),
     ("fit", ["--mue.rul", "mup"], "rule"),
+    ("fit", ["--model.Init_Args.width", "32"], "width"),
+    ("fit", ["--model.Width", "32"], "width"),
     ("validate", ["--trainer.limit_val_batch", "5"], "--trainer.limit_val_batches"),
     ("test", ["--ckpt", "x"], "--ckpt_path"),
     ("predict", ["--trainer.accelerato", "cpu"], "--trainer.accelerator"),

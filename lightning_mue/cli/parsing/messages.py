@@ -82,6 +82,8 @@ def _told(reason: _Reason, given: Given) -> str:
     if named:
         path = (named[1] or named[2]).rstrip(".")
         inner = " ".join(reason.rest.split("\n")[0].split()) if named[1] else ""
+        if foreign := re.search(r"unrecognized arguments: --([\w.]+)", inner):
+            return _unknown(f"{top}.{foreign[1]}", given.options_under(reason.keys[0], foreign[1]))
         found = (
             f"the class {path!r}, which cannot be used ({_short(inner)})" if inner else f"{path!r}, which is no class"
         )
