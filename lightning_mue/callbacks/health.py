@@ -19,9 +19,11 @@ from lightning_mue.callbacks.mue.callback import MuECallback
 from lightning_mue.callbacks.steps import steps_done
 from lightning_mue.checks import mismatch, require_types, type_error
 from lightning_mue.files import whole_file
-from lightning_mue.health.card import LOOKS, as_markdown, headline, sentence
-from lightning_mue.health.indicators import indicator_of, is_loss
+from lightning_mue.health.card import as_markdown, headline, look, sentence
+from lightning_mue.health.departures import LEAST_HISTORY
+from lightning_mue.health.indicators import indicator_of
 from lightning_mue.health.judging import Health, RunJudge
+from lightning_mue.health.losses import is_loss
 from lightning_mue.health.pictures import as_pixels, heat_map, layered
 from lightning_mue.health.reference import Reference
 from lightning_mue.health.series import series_of
@@ -30,16 +32,14 @@ from lightning_mue.namespaces import is_lightning
 _log = logging.getLogger(__name__)
 #: Samples of one layer that are kept for the pictures; older ones are thinned.
 _KEPT = 512
-#: Pictures are drawn at this many samples, whenever these have doubled, and at the end: their cost stays small in any run.
-_FIRST_DRAWN = 32
 
 
 class HealthMonitor(Callback):
     """Judges the metrics of the other monitors and the losses that the module logs, and answers "is this run healthy?".
 
-    Three verdicts: *healthy*; *watch* (an indicator left its range: it is far from its own recent history, or beyond a limit);
-    *act* (a value that is not finite, or beyond a second limit). Each symptom names indicator, role, layer, step, what was
-    expected and what to do. It judges the metrics of `LogitsZMonitor`, `ActivationOutlierMonitor`, `RouterMonitor`,
+    The verdicts: *not known yet* (fewer than 20 samples); *healthy*; *watch* (an indicator left its range: it is far from its own
+    recent history or from healthy runs, or beyond a limit); *act* (a value that is not finite, or beyond a second limit). Each
+    symptom names indicator, role, layer, step, what was expected and what to do. It judges the metrics of `LogitsZMonitor`, `ActivationOutlierMonitor`, `RouterMonitor`,
     `UpdateMonitor`, `TransferMonitor` and `StabilityGuard` where they are in the Trainer, and training losses.
 
     It writes
@@ -47,7 +47,7 @@ class HealthMonitor(Callback):
     - one warning for each indicator;
     - the card: in TensorBoard's TEXT tab as ``health``, and as a Markdown file of that name in the loggers' folders;
     - heat maps (layer x step) of every indicator by layer, in TensorBoard's IMAGES tab;
-    - at the end, hyperparameters with the final losses, in TensorBoard's HPARAMS tab.
+    - hyperparameters with the last losses, in TensorBoard's HPARAMS tab, in place of Lightning's ``hp_metric``.
 
     Args:
         losses: Tags of further training losses; those called ``loss``, ``train_loss``, ``train/loss`` and the like are known.
@@ -83,7 +83,7 @@ class HealthMonitor(Callback):
         """Knows nothing yet of the run."""
         self._judge = RunJudge(self.losses, self._healthy)
         self._layers: dict[str, list[tuple[int, float]]] = {}
-        self._draw_at, self._told = _FIRST_DRAWN, ""
+        self._show_at, self._told = 1, ""
         self._taken_at = 0  # optimizer steps at the last sample of the module's own metrics
         self._warned: set[str] = set()
         self._heard: set[str] = set()  # tags that monitors tell, which the Trainer knows too
@@ -92,6 +92,11 @@ class HealthMonitor(Callback):
     def verdict(self) -> Health:
         """The verdict so far; of rank zero, which alone sees the metrics."""
         return self._judge.verdict
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Keeps Lightning from writing ``hp_metric`` = -1 as the one column of the HPARAMS tab: the first columns stay."""
+        for logger in _boards(trainer) if stage == "fit" else ():
+            logger._default_hp_metric = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listens to the monitors; leaves the pictures out, with a warning, where they could not be drawn."""
@@ -110,6 +115,8 @@ class HealthMonitor(Callback):
         if not (self._restored or steps_done(trainer)):
             self._forget()
         self._restored, self._taken_at = False, steps_done(trainer)
+        if trainer.is_global_zero:
+            _write_hyperparameters(trainer, pl_module, ended=False)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -126,13 +133,14 @@ class HealthMonitor(Callback):
         if trainer.is_global_zero:
             self._show(trainer, max(trainer.global_step - 1, 0))
             self._draw(trainer, max(trainer.global_step - 1, 0))
-            _write_hyperparameters(trainer, pl_module)
+            _write_hyperparameters(trainer, pl_module, ended=True)
             _log.info("HealthMonitor: %s", self.told)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leaves the card as it stands when the run breaks."""
-        if trainer.is_global_zero:
+        """Leaves card and hyperparameters as they stand when the run breaks."""
+        if trainer.is_global_zero and trainer.state.fn == "fit":
             self._show(trainer, max(trainer.global_step - 1, 0))
+            _write_hyperparameters(trainer, pl_module, ended=True)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Listens no more."""
@@ -151,8 +159,7 @@ class HealthMonitor(Callback):
     @property
     def told(self) -> str:
         """The verdict in one line."""
-        verdict = self.verdict
-        return f"{LOOKS[verdict.level][0]}. {headline(verdict)}"
+        return f"{look(self.verdict)[0]}. {headline(self.verdict)}"
 
     def _logged(self, trainer: Trainer) -> dict[str, float]:
         """Losses and gradient norms among the Trainer's metrics, by one copy from the device."""
@@ -182,11 +189,13 @@ class HealthMonitor(Callback):
             if group.first.indicator.name not in self._warned:
                 self._warned.add(group.first.indicator.name)
                 rank_zero_warn(f"HealthMonitor: {sentence(group)}. {group.first.indicator.do}")
-        if symptoms:
+        # With the first sample, when there is evidence, and whenever the samples have doubled: the cost stays small in any run.
+        due = (samples := self.verdict.samples) >= self._show_at
+        if due or symptoms:
             self._show(trainer, step)
-        samples = self._judge.verdict.samples
-        if self.heat_maps and self._layers and samples >= self._draw_at:
-            self._draw_at = 2 * samples
+        if due:
+            self._show_at = max(LEAST_HISTORY, 2 * samples)
+        if due and samples >= LEAST_HISTORY:
             self._draw(trainer, step)
 
     def _show(self, trainer: Trainer, step: int) -> None:
@@ -194,21 +203,20 @@ class HealthMonitor(Callback):
         if card == self._told:
             return
         self._told = card
+        for logger in _boards(trainer):
+            logger.experiment.add_text("health", card, step)
         for logger in trainer.loggers:
-            if is_lightning(logger, "TensorBoardLogger"):
-                logger.experiment.add_text("health", card, step)  # type: ignore[attr-defined]
             if isinstance(folder := getattr(logger, "log_dir", None), str):
                 _write(Path(folder) / "health.md", card)
 
     def _draw(self, trainer: Trainer, step: int) -> None:
-        boards = [logger for logger in trainer.loggers if is_lightning(logger, "TensorBoardLogger")]
-        if not boards or not self.heat_maps:
+        if not (boards := _boards(trainer)) or not self.heat_maps:
             return
         run = {tag: series_of(points) for tag, points in self._layers.items()}
         for group, layers in layered(run).items():
             pixels = as_pixels(heat_map(group, layers))
             for logger in boards:
-                logger.experiment.add_image(f"layers/{group}", pixels, step, dataformats="HWC")  # type: ignore[attr-defined]
+                logger.experiment.add_image(f"layers/{group}", pixels, step, dataformats="HWC")
 
 
 def _steps_of(trainer: Trainer) -> int | None:
@@ -231,19 +239,14 @@ def _write(path: Path, text: str) -> None:
         rank_zero_warn(f"HealthMonitor: {path} was not written ({error}). The run goes on.")
 
 
-def _write_hyperparameters(trainer: Trainer, model: LightningModule) -> None:
-    """Rule, base, learning rates and the module's own scalars with the final losses, for the HPARAMS tab.
+def _write_hyperparameters(trainer: Trainer, model: LightningModule, *, ended: bool) -> None:
+    """Rule, base, learning rates and the module's own scalars, for the HPARAMS tab; it shows them beside the losses as last logged.
 
-    In a folder of its own, as torch's writer does it: what the Trainer wrote at the start cannot be replaced.
+    The values are written when the run begins, the columns when it has ended and all tags are known. All runs of a page share the
+    columns of the one that it finds first.
     """
-    final = {
-        f"final/{tag}": float(value)  # a name of its own: these are no points of the loss's curve
-        for tag, value in trainer.callback_metrics.items()
-        if is_loss(tag) or "bits_per_byte" in tag
-    }
-    boards = [logger for logger in trainer.loggers if is_lightning(logger, "TensorBoardLogger")]
-    if not final or not boards:
-        return
+    from torch.utils.tensorboard.summary import hparams
+
     parameters: dict[str, Any] = {
         name: value
         for name, value in model.hparams.items()
@@ -256,5 +259,13 @@ def _write_hyperparameters(trainer: Trainer, model: LightningModule) -> None:
     for i, optimizer in enumerate(trainer.optimizers):
         name = "lr" if len(trainer.optimizers) == 1 else f"lr-{i}"
         parameters[name] = float(optimizer.param_groups[0].get("initial_lr", optimizer.param_groups[0]["lr"]))
-    for logger in boards:
-        logger.experiment.add_hparams(parameters, final, run_name="hparams")  # type: ignore[attr-defined]
+    shown = [tag for tag in trainer.logged_metrics if is_loss(tag) or "bits_per_byte" in tag or tag == "hp_metric"]
+    for logger in _boards(trainer):
+        start = f"{logger._prefix}-" if logger._prefix else ""
+        columns, values, end = hparams(parameters, {f"{start}{tag}": 0.0 for tag in shown})
+        for summary in (columns, end) if ended else (values,):
+            logger.experiment._get_file_writer().add_summary(summary)
+
+
+def _boards(trainer: Trainer) -> list[Any]:
+    return [logger for logger in trainer.loggers if is_lightning(logger, "TensorBoardLogger")]

@@ -28,6 +28,9 @@ SPREADS = 6.0
 IN_A_ROW = 3
 #: Values whose median is compared with the same of the healthy runs.
 SMOOTHED = 8
+#: What matters of a steady indicator is so many times the largest departure of one healthy run from the others (few runs tell
+#: it too small), from so many runs on, and between this share of the factor and all of it.
+SAFETY, LEAST_RUNS, LEAST_SHARE = 4.0, 3, 0.25
 #: Values on which the level of the last one depends.
 LONGEST_MEMORY = LONG + IN_A_ROW
 
@@ -44,10 +47,32 @@ class Level(IntEnum):
 
 
 class Healthy(NamedTuple):
-    """One tag in healthy runs, and the departure from their range that matters, in the indicator's scale."""
+    """One tag in healthy runs, and the departure from their range that matters at some of their steps [n], in its scale."""
 
     series: tuple[Series, ...]
-    least: float
+    steps: NDArray[np.int64]
+    least: Floats
+
+
+def healthy_of(indicator: Indicator, series: Sequence[Series]) -> Healthy:
+    """One tag in healthy runs.
+
+    The factor is the departure that matters, unless the indicator is steady: then it is `SAFETY` times the largest one that a run
+    has from the range of the others, `IN_A_ROW` samples long, within a quarter of the run before and after.
+    """
+    steps_n, most = series[0].steps, least_of(indicator)
+    least_n = np.full(len(steps_n), most)
+    if indicator.steady and len(series) >= LEAST_RUNS and len(steps_n) > SMOOTHED:
+        smooth = _smooth(np.array([np.interp(steps_n, one.steps, scaled(indicator, one.values)) for one in series]))
+        others = (np.delete(smooth, i, axis=0) for i in range(len(smooth)))
+        gaps = [_gap(indicator, own, o.min(axis=0), o.max(axis=0)) for own, o in zip(smooth, others, strict=True)]
+        lasting_n = np.min([np.roll(gaps, shift, axis=1) for shift in range(IN_A_ROW)], axis=0).max(axis=0)
+        near = max(2 * SMOOTHED, len(steps_n) // 4)
+        largest_n = np.lib.stride_tricks.sliding_window_view(np.pad(np.nan_to_num(lasting_n), near), 2 * near + 1).max(
+            -1
+        )
+        least_n = np.clip(SAFETY * largest_n, LEAST_SHARE * most, most)
+    return Healthy(tuple(series), steps_n, least_n)
 
 
 def range_of(indicator: Indicator, steps_n: NDArray[np.int64], healthy: Sequence[Series]) -> tuple[Floats, Floats]:
@@ -69,20 +94,21 @@ def levels(
         only_last: Whether only the last level is needed; those before it are then not to be read.
     """
     values_n = series.values
-    first = max(0, len(values_n) - IN_A_ROW) if only_last else 0
+    recent = max(IN_A_ROW, indicator.hold)
+    first = max(0, len(values_n) - recent) if only_last else 0
     y_n = scaled(indicator, values_n)
     seen_n, expected_n, beyond_n = from_history(indicator, y_n, first)
-    seen_n, expected_n = unscaled(indicator, seen_n), unscaled(indicator, expected_n)
-    words = [f"about {e:.3g}" for e in expected_n]
     departed_n = _held(beyond_n >= 1) | (beyond_n >= indicator.at_once)
+    words = [f"about {e:.3g}" for e in unscaled(indicator, expected_n)]
     if healthy is not None:
-        smooth_n, healthy_n, beyond_n = from_healthy(indicator, series.steps, y_n, healthy, first)
-        left_n = _held(beyond_n >= 1) & ~departed_n
-        smooth_n, healthy_n = unscaled(indicator, smooth_n), unscaled(indicator, healthy_n)
-        told = [f"about {e:.3g} as in the reference" for e in healthy_n]
+        smooth_n, healthy_n, beyond_n, usual_n = from_healthy(indicator, series.steps, y_n, seen_n, healthy, first)
+        departed_n &= ~usual_n
+        left_n = _held(beyond_n >= 1, indicator.hold) & ~departed_n
+        told = [f"about {e:.3g} as in the reference" for e in unscaled(indicator, healthy_n)]
         seen_n, expected_n = np.where(left_n, smooth_n, seen_n), np.where(left_n, healthy_n, expected_n)
         words = [new if left else old for old, new, left in zip(words, told, left_n, strict=True)]
         departed_n |= left_n
+    seen_n, expected_n = unscaled(indicator, seen_n), unscaled(indicator, expected_n)
     level_n = departed_n.astype(np.int64)
     side, beyond = ("above", np.less_equal) if indicator.falls else ("below", np.greater_equal)
     for level, bound in ((Level.WATCH, indicator.watch), (Level.ACT, indicator.act)):
@@ -134,7 +160,7 @@ def from_history(indicator: Indicator, y_n: Floats, first: int = 0) -> tuple[Flo
     Two kinds: a jump, a value far from the median of the last `SHORT` values and from that of the last `LONG` ones (near which it
     is if it merely returns to where it was); and a drift, the median of the last `SMOOTHED` values far from that of those right
     before them, or `LONG_FACTOR` times as far from that of all `LONG`. The noise is that of successive differences, which a trend
-    does not widen; a median has less of it.
+    does not widen; a median has less of it. What grew from nothing is expected to be at most what it was so far.
     """
     n = len(y_n)
     seen_n, expected_n, beyond_n = y_n.copy(), np.full(n, np.nan), np.zeros(n)
@@ -144,12 +170,13 @@ def from_history(indicator: Indicator, y_n: Floats, first: int = 0) -> tuple[Flo
         if len(past) < LEAST_HISTORY - 1:
             continue
         noise = 1.4826 / 2**0.5 * _median(np.abs(np.diff(past)))
-        least, least_of_median = (
-            max(least_of(indicator), SPREADS * noise),
-            max(least_of(indicator), SPREADS / 2 * noise),
-        )
+        least, least_of_median = (max(least_of(indicator), spreads * noise) for spreads in (SPREADS, SPREADS / 2))
         long, now = _median(past), _median(np.append(past[1 - SMOOTHED :], y_n[i]))
         short, before = _median(past[-SHORT:]), _median(past[-SHORT - SMOOTHED : 1 - SMOOTHED])
+        if _from_nothing(indicator, past, short):
+            expected_n[i] = past[: 1 - IN_A_ROW].max()
+            beyond_n[i] = max(0.0, y_n[i] - expected_n[i]) / least
+            continue
         jump = min(_bad(indicator, y_n[i] - short), _bad(indicator, y_n[i] - long)) / least
         recent = _bad(indicator, now - before) / least_of_median
         slow = _bad(indicator, now - long) / (LONG_FACTOR * least_of_median)
@@ -161,22 +188,39 @@ def from_history(indicator: Indicator, y_n: Floats, first: int = 0) -> tuple[Flo
     return seen_n, expected_n, np.nan_to_num(beyond_n, nan=0.0, posinf=1e9)
 
 
-def from_healthy(
-    indicator: Indicator, steps_n: NDArray[np.int64], y_n: Floats, healthy: Healthy, first: int = 0
-) -> tuple[Floats, Floats, Floats]:
-    """(seen [n], expected [n], departure [n]) of scaled values, smoothed, by the range of healthy runs at the same steps.
+def _from_nothing(indicator: Indicator, past: Floats, short: float) -> bool:
+    """Whether a scale grew from next to nothing, as that of weights which begin as zeros: its medians lag, whatever it does.
 
-    NaN and 0 before ``first``, and 0 for the first `SMOOTHED` values, which are not smooth yet.
+    What grows exponentially from a level of its own is a drift before it has grown so far.
+    """
+    scale = not (indicator.linear or indicator.falls)
+    return scale and short - _median(past[:IN_A_ROW]) > 2 * LONG_FACTOR * least_of(indicator)
+
+
+def from_healthy(
+    indicator: Indicator, steps_n: NDArray[np.int64], y_n: Floats, seen_n: Floats, healthy: Healthy, first: int = 0
+) -> tuple[Floats, Floats, Floats, Bools]:
+    """(smoothed [n], expected [n], departure [n], whether usual [n]) of scaled values, by the range of healthy runs there.
+
+    Usual is what was ``seen_n`` where it is nearer to the range than half of the departure that matters. NaN, 0 and False before
+    ``first``, and for the first `SMOOTHED` values, which are not smooth yet.
     """
     n, start = len(y_n), max(0, first - SMOOTHED + 1)
-    own_n, low_n, high_n, beyond_n = np.full((4, n), np.nan)
+    own_n, low_n, high_n = np.full((3, n), np.nan)
     low_n[start:], high_n[start:] = range_of(indicator, steps_n[start:], healthy.series)
     own_n[start:] = _smooth(y_n[start:])
-    gap_n = np.where(own_n > high_n, own_n - high_n, np.where(own_n < low_n, own_n - low_n, 0.0))
-    bad_n = np.abs(gap_n) if indicator.keeps else _bad(indicator, gap_n)
-    beyond_n = np.nan_to_num(bad_n / healthy.least, nan=0.0, posinf=1e9)
+    least_n = np.interp(steps_n, healthy.steps, healthy.least)
+    beyond_n = np.nan_to_num(_gap(indicator, own_n, low_n, high_n) / least_n, nan=0.0, posinf=1e9)
     beyond_n[: max(first, min(SMOOTHED, n))] = 0.0
-    return own_n, np.where(own_n > high_n, high_n, low_n), beyond_n
+    usual_n = _gap(indicator, seen_n, low_n, high_n) < 0.5 * least_n
+    return own_n, np.where(own_n > high_n, high_n, low_n), beyond_n, usual_n
+
+
+def _gap(indicator: Indicator, y_n: Floats, low_n: Floats, high_n: Floats) -> Floats:
+    """How far values [n] are outside of a range [n] of healthy ones in the bad direction; 0 inside, NaN where there is no range."""
+    with np.errstate(invalid="ignore"):  # infinity less itself
+        gap_n = np.where(y_n > high_n, y_n - high_n, np.minimum(y_n - low_n, 0.0))
+    return np.maximum(0.0, np.abs(gap_n) if indicator.keeps else _bad(indicator, gap_n))
 
 
 def _bad(indicator: Indicator, gap: Any) -> Any:
@@ -191,7 +235,7 @@ def least_of(indicator: Indicator) -> float:
 
 def scaled(indicator: Indicator, values_n: Floats) -> Floats:
     """Values in the scale in which departures are measured: logarithms, unless differences count."""
-    return values_n.astype(np.float64) if indicator.linear else np.log(np.maximum(values_n, 1e-12))
+    return values_n.astype(np.float64) if indicator.linear else np.log(np.maximum(values_n, indicator.floor))
 
 
 def unscaled(indicator: Indicator, y_n: Floats) -> Floats:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from lightning_mue.checks import value_error
-from lightning_mue.health.departures import Healthy, least_of, range_of, unscaled
+from lightning_mue.health.departures import Healthy, healthy_of, range_of, unscaled
 from lightning_mue.health.indicators import Indicator, indicator_of
 from lightning_mue.health.series import Run, Series, find_runs, read_run
 
@@ -47,7 +47,7 @@ class Reference:
         """The tag in the runs that have it; None if none has."""
         if tag not in self._known:
             series = tuple(run[tag] for run in self._runs if tag in run)
-            self._known[tag] = Healthy(series, least_of(indicator)) if series else None
+            self._known[tag] = healthy_of(indicator, series) if series else None
         return self._known[tag]
 
     def band(self, tag: str) -> tuple[Series, Series] | None:
