@@ -39,8 +39,9 @@ class HealthMonitor(Callback):
 
     The verdicts: *not known yet* (fewer than 20 samples); *healthy*; *watch* (an indicator left its range: it is far from its own
     recent history or from healthy runs, or beyond a limit); *act* (a value that is not finite, or beyond a second limit). Each
-    symptom names indicator, role, layer, step, what was expected and what to do. It judges the metrics of `LogitsZMonitor`, `ActivationOutlierMonitor`, `RouterMonitor`,
-    `UpdateMonitor`, `TransferMonitor` and `StabilityGuard` where they are in the Trainer, and training losses.
+    symptom names indicator, role, layer, step, what was expected and what to do. It judges the metrics of `LogitsZMonitor`,
+    `ActivationOutlierMonitor`, `RouterMonitor`, `UpdateMonitor`, `TransferMonitor` and `StabilityGuard` where they are in the
+    Trainer, and training losses.
 
     It writes
 

@@ -97,7 +97,8 @@ def levels(
     recent = max(IN_A_ROW, indicator.hold)
     first = max(0, len(values_n) - recent) if only_last else 0
     y_n = scaled(indicator, values_n)
-    seen_n, expected_n, beyond_n = from_history(indicator, y_n, first)
+    calm = only_last and surely_healthy(indicator, values_n.tolist())
+    seen_n, expected_n, beyond_n = from_history(indicator, y_n, len(y_n) if calm else first)
     departed_n = _held(beyond_n >= 1) | (beyond_n >= indicator.at_once)
     words = [f"about {e:.3g}" for e in unscaled(indicator, expected_n)]
     if healthy is not None:
@@ -162,39 +163,35 @@ def from_history(indicator: Indicator, y_n: Floats, first: int = 0) -> tuple[Flo
     before them, or `LONG_FACTOR` times as far from that of all `LONG`. The noise is that of successive differences, which a trend
     does not widen; a median has less of it. What grew from nothing is expected to be at most what it was so far.
     """
-    n = len(y_n)
+    n, least = len(y_n), least_of(indicator)
     seen_n, expected_n, beyond_n = y_n.copy(), np.full(n, np.nan), np.zeros(n)
-    for i in range(max(LEAST_HISTORY, first), n):
-        past = y_n[max(0, i - LONG) : i]
-        past = past[np.isfinite(past)]
-        if len(past) < LEAST_HISTORY - 1:
-            continue
-        noise = 1.4826 / 2**0.5 * _median(np.abs(np.diff(past)))
-        least, least_of_median = (max(least_of(indicator), spreads * noise) for spreads in (SPREADS, SPREADS / 2))
-        long, now = _median(past), _median(np.append(past[1 - SMOOTHED :], y_n[i]))
-        short, before = _median(past[-SHORT:]), _median(past[-SHORT - SMOOTHED : 1 - SMOOTHED])
-        if _from_nothing(indicator, past, short):
-            expected_n[i] = past[: 1 - IN_A_ROW].max()
-            beyond_n[i] = max(0.0, y_n[i] - expected_n[i]) / least
-            continue
-        jump = min(_bad(indicator, y_n[i] - short), _bad(indicator, y_n[i] - long)) / least
-        recent = _bad(indicator, now - before) / least_of_median
-        slow = _bad(indicator, now - long) / (LONG_FACTOR * least_of_median)
-        beyond_n[i] = max(jump, recent, slow)
-        if jump < beyond_n[i]:
-            seen_n[i], expected_n[i] = now, before if recent == beyond_n[i] else long
-        else:
-            expected_n[i] = short
-    return seen_n, expected_n, np.nan_to_num(beyond_n, nan=0.0, posinf=1e9)
-
-
-def _from_nothing(indicator: Indicator, past: Floats, short: float) -> bool:
-    """Whether a scale grew from next to nothing, as that of weights which begin as zeros: its medians lag, whatever it does.
-
-    What grows exponentially from a level of its own is a drift before it has grown so far.
-    """
-    scale = not (indicator.linear or indicator.falls)
-    return scale and short - _median(past[:IN_A_ROW]) > 2 * LONG_FACTOR * least_of(indicator)
+    if n <= (first := max(first, LEAST_HISTORY)):
+        return seen_n, expected_n, beyond_n
+    y, known = y_n[first:], np.concatenate([np.full(LONG, np.nan), np.where(np.isfinite(y_n), y_n, np.nan)])
+    at = np.arange(first, n)[:, None] + LONG
+    past = known[at + np.arange(-LONG, 0)]
+    long, short, now = _medians(past), _medians(past[:, -SHORT:]), _medians(known[at + np.arange(1 - SMOOTHED, 1)])
+    before = _medians(past[:, -SHORT - SMOOTHED : 1 - SMOOTHED])
+    noise = 1.4826 / 2**0.5 * _medians(np.abs(np.diff(past)))
+    least_of_one, least_of_median = np.maximum(least, SPREADS * noise), np.maximum(least, SPREADS / 2 * noise)
+    jump = np.minimum(_bad(indicator, y - short), _bad(indicator, y - long)) / least_of_one
+    recent = _bad(indicator, now - before) / least_of_median
+    slow = _bad(indicator, now - long) / (LONG_FACTOR * least_of_median)
+    beyond = np.maximum(jump, np.maximum(recent, slow))
+    drifts = jump < beyond
+    seen, expected = np.where(drifts, now, y), np.where(drifts, np.where(recent == beyond, before, long), short)
+    if not (indicator.linear or indicator.falls):
+        # A scale that grew from next to nothing, as that of weights which begin as zeros: its medians lag, whatever it does. What
+        # grows exponentially from a level of its own is a drift before it has grown so far.
+        begun = known[np.maximum(at - LONG, LONG) + np.arange(IN_A_ROW)]
+        grown = short - _medians(begun) > 2 * LONG_FACTOR * least
+        top = np.fmax.reduce(past[:, : 1 - IN_A_ROW], axis=-1)
+        beyond = np.where(grown, np.maximum(0.0, y - top) / least_of_one, beyond)
+        seen, expected = np.where(grown, y, seen), np.where(grown, top, expected)
+    enough = np.isfinite(past).sum(axis=-1) >= LEAST_HISTORY - 1
+    seen_n[first:], expected_n[first:] = np.where(enough, seen, y), np.where(enough, expected, np.nan)
+    beyond_n[first:] = np.nan_to_num(np.where(enough, beyond, 0.0), nan=0.0, posinf=1e9)
+    return seen_n, expected_n, beyond_n
 
 
 def from_healthy(
@@ -253,12 +250,14 @@ def _smooth(y_n: Floats) -> Floats:
     return smooth_n
 
 
-def _median(values: Floats) -> float:
-    """The median; several times as quick as numpy's for a few values. NaN if any of them is, or if there is none."""
-    if not len(values):
-        return float("nan")
-    ordered = np.sort(values)
-    return float(0.5 * (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]))
+def _medians(windows: Floats) -> Floats:
+    """The median of each window [..., k] without its NaN; several times as quick as numpy's. NaN where there is nothing else."""
+    ordered, k = np.sort(windows, axis=-1), windows.shape[-1]  # NaN last
+    if not np.isnan(ordered[..., -1]).any():
+        return np.asarray(0.5 * (ordered[..., (k - 1) // 2] + ordered[..., k // 2]))
+    count = np.maximum(np.isfinite(windows).sum(axis=-1, keepdims=True), 1)
+    low, high = (np.take_along_axis(ordered, at, axis=-1)[..., 0] for at in ((count - 1) // 2, count // 2))
+    return np.asarray(0.5 * (low + high))
 
 
 def _held(flags_n: Bools, in_a_row: int = IN_A_ROW) -> Bools:
