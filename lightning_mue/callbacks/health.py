@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_mue.callbacks import metric_stream, tensorboard_page
 from lightning_mue.callbacks.mue.callback import MuECallback
+from lightning_mue.callbacks.showing import folder_of, show_image, show_text, shows_images
 from lightning_mue.callbacks.steps import steps_done
 from lightning_mue.checks import mismatch, require_types, type_error
 from lightning_mue.files import whole_file
@@ -46,8 +47,8 @@ class HealthMonitor(Callback):
     It writes
 
     - one warning for each indicator;
-    - the card: in TensorBoard's TEXT tab as ``health``, and as a Markdown file of that name in the loggers' folders;
-    - heat maps (layer x step) of every indicator by layer, in TensorBoard's IMAGES tab;
+    - the card: in TensorBoard's TEXT tab and W&B as ``health``, and as a Markdown file of that name in the loggers' folders;
+    - heat maps (layer x step) of every indicator by layer, in TensorBoard's IMAGES tab and W&B;
     - hyperparameters with the last losses, in TensorBoard's HPARAMS tab, in place of Lightning's ``hp_metric``.
 
     Args:
@@ -204,20 +205,20 @@ class HealthMonitor(Callback):
         if card == self._told:
             return
         self._told = card
-        for logger in _boards(trainer):
-            logger.experiment.add_text("health", card, step)
         for logger in trainer.loggers:
-            if isinstance(folder := getattr(logger, "log_dir", None), str):
-                _write(Path(folder) / "health.md", card)
+            show_text(logger, "health", card, step)
+            if (folder := folder_of(logger)) is not None:
+                _write(folder / "health.md", card)
 
     def _draw(self, trainer: Trainer, step: int) -> None:
-        if not (boards := _boards(trainer)) or not self.heat_maps:
+        pages = [logger for logger in trainer.loggers if shows_images(logger)]
+        if not pages or not self.heat_maps:
             return
         run = {tag: series_of(points) for tag, points in self._layers.items()}
         for group, layers in layered(run).items():
             pixels = as_pixels(heat_map(group, layers))
-            for logger in boards:
-                logger.experiment.add_image(f"layers/{group}", pixels, step, dataformats="HWC")
+            for logger in pages:
+                show_image(logger, f"layers/{group}", pixels, step)
 
 
 def _steps_of(trainer: Trainer) -> int | None:
@@ -256,11 +257,14 @@ def _write_hyperparameters(trainer: Trainer, model: LightningModule, *, ended: b
     plan = next((c.plan for c in trainer.callbacks if isinstance(c, MuECallback)), None)  # type: ignore[attr-defined]
     if plan is not None:
         base = ", ".join(f"{axis}={size:g}" for axis, size in plan.base_axes.items())
-        parameters |= {"rule": plan.rule, "base": base}
+        parameters |= {"MuE/rule": plan.rule, "MuE/base": base}  # the page begins with five columns, capitals first
     for i, optimizer in enumerate(trainer.optimizers):
-        name = "lr" if len(trainer.optimizers) == 1 else f"lr-{i}"
+        name = "MuE/lr" if len(trainer.optimizers) == 1 else f"MuE/lr-{i}"
         parameters[name] = float(optimizer.param_groups[0].get("initial_lr", optimizer.param_groups[0]["lr"]))
     shown = [tag for tag in trainer.logged_metrics if is_loss(tag) or "bits_per_byte" in tag or tag == "hp_metric"]
+    for logger in trainer.loggers if not ended else ():
+        if is_lightning(logger, "WandbLogger"):
+            logger.log_hyperparams(parameters)
     for logger in _boards(trainer):
         start = f"{logger._prefix}-" if logger._prefix else ""
         columns, values, end = hparams(parameters, {f"{start}{tag}": 0.0 for tag in shown})
