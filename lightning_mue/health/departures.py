@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_mue.health.indicators import Indicator
+from lightning_mue.health.indicators import INDICATORS, Indicator
 from lightning_mue.health.series import Series
 
 #: Samples of a tag before its own history says anything.
@@ -32,7 +32,7 @@ SMOOTHED = 8
 #: it too small), from so many runs on, and between this share of the factor and all of it.
 SAFETY, LEAST_RUNS, LEAST_SHARE = 4.0, 3, 0.25
 #: Values on which the level of the last one depends.
-LONGEST_MEMORY = LONG + IN_A_ROW
+LONGEST_MEMORY = LONG + max(indicator.hold for indicator in INDICATORS)
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -94,12 +94,11 @@ def levels(
         only_last: Whether only the last level is needed; those before it are then not to be read.
     """
     values_n = series.values
-    recent = max(IN_A_ROW, indicator.hold)
-    first = max(0, len(values_n) - recent) if only_last else 0
+    first = max(0, len(values_n) - indicator.hold) if only_last else 0
     y_n = scaled(indicator, values_n)
     calm = only_last and surely_healthy(indicator, values_n.tolist())
     seen_n, expected_n, beyond_n = from_history(indicator, y_n, len(y_n) if calm else first)
-    departed_n = _held(beyond_n >= 1) | (beyond_n >= indicator.at_once)
+    departed_n = _held(beyond_n >= 1, indicator.hold) | (beyond_n >= indicator.at_once)
     words = [f"about {e:.3g}" for e in unscaled(indicator, expected_n)]
     if healthy is not None:
         smooth_n, healthy_n, beyond_n, usual_n = from_healthy(indicator, series.steps, y_n, seen_n, healthy, first)
@@ -160,7 +159,8 @@ def from_history(indicator: Indicator, y_n: Floats, first: int = 0) -> tuple[Flo
 
     Two kinds: a jump, a value far from the median of the last `SHORT` values and from that of the last `LONG` ones (near which it
     is if it merely returns to where it was); and a drift, the median of the last `SMOOTHED` values far from that of those right
-    before them, or `LONG_FACTOR` times as far from that of all `LONG`. The noise is that of successive differences, which a trend
+    before them, or `LONG_FACTOR` times as far from that of all `LONG`; the first `LEAST_HISTORY` values are the model's settling,
+    from which nothing drifts. The noise is that of successive differences, which a trend
     does not widen; a median has less of it. What grew from nothing is expected to be at most what it was so far.
     """
     n, least = len(y_n), least_of(indicator)
@@ -177,7 +177,8 @@ def from_history(indicator: Indicator, y_n: Floats, first: int = 0) -> tuple[Flo
     jump = np.minimum(_bad(indicator, y - short), _bad(indicator, y - long)) / least_of_one
     recent = _bad(indicator, now - before) / least_of_median
     slow = _bad(indicator, now - long) / (LONG_FACTOR * least_of_median)
-    beyond = np.maximum(jump, np.maximum(recent, slow))
+    settled = np.arange(first, n) >= 2 * LEAST_HISTORY
+    beyond = np.maximum(jump, np.where(settled, np.maximum(recent, slow), 0.0))
     drifts = jump < beyond
     seen, expected = np.where(drifts, now, y), np.where(drifts, np.where(recent == beyond, before, long), short)
     if not (indicator.linear or indicator.falls):

@@ -28,7 +28,7 @@ class Indicator:
         falls: A fall is the bad direction (an entropy); else a rise is.
         both: Both directions are.
         keeps: Both are against healthy runs, whose schedules fall as the run's own does.
-        hold: Samples in a row that must be beyond ``watch`` or ``act``.
+        hold: Samples in a row that must be out of range.
         at_once: How many times the least departure from the own history counts although it is one sample.
         steady: The optimizer, the balance loss, the data or arithmetic set it, not what a seed happens to learn: healthy runs
             agree, and how well they do says what matters (`departures.Healthy`), not the factor, which is made for other models.
@@ -154,7 +154,7 @@ INDICATORS: tuple[Indicator, ...] = (
         "stability/kurtosis",
         "the activations' tails grow heavy",
         "Look at the channels; weight decay or a smaller learning rate help.",
-        factor=4.0,
+        factor=16.0,  # a fourth power: 2 in the activations
     ),
     Indicator(
         "MaxVio",
@@ -162,7 +162,7 @@ INDICATORS: tuple[Indicator, ...] = (
         "some experts get far more tokens than others",
         "Raise aux_loss_coef or the bias update rate; lower the router's learning rate.",
         factor=2.5,
-        floor=0.2,  # a fifth more than the mean load
+        floor=0.5,  # half more than the mean load harms nothing
         steady=True,
     ),
     Indicator(
@@ -172,6 +172,7 @@ INDICATORS: tuple[Indicator, ...] = (
         "Raise aux_loss_coef or the bias update rate; lower the router's learning rate.",
         watch=1.0,
         hold=10,  # in a small batch an expert may get nothing by chance
+        at_once=float("inf"),
         linear=True,
         factor=1.0,
     ),

@@ -120,9 +120,7 @@ def test_the_hyperparameters_stand_beside_the_last_losses(toy, tmp_path):
     logger = TensorBoardLogger(tmp_path, name="run", prefix="my")
     trainer, _, _ = run(toy, tmp_path, loggers=[logger])
     events = EventAccumulator(trainer.logger.log_dir).Reload()
-    told = {
-        tag: events.SummaryMetadata(tag).plugin_data.content for tag in events.Tags()["tensors"] if "_hparams_" in tag
-    }
+    told = events.PluginTagToContent("hparams")
     columns = {info.name.tag for info in parse_experiment_plugin_data(told["_hparams_/experiment"]).metric_infos}
     begun = parse_session_start_info_plugin_data(told["_hparams_/session_start_info"]).hparams
     assert "hp_metric" not in columns
@@ -138,9 +136,8 @@ def test_hyperparameters_of_a_run_that_breaks_stand_there_too(toy, tmp_path):
     logger = TensorBoardLogger(tmp_path, name="run")
     with pytest.raises(RuntimeError, match="broken"):
         toy.make_trainer([HealthMonitor()], [logger]).fit(toy.make_model(cls=Broken), toy.tokens(2))
-    assert {f"_hparams_/{of}" for of in ("experiment", "session_start_info")} <= set(
-        EventAccumulator(logger.log_dir).Reload().Tags()["tensors"]
-    )
+    told = EventAccumulator(logger.log_dir).Reload().PluginTagToContent("hparams")
+    assert set(told) == {f"_hparams_/{of}" for of in ("experiment", "session_start_info", "session_end_info")}
 
 
 @pytest.mark.slow
