@@ -6,6 +6,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -97,8 +98,9 @@ class HealthMonitor(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Keeps Lightning from writing ``hp_metric`` = -1 as the one column of the HPARAMS tab: the first columns stay."""
-        for logger in _boards(trainer) if stage == "fit" else ():
-            logger._default_hp_metric = False
+        for logger in trainer.loggers if stage == "fit" else ():
+            if is_lightning(logger, "TensorBoardLogger"):
+                logger._default_hp_metric = False  # type: ignore[attr-defined]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listens to the monitors; leaves the pictures out, with a warning, where they could not be drawn."""
@@ -106,6 +108,12 @@ class HealthMonitor(Callback):
             self.heat_maps = False
             found, do = "no matplotlib", "There are none now. pip install matplotlib, or set heat_maps=False."
             rank_zero_warn(mismatch("HealthMonitor.heat_maps", found=found, expected="it, to draw with", do=do))
+        if not trainer.loggers:
+            expected, do = (
+                "one, without which monitors measure nothing",
+                "Only losses are judged now. Use, say, CSVLogger.",
+            )
+            rank_zero_warn(mismatch("Trainer.logger", found="no logger", expected=expected, do=do))
         if trainer.is_global_zero:
             own = [folder for logger in trainer.loggers if isinstance(folder := getattr(logger, "log_dir", None), str)]
             self._healthy = Reference.read(self.reference, _steps_of(trainer), own) if self.reference else None
@@ -241,14 +249,8 @@ def _write(path: Path, text: str) -> None:
         rank_zero_warn(f"HealthMonitor: {path} was not written ({error}). The run goes on.")
 
 
-def _write_hyperparameters(trainer: Trainer, model: LightningModule, *, ended: bool) -> None:
-    """Rule, base, learning rates and the module's own scalars, for the HPARAMS tab; it shows them beside the losses as last logged.
-
-    The values are written when the run begins, the columns when it has ended and all tags are known. All runs of a page share the
-    columns of the one that it finds first.
-    """
-    from torch.utils.tensorboard.summary import hparams
-
+def _hyperparameters(trainer: Trainer, model: LightningModule) -> dict[str, Any]:
+    """The module's own scalars, rule, base and learning rates; TensorBoard's page begins with five of them, capitals first."""
     parameters: dict[str, Any] = {
         name: value
         for name, value in model.hparams.items()
@@ -257,20 +259,30 @@ def _write_hyperparameters(trainer: Trainer, model: LightningModule, *, ended: b
     plan = next((c.plan for c in trainer.callbacks if isinstance(c, MuECallback)), None)  # type: ignore[attr-defined]
     if plan is not None:
         base = ", ".join(f"{axis}={size:g}" for axis, size in plan.base_axes.items())
-        parameters |= {"MuE/rule": plan.rule, "MuE/base": base}  # the page begins with five columns, capitals first
+        parameters |= {"MuE/rule": plan.rule, "MuE/base": base}
     for i, optimizer in enumerate(trainer.optimizers):
         name = "MuE/lr" if len(trainer.optimizers) == 1 else f"MuE/lr-{i}"
         parameters[name] = float(optimizer.param_groups[0].get("initial_lr", optimizer.param_groups[0]["lr"]))
+    return parameters
+
+
+def _write_hyperparameters(trainer: Trainer, model: LightningModule, *, ended: bool) -> None:
+    """Gives them to TensorBoard, which shows them beside the losses as last logged, and to W&B.
+
+    The values are written when the run begins, TensorBoard's columns when it has ended and all tags are known. All runs of a page
+    share the columns of the one that it finds first.
+    """
+    parameters = _hyperparameters(trainer, model)
     shown = [tag for tag in trainer.logged_metrics if is_loss(tag) or "bits_per_byte" in tag or tag == "hp_metric"]
-    for logger in trainer.loggers if not ended else ():
-        if is_lightning(logger, "WandbLogger"):
+    for logger in trainer.loggers:
+        if is_lightning(logger, "WandbLogger") and not ended:
             logger.log_hyperparams(parameters)
-    for logger in _boards(trainer):
-        start = f"{logger._prefix}-" if logger._prefix else ""
-        columns, values, end = hparams(parameters, {f"{start}{tag}": 0.0 for tag in shown})
-        for summary in (columns, end) if ended else (values,):
-            logger.experiment._get_file_writer().add_summary(summary)
-
-
-def _boards(trainer: Trainer) -> list[Any]:
-    return [logger for logger in trainer.loggers if is_lightning(logger, "TensorBoardLogger")]
+        if is_lightning(logger, "TensorBoardLogger"):
+            start = f"{logger._prefix}-" if logger._prefix else ""  # type: ignore[attr-defined]
+            writes_with = (
+                "torch.utils.tensorboard" if find_spec("tensorboard") else "tensorboardX"
+            )  # as the logger itself
+            hparams = import_module(f"{writes_with}.summary").hparams
+            columns, values, end = hparams(parameters, {f"{start}{tag}": 0.0 for tag in shown})
+            for summary in (columns, end) if ended else (values,):
+                logger.experiment._get_file_writer().add_summary(summary)  # type: ignore[attr-defined]

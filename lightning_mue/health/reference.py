@@ -65,7 +65,7 @@ def _stretched(run: Run, steps: int | None) -> dict[str, Series]:
     last = max((int(series.steps[-1]) for series in run.values() if len(series.steps)), default=0)
     scale = 1.0 if steps is None or last == 0 else (steps - 1) / last
     return {
-        tag: Series((series.steps * scale).astype(np.int64), series.values)
+        tag: Series(np.rint(series.steps * scale).astype(np.int64), series.values)
         for tag, series in run.items()
         if len(series.steps)
     }

@@ -8,7 +8,7 @@ from lightning_mue.health.departures import LEAST_HISTORY, LONGEST_MEMORY, Level
 from lightning_mue.health.indicators import INDICATORS
 from lightning_mue.health.judging import RunJudge, judge
 from lightning_mue.health.reference import Reference
-from lightning_mue.health.series import series_of
+from lightning_mue.health.series import Series, series_of
 
 N = 200
 
@@ -177,6 +177,9 @@ def test_where_healthy_runs_agree_a_small_departure_counts():
     assert (symptom.indicator.name, symptom.where, symptom.step) == ("update ratio", "hidden", 10)
     assert judge(steady(20, 1.6), reference=Reference([steady(1), steady(2)])).level is Level.HEALTHY
     assert judge(steady(20, 1.6)).level is Level.HEALTHY
+    longer = {tag: Series(3 * series.steps, series.values) for tag, series in steady(30).items()}
+    stretched = Reference([steady(seed) for seed in range(1, 6)], steps=3 * (N - 1) + 1)
+    assert judge(longer, reference=stretched).level is Level.HEALTHY
 
 
 def test_what_healthy_runs_do_too_is_expected_whatever_the_own_past_says():
