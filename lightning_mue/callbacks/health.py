@@ -279,10 +279,8 @@ def _write_hyperparameters(trainer: Trainer, model: LightningModule, *, ended: b
             logger.log_hyperparams(parameters)
         if is_lightning(logger, "TensorBoardLogger"):
             start = f"{logger._prefix}-" if logger._prefix else ""  # type: ignore[attr-defined]
-            writes_with = (
-                "torch.utils.tensorboard" if find_spec("tensorboard") else "tensorboardX"
-            )  # as the logger itself
-            hparams = import_module(f"{writes_with}.summary").hparams
+            package = type(logger.experiment).__module__.rpartition(".")[0]  # type: ignore[attr-defined]  # torch's or tensorboardX
+            hparams = import_module(f"{package}.summary").hparams
             columns, values, end = hparams(parameters, {f"{start}{tag}": 0.0 for tag in shown})
             for summary in (columns, end) if ended else (values,):
                 logger.experiment._get_file_writer().add_summary(summary)  # type: ignore[attr-defined]
