@@ -93,10 +93,12 @@ def levels(
         healthy: The same tag in healthy runs.
         only_last: Whether only the last level is needed; those before it are then not to be read.
     """
+    calm = only_last and surely_healthy(indicator, series.values.tolist())
+    if calm:  # all that is left to ask, of healthy runs, depends on the last samples
+        series = Series(*(x_n[-indicator.hold - SMOOTHED :] for x_n in series))
     values_n = series.values
     first = max(0, len(values_n) - indicator.hold) if only_last else 0
     y_n = scaled(indicator, values_n)
-    calm = only_last and surely_healthy(indicator, values_n.tolist())
     seen_n, expected_n, beyond_n = from_history(indicator, y_n, len(y_n) if calm else first)
     departed_n = _held(beyond_n >= 1, indicator.hold) | (beyond_n >= indicator.at_once)
     words = [f"about {e:.3g}" for e in unscaled(indicator, expected_n)]
