@@ -95,7 +95,8 @@ def levels(
     """
     calm = only_last and surely_healthy(indicator, series.values.tolist())
     if calm:  # all that is left to ask, of healthy runs, depends on the last samples
-        series = Series(*(x_n[-indicator.hold - SMOOTHED :] for x_n in series))
+        last = slice(-indicator.hold - SMOOTHED, None)
+        series = Series(series.steps[last], series.values[last])
     values_n = series.values
     first = max(0, len(values_n) - indicator.hold) if only_last else 0
     y_n = scaled(indicator, values_n)
