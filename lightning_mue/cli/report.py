@@ -11,7 +11,7 @@ from lightning_mue.analysis.forecast.record import read_record
 from lightning_mue.analysis.forecast.score import HEADERS, score
 from lightning_mue.checks import value_error
 from lightning_mue.cli.parsing.parser import WordsParser
-from lightning_mue.health.card import LOOKS, headline
+from lightning_mue.health.card import headline, look
 from lightning_mue.health.reference import Reference
 from lightning_mue.health.report import read_runs, write_report
 
@@ -53,7 +53,7 @@ def report_command(args: Sequence[str]) -> None:
             markup=False,
         )
     for run in runs:
-        word, colour = LOOKS[run.verdict.level]
+        word, colour = look(run.verdict)
         console.print(f"[{colour}]{word}[/]  {run.name}: ", end="")
         console.print(headline(run.verdict), markup=False)
     console.print(f"written: {page}", markup=False)
