@@ -68,10 +68,7 @@ def train(where: Path, kind: str, ranks: int, accumulate: int) -> None:
     rank = int(os.environ.get("RANK", "0"))
     strategies = {
         "one": lambda: "auto",
-        # DDP puts its buckets in another order after the first backward pass, and a sum of more than two ranks is rounded by the
-        # place in the bucket: a resumed run would differ in the last bit. With this option, it keeps the order.
-        "ddp": lambda: DDPStrategy(process_group_backend="gloo", find_unused_parameters=ranks > 2),
-        "ddp-rebuilt": lambda: DDPStrategy(process_group_backend="gloo"),
+        "ddp": lambda: DDPStrategy(process_group_backend="gloo"),
         "fsdp2": lambda: ModelParallelStrategy(ranks, 1, process_group_backend="gloo"),
     }
     model = Noisy(**SIZES, balance="bias")

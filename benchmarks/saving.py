@@ -9,6 +9,7 @@ the processor with the thread that writes: the last rows say how much slower the
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import statistics
 import tempfile
@@ -78,7 +79,8 @@ class Timed(Callback):
             act(trainer)
             self.seconds[name].append(time.perf_counter() - start)
             self.safe._writer.wait()
-        self._pause(trainer)  # for the steps that follow
+        os.sync()  # Lightning's file, which would be written beside the steps that follow
+        self._pause(trainer)
         trainer.should_stop = batch_idx // 8 > self.rounds
 
     def _pause(self, trainer) -> None:

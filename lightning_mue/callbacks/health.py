@@ -6,6 +6,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_mue.callbacks import metric_stream, tensorboard_page
 from lightning_mue.callbacks.mue.callback import MuECallback
+from lightning_mue.callbacks.showing import folder_of, show_image, show_text, shows_images
 from lightning_mue.callbacks.steps import steps_done
 from lightning_mue.checks import mismatch, require_types, type_error
 from lightning_mue.files import whole_file
-from lightning_mue.health.card import LOOKS, as_markdown, headline, sentence
-from lightning_mue.health.indicators import indicator_of, is_loss
+from lightning_mue.health.card import as_markdown, headline, look, sentence
+from lightning_mue.health.departures import LEAST_HISTORY
+from lightning_mue.health.indicators import indicator_of
 from lightning_mue.health.judging import Health, RunJudge
+from lightning_mue.health.losses import is_loss
 from lightning_mue.health.pictures import as_pixels, heat_map, layered
 from lightning_mue.health.reference import Reference
 from lightning_mue.health.series import series_of
@@ -30,24 +34,23 @@ from lightning_mue.namespaces import is_lightning
 _log = logging.getLogger(__name__)
 #: Samples of one layer that are kept for the pictures; older ones are thinned.
 _KEPT = 512
-#: Pictures are drawn at this many samples, whenever these have doubled, and at the end: their cost stays small in any run.
-_FIRST_DRAWN = 32
 
 
 class HealthMonitor(Callback):
     """Judges the metrics of the other monitors and the losses that the module logs, and answers "is this run healthy?".
 
-    Three verdicts: *healthy*; *watch* (an indicator left its range: it is far from its own recent history, or beyond a limit);
-    *act* (a value that is not finite, or beyond a second limit). Each symptom names indicator, role, layer, step, what was
-    expected and what to do. It judges the metrics of `LogitsZMonitor`, `ActivationOutlierMonitor`, `RouterMonitor`,
-    `UpdateMonitor`, `TransferMonitor` and `StabilityGuard` where they are in the Trainer, and training losses.
+    The verdicts: *not known yet* (fewer than 20 samples); *healthy*; *watch* (an indicator left its range: it is far from its own
+    recent history or from healthy runs, or beyond a limit); *act* (a value that is not finite, or beyond a second limit). Each
+    symptom names indicator, role, layer, step, what was expected and what to do. It judges the metrics of `LogitsZMonitor`,
+    `ActivationOutlierMonitor`, `RouterMonitor`, `UpdateMonitor`, `TransferMonitor` and `StabilityGuard` where they are in the
+    Trainer, and training losses.
 
     It writes
 
     - one warning for each indicator;
-    - the card: in TensorBoard's TEXT tab as ``health``, and as a Markdown file of that name in the loggers' folders;
-    - heat maps (layer x step) of every indicator by layer, in TensorBoard's IMAGES tab;
-    - at the end, hyperparameters with the final losses, in TensorBoard's HPARAMS tab.
+    - the card: in TensorBoard's TEXT tab and W&B as ``health``, and as a Markdown file of that name in the loggers' folders;
+    - heat maps (layer x step) of every indicator by layer, in TensorBoard's IMAGES tab and W&B;
+    - hyperparameters with the last losses, in TensorBoard's HPARAMS tab, in place of Lightning's ``hp_metric``.
 
     Args:
         losses: Tags of further training losses; those called ``loss``, ``train_loss``, ``train/loss`` and the like are known.
@@ -83,7 +86,7 @@ class HealthMonitor(Callback):
         """Knows nothing yet of the run."""
         self._judge = RunJudge(self.losses, self._healthy)
         self._layers: dict[str, list[tuple[int, float]]] = {}
-        self._draw_at, self._told = _FIRST_DRAWN, ""
+        self._show_at, self._told = 1, ""
         self._taken_at = 0  # optimizer steps at the last sample of the module's own metrics
         self._warned: set[str] = set()
         self._heard: set[str] = set()  # tags that monitors tell, which the Trainer knows too
@@ -93,12 +96,24 @@ class HealthMonitor(Callback):
         """The verdict so far; of rank zero, which alone sees the metrics."""
         return self._judge.verdict
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Keeps Lightning from writing ``hp_metric`` = -1 as the one column of the HPARAMS tab: the first columns stay."""
+        for logger in trainer.loggers if stage == "fit" else ():
+            if is_lightning(logger, "TensorBoardLogger"):
+                logger._default_hp_metric = False  # type: ignore[attr-defined]
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listens to the monitors; leaves the pictures out, with a warning, where they could not be drawn."""
         if self.heat_maps and find_spec("matplotlib") is None:
             self.heat_maps = False
             found, do = "no matplotlib", "There are none now. pip install matplotlib, or set heat_maps=False."
             rank_zero_warn(mismatch("HealthMonitor.heat_maps", found=found, expected="it, to draw with", do=do))
+        if not trainer.loggers:
+            expected, do = (
+                "one, without which monitors measure nothing",
+                "Only losses are judged now. Use, say, CSVLogger.",
+            )
+            rank_zero_warn(mismatch("Trainer.logger", found="no logger", expected=expected, do=do))
         if trainer.is_global_zero:
             own = [folder for logger in trainer.loggers if isinstance(folder := getattr(logger, "log_dir", None), str)]
             self._healthy = Reference.read(self.reference, _steps_of(trainer), own) if self.reference else None
@@ -110,6 +125,8 @@ class HealthMonitor(Callback):
         if not (self._restored or steps_done(trainer)):
             self._forget()
         self._restored, self._taken_at = False, steps_done(trainer)
+        if trainer.is_global_zero:
+            _write_hyperparameters(trainer, pl_module, ended=False)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -126,13 +143,14 @@ class HealthMonitor(Callback):
         if trainer.is_global_zero:
             self._show(trainer, max(trainer.global_step - 1, 0))
             self._draw(trainer, max(trainer.global_step - 1, 0))
-            _write_hyperparameters(trainer, pl_module)
+            _write_hyperparameters(trainer, pl_module, ended=True)
             _log.info("HealthMonitor: %s", self.told)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leaves the card as it stands when the run breaks."""
-        if trainer.is_global_zero:
+        """Leaves card and hyperparameters as they stand when the run breaks."""
+        if trainer.is_global_zero and trainer.state.fn == "fit":
             self._show(trainer, max(trainer.global_step - 1, 0))
+            _write_hyperparameters(trainer, pl_module, ended=True)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Listens no more."""
@@ -151,8 +169,7 @@ class HealthMonitor(Callback):
     @property
     def told(self) -> str:
         """The verdict in one line."""
-        verdict = self.verdict
-        return f"{LOOKS[verdict.level][0]}. {headline(verdict)}"
+        return f"{look(self.verdict)[0]}. {headline(self.verdict)}"
 
     def _logged(self, trainer: Trainer) -> dict[str, float]:
         """Losses and gradient norms among the Trainer's metrics, by one copy from the device."""
@@ -182,11 +199,13 @@ class HealthMonitor(Callback):
             if group.first.indicator.name not in self._warned:
                 self._warned.add(group.first.indicator.name)
                 rank_zero_warn(f"HealthMonitor: {sentence(group)}. {group.first.indicator.do}")
-        if symptoms:
+        # With the first sample, when there is evidence, and whenever the samples have doubled: the cost stays small in any run.
+        due = (samples := self.verdict.samples) >= self._show_at
+        if due or symptoms:
             self._show(trainer, step)
-        samples = self._judge.verdict.samples
-        if self.heat_maps and self._layers and samples >= self._draw_at:
-            self._draw_at = 2 * samples
+        if due:
+            self._show_at = max(LEAST_HISTORY, 2 * samples)
+        if due and samples >= LEAST_HISTORY:
             self._draw(trainer, step)
 
     def _show(self, trainer: Trainer, step: int) -> None:
@@ -195,20 +214,19 @@ class HealthMonitor(Callback):
             return
         self._told = card
         for logger in trainer.loggers:
-            if is_lightning(logger, "TensorBoardLogger"):
-                logger.experiment.add_text("health", card, step)  # type: ignore[attr-defined]
-            if isinstance(folder := getattr(logger, "log_dir", None), str):
-                _write(Path(folder) / "health.md", card)
+            show_text(logger, "health", card, step)
+            if (folder := folder_of(logger)) is not None:
+                _write(folder / "health.md", card)
 
     def _draw(self, trainer: Trainer, step: int) -> None:
-        boards = [logger for logger in trainer.loggers if is_lightning(logger, "TensorBoardLogger")]
-        if not boards or not self.heat_maps:
+        pages = [logger for logger in trainer.loggers if shows_images(logger)]
+        if not pages or not self.heat_maps:
             return
         run = {tag: series_of(points) for tag, points in self._layers.items()}
         for group, layers in layered(run).items():
             pixels = as_pixels(heat_map(group, layers))
-            for logger in boards:
-                logger.experiment.add_image(f"layers/{group}", pixels, step, dataformats="HWC")  # type: ignore[attr-defined]
+            for logger in pages:
+                show_image(logger, f"layers/{group}", pixels, step)
 
 
 def _steps_of(trainer: Trainer) -> int | None:
@@ -231,19 +249,8 @@ def _write(path: Path, text: str) -> None:
         rank_zero_warn(f"HealthMonitor: {path} was not written ({error}). The run goes on.")
 
 
-def _write_hyperparameters(trainer: Trainer, model: LightningModule) -> None:
-    """Rule, base, learning rates and the module's own scalars with the final losses, for the HPARAMS tab.
-
-    In a folder of its own, as torch's writer does it: what the Trainer wrote at the start cannot be replaced.
-    """
-    final = {
-        f"final/{tag}": float(value)  # a name of its own: these are no points of the loss's curve
-        for tag, value in trainer.callback_metrics.items()
-        if is_loss(tag) or "bits_per_byte" in tag
-    }
-    boards = [logger for logger in trainer.loggers if is_lightning(logger, "TensorBoardLogger")]
-    if not final or not boards:
-        return
+def _hyperparameters(trainer: Trainer, model: LightningModule) -> dict[str, Any]:
+    """The module's own scalars, rule, base and learning rates; TensorBoard's page begins with five of them, capitals first."""
     parameters: dict[str, Any] = {
         name: value
         for name, value in model.hparams.items()
@@ -252,9 +259,28 @@ def _write_hyperparameters(trainer: Trainer, model: LightningModule) -> None:
     plan = next((c.plan for c in trainer.callbacks if isinstance(c, MuECallback)), None)  # type: ignore[attr-defined]
     if plan is not None:
         base = ", ".join(f"{axis}={size:g}" for axis, size in plan.base_axes.items())
-        parameters |= {"rule": plan.rule, "base": base}
+        parameters |= {"MuE/rule": plan.rule, "MuE/base": base}
     for i, optimizer in enumerate(trainer.optimizers):
-        name = "lr" if len(trainer.optimizers) == 1 else f"lr-{i}"
+        name = "MuE/lr" if len(trainer.optimizers) == 1 else f"MuE/lr-{i}"
         parameters[name] = float(optimizer.param_groups[0].get("initial_lr", optimizer.param_groups[0]["lr"]))
-    for logger in boards:
-        logger.experiment.add_hparams(parameters, final, run_name="hparams")  # type: ignore[attr-defined]
+    return parameters
+
+
+def _write_hyperparameters(trainer: Trainer, model: LightningModule, *, ended: bool) -> None:
+    """Gives them to TensorBoard, which shows them beside the losses as last logged, and to W&B.
+
+    The values are written when the run begins, TensorBoard's columns when it has ended and all tags are known. All runs of a page
+    share the columns of the one that it finds first.
+    """
+    parameters = _hyperparameters(trainer, model)
+    shown = [tag for tag in trainer.logged_metrics if is_loss(tag) or "bits_per_byte" in tag or tag == "hp_metric"]
+    for logger in trainer.loggers:
+        if is_lightning(logger, "WandbLogger") and not ended:
+            logger.log_hyperparams(parameters)
+        if is_lightning(logger, "TensorBoardLogger"):
+            start = f"{logger._prefix}-" if logger._prefix else ""  # type: ignore[attr-defined]
+            package = type(logger.experiment).__module__.rpartition(".")[0]  # type: ignore[attr-defined]  # torch's or tensorboardX
+            hparams = import_module(f"{package}.summary").hparams
+            columns, values, end = hparams(parameters, {f"{start}{tag}": 0.0 for tag in shown})
+            for summary in (columns, end) if ended else (values,):
+                logger.experiment._get_file_writer().add_summary(summary)  # type: ignore[attr-defined]

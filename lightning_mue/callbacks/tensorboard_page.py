@@ -15,7 +15,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 
 from lightning_mue.checks import value_error
-from lightning_mue.health.indicators import LOSS_TAGS
+from lightning_mue.health.losses import LOSS_TAGS
 from lightning_mue.namespaces import is_lightning
 
 #: category -> chart title -> regexes of tags

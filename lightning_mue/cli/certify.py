@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ from lightning_mue.analysis.certificate import Certificate, Limits, certify
 from lightning_mue.analysis.certificate.pictures import COLOURS
 from lightning_mue.analysis.trials import Trial, Value, read_trials
 from lightning_mue.checks import require_choice, value_error
+from lightning_mue.cli.parsing.parser import WordsParser
 from lightning_mue.console import wide_console
 
 
@@ -23,7 +23,7 @@ def certify_command(args: Sequence[str]) -> None:
     Raises:
         ValueError: If a sweep cannot be read or certified.
     """
-    parser = argparse.ArgumentParser(prog="lightning-mue certify", description=__doc__)
+    parser = WordsParser("certify", description=__doc__)
     parser.add_argument("sweeps", nargs="+", metavar="SWEEP", help="a sweep's folder, or its trials.csv")
     parser.add_argument("--base", default="", metavar="NAME=VALUE,...", help="size tuned (default: the smallest)")
     parser.add_argument(

@@ -25,6 +25,7 @@ from lightning_mue.analysis.sweep.config import find_rate
 from lightning_mue.callbacks.mue.run import run_sizes, steps
 from lightning_mue.checks import listed, require_choice, require_number, value_error
 from lightning_mue.cli.certify import read_size, read_sweeps, table_of
+from lightning_mue.cli.parsing.parser import WordsParser
 from lightning_mue.console import human
 from lightning_mue.parameterizations.reading.flops import training_flops_per_token
 
@@ -163,11 +164,10 @@ def _ends(estimate: Estimate) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="lightning-mue forecast",
+    parser = WordsParser(
+        "forecast",
         description=__doc__,
         epilog="Other options go to the run, as in `lightning-mue fit`, e.g. --trainer.max_steps 2000.",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("sweeps", nargs="+", metavar="SWEEP", help="a sweep's folder, or its trials.csv, of smaller sizes")

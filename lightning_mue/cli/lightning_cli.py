@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_mue.callbacks import MuECallback, ThroughputMonitor
 from lightning_mue.callbacks.checkpointing.callback import TERMINATED, resume_path
+from lightning_mue.callbacks.checkpointing.loading import before_loading, refuse_code
 from lightning_mue.callbacks.trial_report import TrialReport
 from lightning_mue.checks import value_error
 from lightning_mue.class_paths import check_class_paths
@@ -24,6 +25,7 @@ from lightning_mue.cli.parsing.groups import add_groups, with_groups
 from lightning_mue.cli.parsing.parser import BriefParser
 from lightning_mue.cli.parsing.raised import KINDS, message_of
 from lightning_mue.cli.parsing.values import check_checkpoint, check_values
+from lightning_mue.cli.parsing.words import check_environment, check_words
 from lightning_mue.cli.report import report_command
 from lightning_mue.cli.summary import summarize
 from lightning_mue.cli.sweep import sweep_command
@@ -33,6 +35,8 @@ from lightning_mue.cli.trainer import MuETrainer
 _ON_META = ("explain", "export-plan", "dry-run", "coord-check")
 #: Option as users write it -> as the parser knows it; "+" appends to a list.
 _SPELLINGS = {"--axis": "--axis+", "--save-base": "--save_base", "--tensor-parallel": "--tensor_parallel"}
+#: Of several configs, each overrides those before it.
+_REPEATABLE = ("--config", "-c", "--axis")
 #: Commands that are not a Trainer's: name -> what takes the rest of the command line, and one sentence for --help.
 _OTHER_COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "certify": (
@@ -56,6 +60,10 @@ class MuECLI(LightningCLI):
     """
 
     def __init__(self, args: Any = None, run: bool = True) -> None:
+        given = sys.argv[1:] if args is None else args
+        if run and isinstance(given, list) and given and given[0] in (every := self.subcommands()):
+            # The parser of a command takes a third of a second: the others are not made.
+            self.subcommands = lambda: {given[0]: every[given[0]]}  # type: ignore[method-assign]
         super().__init__(
             LightningModule,
             trainer_class=MuETrainer,
@@ -80,11 +88,9 @@ class MuECLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Reads the command line, in which ``--axis`` may be given several times, and take several values."""
         if args is None or isinstance(args, list):
-            given = sys.argv[1:] if args is None else args
-            BriefParser.given, BriefParser.commands = (
-                [str(arg) for arg in given],
-                [*self.subcommands(), *_OTHER_COMMANDS],
-            )
+            given = [str(arg) for arg in (sys.argv[1:] if args is None else args)]
+            BriefParser.given, BriefParser.commands = given, [*type(self).subcommands(), *_OTHER_COMMANDS]
+            check_words(given, _REPEATABLE)
             self.config = parser.parse_args(_spelled(given))
         else:
             super().parse_arguments(parser, args)
@@ -124,7 +130,9 @@ class MuECLI(LightningCLI):
             # The same command again meets the configuration that it saved. Without a logger, it is saved where users keep theirs.
             name = {} if self._get(self.config_init, "trainer.logger") else {"config_filename": "saved_config.yaml"}
             self.save_config_kwargs = {**self.save_config_kwargs, "overwrite": True, **name}
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        before_loading(trainer, refuse_code)
+        return trainer
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """A configuration may name any checkpoint, also at a URL, so only plain data is read from it."""
@@ -182,6 +190,7 @@ def main(args: list[str] | None = None) -> None:
     given = sys.argv[1:] if args is None else args
     _see_current_folder()
     try:
+        check_environment()
         if given and given[0] in _OTHER_COMMANDS:
             _OTHER_COMMANDS[given[0]][0](given[1:])
         else:

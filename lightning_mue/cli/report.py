@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +10,8 @@ from rich.console import Console
 from lightning_mue.analysis.forecast.record import read_record
 from lightning_mue.analysis.forecast.score import HEADERS, score
 from lightning_mue.checks import value_error
-from lightning_mue.health.card import LOOKS, headline
+from lightning_mue.cli.parsing.parser import WordsParser
+from lightning_mue.health.card import headline, look
 from lightning_mue.health.reference import Reference
 from lightning_mue.health.report import read_runs, write_report
 
@@ -22,7 +22,7 @@ def report_command(args: Sequence[str]) -> None:
     Raises:
         ValueError: If a folder holds no run, a loss is in no run, the output is a folder, or a forecast is not of these runs.
     """
-    parser = argparse.ArgumentParser(prog="lightning-mue report", description=__doc__)
+    parser = WordsParser("report", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="a logger's folder, or one that holds several")
     parser.add_argument("--output", default="report.html", help="the page to write (default: %(default)s)")
     parser.add_argument(
@@ -53,7 +53,7 @@ def report_command(args: Sequence[str]) -> None:
             markup=False,
         )
     for run in runs:
-        word, colour = LOOKS[run.verdict.level]
+        word, colour = look(run.verdict)
         console.print(f"[{colour}]{word}[/]  {run.name}: ", end="")
         console.print(headline(run.verdict), markup=False)
     console.print(f"written: {page}", markup=False)

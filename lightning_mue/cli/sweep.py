@@ -26,6 +26,7 @@ from lightning_mue.analysis.trials import Trial
 from lightning_mue.checks import require_positive, require_size, value_error
 from lightning_mue.cli.certify import write_and_show
 from lightning_mue.cli.parsing.groups import fold_groups
+from lightning_mue.cli.parsing.parser import WordsParser
 from lightning_mue.cli.sweep_check import check_builds
 from lightning_mue.console import wide_console
 from lightning_mue.files import whole_file
@@ -215,11 +216,10 @@ _AXIS = (
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="lightning-mue sweep",
+    parser = WordsParser(
+        "sweep",
         description=__doc__,
         epilog="Other options go to the training command, as in `lightning-mue fit`, e.g. --trainer.max_steps 200.",
-        allow_abbrev=False,
     )
     parser.add_argument("--axis", action="append", nargs="+", default=[], metavar="NAME=V,V,...", help=_AXIS)
     for name, (value, meaning) in _REPEATABLE.items():

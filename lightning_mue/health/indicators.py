@@ -9,6 +9,8 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
+from lightning_mue.health.losses import is_loss
+
 
 @dataclass(frozen=True)
 class Indicator:
@@ -26,8 +28,11 @@ class Indicator:
         falls: A fall is the bad direction (an entropy); else a rise is.
         both: Both directions are.
         keeps: Both are against healthy runs, whose schedules fall as the run's own does.
-        hold: Samples in a row that must be beyond ``watch`` or ``act``.
+        hold: Samples in a row that must be out of range.
         at_once: How many times the least departure from the own history counts although it is one sample.
+        steady: The optimizer, the balance loss, the data or arithmetic set it, not what a seed happens to learn: healthy runs
+            agree, and how well they do says what matters (`departures.Healthy`), not the factor, which is made for other models.
+        floor: Smaller values count as this one: their ratios say nothing.
     """
 
     name: str
@@ -43,6 +48,8 @@ class Indicator:
     keeps: bool = False
     hold: int = 3
     at_once: float = 3.0
+    steady: bool = False
+    floor: float = 1e-12
 
 
 _LOWER = "Lower the learning rate of the role, or clip its gradient"
@@ -53,6 +60,7 @@ INDICATORS: tuple[Indicator, ...] = (
         "training goes backwards",
         "Look at the data of these steps; skip them (StabilityGuard) or lower the learning rate.",
         factor=1.15,
+        steady=True,
     ),
     Indicator(
         "gradient norm",
@@ -66,7 +74,7 @@ INDICATORS: tuple[Indicator, ...] = (
         "stability/z",
         "logits drift away from normalized log-probabilities",
         "Add a z-loss or QK-norm, or lower the learning rate of what makes these logits.",
-        factor=2.5,
+        factor=4.0,  # a square: 2 in the logits
     ),
     Indicator(
         "largest logit",
@@ -82,8 +90,10 @@ INDICATORS: tuple[Indicator, ...] = (
         "stability/attention_error",
         "attention is computed less exactly than before",
         "Look at what was changed in kernel, precision and QK-norm; compute the softmax in float32.",
-        watch=0.03,  # bfloat16 has 0.002 to 0.01
+        watch=0.03,  # bfloat16 has 0.002 to 0.01, float32 1e-7 to 1e-5
         factor=4.0,
+        floor=1e-4,  # less than any 16-bit format
+        steady=True,
     ),
     Indicator(
         "attention bias",
@@ -93,6 +103,7 @@ INDICATORS: tuple[Indicator, ...] = (
         watch=0.01,
         linear=True,
         factor=0.01,
+        steady=True,
     ),
     Indicator(
         "sequence entropy",
@@ -102,6 +113,7 @@ INDICATORS: tuple[Indicator, ...] = (
         linear=True,
         factor=1.0,
         at_once=1.0,  # one sequence is enough, and comes alone where a shard begins
+        steady=True,
     ),
     Indicator(
         "attention entropy",
@@ -142,7 +154,7 @@ INDICATORS: tuple[Indicator, ...] = (
         "stability/kurtosis",
         "the activations' tails grow heavy",
         "Look at the channels; weight decay or a smaller learning rate help.",
-        factor=4.0,
+        factor=16.0,  # a fourth power: 2 in the activations
     ),
     Indicator(
         "MaxVio",
@@ -150,6 +162,8 @@ INDICATORS: tuple[Indicator, ...] = (
         "some experts get far more tokens than others",
         "Raise aux_loss_coef or the bias update rate; lower the router's learning rate.",
         factor=2.5,
+        floor=0.5,  # half more than the mean load harms nothing
+        steady=True,
     ),
     Indicator(
         "dead experts",
@@ -158,6 +172,7 @@ INDICATORS: tuple[Indicator, ...] = (
         "Raise aux_loss_coef or the bias update rate; lower the router's learning rate.",
         watch=1.0,
         hold=10,  # in a small batch an expert may get nothing by chance
+        at_once=float("inf"),
         linear=True,
         factor=1.0,
     ),
@@ -178,6 +193,7 @@ INDICATORS: tuple[Indicator, ...] = (
         factor=0.3,
         linear=True,
         falls=True,
+        steady=True,
     ),
     Indicator(
         "largest load",
@@ -185,6 +201,7 @@ INDICATORS: tuple[Indicator, ...] = (
         "one expert takes most of the tokens",
         "Raise aux_loss_coef or the bias update rate; lower the router's learning rate.",
         factor=2.0,
+        steady=True,
     ),
     Indicator(
         "update ratio",
@@ -193,6 +210,7 @@ INDICATORS: tuple[Indicator, ...] = (
         "Check the learning rate of the role, Adam's betas and eps, and gradient clipping.",
         factor=2.5,
         keeps=True,
+        steady=True,
     ),
     Indicator(
         "angular step",
@@ -201,6 +219,7 @@ INDICATORS: tuple[Indicator, ...] = (
         "Check the learning rate of the role.",
         factor=2.5,
         keeps=True,
+        steady=True,
     ),
     Indicator(
         "weight RMS",
@@ -262,27 +281,3 @@ def _place(rest: str, owner: str) -> tuple[str, str]:
         return owner or reduced[1], reduced[2]
     where, _, layer = rest.strip("/").partition("/")
     return (owner, "/".join(filter(None, (where, layer)))) if owner else (where, layer)
-
-
-#: First parts of the tags that this package's callbacks log.
-FAMILIES = ("data", "stability", "routing", "updates", "spectral", "transfer", "guard", "mue")
-#: Regular expression of the whole tags of losses, under whatever usual name; parts of a loss (``aux_loss``) are none.
-LOSS_TAGS = (
-    rf"(?!({'|'.join(FAMILIES)}|final)/)(?!.*(aux|z_?loss|balanc|load))"
-    r"(.*[/_.-])?(loss|nll|cross_entropy)([/_.-].*)?"
-)
-
-
-def is_loss(tag: str) -> bool:
-    """Whether a tag is a loss that the user logs, under whatever usual name; parts of a loss (``aux_loss``) are not.
-
-    Example:
-        >>> [is_loss(tag) for tag in ("train/loss", "loss", "val_loss_step", "train/aux_loss", "stability/rms/ffn/00")]
-        [True, True, True, False, False]
-    """
-    return bool(re.fullmatch(LOSS_TAGS, tag))
-
-
-def is_training_loss(tag: str) -> bool:
-    """Whether a loss is that of training, not of validation or test."""
-    return is_loss(tag) and not re.search(r"(^|[/_.-])(val|valid|validation|eval|test|dev)([/_.-]|$)", tag)

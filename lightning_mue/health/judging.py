@@ -14,8 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from lightning_mue.health.departures import LONGEST_MEMORY, Healthy, Level, is_back, levels, surely_healthy
-from lightning_mue.health.indicators import INDICATORS, Indicator, indicator_of, is_training_loss
+from lightning_mue.health.departures import (
+    LEAST_HISTORY,
+    LONGEST_MEMORY,
+    Healthy,
+    Level,
+    is_back,
+    levels,
+    surely_healthy,
+)
+from lightning_mue.health.indicators import INDICATORS, Indicator, indicator_of
+from lightning_mue.health.losses import is_training_loss
 from lightning_mue.health.reference import Reference
 from lightning_mue.health.series import Run, Series, series_of
 
@@ -74,12 +83,26 @@ class Group:
 
 @dataclass(frozen=True)
 class Health:
-    """What a run's metrics say: the level, and the symptoms, the earliest first."""
+    """What a run's metrics say.
+
+    Attributes:
+        level: How bad it is; of a run that is not `known`, nothing.
+        symptoms: What left its range, the earliest first.
+        samples: Of the indicator that has most of them.
+        indicators: How many were judged.
+        last_step: The run's last one.
+    """
 
     level: Level
     symptoms: tuple[Symptom, ...]
     samples: int
+    indicators: int
     last_step: int
+
+    @property
+    def known(self) -> bool:
+        """Whether there is evidence: a symptom, or an indicator with samples enough to have a range of its own."""
+        return self.level > Level.HEALTHY or self.samples >= LEAST_HISTORY
 
     @property
     def groups(self) -> list[Group]:
@@ -112,11 +135,11 @@ class RunJudge:
         """Takes the metrics of one step, and returns the symptoms that are new."""
         new = []
         for tag, value in metrics.items():
-            self._samples[tag] = self._samples.get(tag, 0) + 1
             self._last_step = max(self._last_step, step)
             found = _placed(tag, self.losses)
             if found is None:
                 continue
+            self._samples[tag] = self._samples.get(tag, 0) + 1
             recent = self._recent.setdefault(tag, [])
             recent.append((step, value))
             del recent[:-LONGEST_MEMORY]
@@ -148,7 +171,7 @@ class RunJudge:
     @property
     def verdict(self) -> Health:
         """The verdict so far."""
-        return _verdict(self._symptoms.values(), max(self._samples.values(), default=0), self._last_step)
+        return _verdict(self._symptoms.values(), self._samples, self._last_step)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to judge as an undisturbed one, in plain types."""
@@ -178,7 +201,7 @@ def judge(run: Run, *, losses: Iterable[str] = (), reference: Reference | None =
     """
     found = [judge_series(tag, series, losses=losses, reference=reference) for tag, series in run.items()]
     symptoms = [symptom for symptom in found if symptom is not None]
-    samples = max((len(series.steps) for series in run.values()), default=0)
+    samples = {tag: len(series.steps) for tag, series in run.items() if _placed(tag, losses)}
     last = max((int(series.steps[-1]) for series in run.values() if len(series.steps)), default=0)
     return _verdict(symptoms, samples, last)
 
@@ -213,10 +236,13 @@ def _placed(tag: str, losses: Iterable[str]) -> Placed | None:
     return None if found is not None and found[0] is INDICATORS[0] and not is_training_loss(tag) else found
 
 
-def _verdict(symptoms: Iterable[Symptom], samples: int, last_step: int) -> Health:
+def _verdict(symptoms: Iterable[Symptom], samples: Mapping[str, int], last_step: int) -> Health:
     kept = _one_a_place(symptoms)
     level = max((symptom.level for symptom in kept), default=Level.HEALTHY)
-    return Health(level, tuple(kept), samples, last_step)
+    judged = {
+        (indicator_of(tag) or INDICATORS)[0].name for tag in samples
+    }  # losses of other names are the first indicator
+    return Health(level, tuple(kept), max(samples.values(), default=0), len(judged), last_step)
 
 
 def _one_a_place(symptoms: Iterable[Symptom]) -> list[Symptom]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from lightning_mue.checks import value_error
-from lightning_mue.health.departures import Healthy, least_of, range_of, unscaled
+from lightning_mue.health.departures import Healthy, healthy_of, range_of, unscaled
 from lightning_mue.health.indicators import Indicator, indicator_of
 from lightning_mue.health.series import Run, Series, find_runs, read_run
 
@@ -47,7 +47,7 @@ class Reference:
         """The tag in the runs that have it; None if none has."""
         if tag not in self._known:
             series = tuple(run[tag] for run in self._runs if tag in run)
-            self._known[tag] = Healthy(series, least_of(indicator)) if series else None
+            self._known[tag] = healthy_of(indicator, series) if series else None
         return self._known[tag]
 
     def band(self, tag: str) -> tuple[Series, Series] | None:
@@ -65,7 +65,7 @@ def _stretched(run: Run, steps: int | None) -> dict[str, Series]:
     last = max((int(series.steps[-1]) for series in run.values() if len(series.steps)), default=0)
     scale = 1.0 if steps is None or last == 0 else (steps - 1) / last
     return {
-        tag: Series((series.steps * scale).astype(np.int64), series.values)
+        tag: Series(np.rint(series.steps * scale).astype(np.int64), series.values)
         for tag, series in run.items()
         if len(series.steps)
     }

@@ -11,9 +11,10 @@ from typing import Any
 
 from lightning_mue.checks import value_error
 from lightning_mue.files import whole_file
-from lightning_mue.health.card import HEADERS, LOOKS, cells, headline
-from lightning_mue.health.indicators import indicator_of, is_loss
+from lightning_mue.health.card import HEADERS, LEGEND, LOOKS, cells, headline, look
+from lightning_mue.health.indicators import indicator_of
 from lightning_mue.health.judging import Health, Symptom, judge
+from lightning_mue.health.losses import is_loss
 from lightning_mue.health.pictures import as_svg, heat_map, layered, lines, split_place, without_shared_start
 from lightning_mue.health.reference import Reference
 from lightning_mue.health.series import Run, Series, find_runs, read_run
@@ -97,7 +98,8 @@ def write_report(
     )
     page = environment.get_template("report.html.j2").render(
         runs=runs,
-        looks=LOOKS,
+        look=look,
+        legend=LEGEND,
         headline=headline,
         headers=HEADERS,
         cells=cells,

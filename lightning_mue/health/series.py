@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_mue.checks import value_error
-from lightning_mue.health.indicators import FAMILIES
+from lightning_mue.health.losses import FAMILIES
 
 
 class Series(NamedTuple):

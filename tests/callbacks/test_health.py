@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.metadata import parse_experiment_plugin_data, parse_session_start_info_plugin_data
 
 from lightning_mue.callbacks import (
     ActivationOutlierMonitor,
@@ -54,9 +56,9 @@ def test_a_healthy_run(toy, tmp_path):
     assert health.verdict.level is Level.HEALTHY
     assert health.verdict.samples == 32
     assert told == []
-    (card,) = text_of(trainer.logger)
-    assert card.startswith("# HEALTHY")
-    assert "to step 31" in card
+    cards = text_of(trainer.logger)
+    assert [card.splitlines()[0] for card in cards] == ["# NOT KNOWN YET", "# HEALTHY", "# HEALTHY"]
+    assert ["to step 0," in cards[0], "to step 19." in cards[1], "to step 31." in cards[2]] == [True] * 3
 
 
 def test_what_a_monitor_tells_counts_once(toy, tmp_path):
@@ -106,19 +108,60 @@ def test_the_report_says_what_the_monitor_said(toy, tmp_path):
         ]
 
 
-def test_pictures_and_hyperparameters(toy, tmp_path):
+def test_pictures(toy, tmp_path):
     trainer, _, _ = run(toy, tmp_path, health=HealthMonitor())
-    images = EventAccumulator(trainer.logger.log_dir).Reload().Tags()["images"]
-    assert "layers/stability/z/attention" in images
-    folder = f"{trainer.logger.log_dir}/hparams"
-    assert "final/train/loss" in EventAccumulator(folder).Reload().Tags()["scalars"]
+    assert "layers/stability/z/attention" in EventAccumulator(trainer.logger.log_dir).Reload().Tags()["images"]
     run(toy, tmp_path / "none")
     assert EventAccumulator(str(tmp_path / "none" / "run" / "version_0")).Reload().Tags()["images"] == []
 
 
+def test_the_hyperparameters_stand_beside_the_last_losses(toy, tmp_path):
+    """Lightning's own column, hp_metric = -1, would hide them: TensorBoard takes the columns that come first."""
+    logger = TensorBoardLogger(tmp_path, name="run", prefix="my")
+    trainer, _, _ = run(toy, tmp_path, loggers=[logger])
+    events = EventAccumulator(trainer.logger.log_dir).Reload()
+    told = events.PluginTagToContent("hparams")
+    columns = {info.name.tag for info in parse_experiment_plugin_data(told["_hparams_/experiment"]).metric_infos}
+    begun = parse_session_start_info_plugin_data(told["_hparams_/session_start_info"]).hparams
+    assert "hp_metric" not in columns
+    assert "my-train/loss" in columns <= set(events.Tags()["scalars"])
+    assert begun["MuE/lr"].number_value == trainer.optimizers[0].param_groups[0]["lr"]
+
+
+def test_hyperparameters_of_a_run_that_breaks_stand_there_too(toy, tmp_path):
+    class Broken(toy.ToyModel):
+        def on_train_batch_end(self, *_):
+            raise RuntimeError("broken")
+
+    logger = TensorBoardLogger(tmp_path, name="run")
+    with pytest.raises(RuntimeError, match="broken"):
+        toy.make_trainer([HealthMonitor()], [logger]).fit(toy.make_model(cls=Broken), toy.tokens(2))
+    told = EventAccumulator(logger.log_dir).Reload().PluginTagToContent("hparams")
+    assert set(told) == {f"_hparams_/{of}" for of in ("experiment", "session_start_info", "session_end_info")}
+
+
+@pytest.mark.slow
+def test_wandb_offline_has_the_card_the_pictures_and_the_files(toy, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    logger = WandbLogger(save_dir=tmp_path, offline=True)
+    run(toy, tmp_path, loggers=[logger], health=HealthMonitor())
+    files, config = Path(logger.experiment.dir), dict(logger.experiment.config)
+    assert (files / "health.md").read_text(encoding="utf-8").startswith("# HEALTHY")
+    media = {path.suffix for path in (files / "media").rglob("*.*")}
+    assert media == {".html", ".png"}
+    pages = [path.read_text(encoding="utf-8") for path in (files / "media").rglob("*.html")]
+    assert any("# HEALTHY" in page for page in pages)
+    assert any("# NOT KNOWN YET" in page for page in pages)
+    assert config["MuE/lr"] > 0
+    logger.experiment.finish()
+
+
 def test_no_logger_and_unwritable_folder(toy, tmp_path):
-    _, health, _ = run(toy, tmp_path, loggers=False)
-    assert health.verdict.samples > 0  # the losses are known without a logger
+    with pytest.warns(match="Trainer.logger: found no logger, expected one, without which monitors measure nothing"):
+        toy.make_trainer([health := HealthMonitor(), LogitsZMonitor()], False).fit(toy.make_model(), toy.tokens(2))
+    assert (health.verdict.samples, health.verdict.indicators) == (2, 1)  # the losses are known without a logger
     blocked = CSVLogger(tmp_path, name="blocked")
     (tmp_path / "blocked").mkdir()
     trainer, _, _ = run(toy, tmp_path, loggers=[blocked])

@@ -8,6 +8,8 @@ from lightning_mue import MoELanguageModel
 from lightning_mue.cli import main
 from lightning_mue.cli.lightning_cli import MuECLI
 
+_PARSERS = {}
+
 
 @pytest.fixture
 def corpus(tmp_path, monkeypatch):
@@ -22,22 +24,25 @@ def corpus(tmp_path, monkeypatch):
 
 @pytest.fixture
 def every_command():
-    """For tests of the whole command line: see `_one_command` and `_short_sample`."""
+    """For tests of the whole command line: see `_parsers_kept` and `_short_sample`."""
 
 
 @pytest.fixture(autouse=True)
-def _one_command(request, monkeypatch):
-    """A command line has the parser of its own command only: building all six takes a third of a short test's time."""
+def _parsers_kept(request, monkeypatch):
+    """The parser of a command is made once for all tests: that is two thirds of the time of a command line."""
     if "every_command" in request.fixturenames:
         return
-    init, every = MuECLI.__init__, MuECLI.subcommands()
+    make = MuECLI.setup_parser
 
-    def with_one(self, args=None, run=True):
-        if run and args:
-            monkeypatch.setattr(MuECLI, "subcommands", staticmethod(lambda: {args[0]: every[args[0]]}))
-        init(self, args, run)
+    def setup_parser(self, add_subcommands, *args):
+        key = (*self.subcommands(), add_subcommands)
+        if key not in _PARSERS:
+            before = set(vars(self))
+            make(self, add_subcommands, *args)
+            _PARSERS[key] = {name: value for name, value in vars(self).items() if name not in before}
+        vars(self).update(_PARSERS[key])
 
-    monkeypatch.setattr(MuECLI, "__init__", with_one)
+    monkeypatch.setattr(MuECLI, "setup_parser", setup_parser)
 
 
 @pytest.fixture(autouse=True)

@@ -126,11 +126,13 @@ CONFIGS = {
     "accelerator": trainer(accelerator=payload("subprocess.Popen")),
     "a pickled checkpoint": top(ckpt_path="evil.ckpt"),
     "a pickled checkpoint that is trusted": top(ckpt_path="evil.ckpt", weights_only=False),
+    "a distributed checkpoint": top(ckpt_path="evil"),
     "a checkpoint's arguments": top(ckpt_path="arguments.ckpt"),
     "a checkpoint's class": top(ckpt_path="class.ckpt"),
 }
 #: One of each way; the others are slow.
 FAST = ("base", "base, another class inside", "optimizer", "a pickled checkpoint that is trusted")
+FAST += ("a distributed checkpoint",)
 
 
 @pytest.fixture(autouse=True)
@@ -138,6 +140,9 @@ def here(tmp_path, monkeypatch):
     """The payloads run in a folder of the test's own, in which the hostile checkpoints lie."""
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": {}, "bomb": Bomb()}, "evil.ckpt")
+    Path("evil").mkdir()
+    Path("evil/.metadata").write_bytes(pickle.dumps(Bomb()))
+    torch.save({}, "evil/meta.pt")
     saved = {"state_dict": {}, "pytorch-lightning_version": "2.6.0", "loops": {}}
     torch.save({**saved, "hyper_parameters": {"width": 16, "optimizer": payload()}}, "arguments.ckpt")
     torch.save({**saved, "hyper_parameters": {"_class_path": "os.system", "command": f"touch {MARKER}"}}, "class.ckpt")

@@ -2,7 +2,8 @@
 
 import pytest
 
-from lightning_mue.health.indicators import INDICATORS, indicator_of, is_loss, is_training_loss
+from lightning_mue.health.indicators import INDICATORS, indicator_of
+from lightning_mue.health.losses import is_loss, is_training_loss
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 
+from lightning_mue.health.card import as_markdown, headline, look
 from lightning_mue.health.departures import LEAST_HISTORY, LONGEST_MEMORY, Level, levels, surely_healthy
 from lightning_mue.health.indicators import INDICATORS
 from lightning_mue.health.judging import RunJudge, judge
 from lightning_mue.health.reference import Reference
-from lightning_mue.health.series import series_of
+from lightning_mue.health.series import Series, series_of
 
 N = 200
 
@@ -39,7 +40,7 @@ def as_run(values, steps=None):
 def test_a_healthy_run_is_healthy(seed):
     verdict = judge(as_run(learning(seed)))
     assert verdict.level is Level.HEALTHY, verdict.symptoms
-    assert (verdict.samples, verdict.last_step) == (N, N - 1)
+    assert (verdict.samples, verdict.indicators, verdict.last_step) == (N, 6, N - 1)
 
 
 FAULTS = {
@@ -59,9 +60,54 @@ def test_a_fault_is_found_when_and_where_it_is(tag):
     verdict = judge(as_run(values))
     (symptom,) = verdict.symptoms
     assert verdict.level is Level.WATCH
-    assert 120 <= symptom.step <= 123
+    assert 120 <= symptom.step <= 120 + symptom.indicator.hold
     assert (symptom.indicator.tag in tag) or symptom.indicator.name == "loss"
     assert symptom.layer == {"1": "01", "0": "00", "x": "max", "n": "min", "s": ""}[tag[-1]]
+
+
+def test_without_evidence_a_run_is_not_called_healthy():
+    """Few samples, or many of what no indicator is; a symptom is evidence at once."""
+    values = {"train/loss": learning(0)["train/loss"][:LEAST_HISTORY], "val_loss": np.ones(N), "lr-AdamW": np.ones(N)}
+    assert judge(as_run(values)).known
+    values["train/loss"] = values["train/loss"][1:]
+    few, nothing = judge(as_run(values)), judge(as_run({"val_loss": np.ones(N), "lr-AdamW": np.ones(N)}))
+    assert look(few)[0] == look(nothing)[0] == "not known yet"
+    assert headline(few).startswith(f"{LEAST_HISTORY - 1} samples of 1 indicator to step {N - 1}, {LEAST_HISTORY} are")
+    assert (nothing.samples, nothing.indicators) == (0, 0)
+    assert as_markdown(few).startswith("# NOT KNOWN YET")
+    live = RunJudge()
+    live.add(0, {"lr-AdamW": 1.0})
+    assert (live.verdict.samples, live.verdict.known) == (0, False)
+    live.add(1, {"train/loss": float("nan")})
+    assert (look(live.verdict)[0], live.verdict.known) == ("act", True)
+
+
+@pytest.mark.parametrize("tag", ["updates/weight_rms/bias/00", "stability/rms/ffn/00", "updates/gradient_rms/gate/00"])
+@pytest.mark.parametrize("power", [0.5, 1, 2])
+def test_growth_from_zero_is_no_evidence_but_a_jump_after_it_is(tag, power):
+    """Weights that begin as zeros grow with the root of the steps, the steps, or (in a warm-up) their square."""
+    grown = 1e-4 * np.arange(500) ** power * np.exp(0.05 * np.random.default_rng(0).standard_normal(500))
+    assert judge(as_run({tag: grown})).level is Level.HEALTHY
+    for at in (30, 400):
+        jumped = np.where(np.arange(500) < at, grown, 30 * grown)
+        (symptom,) = judge(as_run({tag: jumped[: at + 5]})).symptoms
+        assert at <= symptom.step <= at + 2
+
+
+@pytest.mark.parametrize(
+    ("tag", "tiny"), [("routing/max_violation/00", 0.01), ("stability/attention_error/attention/00", 1e-6)]
+)
+def test_ratios_of_values_too_small_to_matter_say_nothing(tag, tiny):
+    rises = tiny * np.where(np.arange(N) < 100, 1, 10)
+    assert judge(as_run({tag: rises})).level is Level.HEALTHY
+    assert judge(as_run({tag: 1000 * rises})).level is Level.WATCH
+
+
+def test_the_settling_of_the_first_samples_is_no_drift():
+    """A router that grows certain in the first 20 samples, and one that does so later."""
+    for begins, level in ((10, Level.HEALTHY), (60, Level.WATCH)):
+        entropy = 1.85 - 0.65 * np.clip((np.arange(N) - begins) / 8, 0, 1)
+        assert judge(as_run({"routing/token_entropy/00": entropy})).level is level
 
 
 def test_a_slow_drift_is_found():
@@ -107,6 +153,53 @@ def test_a_reference_shows_what_the_history_cannot():
     assert symptom.indicator.name == "MaxVio"
     assert symptom.told.endswith("as in the reference")
     assert judge(as_run(learning(9)), reference=reference).level is Level.HEALTHY
+
+
+def steady(seed, rate=1.0):
+    """A rate that the optimizer sets, with a schedule and the noise of a small batch, and one that nothing sets."""
+    rng, t = np.random.default_rng(seed), np.arange(N)
+    schedule = np.minimum(1, (t + 1) / 20) * (1 - t / N)
+    tag = "updates/update_ratio/hidden/00"
+    return as_run(
+        {
+            tag: 0.08 * rate * schedule * np.exp(0.02 * rng.standard_normal(N)),
+            "stability/z/router_max": np.full(N, rate),
+        }
+    )
+
+
+def test_where_healthy_runs_agree_a_small_departure_counts():
+    """1.6 times the rate is far below the factor of 2.5; of two runs nobody knows how well they agree; a Z-value is not steady."""
+    reference = Reference([steady(seed) for seed in range(1, 6)])
+    for seed in range(10, 16):
+        assert judge(steady(seed), reference=reference).level is Level.HEALTHY
+    (symptom,) = judge(steady(20, 1.6), reference=reference).symptoms
+    assert (symptom.indicator.name, symptom.where, symptom.step) == ("update ratio", "hidden", 10)
+    assert judge(steady(20, 1.6), reference=Reference([steady(1), steady(2)])).level is Level.HEALTHY
+    assert judge(steady(20, 1.6)).level is Level.HEALTHY
+    longer = {tag: Series(3 * series.steps, series.values) for tag, series in steady(30).items()}
+    stretched = Reference([steady(seed) for seed in range(1, 6)], steps=3 * (N - 1) + 1)
+    assert judge(longer, reference=stretched).level is Level.HEALTHY
+
+
+def test_what_healthy_runs_do_too_is_expected_whatever_the_own_past_says():
+    tag = "stability/z/attention/00"
+    rise = 20 * np.exp(np.clip((np.arange(N) - 100) / 5, 0, 2.5))
+    assert judge(as_run({tag: rise})).level is Level.WATCH
+    reference = Reference([as_run({tag: 1.2 * rise}), as_run({tag: 0.9 * rise})])
+    assert judge(as_run({tag: rise}), reference=reference).level is Level.HEALTHY
+    flat = Reference([as_run({tag: np.full(N, 20.0)})])
+    (symptom,) = judge(as_run({tag: rise}), reference=flat).symptoms
+    assert 105 <= symptom.step <= 125
+
+
+def test_an_expert_without_a_token_for_some_samples_is_chance_beside_healthy_runs_too():
+    dead = np.where((np.arange(N) >= 5) & (np.arange(N) < 14), 1.0, 0.0)  # as in a healthy run of the fault bench
+    reference = Reference([as_run({"routing/dead_experts/01": np.zeros(N)})])
+    assert judge(as_run({"routing/dead_experts/01": dead}), reference=reference).level is Level.HEALTHY
+    dead[5:] = 1.0
+    (symptom,) = judge(as_run({"routing/dead_experts/01": dead}), reference=reference).symptoms
+    assert symptom.step == 14
 
 
 def test_a_reference_of_another_length_is_stretched():

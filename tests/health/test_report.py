@@ -20,7 +20,7 @@ def write_run(logger, n=60, *, bad_at=None, layers=2, every=1):
     for step in range(0, n * every, every):
         z = 30 * np.exp(0.03 * rng.standard_normal())
         if bad_at is not None and step >= bad_at:
-            z *= 30
+            z *= 100
         metrics = {f"stability/z/attention/{i:02d}": z + i for i in range(layers)}
         metrics |= {"stability/z/attention_max": z + layers - 1, "train/loss": 2.0 + 3 * np.exp(-step / 9)}
         logger.log_metrics(metrics, step=step)

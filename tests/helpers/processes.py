@@ -1,10 +1,11 @@
-"""Runs a part of a script on several CPU processes: `script.py part rank world_size folder`, once for each rank."""
+"""Runs a part of a script on several CPU processes: `script.py part rank world_size folder`, once for each rank, or forked."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -37,3 +38,33 @@ def main(parts, part, rank, world, folder):
     torch.save(report, Path(folder) / f"{part}{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def fork(name, world, act, folder):
+    """Forks ranks that share this process's imports, in a process group and as torchrun's workers; each acts.
+
+    For scripts, which must not have computed before.
+    """
+    children = []
+    for rank in range(world):
+        if child := os.fork():
+            children.append(child)
+            continue
+        status = 1
+        try:
+            torch.set_num_threads(1)
+            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "GROUP_RANK": 0}
+            names |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "fork"}
+            os.environ.update({name: str(value) for name, value in names.items()})
+            dist.init_process_group("gloo", f"file://{folder}/store-{name}", rank=rank, world_size=world)
+            act(rank)
+            dist.barrier()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+    statuses = [os.waitpid(child, 0)[1] for child in children]
+    if any(statuses):
+        raise SystemExit(f"{name} failed")

@@ -14,6 +14,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_mue.callbacks.checkpointing import folder
+from lightning_mue.callbacks.checkpointing.buckets import BucketOrder
+from lightning_mue.callbacks.checkpointing.loading import before_loading, first_brief, refuse_code
 from lightning_mue.callbacks.checkpointing.random_states import random_states, restore_random_states
 from lightning_mue.callbacks.checkpointing.signals import Requests
 from lightning_mue.callbacks.checkpointing.writing import Target, Writer, write_shards, write_whole
@@ -24,6 +26,8 @@ from lightning_mue.namespaces import is_lightning
 
 #: In a checkpoint: each rank's random states.
 _RANDOM = "lightning_mue_random_states"
+#: In a checkpoint: the order of DDP's buckets.
+_BUCKETS = "lightning_mue_bucket_order"
 #: Exit status of a program that SIGTERM ended: 128 + 15.
 TERMINATED = 143
 #: Longest wait for a write when the run ends by an error: the other ranks may be gone.
@@ -65,7 +69,7 @@ class SafeCheckpoint(Checkpoint):
                 raise value_error("keep_every", found=keep_every, expected=expected, do="No other steps are saved.")
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.every_n_train_steps, self.keep_last, self.keep_every = every_n_train_steps, keep_last, keep_every
-        self._requests, self._writer = Requests(), Writer()
+        self._requests, self._writer, self._buckets = Requests(), Writer(), BucketOrder()
         self._groups: list[Any] = []
         self._step = self._saved = 0
         self._stopping = False
@@ -79,7 +83,7 @@ class SafeCheckpoint(Checkpoint):
 
         Every byte of it is read; damaged ones are warned of and passed over.
         """
-        found = _newest(Path(dirpath), contents=True)
+        found = folder.newest(Path(dirpath), contents=True)
         return None if found is None else str(folder.path_for_lightning(found))
 
     def resume_path(self, trainer: Trainer) -> str | None:
@@ -89,7 +93,7 @@ class SafeCheckpoint(Checkpoint):
         """
         dirpath = self._dirpath(trainer)
         alone = trainer.world_size == 1 or not self._is_sharded(trainer)
-        found = _newest(dirpath, contents=alone)
+        found = folder.newest(dirpath, contents=alone)
         if found is None:
             rank_zero_info(f"ckpt_path: auto: no checkpoint in {dirpath}, so the run starts at step 0")
             return None
@@ -103,7 +107,8 @@ class SafeCheckpoint(Checkpoint):
         Raises:
             ValueError: The strategy keeps its state in another way, or there is a second SafeCheckpoint.
         """
-        self._stopping, self._random = False, None
+        self._stopping, self._random, self._buckets = False, None, BucketOrder()
+        before_loading(trainer, self._refuse_unsound)
         if stage != "fit":
             return
         _refuse_unsupported(trainer)
@@ -117,27 +122,13 @@ class SafeCheckpoint(Checkpoint):
         self._requests.listen_early(trainer)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Refuses a damaged checkpoint, before a step is trained with it.
-
-        Raises:
-            ValueError: Its bytes are not those that were written.
-        """
-        self._random = checkpoint.get(_RANDOM)
-        found = folder.folder_of(trainer.ckpt_path)
-        if found is None or found == self._sound:
-            return
-        group = self._requests.group
-        if group is None:
-            folder.refuse_damaged(found, folder.damages(found))
-            return
-        # The ranks share the reading.
-        parts: list[Any] = [None] * trainer.world_size
-        dist.all_gather_object(parts, _words(found, trainer.global_rank, trainer.world_size), group=group)
-        folder.refuse_damaged(found, [each for part in parts for each in part])
+        """Takes what this callback has saved."""
+        self._random, self._buckets.names = checkpoint.get(_RANDOM), dict.fromkeys(checkpoint.get(_BUCKETS, ()))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listens to signals, and goes on with the random numbers where the checkpoint left them."""
         self._requests.listen(trainer)
+        self._buckets.begin(trainer, self._requests.group)
         self._step = self._saved = steps_done(trainer)
         if self._random is not None and len(self._random) == trainer.world_size:
             restore_random_states(self._random[trainer.global_rank])
@@ -157,6 +148,7 @@ class SafeCheckpoint(Checkpoint):
         Raises:
             SIGTERMException: SIGTERM came, and the run is saved; the program's exit status is then 143.
         """
+        self._buckets.end()
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._tell()
@@ -200,13 +192,26 @@ class SafeCheckpoint(Checkpoint):
         self._tell()
         self._saved = self._step
         state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-        state[_RANDOM] = self._all_random_states(trainer)
+        state[_RANDOM], state[_BUCKETS] = self._all_random_states(trainer), list(self._buckets.names)
         assert self.dirpath is not None
         group = self._groups[1] if self._is_sharded(trainer) else None
         to = Target(self.dirpath, self._step, self.keep_last, self.keep_every, trainer.global_rank, group)
         if group is not None or trainer.is_global_zero:
             write = write_whole if group is None else write_shards
             self._writer.start(partial(write, self._writer.copy(state), to))
+
+    def _refuse_unsound(self, ckpt_path: str) -> None:
+        """Refuses a checkpoint whose bytes are not those that were written, or that is more than data, before it is loaded."""
+        found, group = folder.folder_of(ckpt_path), self._requests.group
+        if found is not None and found != self._sound:
+            rank, world = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+            words = folder.words_of_damages(found, rank, world)
+            if group is not None:  # the ranks share the reading
+                parts: list[Any] = [None] * world
+                dist.all_gather_object(parts, words, group=group)
+                words = [each for part in parts for each in part]
+            folder.refuse_damaged(found, words)
+        refuse_code(ckpt_path)
 
     def _all_random_states(self, trainer: Trainer) -> list[Any]:
         own = random_states()
@@ -226,7 +231,7 @@ class SafeCheckpoint(Checkpoint):
     def _tell(self) -> None:
         if (error := self._writer.error()) is not None:
             _warn(
-                found=f"that of step {self._saved} not written ({type(error).__name__}: {error})",
+                found=f"that of step {self._saved} not written ({first_brief(error)})",
                 expected="a complete checkpoint",
                 do=f"The run goes on, and the older checkpoints are as they were. Make room in {self.dirpath}, or check that it "
                 "can be written to.",
@@ -251,25 +256,6 @@ def resume_path(trainer: Trainer) -> str | None:
             return callback.resume_path(trainer)
     found, do = "auto, and no SafeCheckpoint among trainer.callbacks", "Add lightning_mue.callbacks.SafeCheckpoint."
     raise value_error("ckpt_path", found=found, expected="one, whose folder is searched", do=do)
-
-
-def _newest(dirpath: Path, *, contents: bool) -> Path | None:
-    """The newest checkpoint without damage, of those in a folder."""
-    for _, found in reversed(folder.complete(dirpath)):
-        try:
-            folder.refuse_damaged(found, folder.damages(found, contents=contents))
-            return found
-        except ValueError as error:
-            rank_zero_warn(f"{error} The one before is taken now.")
-    return None
-
-
-def _words(found: Path, part: int, parts: int) -> list[str]:
-    """Damages in a part of a checkpoint; those of its manifest too."""
-    try:
-        return list(folder.damages(found, part, parts))
-    except ValueError as error:
-        return [str(error)]
 
 
 def _refuse_unsupported(trainer: Trainer) -> None:

@@ -15,6 +15,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from lightning_mue.checks import listed, value_error
 
 MANIFEST = "manifest.json"
@@ -123,6 +125,25 @@ def damages(folder: Path, part: int = 0, parts: int = 1, *, contents: bool = Tru
                 yield f"{name} with other bytes than were written"
         except OSError as error:
             yield f"{name}, which cannot be read ({type(error).__name__})"
+
+
+def words_of_damages(folder: Path, part: int, parts: int) -> list[str]:
+    """As `damages`; those of the manifest too."""
+    try:
+        return list(damages(folder, part, parts))
+    except ValueError as error:
+        return [str(error)]
+
+
+def newest(dirpath: Path, *, contents: bool) -> Path | None:
+    """The newest checkpoint without damage, of those in a folder; damaged ones are warned of."""
+    for _, found in reversed(complete(dirpath)):
+        try:
+            refuse_damaged(found, damages(found, contents=contents))
+            return found
+        except ValueError as error:
+            rank_zero_warn(f"{error} The one before is taken now.")
+    return None
 
 
 def refuse_damaged(folder: Path, found: Iterable[str]) -> None:

@@ -6,7 +6,9 @@ its part by torch.distributed.checkpoint, in the layout of Lightning's distribut
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -89,6 +91,8 @@ class Writer:
         self._stager = None
 
     def _run(self, write: Callable[[], None]) -> None:
+        if sys.platform == "linux":  # where threads have priorities of their own: the training's go first
+            os.nice(10)
         try:
             write()
         except BaseException as error:

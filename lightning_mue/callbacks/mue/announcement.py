@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_mue.callbacks.showing import folder_of, show_text
 from lightning_mue.console import wide_console
-from lightning_mue.namespaces import is_lightning
 from lightning_mue.parameterizations import ScaledStep, ScalingPlan
 from lightning_mue.parameterizations.planning.scaling_plan import as_markdown, headline
 
@@ -32,10 +31,9 @@ def announce(trainer: Trainer, plan: ScalingPlan, *, drawn: bool, verbose: bool)
         wide_console().print(plan)
     for logger in trainer.loggers:
         try:
-            if is_lightning(logger, "TensorBoardLogger"):
-                logger.experiment.add_text("parameterization", as_markdown(plan), 0)  # type: ignore[attr-defined]
-            if isinstance(folder := getattr(logger, "log_dir", None), str):
-                plan.save(Path(folder) / "plan.yaml")
+            show_text(logger, "parameterization", as_markdown(plan), 0)
+            if (folder := folder_of(logger)) is not None:
+                plan.save(folder / "plan.yaml")
         except Exception as error:  # a full disk, or whatever a logger raises: no reason to end a run
             rank_zero_warn(f"MuECallback: {type(logger).__name__} did not take the plan ({error}). The run goes on.")
 

@@ -82,6 +82,8 @@ def _told(reason: _Reason, given: Given) -> str:
     if named:
         path = (named[1] or named[2]).rstrip(".")
         inner = " ".join(reason.rest.split("\n")[0].split()) if named[1] else ""
+        if foreign := re.search(r"unrecognized arguments: --([\w.]+)", inner):
+            return _unknown(f"{top}.{foreign[1]}", given.options_under(reason.keys[0], foreign[1]))
         found = (
             f"the class {path!r}, which cannot be used ({_short(inner)})" if inner else f"{path!r}, which is no class"
         )
@@ -131,12 +133,16 @@ def _unrecognized(found: re.Match[str], given: Given) -> str:
 
 def _required(found: re.Match[str], given: Given) -> str:
     key = found[1].removeprefix(f"{given.command}.").strip()
-    hint = "Give it in the file of --config, or as an option."
+    hint = "Give it in the file of --config, or as an option." if "--config" in given.options() else ""
     return mismatch(_short(key), found="nothing", expected="a value: the command needs it", do=hint)
 
 
 def _no_value(found: re.Match[str], given: Given) -> str:
-    return mismatch(found[1], found=_short(found[2]), expected="a value after it")
+    return mismatch(found[1], found="nothing", expected="a value after it")
+
+
+def _no_number(found: re.Match[str], given: Given) -> str:
+    return mismatch(found[1], found=_short(found[3]), expected=f"a value that is {found[2]}")
 
 
 def _command(found: re.Match[str], given: Given) -> str:
@@ -159,6 +165,7 @@ _SIMPLE = [
     (r"^argument subcommand: |expected \"subcommand\"", _command),
     (r"^the following arguments are required: (.*)", _required),
     (r"^argument (\S+): (expected .*)", _no_value),
+    (r"^argument (\S+): invalid (\w+) value: (.*)", _no_number),
     (r"does not accept option '([^']+)'", lambda found, given: _unknown(found[1], given.options())),
     (r"^Problems parsing config: (.*)", _bad_config),
     (

@@ -20,14 +20,19 @@ _HOMES += ("lightning.pytorch.callbacks", "lightning.pytorch.loggers", "lightnin
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
-    """The question whether a name was meant, or nothing if no name is near. Only the part of a path that differs must be near."""
-    known = list(dict.fromkeys(known))
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    """The question whether a name was meant, or nothing if no name is near.
+
+    Near is one that differs in case or a few letters, that differs so in the last part of its path, or that begins like this.
+    """
+    small = {name.lower(): name for name in reversed(list(known))}
+    key = key.lower()
+    close = difflib.get_close_matches(key, small, n=1, cutoff=0.75)
     if not close:
-        last = {name.rpartition(".")[2].removeprefix("--"): name for name in reversed(known)}
+        last = {name.rpartition(".")[2].removeprefix("--"): name for name in small}
         near = difflib.get_close_matches(key.rpartition(".")[2].removeprefix("--"), last, n=1, cutoff=0.7)
-        close = [last[name] for name in near]
-    return f"Did you mean {close[0]!r}?" if close else ""
+        begins = f"--{key.removeprefix('--')}" if key else "nothing"
+        close = [last[name] for name in near] or [name for name in reversed(small) if name.startswith(begins)]
+    return f"Did you mean {small[close[0]]!r}?" if close else ""
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,8 @@ class Given:
         chosen = self.parser
         for action in self.parser._actions:
             chosen = (getattr(action, "_name_parser_map", None) or {}).get(self.command, chosen)
-        return [f"--{action.dest}" for action in chosen._actions if action.dest not in ("help", "==SUPPRESS==")]
+        named = [action.option_strings for action in chosen._actions if action.dest != "help"]
+        return [name for names in named for name in names if name.startswith("--") and not name.endswith("+")]
 
     def options_under(self, top: str, option: str) -> list[str]:
         """The arguments of the classes that the command line and its files name under a key, nearest to one of these names."""

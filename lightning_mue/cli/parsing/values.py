@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lightning_mue.callbacks.checkpointing.loading import refuse_code
 from lightning_mue.checks import brief, value_error
 from lightning_mue.class_paths import as_mapping
 
@@ -57,6 +58,7 @@ def check_checkpoint(path: Any) -> None:
             raise value_error(
                 "ckpt_path", found=f"the folder {str(path)!r}", expected=expected, do="Give a file in it."
             )
+        refuse_code(path)
         return
     do = "It may have been cut off while it was copied, or be another file: use an earlier checkpoint."
     try:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +30,17 @@ def saved_once(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
     trainer_in(folder)(SafeCheckpoint(folder / "safe", every_n_train_steps=3))
     return folder / "safe"
+
+
+@pytest.fixture(scope="session")
+def forked(tmp_path_factory):
+    """The folder of what _forked.py saw."""
+    folder = tmp_path_factory.mktemp("forked")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, Path(__file__).with_name("_forked.py"), folder]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    return folder
 
 
 @pytest.fixture

@@ -6,6 +6,8 @@ import os
 import random
 import shutil
 import signal
+import sys
+import threading
 from collections import namedtuple
 from contextlib import nullcontext
 from pathlib import Path
@@ -243,3 +245,18 @@ def test_what_cannot_be_saved_is_refused(run, tmp_path):
 def test_bytes_of_shared_memory_count_once():
     x = torch.zeros(100)
     assert writing.bytes_of({"a": x, "b": [x[:50], {"c": torch.zeros(3, dtype=torch.float64)}]}) == 424
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own")
+def test_the_thread_that_writes_steps_back_and_the_training_does_not():
+    def own():
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    before, seen = own(), []
+    writer = writing.Writer()
+    for _ in range(2):
+        writer.start(lambda: seen.append(own()))
+        writer.wait()
+    assert seen == [min(before + 10, 19)] * 2
+    assert own() == before
+    assert writer.error() is None
