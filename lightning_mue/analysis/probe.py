@@ -106,6 +106,9 @@ class ModuleProbe:
         self._shuffled = {
             name: self._reorder(name) for name in self._owned if self._role(name, "change") == "unembedding"
         }
+        #: Module around the head -> its first numbered layer, at whose output the updates of its own parameters are seen: a head's
+        #: random initial weights answer them the less, the wider the model is.
+        self._stages = {owner: stage for owner in self._owned if (stage := self._stage(owner, called)) is not None}
         self._first: dict[tuple[str, int], Tensor] = {}
         self._first_shuffled: dict[tuple[str, int], list[Tensor]] = {}
         self._visit(self._remember, self._owned)
@@ -143,7 +146,7 @@ class ModuleProbe:
         own = self._owned[name]
         old = {_inside(name, full): value for full, value in self._start.items() if _is_inside(name, full)}
         for path in own:
-            yield (self._full(name, path), "update"), h - again({path: old[path]})
+            yield (self._full(name, path), "update"), self._update(name, again, h, {path: old[path]})
         if first is not None and first.shape == h.shape:
             yield (name, "change"), h - first
             if own:
@@ -151,6 +154,27 @@ class ModuleProbe:
             if name in self._shuffled:
                 for shuffled, start in zip(self._shuffled[name], self._first_shuffled[name, call], strict=True):
                     yield (name, "random"), again(shuffled) - start
+
+    def _stage(self, owner: str, called: Iterable[str]) -> str | None:
+        """The first numbered layer inside a module that has own parameters, layers and the head."""
+        inside = [name for name in called if name != owner and _is_inside(owner, name)]
+        has_head = any(role == "unembedding" and _is_inside(owner, name) for name, role in self.roles.items())
+        layers = [name for name in inside if is_numbered_layer(name)]
+        return layers[0] if self._owned[owner] and has_head and layers else None
+
+    def _update(self, name: str, again: _Again, h: Tensor, old: Mapping[str, Tensor]) -> Tensor:
+        """What old values of parameters change in the output; around the head, in that of the first layer, if they reach it."""
+        if (stage := self._stages.get(name)) is not None:
+            seen: list[Tensor] = []
+            handle = self._modules[stage].register_forward_hook(
+                lambda module, args, output: seen.extend([found] if (found := tensor_of(output)) is not None else [])
+            )
+            again({})
+            again(old)
+            handle.remove()
+            if len(seen) > 1 and (change := _exact(seen[0]) - _exact(seen[len(seen) // 2])).any():
+                return change
+        return h - again(old)
 
     def _remember(self, name: str, call: int, again: _Again, h: Tensor) -> None:
         self._first[name, call] = h.clone()

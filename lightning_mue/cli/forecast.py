@@ -21,6 +21,7 @@ from lightning_mue.analysis.fits import Estimate
 from lightning_mue.analysis.forecast import Prediction, compute_efficiency, predict
 from lightning_mue.analysis.forecast.prediction import MOST_SIZES, MOST_TRIALS
 from lightning_mue.analysis.forecast.record import config_hash, to_record, write_record
+from lightning_mue.analysis.sweep.config import find_rate
 from lightning_mue.callbacks.mue.run import run_sizes, steps
 from lightning_mue.checks import listed, require_choice, require_number, value_error
 from lightning_mue.cli.certify import read_size, read_sweeps, table_of
@@ -83,10 +84,10 @@ def _target(
         return {**{key: math.nan if value is None else value for key, value in given.items()}, "steps": math.nan}, None
     made = _built(cli, [*(part for path in options.config for part in ("--config", path)), *overrides])
     config = yaml.safe_load(made.parser.dump(made.config, skip_none=False, skip_check=True))
-    sizes = _sizes(made, given)
+    sizes, lr_key = _sizes(made, given), find_rate(config, options.lr_key)
     return sizes, {
-        "sha256": config_hash(config, options.lr_key),
-        "lr_key": options.lr_key,
+        "sha256": config_hash(config, lr_key),
+        "lr_key": lr_key,
         "files": [str(Path(path).resolve()) for path in options.config],
         "overrides": list(overrides),
     }
@@ -183,8 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--size", action="append", default=[], metavar="NAME=VALUE,...", help="sizes to fit (default: all); repeatable")
     add("--output", default="forecast.json", help="a new file (default: %(default)s)")
     add("--metric", default="val/loss", help="logged loss that the trials hold (default: %(default)s)")
-    lr_key = "model.init_args.optimizer.init_args.lr"
-    add("--lr-key", default=lr_key, metavar="KEY", help="the config's key of the rate (default: %(default)s)")
+    add("--lr-key", metavar="KEY", help="the config's key of the rate, if it is not found")
     add("--level", type=float, default=0.9, help="of the intervals (default: %(default)s)")
     add("--most-sizes", type=int, default=MOST_SIZES, metavar="N", help="sizes fitted at most (default: %(default)s)")
     add("--most-trials", type=int, default=MOST_TRIALS, metavar="N", help="trials at most (default: %(default)s)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -86,12 +86,12 @@ class MuECLI(LightningCLI):
         add_groups(parser)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Reads the command line, in which ``--axis`` may be given several times."""
+        """Reads the command line, in which ``--axis`` may be given several times, and take several values."""
         if args is None or isinstance(args, list):
             given = [str(arg) for arg in (sys.argv[1:] if args is None else args)]
             BriefParser.given, BriefParser.commands = given, [*type(self).subcommands(), *_OTHER_COMMANDS]
             check_words(given, _REPEATABLE)
-            self.config = parser.parse_args([_spelled(arg) for arg in given])
+            self.config = parser.parse_args(_spelled(given))
         else:
             super().parse_arguments(parser, args)
         command = self.config.get("subcommand")
@@ -155,15 +155,31 @@ def _epilog() -> str:
     return "\n".join(f"lightning-mue {name} {does}" for name, (_, does) in _OTHER_COMMANDS.items())
 
 
-def _spelled(arg: str) -> str:
-    """An argument as the parser knows it.
+def _spelled(args: Iterable[Any]) -> list[str]:
+    """Arguments as the parser knows them; one --axis may have several, as in `sweep`.
 
     Example:
-        >>> _spelled("--axis=width=64,128")
-        '--axis+=width=64,128'
+        >>> _spelled(["--axis=width=64,128", "n_heads=2,4"])
+        ['--axis+=width=64,128', '--axis+', 'n_heads=2,4']
     """
-    name, equals, value = str(arg).partition("=")
-    return f"{_SPELLINGS.get(name, name)}{equals}{value}"
+    spelled: list[str] = []
+    axes = -1  # values of the last option so far, if that is --axis
+    for arg in map(str, args):
+        if arg.startswith("-"):
+            name, equals, value = arg.partition("=")
+            spelled.append(f"{_SPELLINGS.get(name, name)}{equals}{value}")
+            axes = len(equals) if name == "--axis" else -1
+        else:
+            spelled += ["--axis+", arg] if axes > 0 else [arg]
+            axes += axes >= 0
+    return spelled
+
+
+def _see_current_folder() -> None:
+    """Lets a config name classes in files of the current folder, as ``python -m`` does; what is installed comes first."""
+    folder = os.getcwd()
+    if not (getattr(sys.flags, "safe_path", False) or {"", folder} & set(sys.path)):
+        sys.path.append(folder)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -172,6 +188,7 @@ def main(args: list[str] | None = None) -> None:
     An error in the input is printed in one paragraph, without a traceback; set LIGHTNING_MUE_TRACEBACK=1 to see it.
     """
     given = sys.argv[1:] if args is None else args
+    _see_current_folder()
     try:
         check_environment()
         if given and given[0] in _OTHER_COMMANDS:

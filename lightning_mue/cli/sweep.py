@@ -25,6 +25,7 @@ from lightning_mue.analysis.sweep.plan import SweepPlan, make_plan
 from lightning_mue.analysis.trials import Trial
 from lightning_mue.checks import require_positive, require_size, value_error
 from lightning_mue.cli.certify import write_and_show
+from lightning_mue.cli.parsing.groups import fold_groups
 from lightning_mue.cli.parsing.parser import WordsParser
 from lightning_mue.cli.sweep_check import check_builds
 from lightning_mue.console import wide_console
@@ -80,7 +81,7 @@ def resolve_config(command: Sequence[str], given: Sequence[str]) -> dict[str, An
         found = f"status {done.returncode} and {told!r}" if told else f"status {done.returncode} and no config"
         expected = "a command and a config of LightningCLI, such as `lightning-mue fit` takes"
         raise value_error("--config", found=found, expected=expected, do=do)
-    return config
+    return config if command else fold_groups(config)
 
 
 def _plan(options: argparse.Namespace, command: tuple[str, ...], config: dict[str, Any]) -> SweepPlan:

@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning_mue.analysis.sweep.plan import Job, Point, SweepPlan
 from lightning_mue.callbacks import MuECallback
 from lightning_mue.checks import value_error
-from lightning_mue.cli.trainer import stand_in_optimizers
+from lightning_mue.cli.before_fit import stand_in_optimizers
 
 
 def check_builds(plan: SweepPlan, cli: type[LightningCLI]) -> None:
@@ -50,6 +50,8 @@ def _build(config: dict[str, object], cli: type[LightningCLI]) -> None:
             callbacks = made.trainer.callbacks  # type: ignore[attr-defined]
             callback = next((c for c in callbacks if isinstance(c, MuECallback)), None)
             if callback is not None:
-                callback.make_plan(made.model, stand_in_optimizers(made.model, None), made.trainer, made.datamodule)
+                callback.make_plan(
+                    made.model, stand_in_optimizers(made.model, None, made.trainer), made.trainer, made.datamodule
+                )
         finally:
             logging.disable(before)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from rich.console import RenderableType
-from torch.optim import Optimizer
 
 from lightning_mue.analysis.dry_run.run import dry_run
 from lightning_mue.callbacks import MuECallback
 from lightning_mue.checks import value_error
+from lightning_mue.cli.before_fit import attached, stand_in_optimizers
 from lightning_mue.cli.coord_check import check_output, check_sizes, report, training_batches
 from lightning_mue.cli.dry_run import check_report, read_run, report_dry_run
 from lightning_mue.console import wide_console
@@ -23,7 +22,7 @@ from lightning_mue.parameterizations.planning.compare import compare_rules
 from lightning_mue.parameterizations.planning.scaling_plan import headline
 from lightning_mue.parameterizations.reading.base import save_base as write_base
 from lightning_mue.parameterizations.rules.kinds import Family
-from lightning_mue.parameterizations.verifying.verify import flatten_optimizers, verify_plan
+from lightning_mue.parameterizations.verifying.verify import own_optimizers, verify_plan
 
 
 class MuETrainer(Trainer):
@@ -55,7 +54,7 @@ class MuETrainer(Trainer):
         if save_base is not None:
             _save_base(model, callback, save_base)
             wide_console().print(f"base written to {save_base}; give this path as `base` of MuECallback")
-        plan = callback.make_plan(model, stand_in_optimizers(model, family), self, datamodule)
+        plan = callback.make_plan(model, stand_in_optimizers(model, family, self), self, datamodule)
         wide_console().print(plan if rules is None else _compare(model, callback, plan, rules, family))
         if verify and not _verified(self, model, callback, datamodule):
             raise SystemExit(1)
@@ -84,7 +83,7 @@ class MuETrainer(Trainer):
         callback = self._callback("export-plan")
         if callback is None:
             raise _no_callback("export-plan writes")
-        optimizers = stand_in_optimizers(model, None)
+        optimizers = stand_in_optimizers(model, None, self)
         plan = callback.make_plan(model, optimizers, self, datamodule)
         written = Path(output or f"plan_{to.replace('-', '_')}.py")
         source = export_plan(model, plan, optimizers, to=to, names=names)
@@ -122,11 +121,11 @@ class MuETrainer(Trainer):
         run = read_run(self, model, datamodule, **sizes)  # type: ignore[arg-type]
         roles = {}
         if (callback := self._callback("dry-run")) is not None:
-            plan = callback.make_plan(model, stand_in_optimizers(model, None), self, datamodule, trains=False)
+            plan = callback.make_plan(model, stand_in_optimizers(model, None, self), self, datamodule, trains=False)
             roles = {each.name: str(each.role) for each in plan.parameters}
         model.trainer = self
         whole = self.precision_plugin.convert_module(model)
-        found = dry_run(whole, run, lambda sharded: stand_in_optimizers(sharded, None), roles)
+        found = dry_run(whole, run, lambda sharded: stand_in_optimizers(sharded, None, self), roles)
         if not report_dry_run(found, run, gib, output):
             raise SystemExit(1)
 
@@ -231,11 +230,17 @@ def _verified(
     trainer: Trainer, model: LightningModule, callback: MuECallback, datamodule: LightningDataModule | None
 ) -> bool:
     """Verifies a callback's plan on a training batch, and prints the outcome."""
+
+    def optimizer(made: Any) -> Any:
+        with attached(made, trainer):
+            return own_optimizers(made)
+
     found = verify_plan(
         model,
         next(iter(training_batches(trainer, model, datamodule))),
         base=callback.base or {},
         rule=callback.rule,
+        optimizer=optimizer,
         alpha=callback.alpha,
         roles=callback.roles,
         multipliers=callback.multipliers,
@@ -250,25 +255,3 @@ def _save_base(model: LightningModule, callback: MuECallback, path: str) -> None
     base = callback.base if callback.base is not None else {}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_base(model, path, base=base, roles=callback.roles, multipliers=callback.multipliers)
-
-
-def stand_in_optimizers(model: LightningModule, family: Family | None) -> list[Optimizer]:
-    """Optimizers for a plan without a run, for which only their family matters: by default the module's own."""
-    if family is not None:
-        stand_in = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.0)
-        stand_in.mue_family = family  # type: ignore[attr-defined]
-        return [stand_in]
-    factory = getattr(model, "optimizer", None)
-    if callable(factory):
-        return [factory(list(model.named_parameters()))]
-    try:
-        configured = model.configure_optimizers()
-    except Exception as error:
-        raise value_error(
-            f"{type(model).__name__}.configure_optimizers",
-            found=f"that it cannot run without a training ({error})",
-            expected="optimizers",
-            do="Give the model an attribute `optimizer`, a function from parameters to an optimizer; or, to explain only, "
-            "give --family adam, sgd, sphere or muon.",
-        ) from error
-    return flatten_optimizers(configured)

@@ -153,6 +153,37 @@ def test_stacked_experts_and_router():
     assert got[name + "experts.w_down", "update"] == pytest.approx(expected, rel=1e-4)
 
 
+class Positions(nn.Module):
+    """Position table and gain are used outside of any module of their own: before the layers, and behind them."""
+
+    def __init__(self):
+        super().__init__()
+        self.position, self.gain = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.ones(4))
+        self.blocks = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+        self.head = nn.Linear(4, 6, bias=False)
+
+    def forward(self, x):
+        x = x + self.position
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x * self.gain)
+
+
+def test_parameters_around_the_head_are_seen_before_it():
+    """At the output of the first layer, which the head's size does not change; those behind the layers only at the logits."""
+    net, x = Positions().double(), torch.randn(2, 3, 4, dtype=torch.float64)
+    p = probe(net, x, roles={"position": "embedding", "gain": "final_norm", "head.weight": "unembedding"})
+    old = move(net)
+    got = values(p.measure())
+    with torch.no_grad():
+        moved = (net.position - old["position"]) @ net.blocks[0].weight.T
+        y = net(x)
+        net.gain.copy_(old["gain"])
+        logits = y - net(x)
+    assert got["position", "update"] == pytest.approx(rms(moved), rel=1e-10)
+    assert got["gain", "update"] == pytest.approx(rms(logits), rel=1e-10)
+
+
 def test_fused_attention_of_torch():
     """nn.MultiheadAttention has its projections in one matrix, never calls its out_proj, and returns a tuple."""
     attention = nn.MultiheadAttention(8, 2, batch_first=True)

@@ -305,12 +305,12 @@ def test_there_are_enough_of_them():
 def test_a_group_overrides_the_callback_of_its_type_and_is_saved_once(corpus, monkeypatch):
     """Or adds one; the config that is saved holds no group, so that it is read the same."""
     monkeypatch.setattr(MuECLI, "_run_subcommand", lambda self, subcommand: None)
-    words = ["--mue.rule", "sp", "--updates.every_n_steps=3", "--spectral.iterations", "2"]
+    words = ["--mue.rule", "sp", "--updates.every_n_steps=3", "--spectral.iterations", "2", "--guard", "{}"]
     cli = MuECLI(["fit", "--config", written(corpus), *words])
     made = {type(callback).__name__: callback for callback in cli.trainer.callbacks}
     assert made["MuECallback"].rule.name == "sp"
     assert made["MuECallback"].base == {"width": 16, "depth": 1, "n_heads": 2, "n_experts": 0}, "the config's"
     assert (made["UpdateMonitor"].every_n_steps, made["SpectralMonitor"].iterations) == (3, 2)
-    assert "HealthMonitor" in made
+    assert {"HealthMonitor", "StabilityGuard"} <= set(made)  # the config's, and one with its defaults
     assert [type(c).__name__ for c in cli.trainer.callbacks].count("MuECallback") == 1
     assert cli.config["fit"]["mue"] is None

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -386,3 +387,15 @@ def test_errors_of_others_keep_their_traceback(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_mue.models.MoELanguageModel.loss", lambda self, batch: int("x"))
     with pytest.raises(ValueError, match="invalid literal"):
         main(["fit", *map(str, debug(corpus))])
+
+
+def test_a_config_may_name_classes_of_files_in_the_current_folder(run, tmp_path, monkeypatch):
+    """As ``python -m`` lets it; the folder of the installed command is another."""
+    (tmp_path / "own_module_here.py").write_text(
+        "from lightning.pytorch import LightningModule\nclass Mine(LightningModule):\n    pass\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [path for path in sys.path if path not in ("", str(tmp_path))])
+    status, out = run("fit", "--model", "own_module_here.Mine", "--print_config")
+    assert (status, "class_path: own_module_here.Mine" in out) == (0, True)
+    assert sys.path[-1] == str(tmp_path)  # after all that is installed

@@ -20,7 +20,7 @@ MODEL = ("--data.context_length", 32, "--model.init_args.context_length", 32, "-
 
 def test_coord_check_passes_and_writes(run, corpus, tmp_path, every_command):
     """The config's own base, data and optimizer; loose tolerance, since one seed and two steps are noisy."""
-    args = ("--axis", "width=32,64,128", "--axis=n_heads=1,2,4", "--tolerance", 0.5, "--output", tmp_path / "out")
+    args = ("--axis", "width=32,64,128", "n_heads=1,2,4", "--tolerance", 0.5, "--output", tmp_path / "out")
     status, out = run(*coord_check(corpus, *args))
     assert status == 0, out
     assert "PASSED: complete-mue along width = 32, 64, 128: all 17 slopes within +-0.5" in out

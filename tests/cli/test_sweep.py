@@ -13,6 +13,7 @@ from pathlib import Path
 import optuna
 import pytest
 import torch
+import yaml
 
 from lightning_mue.analysis.trials import read_trials
 from lightning_mue.cli import sweep as command
@@ -171,6 +172,20 @@ def test_the_config_is_what_the_command_makes_of_it(tmp_path):
         ValueError, match=r"--config: found status 1 and '.*AssertionError', expected a command .*Try: "
     ):
         resolve_config([sys.executable, str(script), "fit"], [])
+
+
+def test_callbacks_given_by_name_are_in_the_list_where_rules_are_looked_for(monkeypatch):
+    """`--mue.rule mup` would otherwise outdo the rules that a sweep compares, under their names."""
+    mue = {"class_path": "lightning_mue.callbacks.MuECallback", "init_args": {"rule": "sp", "base": {"width": 8}}}
+    printed = {"mue": {"rule": "mup"}, "health": {}, "logits": None, "model": {}, "trainer": {"callbacks": [mue]}}
+    done = subprocess.CompletedProcess([], 0, stdout=yaml.safe_dump(printed), stderr="")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: done)
+    config = resolve_config((), [])
+    rules = [(c["class_path"].rpartition(".")[2], c["init_args"]) for c in config["trainer"]["callbacks"]]
+    assert rules == [("MuECallback", {"rule": "mup", "base": {"width": 8}}), ("HealthMonitor", {})]
+    assert "mue" not in config
+    assert "health" not in config
+    assert resolve_config(("mine",), [])["mue"] == {"rule": "mup"}  # another command may mean something else by it
 
 
 @pytest.mark.parametrize(

@@ -46,13 +46,25 @@ def with_groups(config: Any) -> list[Any] | None:
     Raises:
         ValueError: For an argument that the callback does not have, or where the list has several of its type.
     """
-    given = {name: dict(config[name]) for name in GROUPS if config.get(name)}
+    given = {name: dict(config[name]) for name in GROUPS if config.get(name) is not None}
     if not given:
         return None
-    listed = config.get("trainer.callbacks") or []
-    listed = list(listed) if isinstance(listed, list) else [listed]
-    for name, arguments in given.items():
+    for name in given:
         config[name] = None
+    return _merged(given, config.get("trainer.callbacks"))
+
+
+def fold_groups(config: dict[str, Any]) -> dict[str, Any]:
+    """`with_groups` in a resolved configuration of plain types, as ``--print_config`` shows it."""
+    given = {name: config.pop(name) for name in GROUPS if config.get(name) is not None}
+    if given:
+        config["trainer"]["callbacks"] = _merged(given, config["trainer"].get("callbacks"))
+    return config
+
+
+def _merged(given: Mapping[str, Mapping[str, Any]], callbacks: Any) -> list[Any]:
+    listed = list(callbacks) if isinstance(callbacks, list) else [callbacks] if callbacks else []
+    for name, arguments in given.items():
         _merge(name, arguments, listed)
     return listed
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_mue.contract import is_router
 from lightning_mue.names import all_indices
 from lightning_mue.parameterizations.reading.parameters import named_tensors
 from lightning_mue.parameterizations.verifying.running import (
@@ -145,7 +146,8 @@ class _Measurement:
                 assert x is not None
                 assert y is not None
                 self.result.head_dim = watch.head_dim or self.result.head_dim
-                size = steady_rms if watch.chooses else lambda new, old=None: rms([(new, old)])
+                chooses = watch.chooses or any(is_router(module) for module in child.modules())
+                size = steady_rms if chooses else lambda new, old=None: rms([(new, old)])
                 stream = size(x)
                 everything: dict[Tensor, Tensor] = {}
                 for group, names in self._inside(name).items():

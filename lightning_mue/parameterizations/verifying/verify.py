@@ -108,7 +108,7 @@ def verify_plan(
     check_plan_arguments(alpha, None, None, roles, multipliers)
     require_integer("seed", seed, 0)
     began = time.perf_counter()
-    run = _Run(rule, loss, optimizer or _own_optimizers, alpha, seed)
+    run = _Run(rule, loss, optimizer or own_optimizers, alpha, seed)
     with torch.compiler.set_stance("force_eager"):  # few passes, which are not worth compiling for
         make_base, make_target, sizes = two_models(model, base)
         theirs = run.prepare(_with_factory(make_base(), model), None)
@@ -228,7 +228,8 @@ class _Run:
         return self.rule.resolve(Axes(**made.axes), Axes(**made.base_axes))[0]
 
 
-def _own_optimizers(model: nn.Module) -> Any:
+def own_optimizers(model: nn.Module) -> Any:
+    """What a module's ``configure_optimizers`` returns; AdamW where it has none."""
     configure = getattr(model, "configure_optimizers", None)
     made = configure() if callable(configure) else None
     # LightningCLI gives the target's instance alone a configure_optimizers.
