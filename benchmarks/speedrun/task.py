@@ -50,10 +50,10 @@ class Task:
     context: int = 128
     batch: int = 8
     val_batches: int = 32
-    target: float = math.nan
-    start: int = 100
+    target: float = 2.2
+    start: int = 64
     seeds: int = 10
-    curve_seeds: int = 4
+    curve_seeds: int = 3
     transfer_seeds: int = 3
 
     def sizes(self, column: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import time
+import warnings
 from pathlib import Path
 
 import optuna
@@ -20,7 +21,7 @@ from lightning_mue.analysis.sweep.axes import parse_rates
 from lightning_mue.analysis.sweep.search import distribution
 
 SEED = 1000
-STEPS = 100
+STEPS = 64
 
 
 def tune(task: Task, entry: Entry, column: str, trials: int, runs: Path, steps: int = STEPS) -> dict[str, float]:
@@ -30,7 +31,7 @@ def tune(task: Task, entry: Entry, column: str, trials: int, runs: Path, steps: 
     study = optuna.create_study(
         study_name=f"{entry.name}/{column}",
         storage=optuna.storages.JournalStorage(journal),
-        sampler=optuna.samplers.GPSampler(seed=0, n_startup_trials=5, deterministic_objective=True),
+        sampler=optuna.samplers.GPSampler(seed=trials, n_startup_trials=5, deterministic_objective=True),
         load_if_exists=True,
     )
     space = {key: distribution(parse_rates(text)) for key, text in entry.space.items()}
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("speedrun_runs"))
     args = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     best = {}
     for trials in range(1, args.trials + 1):  # in turn, so that a search that is stopped has given all the same budget
         best = {name: tune(Task(), load(name), args.column, trials, args.runs) for name in args.entries}
