@@ -73,8 +73,8 @@ def test_the_interval_covers_the_true_crossing(scripts):
 
 def test_a_length_counts_at_the_error_of_its_test(scripts):
     rng, counts = np.random.default_rng(1), scripts.scoring.counts
-    at_target = sum(counts(list(TARGET + rng.normal(0, 0.03, 10)), TARGET, 10) for _ in range(2000))
-    assert at_target <= 2000 * 0.018  # 1 %; its standard error is 0.22 %
+    at_target = sum(counts(list(TARGET + rng.normal(0, 0.03, 10)), TARGET, 10) for _ in range(200))
+    assert at_target <= 8  # 2 by construction; its standard deviation is 1.4
     below = [TARGET - 0.05 + 0.01 * (-1) ** i for i in range(10)]
     assert counts(below, TARGET, 10)
     assert not counts(below[:9], TARGET, 10)  # too few
@@ -106,7 +106,7 @@ class Made:
     def losses(self, entry, column, steps, seeds, rule="sp", factor=1.0):
         self.asked.append((column, steps, rule, factor))
         wrong = 0.1 * abs(math.log2(factor) - (rule == "sp" and column != "dense"))
-        return {seed: loss_at(steps, 130, offset=0.01 * (-1) ** seed + wrong + self.offset) for seed in range(seeds)}
+        return {seed: loss_at(steps, 130, offset=0.01 * (seed % 3 - 1) + wrong + self.offset) for seed in range(seeds)}
 
 
 def test_an_entry_is_measured_around_the_target(scripts):

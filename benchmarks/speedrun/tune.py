@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("entries", nargs="+")
     parser.add_argument("--column", default="dense")
     parser.add_argument("--trials", type=int, default=12)
-    parser.add_argument("--runs", type=Path, default=Path("speedrun_runs"))
+    parser.add_argument("--runs", type=Path, default=Path("logs/speedrun"))
     args = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
