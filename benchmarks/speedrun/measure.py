@@ -55,7 +55,7 @@ def confirm(runs: Runs, entry: Entry, column: str, tries: int = 3) -> Confirmed 
 
 @dataclass(frozen=True)
 class Transfer:
-    """The base's hyperparameters at another size, in runs as long as the base needs to reach the target.
+    """The base's hyperparameters at another size, in runs as long as those of the search, or as the base needs if that is less.
 
     Attributes:
         steps: Length of the runs.
@@ -80,7 +80,7 @@ def transfers(runs: Runs, entry: Entry, column: str) -> dict[str, Transfer]:
 
 
 def _transfer(runs: Runs, entry: Entry, column: str, rule: str, met: Crossing) -> Transfer:
-    steps, seeds = round(met.steps), runs.task.transfer_seeds
+    steps, seeds = round(min(met.steps, runs.task.start)), runs.task.transfer_seeds
     losses = {
         factor: statistics.fmean(runs.losses(entry, column, steps, seeds, rule=rule, factor=factor).values())
         for factor in FACTORS

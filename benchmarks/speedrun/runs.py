@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,14 @@ def rated(entry: Entry, factor: float) -> Entry:
         f"optimizer.init_args.{key}" for key in ("lr", "adamw_lr") if key in entry.settings["optimizer"]["init_args"]
     ]
     return entry.changed({key: entry.value(key) * factor for key in keys})
+
+
+def key_of(task: Task, entry: Entry, what: dict[str, Any]) -> str:
+    """A hash of all that a run's loss depends on, and of how the run is called."""
+    sizes = {"base": task.base, "sizes": task.sizes(what["column"])}
+    data = {"context": task.context, "batch": task.batch, "val_batches": task.val_batches}
+    of = {**sizes, **data, "settings": entry.settings, **what}
+    return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class NotRun(Exception):
@@ -47,9 +54,7 @@ class Runs:
         """Validation loss of one run, in nats per byte; trained now unless the file has it."""
         what: dict[str, Any] = {"entry": entry.name, "column": column, "steps": steps, "seed": seed}
         what |= {"rule": rule, "factor": factor}
-        of = {"sizes": self.task.sizes(column), **asdict(self.task), "settings": entry.settings, **what}
-        del of["columns"], of["target"]
-        key = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:16]
+        key = key_of(self.task, entry, what)
         if key not in self.found:
             if not self.trains:
                 raise NotRun(what)

@@ -54,7 +54,7 @@ class Task:
     start: int = 64
     seeds: int = 10
     curve_seeds: int = 3
-    transfer_seeds: int = 3
+    transfer_seeds: int = 2
 
     def sizes(self, column: str) -> dict[str, Any]:
         """Sizes of a column's model."""
