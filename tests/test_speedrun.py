@@ -96,6 +96,12 @@ def test_extra_steps_are_those_that_win_the_loss_back(scripts):
     assert scripts.scoring.extra_steps(loss_at(100), loss_at(150), -0.25) == pytest.approx(0.5)
 
 
+def test_the_best_factor_is_the_parabolas(scripts):
+    curve = {f: 2.0 + 0.1 * (math.log2(f) + 0.3) ** 2 for f in (0.5, 1.0, 2.0)}
+    assert scripts.scoring.best_factor(curve) == (pytest.approx(2**-0.3), pytest.approx(2.0))
+    assert scripts.scoring.best_factor({0.5: 2.1, 1.0: 2.2, 2.0: 2.4}) == (0.5, 2.1)
+
+
 class Made:
     """Runs whose losses are a curve's, for a task with the real one's lengths."""
 
@@ -122,7 +128,7 @@ def test_an_entry_is_measured_around_the_target(scripts):
 
 def test_a_transfer_is_compared_with_other_rates(scripts):
     found = scripts.measure.transfers(Made(scripts), scripts.entries.load("adamw"), "moe")
-    assert found["complete-mue"].extra == 0.0
+    assert found["complete-mue"].extra == pytest.approx(0.0)
     assert found["complete-mue"].to_target == pytest.approx(130)
     assert found["sp"].best == 2.0
     assert found["sp"].extra == pytest.approx(2 ** (0.1 / 0.25) - 1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from entries import Entry
 from runs import FACTORS, Runs
-from scoring import Crossing, counts, crossing, extra_steps, length_to_confirm, p_value
+from scoring import Crossing, best_factor, counts, crossing, extra_steps, length_to_confirm, p_value
 
 #: Longest and shortest run that is tried, in multiples of the task's first one.
 LONGEST, SHORTEST = 8, 1 / 8
@@ -60,8 +60,8 @@ class Transfer:
     Attributes:
         steps: Length of the runs.
         losses: Mean loss by factor on all rates.
-        best: Factor of the lowest loss.
-        extra: Share of steps that factor 1 costs over the best one, by the slope of the base's curve.
+        best: Factor of the lowest loss, by a parabola in its logarithm.
+        extra: Share of steps that factor 1 costs over it, by the slope of the base's curve.
         to_target: Steps to the target at factor 1, by the same slope.
     """
 
@@ -85,6 +85,6 @@ def _transfer(runs: Runs, entry: Entry, column: str, rule: str, met: Crossing) -
         factor: statistics.fmean(runs.losses(entry, column, steps, seeds, rule=rule, factor=factor).values())
         for factor in FACTORS
     }
-    best = min(losses, key=lambda factor: losses[factor])
+    best, lowest = best_factor(losses)
     to_target = steps * 2.0 ** ((losses[1.0] - runs.task.target) / -met.slope)
-    return Transfer(steps, losses, best, extra_steps(losses[1.0], losses[best], met.slope), to_target)
+    return Transfer(steps, losses, best, extra_steps(losses[1.0], lowest, met.slope), to_target)

@@ -98,6 +98,20 @@ def length_to_confirm(met: Crossing, seeds: int) -> int:
     return math.ceil(met.steps * 2.0 ** (margin / -met.slope))
 
 
+def best_factor(losses: Mapping[float, float]) -> tuple[float, float]:
+    """Factor on the rates of the lowest loss, and that loss, from losses at factors 1/f, 1 and f.
+
+    By the parabola in the logarithm of the factor, where its lowest point lies between the outer two; else the best of the three.
+    """
+    low, middle, high = sorted(losses)
+    below, above = losses[low] - losses[middle], losses[high] - losses[middle]
+    if min(below, above) > 0:  # its lowest point is then within half of the distance between two factors
+        octaves = math.log2(high / middle) * (below - above) / (2 * (below + above))
+        return middle * 2.0**octaves, losses[middle] - (below - above) ** 2 / (8 * (below + above))
+    best = min(losses, key=lambda factor: losses[factor])
+    return best, losses[best]
+
+
 def extra_steps(loss: float, best: float, slope: float) -> float:
     """Share of steps that a loss above the best one costs, by the slope of loss against log2 steps: 0.03 is 3 % more steps."""
     return 2.0 ** ((loss - best) / -slope) - 1.0
