@@ -129,7 +129,9 @@ def test_an_entry_is_measured_around_the_target(scripts):
 def test_a_transfer_is_compared_with_other_rates(scripts):
     found = scripts.measure.transfers(Made(scripts), scripts.entries.load("adamw"), "moe")
     assert found["complete-mue"].extra == pytest.approx(0.0)
-    assert found["complete-mue"].to_target == pytest.approx(130)
+    assert found["complete-mue"].to_target == pytest.approx(
+        130 * 2**-0.02
+    )  # the two seeds lie 0.005 nats below the line
     assert found["sp"].best == 2.0
     assert found["sp"].extra == pytest.approx(2 ** (0.1 / 0.25) - 1)
     assert scripts.measure.transfers(Made(scripts), scripts.entries.load("soap"), "moe") == {}
