@@ -12,7 +12,7 @@ import claims as claims_module
 from claims import Claim
 from common import machine
 from entries import Entry
-from measure import confirm, curve, transfers
+from measure import confirm, curve, transfer
 from runs import NotRun, Runs
 
 from lightning_mue.files import whole_file
@@ -27,7 +27,7 @@ def rows(runs: Runs, entries: Sequence[Entry]) -> list[Row]:
     for entry in entries:
         made += [_steps_row(runs, entry, column) for column in ("dense", "moe")]
         for column in ("moe", "width x 2"):
-            made += _transfer_rows(runs, entry, column)
+            made += [_transfer_row(runs, entry, column, rule) for rule in entry.settings["rules"]]
     return made
 
 
@@ -43,25 +43,13 @@ def _steps_row(runs: Runs, entry: Entry, column: str) -> Row:
     return row | {"confirmed": found.steps, "p": found.p, "losses": found.losses}
 
 
-def _transfer_rows(runs: Runs, entry: Entry, column: str) -> list[Row]:
-    found = _stored(lambda: transfers(runs, entry, column))
-    if found == NOT_RUN:
-        return [
-            {"entry": entry.name, "column": column, "rule": rule, "steps": NOT_RUN} for rule in entry.settings["rules"]
-        ]
-    return [
-        {
-            "entry": entry.name,
-            "column": column,
-            "rule": rule,
-            "steps": at.to_target,
-            "extra": at.extra,
-            "best factor": at.best,
-            "losses": at.losses,
-            "length": at.steps,
-        }
-        for rule, at in found.items()
-    ]
+def _transfer_row(runs: Runs, entry: Entry, column: str, rule: str) -> Row:
+    row: Row = {"entry": entry.name, "column": column, "rule": rule}
+    at = _stored(lambda: transfer(runs, entry, column, rule))
+    if at in (NOT_RUN, None):
+        return row | {"steps": at or "the base does not reach the target"}
+    row |= {"steps": at.to_target, "extra": at.extra, "best factor": at.best}
+    return row | {"losses": at.losses, "length": at.steps}
 
 
 def _stored(read: Callable[[], Any]) -> Any:
@@ -72,7 +60,7 @@ def _stored(read: Callable[[], Any]) -> Any:
 
 
 def claims(board: Sequence[Row]) -> list[Claim]:
-    """The figures that the board is to reach; NaN where a run is missing or no length was confirmed."""
+    """The figures that the board is to reach; NaN where runs are missing."""
 
     def of(name: str, column: str, key: str, rule: str = "") -> float:
         rows = [row for row in board if (row["entry"], row["column"], row["rule"]) == (name, column, rule)]
@@ -81,10 +69,11 @@ def claims(board: Sequence[Row]) -> list[Claim]:
 
     made = []
     for column in ("dense", "moe"):
-        for peer, target in (("muon", 0.95), ("normuon", 0.95), ("soap", 1.0), ("adamw", 0.5)):
-            for key in ("confirmed", "steps"):
-                what = f"{column}: steps of ours over {peer}'s, {'confirmed' if key == 'confirmed' else 'interpolated'}"
-                made.append(Claim(what, "at most", target, of("ours", column, key) / of(peer, column, key)))
+        for peer, target in (("muon", 0.95), ("normuon", 0.95), ("adamw", 0.5)):
+            ratios = {key: of("ours", column, key) / of(peer, column, key) for key in ("confirmed", "steps")}
+            key = "steps" if math.isnan(ratios["confirmed"]) else "confirmed"
+            how = {"steps": "interpolated, without confirmation", "confirmed": "confirmed"}[key]
+            made.append(Claim(f"{column}: steps of ours over {peer}'s, {how}", "at most", target, ratios[key]))
     for column in ("moe", "width x 2"):
         for name, rule, direction, target in (
             ("ours", "hyperp", "at most", 0.03),

@@ -72,14 +72,11 @@ class Transfer:
     to_target: float
 
 
-def transfers(runs: Runs, entry: Entry, column: str) -> dict[str, Transfer]:
-    """By rule, for each rule of the entry; none if the base does not reach the target."""
-    if not entry.settings["rules"] or (met := curve(runs, entry, "dense")) is None:
-        return {}
-    return {rule: _transfer(runs, entry, column, rule, met) for rule in entry.settings["rules"]}
-
-
-def _transfer(runs: Runs, entry: Entry, column: str, rule: str, met: Crossing) -> Transfer:
+def transfer(runs: Runs, entry: Entry, column: str, rule: str) -> Transfer | None:
+    """Under a rule; None if the base does not reach the target."""
+    met = curve(runs, entry, "dense")
+    if met is None:
+        return None
     steps, seeds = round(min(met.steps, runs.task.start)), runs.task.transfer_seeds
     losses = {
         factor: statistics.fmean(runs.losses(entry, column, steps, seeds, rule=rule, factor=factor).values())

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from board import write
 from common import RESULTS, parse, result_name
 from entries import load, names
-from measure import confirm, curve, transfers
+from measure import confirm, curve, transfer
 from runs import Runs
 from task import Task
 
@@ -29,8 +29,10 @@ STAGES = {
     "dense": lambda runs, entry: curve(runs, entry, "dense"),
     "confirm": lambda runs, entry: confirm(runs, entry, "dense"),
     "moe": lambda runs, entry: curve(runs, entry, "moe"),
-    "transfer-moe": lambda runs, entry: transfers(runs, entry, "moe"),
-    "transfer-width": lambda runs, entry: transfers(runs, entry, "width x 2"),
+    "transfer-moe": lambda runs, entry: [transfer(runs, entry, "moe", rule) for rule in entry.settings["rules"]],
+    "transfer-width": lambda runs, entry: [
+        transfer(runs, entry, "width x 2", rule) for rule in entry.settings["rules"]
+    ],
     "confirm-moe": lambda runs, entry: confirm(runs, entry, "moe"),
     "board": lambda runs, entry: None,
 }
