@@ -15,8 +15,8 @@ def test_the_file_runs_and_has_the_configs_rate(tmp_path):
     config = str(CONFIGS / "dense_to_moe.yaml")
     main(["export-plan", "--config", config, "--to", "megatron", "--output", str(written)])
     exported = load(written.read_text())
-    assert exported.OPTIMIZER["lr"] == 3.2e-2
-    assert exported.OPTIMIZER["adam_beta2"] == 0.95
+    assert exported.OPTIMIZER["lr"] == 2.4e-2
+    assert exported.OPTIMIZER["adam_beta2"] == 0.944
     assert {name for names, _ in exported.GROUPS for name in names} >= {"output_layer.weight"}
 
 
