@@ -16,7 +16,9 @@ def _changed(rule: str, name: str, role: Role, **cells: str) -> Parameterization
     """A rule with other cells in one row of its table for Adam."""
     of = get_rule(rule)
     table = {**of.tables["adam"], role: replace(of.tables["adam"][role], source="control", **cells)}
-    return register(replace(of, name=name, source=f"control: {rule} with another row of {role}", tables={"adam": table}))
+    return register(
+        replace(of, name=name, source=f"control: {rule} with another row of {role}", tables={"adam": table})
+    )
 
 
 #: SP whose embedding alone has a rule: its rate grows with the width.

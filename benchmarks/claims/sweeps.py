@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from lightning_mue.analysis.sweep.progress import ConsoleWatcher
 from lightning_mue.analysis.sweep.storage import SweepStorage, refuse_other, to_trials
 from lightning_mue.analysis.trials import Trial, Value
 from lightning_mue.cli.lightning_cli import MuECLI
-from lightning_mue.cli.sweep import read_plan
+from lightning_mue.cli.sweep import read_plan, resources
 from lightning_mue.cli.sweep_check import check_builds
 
 HERE = Path(__file__).parent
@@ -35,10 +35,17 @@ SCALES = ("cpu", "quick", "gpu")
 
 @dataclass(frozen=True)
 class SweepOf:
-    """One sweep of a claim: options of `lightning-mue sweep`, and what it changes in the config."""
+    """One sweep of a claim.
+
+    Attributes:
+        options: As of `lightning-mue sweep`.
+        config: What it changes in `CONFIG`.
+        certified: Whether its trials are part of the claim's certificate.
+    """
 
     options: str
     config: Mapping[str, Any]
+    certified: bool = True
 
 
 @dataclass(frozen=True)
@@ -49,11 +56,13 @@ class ClaimFile:
         name: Of the file.
         base: Size of the tuned model.
         sweeps: Name -> sweep.
+        targets: As `scores.claims_of` takes them.
     """
 
     name: str
     base: Mapping[str, Value]
     sweeps: Mapping[str, SweepOf]
+    targets: Sequence[Mapping[str, Any]]
 
 
 def claims() -> list[str]:
@@ -68,9 +77,9 @@ def read_claim(name: str, scale: str = "cpu") -> ClaimFile:
     config = merged(told.get("config", {}), other.get("config", {}))
     sweeps = {}
     for title, sweep in other.get("sweeps", told["sweeps"]).items():
-        options, own = (sweep, {}) if isinstance(sweep, str) else (sweep["options"], sweep["config"])
-        sweeps[title] = SweepOf(options, merged(config, own))
-    return ClaimFile(name, other.get("base", told["base"]), sweeps)
+        sweep = {"options": sweep} if isinstance(sweep, str) else sweep
+        sweeps[title] = SweepOf(**{**sweep, "config": merged(config, sweep.get("config", {}))})
+    return ClaimFile(name, other.get("base", told["base"]), sweeps, told["targets"])
 
 
 def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,7 +102,7 @@ def plan_of(sweep: SweepOf) -> SweepPlan:
     return plan
 
 
-def run_sweep(plan: SweepPlan, folder: Path, jobs: int) -> list[Trial]:
+def run_sweep(plan: SweepPlan, folder: Path, jobs: int | None) -> list[Trial]:
     """Runs what is missing of a sweep, and returns all its trials."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     folder.mkdir(parents=True, exist_ok=True)
@@ -102,8 +111,9 @@ def run_sweep(plan: SweepPlan, folder: Path, jobs: int) -> list[Trial]:
         refuse_other(str(folder), json.loads(record.read_text()), plan.to_dict(), do="Give another --runs.")
     record.write_text(json.dumps(plan.to_dict(), indent=1))
     storage = SweepStorage(str(folder / "journal.log"), "sweep", plan)
+    jobs, threads, devices = resources(plan.config, jobs)
     with ConsoleWatcher(Console(), jobs) as watcher:
-        entries = Sweep(storage, WarmRunner(plan.metric), folder, jobs, watcher).run()
+        entries = Sweep(storage, WarmRunner(plan.metric, threads, devices), folder, jobs, watcher).run()
     return to_trials(entries)
 
 

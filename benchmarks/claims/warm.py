@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
+from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -17,14 +18,19 @@ _IMPORTED = ("cli.lightning_cli", "callbacks.trial_report", "data", "models", "m
 
 
 class WarmRunner:
-    """A `Runner` for trials of lightning-mue itself, without accelerators: threads as OMP_NUM_THREADS says.
+    """A `Runner` for trials of lightning-mue itself.
 
     Args:
         metric: Logged quantity that is the result.
+        threads: Threads of each process.
+        devices: Visible GPUs that are shared out over the slots, one each; empty leaves them as they are.
     """
 
-    def __init__(self, metric: str) -> None:
-        self.metric = metric
+    def __init__(self, metric: str, threads: int, devices: Sequence[str] = ()) -> None:
+        self.metric, self.devices = metric, devices
+        os.environ["OMP_NUM_THREADS"] = str(
+            threads
+        )  # read when torch is imported, in the process that the others come from
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([f"lightning_mue.{name}" for name in _IMPORTED])
 
@@ -32,7 +38,8 @@ class WarmRunner:
         """Writes the config and starts the process; what it prints goes to ``log.txt``."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG).write_text(yaml.safe_dump(as_trial(config, folder, self.metric), sort_keys=False))
-        process = self._context.Process(target=_train, args=(folder,), daemon=True)
+        device = self.devices[slot % len(self.devices)] if self.devices else None
+        process = self._context.Process(target=_train, args=(folder, device), daemon=True)
         process.start()
         return TrialProcess(_Handle(process), folder)  # type: ignore[arg-type]
 
@@ -53,13 +60,15 @@ class _Handle:
         self._process.join()
 
 
-def _train(folder: Path) -> None:
+def _train(folder: Path, device: str | None) -> None:
     """Trains in a group of processes of its own, until the end or that of the process that asked for it."""
     import controls  # noqa: F401 - registers rules
 
     from lightning_mue.cli.lightning_cli import main
 
     os.setsid()
+    if device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device
     threading.Thread(target=_end_with_parent, daemon=True).start()
     log = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)

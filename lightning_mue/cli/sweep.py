@@ -54,13 +54,18 @@ def sweep_command(args: Sequence[str], cli: type[LightningCLI]) -> None:
         _exit(130)
 
 
+def read_options(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options of a sweep in a command line, and the rest, which is the training command's."""
+    return _parser().parse_known_args(args)
+
+
 def read_plan(args: Sequence[str]) -> tuple[argparse.Namespace, SweepPlan]:
     """The options of a command line, and the plan that they make.
 
     Raises:
         ValueError: For anything that cannot be swept.
     """
-    options, overrides = _parser().parse_known_args(args)
+    options, overrides = read_options(args)
     configs = [part for path in options.config for part in ("--config", path)]
     command = tuple(shlex.split(options.command))
     return options, _plan(options, command, resolve_config(command, [*configs, *overrides]))

@@ -1,6 +1,6 @@
 """What the results claim, and whether it holds: one line a claim, and one table over all result files.
 
-    python benchmarks/claims.py [--strict] [NAME ...]
+    python benchmarks/targets.py [--strict] [NAME ...]
 
 prints, of every file in results/ (or of those whose name has one of the NAMEs in it), processor, claim, measured figure, target and
 date. ``--strict``: exit code 1 if a claim does not hold.
