@@ -3,9 +3,9 @@
     python benchmarks/claims/run.py complete_mue [--quick | --scale gpu] [--runs DIR] [--jobs N] [--strict]
 
 trains what is missing of the sweeps in complete_mue.yaml, as `lightning-mue sweep` does, certifies them together, and writes
-results/claims/complete_mue_<processor>.json, .csv (all trials) and .png. Interrupted, the same command continues. ``--quick``: a few
-minutes, to see that all of it works; its results go to DIR. ``--scale gpu``: ten times the size. ``--no-training``: scores the trials
-that are there.
+results/claims/complete_mue_<processor>.json, .csv (all trials) and .png. Interrupted, the same command continues. ``--quick``:
+a few minutes, to see that all of it works; its results go to DIR. ``--scale gpu``: ten times the size. ``--no-training``:
+scores the trials that are there.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
-
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import common
 import gates
 import pictures
@@ -28,7 +26,7 @@ from lightning_mue.analysis.certificate import Certificate, certify
 from lightning_mue.analysis.trials import Trial, read_trials, write_trials
 from lightning_mue.console import wide_console
 
-_IMAGES = HERE.parents[1] / "docs" / "images"
+_IMAGES = Path(__file__).parents[2] / "docs" / "images"
 #: Rule -> title of the README's picture, and what its models are.
 _PANELS = {
     "complete-mue": "with MuECallback (complete-mue)",
@@ -48,7 +46,7 @@ _MODELS = {
 def trials_of(claim: ClaimFile, folder: Path, jobs: int | None, *, train: bool) -> dict[str, list[Trial]]:
     """Sweep -> its trials, with the sizes of all sweeps; trains what is missing, or leaves out sweeps that have no trials."""
     plans = {title: plan_of(sweep) for title, sweep in claim.sweeps.items()}
-    names = {axis.names[0] for plan in plans.values() for axis in plan.axes}
+    names = {*claim.base, *(axis.names[0] for plan in plans.values() for axis in plan.axes)}
     found = {}
     for title, plan in plans.items():
         table = folder / title / "trials.csv"
