@@ -58,6 +58,7 @@ def test_a_claims_file_says_what_is_swept_and_what_is_expected(scripts, name, sc
         # The base of the rule is the base of the certificate, and what the config trains.
         of_rule, model = config["trainer"]["callbacks"][0]["init_args"]["base"], config["model"]["init_args"]
         assert all(of_rule[key] == value == model[key] for key, value in claim.base.items())
+        assert sweep.base_of in ("", *claim.sweeps)
         assert options.seeds >= (3 if sweep.certified and scale != "quick" else 1)
     assert rules <= set(RULES)
     for target in claim.targets:
@@ -146,17 +147,15 @@ def test_square_roots_of_the_gates_keep_the_size_of_the_output(scripts):
 
 
 @pytest.mark.slow
-def test_trials_train_in_a_warm_process_with_rules_of_the_bench(scripts, tmp_path):
-    width = scripts.sweeps.read_claim("width", "quick")
-    config = scripts.sweeps.merged(yaml.safe_load(scripts.sweeps.CONFIG.read_text()), width.sweeps["decay"].config)
+def test_trials_train_in_a_warm_process_with_what_only_the_bench_has(scripts, tmp_path):
+    claim = scripts.sweeps.read_claim("width", "quick")
+    config = scripts.sweeps.merged(yaml.safe_load(scripts.sweeps.CONFIG.read_text()), claim.sweeps["decay"].config)
     config["trainer"] |= {"max_steps": 4, "val_check_interval": 4}
     config["data"]["init_args"]["val_batches"] = 1
-    options = {"command": (), "metric": "val/loss", "rules": ("sp", "sp-decay", "sp-embedding"), "extend": 0}
-    plan = make_plan(config, rates=(0.01,), lr_key=None, axes=(parse_axis(["width=64", "n_heads=2"]),), **options)
-    found = {t.rule: t.loss for t in scripts.sweeps.run_sweep(plan, tmp_path, 2)}
-    assert found["sp"] == found["sp-decay"]
-    assert found["sp-embedding"] != found["sp"]
-    logs = [path.read_text() for path in tmp_path.rglob("log.txt")]
-    assert len(logs) == 3
-    assert scripts.sweeps.run_sweep(plan, tmp_path, 2)  # nothing is trained again
-    assert len(list((tmp_path / "trials").iterdir())) == 3
+    options = {"command": (), "metric": "val/loss", "rules": ("complete-mue", "sp-embedding"), "extend": 0}
+    plan = make_plan(config, rates=(0.01,), lr_key=None, axes=(parse_axis(["width=32,64"]),), **options)
+    found = {(t.rule, t.size["width"]): t.loss for t in scripts.sweeps.run_sweep(plan, tmp_path, 2)}
+    assert found["complete-mue", 32] == found["sp-embedding", 32]  # the base's runs are those of every rule
+    assert found["complete-mue", 64] != found["sp-embedding", 64]
+    assert scripts.sweeps.run_sweep(plan, tmp_path, 2)
+    assert len(list((tmp_path / "trials").iterdir())) == 4  # nothing was trained again

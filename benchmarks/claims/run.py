@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -56,7 +57,14 @@ def trials_of(claim: ClaimFile, folder: Path, jobs: int | None, *, train: bool) 
             found[title] = read_trials(table)
         if title in found:
             found[title] = with_sizes(found[title], plan, names)
+            found[title] += base_runs(claim, found[title], found.get(claim.sweeps[title].base_of, []))
     return found
+
+
+def base_runs(claim: ClaimFile, trials: Sequence[Trial], others: Sequence[Trial]) -> list[Trial]:
+    """The base's runs of another sweep, for each rule of these trials: at the base no rule changes anything."""
+    of_base = [t for t in others if claim.base.items() <= t.size.items()]
+    return [replace(t, rule=rule) for rule in dict.fromkeys(t.rule for t in trials) for t in of_base]
 
 
 def figures_of(claim: ClaimFile, certificate: Certificate, trials: Mapping[str, Sequence[Trial]]) -> list[common.Claim]:

@@ -41,11 +41,13 @@ class SweepOf:
         options: As of `lightning-mue sweep`.
         config: What it changes in `CONFIG`.
         certified: Whether its trials are part of the claim's certificate.
+        base_of: Sweep with the base's runs: there no rule changes anything, so they are not repeated for each rule.
     """
 
     options: str
     config: Mapping[str, Any]
     certified: bool = True
+    base_of: str = ""
 
 
 @dataclass(frozen=True)
