@@ -46,18 +46,14 @@ _MODELS = {
 
 def trials_of(claim: ClaimFile, folder: Path, jobs: int | None, *, train: bool) -> dict[str, list[Trial]]:
     """Sweep -> its trials, with the sizes of all sweeps; trains what is missing, or leaves out sweeps that have no trials."""
-    plans = {title: plan_of(sweep) for title, sweep in claim.sweeps.items()}
+    tables = {title: folder / title / "trials.csv" for title in claim.sweeps}
+    plans = {title: plan_of(sweep) for title, sweep in claim.sweeps.items() if train or tables[title].exists()}
     names = {*claim.base, *(axis.names[0] for plan in plans.values() for axis in plan.axes)}
-    found = {}
+    found: dict[str, list[Trial]] = {}
     for title, plan in plans.items():
-        table = folder / title / "trials.csv"
-        if train:
-            found[title] = run_sweep(plan, folder / title, jobs)
-        elif table.exists():
-            found[title] = read_trials(table)
-        if title in found:
-            found[title] = with_sizes(found[title], plan, names)
-            found[title] += base_runs(claim, found[title], found.get(claim.sweeps[title].base_of, []))
+        trials = run_sweep(plan, folder / title, jobs) if train else read_trials(tables[title])
+        trials = with_sizes(trials, plan, names)
+        found[title] = trials + base_runs(claim, trials, found.get(claim.sweeps[title].base_of, []))
     return found
 
 

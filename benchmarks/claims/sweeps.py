@@ -94,18 +94,17 @@ def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any
 
 
 def plan_of(sweep: SweepOf) -> SweepPlan:
-    """The sweep's plan, whose models were all built once without memory for weights."""
+    """The plan of a sweep."""
     os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "config.yaml"
         config.write_text(yaml.safe_dump(merged(yaml.safe_load(CONFIG.read_text()), sweep.config)))
-        plan = read_plan(["--config", str(config), *shlex.split(sweep.options)])[1]
-    check_builds(plan, MuECLI)
-    return plan
+        return read_plan(["--config", str(config), *shlex.split(sweep.options)])[1]
 
 
 def run_sweep(plan: SweepPlan, folder: Path, jobs: int | None) -> list[Trial]:
     """Runs what is missing of a sweep, and returns all its trials."""
+    check_builds(plan, MuECLI)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     folder.mkdir(parents=True, exist_ok=True)
     record = folder / "sweep.json"
