@@ -80,7 +80,7 @@ def report(claims: Iterable[Claim]) -> bool:
 def summary(folder: Path, names: Sequence[str] = ()) -> tuple[list[list[str]], bool]:
     """One row a claim of the result files in a folder, and whether all claims hold."""
     rows, held = [], True
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(folder.rglob("*.json")):
         result = json.loads(path.read_text())
         if names and not any(name in path.stem for name in names):
             continue

@@ -197,7 +197,7 @@ def test_summary_lists_every_claim_and_strict_fails(on, bench, tmp_path, capsys,
 
 
 def test_committed_results_are_named_by_their_processor_and_say_what_holds(bench):
-    files = [path for path in (BENCHMARKS / "results").glob("*.json") if not path.stem.startswith("gpu_")]
+    files = [path for path in (BENCHMARKS / "results").rglob("*.json") if not path.stem.startswith("gpu_")]
     assert files
     for path in files:
         result = json.loads(path.read_text())

@@ -19,29 +19,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import common
 import gates
-import pictures
 from scores import claims_of, noise_of, rows_of
 from sweeps import SCALES, ClaimFile, claims, plan_of, read_claim, run_sweep, with_sizes
 
 from lightning_mue.analysis.certificate import Certificate, certify
+from lightning_mue.analysis.certificate.pictures import draw
 from lightning_mue.analysis.trials import Trial, read_trials, write_trials
 from lightning_mue.console import wide_console
-
-_IMAGES = Path(__file__).parents[2] / "docs" / "images"
-#: Rule -> title of the README's picture, and what its models are.
-_PANELS = {
-    "complete-mue": "with MuECallback (complete-mue)",
-    "sp": "without (standard parameterization)",
-}
-_MODELS = {
-    "n_experts=0": "dense, tuned",
-    "n_experts=4": "4 experts, top 1",
-    "n_experts=8": "8, top 2",
-    "n_experts=16": "16, top 4",
-    "n_experts=24": "24, top 4, one shared",
-    "n_experts=32": "32, top 8",
-    "n_experts=64": "64, top 8, in groups",
-}
+from lightning_mue.files import whole_file
 
 
 def trials_of(claim: ClaimFile, folder: Path, jobs: int | None, *, train: bool) -> dict[str, list[Trial]]:
@@ -98,10 +83,8 @@ def main() -> None:
     rows = [{**row, **{f"noise of {key}": value for key, value in noise.items()}} for row in rows_of(certificate)]
     common.save(name, rows, lambda _: figures_of(claim, certificate, trials), strict=args.strict, folder=results)
     write_trials(results / f"{name}.csv", [t for of in trials.values() for t in of])
-    pictures.save_certificate(certificate, results / f"{name}.png")
-    if args.claim == "complete_mue" and args.scale != "gpu":
-        images = results if args.scale == "quick" else _IMAGES
-        pictures.side_by_side(certificate, _PANELS, _MODELS, images / "transfer.png", top=8.0)
+    with whole_file(results / f"{name}.png") as part:
+        draw(certificate.results).savefig(part, format="png", metadata={"Software": None})
 
 
 if __name__ == "__main__":
