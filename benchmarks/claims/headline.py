@@ -42,7 +42,7 @@ _PANELS: tuple[tuple[str, Mapping[str, Value], str, str, tuple[str, ...]], ...] 
     ("width", {"width": 32}, "sp", "width x 4, without", _WIDTHS),
 )
 #: Largest loss shown, in percent above the best.
-_TOP = 8.0
+_TOP = 10.0
 
 
 def draw(processor: str) -> Figure:
