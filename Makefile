@@ -43,7 +43,7 @@ bench: $(STAMP)  ## the CPU benchmarks; ratios only
 	$(BIN)/python benchmarks/optimizer.py
 
 claims: $(STAMP)  ## what the results claim, on which processor, and whether it holds
-	$(BIN)/python benchmarks/claims.py
+	$(BIN)/python benchmarks/targets.py
 
 docs: $(STAMP)  ## writes the papers' tables into docs/derivations from the code
 	$(BIN)/python -m lightning_mue.parameterizations.document

@@ -17,10 +17,10 @@ from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import claims as claims_module
 import processor
+import targets
 import torch
-from claims import RESULTS, Claim
+from targets import RESULTS, Claim
 
 __all__ = ["RESULTS", "Claim", "alternate", "isa", "machine", "parse", "ratio", "result_name", "save", "stored_rows"]
 
@@ -169,7 +169,7 @@ def save(
     (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     _print_table(new)
     now = {row["threads"] for row in new}
-    held = claims_module.report(claim for threads in now for claim in made[threads])
+    held = targets.report(claim for threads in now for claim in made[threads])
     if strict and not held:
         raise SystemExit(1)
 

@@ -33,7 +33,7 @@ ROWS = [{"of": "a", "speed-up": 1.2}, {"of": "b", "speed-up": 0.9}]
 def bench(monkeypatch):
     """The scripts' modules, by name."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    names = ("common", "claims", "processor", "moe", "callback")
+    names = ("common", "targets", "processor", "moe", "callback")
     for name in (*names, "moe_peers"):  # a folder of tests may have the name of a script
         monkeypatch.delitem(sys.modules, name, raising=False)
     yield SimpleNamespace(**{name: import_module(name) for name in names})
@@ -169,12 +169,12 @@ def test_one_line_a_claim_and_strict_fails(bench, tmp_path, capsys):
     + [(direction, math.nan, False) for direction in ("at least", "at most")],
 )
 def test_a_claim_has_a_direction_and_survives_its_file(bench, direction, measured, holds):
-    claim = bench.claims.Claim("a figure", direction, 1.0, measured, 2)
+    claim = bench.targets.Claim("a figure", direction, 1.0, measured, 2)
     stored = json.loads(json.dumps(claim.to_json(), allow_nan=False))
     assert claim.holds == stored["holds"] == holds
-    assert str(bench.claims.Claim.from_json(stored)) == str(claim)
+    assert str(bench.targets.Claim.from_json(stored)) == str(claim)
     with pytest.raises(ValueError, match="direction: found 'above'"):
-        bench.claims.Claim("a figure", "above", 1.0, measured)
+        bench.targets.Claim("a figure", "above", 1.0, measured)
 
 
 def test_summary_lists_every_claim_and_strict_fails(on, bench, tmp_path, capsys, monkeypatch):
@@ -184,8 +184,8 @@ def test_summary_lists_every_claim_and_strict_fails(on, bench, tmp_path, capsys,
     capsys.readouterr()
 
     def table(*arguments):
-        monkeypatch.setattr(sys, "argv", ["claims.py", "--folder", str(tmp_path), *arguments])
-        bench.claims.main()
+        monkeypatch.setattr(sys, "argv", ["targets.py", "--folder", str(tmp_path), *arguments])
+        bench.targets.main()
         return capsys.readouterr().out
 
     assert "| ARM Neoverse-V1 (sve-bf16) |" in table()
@@ -197,14 +197,14 @@ def test_summary_lists_every_claim_and_strict_fails(on, bench, tmp_path, capsys,
 
 
 def test_committed_results_are_named_by_their_processor_and_say_what_holds(bench):
-    files = [path for path in (BENCHMARKS / "results").glob("*.json") if not path.stem.startswith("gpu_")]
+    files = [path for path in (BENCHMARKS / "results").rglob("*.json") if not path.stem.startswith("gpu_")]
     assert files
     for path in files:
         result = json.loads(path.read_text())
         assert result["machine"]["isa"] in path.stem, path
         assert result["claims"], path
         for stored in result["claims"]:
-            assert bench.claims.Claim.from_json(stored).holds == stored["holds"], (path, stored)
+            assert bench.targets.Claim.from_json(stored).holds == stored["holds"], (path, stored)
         assert all({"threads", "date", "commit", "torch"} <= set(row) for row in result["rows"]), path
 
 

@@ -23,7 +23,7 @@ AT, N = 50, 150
 @pytest.fixture
 def scripts(monkeypatch):
     """The bench's modules, by name."""
-    names = ("claims", "common", "processor", "faults", "run", "score", "draw", "bench")
+    names = ("targets", "common", "processor", "faults", "run", "score", "draw", "bench")
     for folder in (BENCHMARKS, BENCHMARKS / "faults"):
         monkeypatch.syspath_prepend(str(folder))
     for name in names:

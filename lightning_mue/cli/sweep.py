@@ -46,17 +46,31 @@ def sweep_command(args: Sequence[str], cli: type[LightningCLI]) -> None:
     if importlib.util.find_spec("optuna") is None:
         do = "Run: pip install 'lightning_mue[sweep]'"
         raise value_error("lightning-mue sweep", found="no package optuna", expected="optuna", do=do)
-    options, overrides = _parser().parse_known_args(args)
-    configs = [part for path in options.config for part in ("--config", path)]
-    command = tuple(shlex.split(options.command))
-    plan = _plan(options, command, resolve_config(command, [*configs, *overrides]))
-    if not command:
+    options, plan = read_plan(args)
+    if not plan.command:
         check_builds(plan, cli)
     signal.signal(signal.SIGTERM, lambda *_: _exit(143))
     try:
         _run(options, plan)
     except KeyboardInterrupt:
         _exit(130)
+
+
+def read_options(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options of a sweep in a command line, and the rest, which is the training command's."""
+    return _parser().parse_known_args(args)
+
+
+def read_plan(args: Sequence[str]) -> tuple[argparse.Namespace, SweepPlan]:
+    """The options of a command line, and the plan that they make.
+
+    Raises:
+        ValueError: For anything that cannot be swept.
+    """
+    options, overrides = read_options(args)
+    configs = [part for path in options.config for part in ("--config", path)]
+    command = tuple(shlex.split(options.command))
+    return options, _plan(options, command, resolve_config(command, [*configs, *overrides]))
 
 
 def resolve_config(command: Sequence[str], given: Sequence[str]) -> dict[str, Any]:

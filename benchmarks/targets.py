@@ -1,6 +1,6 @@
 """What the results claim, and whether it holds: one line a claim, and one table over all result files.
 
-    python benchmarks/claims.py [--strict] [NAME ...]
+    python benchmarks/targets.py [--strict] [NAME ...]
 
 prints, of every file in results/ (or of those whose name has one of the NAMEs in it), processor, claim, measured figure, target and
 date. ``--strict``: exit code 1 if a claim does not hold.
@@ -80,7 +80,7 @@ def report(claims: Iterable[Claim]) -> bool:
 def summary(folder: Path, names: Sequence[str] = ()) -> tuple[list[list[str]], bool]:
     """One row a claim of the result files in a folder, and whether all claims hold."""
     rows, held = [], True
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(folder.rglob("*.json")):
         result = json.loads(path.read_text())
         if names and not any(name in path.stem for name in names):
             continue
