@@ -25,7 +25,7 @@ TARGET = 2.0
 @pytest.fixture
 def scripts(monkeypatch):
     """The speedrun's modules, by name."""
-    names = ("claims", "common", "processor", "entries", "task", "runs", "scoring", "measure", "tune", "board", "run")
+    names = ("targets", "common", "processor", "entries", "task", "runs", "scoring", "measure", "tune", "board", "run")
     for folder in (BENCHMARKS, BENCHMARKS / "speedrun"):
         monkeypatch.syspath_prepend(str(folder))
     for name in names:

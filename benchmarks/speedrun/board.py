@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import claims as claims_module
-from claims import Claim
-from common import machine
+import targets
+from common import STAMPS, machine
 from entries import Entry
 from measure import confirm, curve, transfer
 from runs import NotRun, Runs
+from targets import Claim
 
 from lightning_mue.files import whole_file
 
@@ -89,14 +89,16 @@ def write(runs: Runs, entries: Sequence[Entry], stem: Path) -> bool:
     """Write ``.json`` and ``.md``, print the claims, and return whether all hold."""
     board, here = rows(runs, entries), machine()
     made = claims(board)
-    task = dict(vars(runs.task))
-    result = {"machine": here, "claims": [claim.to_json() for claim in made], "task": task, "rows": board}
+    stamps = {"threads": int(here["threads"]), **{key: here[key] for key in STAMPS[1:]}}
+    stored = [{**claim.to_json(), "threads": stamps["threads"], "date": stamps["date"]} for claim in made]
+    stamped = [{**row, **stamps} for row in board]
+    result = {"machine": here, "claims": stored, "task": dict(vars(runs.task)), "rows": stamped}
     with whole_file(stem.with_suffix(".json")) as path:
         path.write_text(json.dumps(result, indent=1) + "\n")
     with whole_file(stem.with_suffix(".md")) as path:
         path.write_text(page(runs, board, here, made))
     print(stem.with_suffix(".md").read_text())
-    return claims_module.report(made)
+    return targets.report(made)
 
 
 def page(runs: Runs, board: Sequence[Row], here: dict[str, str], made: Sequence[Claim]) -> str:
