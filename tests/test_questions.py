@@ -13,7 +13,7 @@ from lightning_mue.cli import sweep
 LINES = [line[1:] for kind, text in blocks("questions.md") if kind == "bash" for line in lines(text)]
 #: A word of the line -> what its table shows: role and factors, or a line below it.
 SHOWN = {
-    "tokens: 819200": r"embedding .* std 1 +0\.5 +0\.5 ",
+    "tokens: 819200": r"embedding .* std 0\.073 +0\.5 +0\.5 ",
     "n_experts 64": r"expert_up .* 0\.25 +4 +0\.003997 ",
     "alpha 0.5": r"hidden .* 0\.1768 +4 ",
     "n_heads 2": r"forward multiplier +transformer\.blocks\.\*\.attention\.core\.scale = 0\.04419",

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -25,26 +24,18 @@ def test_every_config_is_explained(run, config):
 
 
 @pytest.mark.slow
-def test_explain_for_a_trillion_parameters_takes_seconds_and_little_memory(tmp_path):
-    """Under 20 s and 2 GiB, from process start to exit."""
+def test_explain_for_a_trillion_parameters_takes_little_memory(tmp_path):
+    """Under 2 GiB, from process start to exit; how long it takes is measured in benchmarks/scale.py."""
     code = (  # not ru_maxrss: Linux starts it at the peak of the process that forked, here pytest after 1000 tests
-        "import json, re, sys, time; start = time.perf_counter()\n"
+        "import re, sys\n"
         "from lightning_mue.cli.lightning_cli import main; main(sys.argv[1:])\n"
         "peak = re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())\n"
-        "json.dump([time.perf_counter() - start, int(peak[1]) / 2**20], open('r.json', 'w'))"
+        "open('peak', 'w').write(peak[1])"
     )
-    config = str(CONFIGS / "trillion.yaml")
-    done = subprocess.run(
-        [sys.executable, "-c", code, "explain", "--config", config],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        check=True,
-    )
-    seconds, gib = json.loads((tmp_path / "r.json").read_text())
+    command = [sys.executable, "-c", code, "explain", "--config", str(CONFIGS / "trillion.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
     assert "T parameters" in done.stdout
-    assert gib < 2
-    assert seconds < 20
+    assert int((tmp_path / "peak").read_text()) < 2 * 2**20
 
 
 def test_explain_without_the_callback(run, tmp_path):
