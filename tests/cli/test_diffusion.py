@@ -38,7 +38,9 @@ def test_a_short_run_by_adamw_leaves_samples_and_figures(run, rule_of_adamw, tmp
     assert {"val/loss", "val/sample_accuracy", "val/real_accuracy", "train/tokens_per_second"} <= set(header)
     assert not any("lm_logits" in name for name in header), "velocities are no logits"
     assert "tokens are not counted" not in out
-    assert "HealthMonitor: not known yet" in caplog.text, "two samples are no evidence, and weights that start at zero no alarm"
+    assert "HealthMonitor: not known yet" in caplog.text, (
+        "two samples are no evidence, and weights that start at zero no alarm"
+    )
     (checkpoint,) = tmp_path.rglob("*.ckpt")
     state = torch.load(checkpoint, weights_only=True)["state_dict"]
     assert all(bool(value.any()) for name, value in state.items() if name.endswith("modulation.weight"))
