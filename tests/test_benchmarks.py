@@ -8,16 +8,11 @@ import os
 import platform
 import subprocess
 import sys
-from importlib import import_module
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.scripts import BENCHMARKS, imported
 
-import lightning_mue
-
-BENCHMARKS = Path(lightning_mue.__file__).parents[1] / "benchmarks"
 XEON = "vendor_id : GenuineIntel\ncpu family : 6\nmodel : {model}\nstepping : 8\nflags : {flags}\n"
 XEON += "model name : Intel(R) Xeon(R) Processor\n"
 ICE_LAKE = XEON.format(model=106, flags="fpu sse4_2 avx avx2 fma avx512f avx512_vnni")
@@ -32,13 +27,8 @@ ROWS = [{"of": "a", "speed-up": 1.2}, {"of": "b", "speed-up": 0.9}]
 @pytest.fixture
 def bench(monkeypatch):
     """The scripts' modules, by name."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    names = ("common", "targets", "processor", "moe", "callback")
-    for name in (*names, "moe_peers"):  # a folder of tests may have the name of a script
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    yield SimpleNamespace(**{name: import_module(name) for name in names})
-    for name in (*names, "moe_peers"):
-        sys.modules.pop(name, None)
+    with imported(monkeypatch, ("common", "targets", "processor", "moe_peers", "moe", "callback")) as modules:
+        yield modules
 
 
 @pytest.fixture

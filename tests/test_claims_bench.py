@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import math
 import shlex
-import sys
 from dataclasses import replace
-from importlib import import_module
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
+from helpers.scripts import BENCHMARKS, imported
 
-import lightning_mue
 from lightning_mue.analysis.certificate import certify
 from lightning_mue.analysis.sweep.axes import parse_axis
 from lightning_mue.analysis.sweep.plan import make_plan
@@ -22,7 +18,6 @@ from lightning_mue.analysis.trials import Trial
 from lightning_mue.cli.sweep import read_options
 from lightning_mue.parameterizations import RULES
 
-BENCHMARKS = Path(lightning_mue.__file__).parents[1] / "benchmarks"
 NAMES = sorted(path.stem for path in (BENCHMARKS / "claims").glob("*.yaml") if path.stem != "lm")
 RATES = (0.004, 0.008, 0.016, 0.032)
 
@@ -31,14 +26,9 @@ RATES = (0.004, 0.008, 0.016, 0.032)
 def scripts(monkeypatch):
     """The bench's modules, by name."""
     names = ("targets", "controls", "warm", "sweeps", "scores", "gates")
-    for folder in (BENCHMARKS, BENCHMARKS / "claims"):
-        monkeypatch.syspath_prepend(str(folder))
     rules = dict(RULES)
-    for name in names:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    yield SimpleNamespace(**{name: import_module(name) for name in names})
-    for name in names:
-        sys.modules.pop(name, None)
+    with imported(monkeypatch, names, "claims") as modules:
+        yield modules
     RULES.clear()
     RULES.update(rules)
 

@@ -6,17 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from importlib import import_module
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers.scripts import BENCHMARKS, imported
 
-import lightning_mue
 from lightning_mue.health.series import series_of
 
-BENCHMARKS = Path(lightning_mue.__file__).parents[1] / "benchmarks"
 AT, N = 50, 150
 
 
@@ -24,13 +20,8 @@ AT, N = 50, 150
 def scripts(monkeypatch):
     """The bench's modules, by name."""
     names = ("targets", "common", "processor", "faults", "run", "score", "draw", "bench")
-    for folder in (BENCHMARKS, BENCHMARKS / "faults"):
-        monkeypatch.syspath_prepend(str(folder))
-    for name in names:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    yield SimpleNamespace(**{name: import_module(name) for name in names})
-    for name in names:
-        sys.modules.pop(name, None)
+    with imported(monkeypatch, names, "faults") as modules:
+        yield modules
 
 
 def made(seed, *, router=1.0, from_step=AT, loss=1.0, loss_from=N):

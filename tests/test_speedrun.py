@@ -7,18 +7,15 @@ import math
 import os
 import subprocess
 import sys
-from importlib import import_module
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers.scripts import BENCHMARKS, imported
 from scipy import stats
 from torch import nn
 
 import lightning_mue
 
-BENCHMARKS = Path(lightning_mue.__file__).parents[1] / "benchmarks"
 TARGET = 2.0
 
 
@@ -26,13 +23,8 @@ TARGET = 2.0
 def scripts(monkeypatch):
     """The speedrun's modules, by name."""
     names = ("targets", "common", "processor", "entries", "task", "runs", "scoring", "measure", "tune", "board", "run")
-    for folder in (BENCHMARKS, BENCHMARKS / "speedrun"):
-        monkeypatch.syspath_prepend(str(folder))
-    for name in names:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    yield SimpleNamespace(**{name: import_module(name) for name in names})
-    for name in names:
-        sys.modules.pop(name, None)
+    with imported(monkeypatch, names, "speedrun") as modules:
+        yield modules
 
 
 def loss_at(steps, met=100.0, slope=-0.25, offset=0.0):
